@@ -1,0 +1,161 @@
+"""Settings: the frozen models that `params.yaml` is read into, and the check that reports every problem at once.
+
+A stage's `Config` derives from `Settings`. No field has a default, because `params.yaml` is the whole truth: a key
+that is missing, unknown or out of range is an error, and all of them are told before anything runs.
+"""
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+STAGES = (
+    "ingest", "validate", "tokenize", "pretrain", "finetune", "reward", "ppo", "prune", "quantize", "evaluate",
+    "compare", "package",
+)  # fmt: skip
+
+
+class BessemerError(Exception):
+    """A failure that is the user's to mend; its text is a sentence and is printed without a traceback."""
+
+
+class SettingsError(BessemerError):
+    """Every problem found in `params.yaml`, one a line."""
+
+
+class Settings(BaseModel):
+    """A frozen group of settings in which an unknown key, a missing key and a wrong type are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Base(Settings):
+    """What every stage shares."""
+
+    seed: int = Field(description="Seed of every generator in the chain", ge=0, lt=2**31)
+
+
+class Numerics(Settings):
+    """Settings that change the bytes of a result although they describe how it is computed; part of the identity."""
+
+    device: Literal["cpu", "cuda"] = Field(description="Device class that stages compute on")
+    threads: int = Field(description="Threads of one stage's matrix operations", ge=1, le=256)
+    dtype: Literal["float32", "bfloat16"] = Field(description="Autocast type of forward and backward passes")
+    compile: bool = Field(description="Whether training steps go through torch.compile (needs a C++ compiler)")
+
+
+class Checkpoints(Settings):
+    """Where interrupted training is taken up from."""
+
+    url: str = Field(description="Any fsspec address; a relative path lies in the project", min_length=1)
+    every_seconds: float = Field(description="Seconds between two checkpoints of one stage", gt=0)
+
+
+class Placement(Settings):
+    """Where things run. Neither tracked by DVC nor part of the identity."""
+
+    side_by_side: int = Field(description="Independent stages that run at the same time", ge=1, le=64)
+    cost_per_hour: float = Field(description="Price of this machine in currency units an hour, for the report", ge=0)
+    currency: str = Field(description="Name of that currency", min_length=1)
+    checkpoints: Checkpoints
+
+
+def read_params(path: Path = Path("params.yaml")) -> dict[str, Any]:
+    """Return the raw contents of `params.yaml`; raise SettingsError where it is missing or no YAML mapping."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    if not path.exists():
+        raise SettingsError(f"{path} is missing: go to the project's folder, or write it with `bessemer profile default`.")
+    try:
+        params = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except YAMLError as error:
+        raise SettingsError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(params, dict):
+        raise SettingsError(f"{path} must hold one section a stage ({', '.join(STAGES)}) and base, numerics, placement.")
+    return params
+
+
+def stage_keys(module: ModuleType) -> dict[str, type[Settings]]:
+    """Config class by key, for a stage whose section in `params.yaml` holds one subsection a key; else empty."""
+    keys: dict[str, type[Settings]] = getattr(module, "KEYS", {})
+    return keys
+
+
+def config_of(module: ModuleType, params: dict[str, Any], key: str | None) -> tuple[str, Settings]:
+    """Return the section name (`pretrain.clm`) and the config that a stage gets; call `check` first."""
+    stage = module.__name__.rpartition(".")[2]
+    keys = stage_keys(module)
+    if keys and key is not None:
+        return f"{stage}.{key}", keys[key].model_validate(params[stage][key])
+    return stage, module.Config.model_validate(params[stage])
+
+
+def check(params: dict[str, Any]) -> None:
+    """Raise SettingsError with every problem in the file, or return.
+
+    Stage modules are imported by name, not statically: another stage's settings never change this stage's bytes,
+    so its code must not enter this stage's recipe.
+    """
+    problems: list[str] = []
+    expected = {"base", "numerics", "placement", *STAGES}
+    unknown = [name for name in params if name not in expected]
+    problems += [f"{name}: unknown section; there are {', '.join(sorted(expected))}" for name in unknown]
+    problems += [f"{name}: this section is missing" for name in sorted(expected) if name not in params]
+    for section, model in (("base", Base), ("numerics", Numerics), ("placement", Placement)):
+        problems += _problems(model, params, (section,))
+    for stage in STAGES:
+        module = importlib.import_module(f"tasks.{stage}")
+        keys = stage_keys(module)
+        if not keys:
+            problems += _problems(module.Config, params, (stage,))
+            continue
+        section = params.get(stage)
+        if isinstance(section, dict):
+            odd = [name for name in section if name not in keys]
+            problems += [f"{stage}.{name}: unknown key; there are {', '.join(keys)}" for name in odd]
+        for key, model in keys.items():
+            problems += _problems(model, params, (stage, key))
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        raise SettingsError(f"params.yaml has {count}; nothing was run.\n{listed}")
+
+
+def _problems(model: type[Settings], params: dict[str, Any], path: tuple[str, ...]) -> Iterator[str]:
+    value: Any = params
+    for name in path:
+        if not isinstance(value, dict) or name not in value:
+            if len(path) > 1:
+                yield f"{'.'.join(path)}: this section is missing"
+            return
+        value = value[name]
+    try:
+        model.model_validate(value)
+    except ValidationError as error:
+        for item in error.errors():
+            yield _sentence(path, item)
+
+
+def _sentence(path: tuple[str, ...], item: Any) -> str:
+    where = ".".join(map(str, (*path, *item["loc"])))
+    kind, found = item["type"], item["input"]
+    if kind == "missing":
+        return f"{where}: this key is missing"
+    if kind == "extra_forbidden":
+        return f"{where}: unknown key (found {found!r}); remove it or mend its spelling"
+    return f"{where}: found {_short(found)}, but {_rule(item['msg'])}"
+
+
+def _rule(message: str) -> str:
+    message = message.removeprefix("Value error, ").replace("Input should be", "it should be")
+    return message[:1].lower() + message[1:] if message[:2] != message[:2].upper() else message
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+

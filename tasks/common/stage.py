@@ -1,0 +1,217 @@
+"""The harness that runs one stage: `python -m tasks.STAGE [KEY]`, which is what `dvc.yaml` calls.
+
+It checks all of `params.yaml`, computes the recipe, lets the stage write into a scratch folder, and moves the finished
+outputs into place in one go, so that half an output never passes for a whole one. What bears identity is written
+beside the outputs (`record.json`); what was measured goes to `runs/<run id>/<stage>.json`, which nothing tracks.
+"""
+
+import importlib
+import json
+import os
+import platform
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any
+
+from tasks.common import identity
+from tasks.common.settings import BessemerError, Checkpoints, Numerics, Placement, Settings, check, config_of, read_params
+
+RUN_ID = "BESSEMER_RUN_ID"
+SCRATCH = Path("data/.scratch")
+
+
+class StageError(BessemerError):
+    """A stage cannot go on, for a reason that the user can mend; its text says what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage's `run` is given: where to read, where to write, and what bears on its bytes."""
+
+    stage: str
+    key: str | None
+    inputs: dict[str, Path]
+    outputs: dict[str, Path]
+    seed: int
+    numerics: Numerics
+    recipe: str
+    checkpoints: Checkpoints
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The stage's name in DVC, in the Prefect UI and in every record: `pretrain@clm`."""
+        return name_of(self.stage, self.key)
+
+    def measured(self, **figures: float | int | str) -> None:
+        """Keep figures about how this run went (speed, memory, time). They never enter a tracked output."""
+        self.figures.update(figures)
+
+
+def name_of(stage: str, key: str | None) -> str:
+    """Return `stage` or `stage@key`."""
+    return stage if key is None else f"{stage}@{key}"
+
+
+def declared_inputs(module: ModuleType, key: str | None) -> dict[str, str]:
+    """Return the data that a stage reads, name to project path."""
+    per_key: dict[str, dict[str, str]] = getattr(module, "KEY_INPUTS", {})
+    inputs: dict[str, str] = {**module.INPUTS, **(per_key[key] if key is not None and per_key else {})}
+    return {name: path.format(key=key) for name, path in inputs.items()}
+
+
+def declared_outputs(module: ModuleType, key: str | None) -> dict[str, str]:
+    """Return the data that a stage leaves, name to project path, without its record and metrics."""
+    outputs: dict[str, str] = module.OUTPUTS
+    return {name: path.format(key=key) for name, path in outputs.items()}
+
+
+def record_path(stage: str, key: str | None) -> Path:
+    """Return where a stage's record lies."""
+    return Path("data", stage, key or "", "record.json")
+
+
+def metrics_path(stage: str, key: str | None) -> Path:
+    """Return where a stage's deterministic figures lie; the joined table of all models is `metrics/evaluate.json`."""
+    return Path("metrics", "evaluate.json" if stage == "compare" else f"{name_of(stage, key)}.json")
+
+
+def keys_of(module: ModuleType) -> tuple[str | None, ...]:
+    """Return the keys that a stage module may be run with; `(None,)` for a stage that has none."""
+    return tuple(getattr(module, "KEYS", None) or getattr(module, "KEY_INPUTS", None) or (None,))
+
+
+def main(module_name: str) -> None:
+    """Run the stage of a module from the command line, and end with exit code 0 only where it is complete."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    module = importlib.import_module(module_name)
+    keys = keys_of(module)
+    key = sys.argv[1] if len(sys.argv) > 1 else None
+    if key not in keys or len(sys.argv) > 2:
+        choices = " | ".join(str(item) for item in keys if item is not None)
+        raise SystemExit(f"usage: python -m {module_name} {choices}".rstrip())
+    try:
+        execute(module, key)
+    except BessemerError as error:
+        raise SystemExit(f"{name_of(module_name.rpartition('.')[2], key)}: {error}") from error
+    except OSError as error:
+        if error.errno not in (28, 122):
+            raise
+        free = shutil.disk_usage(Path()).free / 1e6
+        raise SystemExit(
+            f"{name_of(module_name.rpartition('.')[2], key)}: the disk is full ({free:.0f} MB free). Nothing half-written was "
+            "kept: free some space (`dvc gc -w` drops old cached results) and start again."
+        ) from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def execute(module: ModuleType, key: str | None) -> dict[str, Any]:
+    """Run one stage in this process and return its record; raise SettingsError or StageError for the user's errors."""
+    params = read_params()
+    check(params)
+    stage = module.__name__.rpartition(".")[2]
+    section, config = config_of(module, params, key)
+    numerics = Numerics.model_validate(params["numerics"])
+    inputs = {name: Path(path) for name, path in declared_inputs(module, key).items()}
+    absent = [str(path) for path in inputs.values() if not path.exists()]
+    if absent:
+        raise StageError(f"{', '.join(absent)} is missing; `dvc repro {name_of(stage, key)}` makes it first.")
+    record = _describe(module, stage, key, section, config, numerics, params["base"]["seed"], inputs)
+
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{name_of(stage, key)}-", dir=SCRATCH) as scratch:
+        outputs = {name: Path(scratch, name, Path(path).name) for name, path in declared_outputs(module, key).items()}
+        for path in outputs.values():
+            path.parent.mkdir(parents=True)
+        placement = Placement.model_validate(params["placement"])
+        seed = params["base"]["seed"]
+        job = Job(stage, key, inputs, outputs, seed, numerics, record["recipe"], placement.checkpoints)
+        started, clock = datetime.now(UTC), time.perf_counter()
+        metrics = module.run(config, job)
+        seconds = time.perf_counter() - clock
+        targets = {name: Path(path) for name, path in declared_outputs(module, key).items()}
+        record["outputs"] = {str(targets[name]): identity.tree_hash(path) for name, path in outputs.items()}
+        record["content"] = identity.hash_json(record["outputs"])
+        for name, path in outputs.items():
+            _move(path, targets[name])
+    write_json(record_path(stage, key), record)
+    write_json(metrics_path(stage, key), metrics)
+    _write_run(job, started, seconds)
+    return record
+
+
+def _describe(
+    module: ModuleType, stage: str, key: str | None, section: str, config: Settings, numerics: Numerics, seed: int,
+    inputs: dict[str, Path],
+) -> dict[str, Any]:  # fmt: skip
+    code = {str(path): identity.file_hash(path) for path in identity.code_files(module.__name__)}
+    parts = {
+        "code": code,
+        "settings": config.model_dump(mode="json"),
+        "numerics": numerics.model_dump(mode="json"),
+        "seed": seed,
+        "lock": identity.lock_hash(),
+        "inputs": {str(path): identity.tree_hash(path) for path in inputs.values()},
+    }
+    return {"stage": name_of(stage, key), "section": section, "recipe": identity.recipe(key=key, **parts), **parts}
+
+
+def _move(source: Path, target: Path) -> None:
+    if not source.exists():
+        raise RuntimeError(f"the stage ended without writing {target}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_dir():
+        shutil.rmtree(target)
+    source.replace(target)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all: to a neighbour first, then renamed into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    neighbour = path.with_name(f".{path.name}.{os.getpid()}")
+    neighbour.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    neighbour.replace(path)
+
+
+def _write_run(job: Job, started: datetime, seconds: float) -> None:
+    run_id = os.environ.get(RUN_ID) or started.strftime("manual-%Y%m%d-%H%M%S")
+    usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    log = {
+        "stage": job.name,
+        "recipe": job.recipe,
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+        "peak_memory_bytes": max(usage) * 1024,
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        **_commit(),
+        **job.figures,
+    }
+    write_json(Path("runs", run_id, f"{job.name}.json"), log)
+
+
+def _commit() -> dict[str, Any]:
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=20, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
