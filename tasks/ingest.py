@@ -1,0 +1,298 @@
+"""Stage `ingest`: from the sources named in `params.yaml` to three tables (corpus, instructions, rankings).
+
+Run as `python -m tasks.ingest`. Facts are an intermediate: sources give them, later sources override earlier ones, and
+the wordings turn them into statements (corpus) and chats (instructions). Rated sentences become rankings; those of the
+training split are prose as well. What enters no table is kept in `refused.jsonl` with its reason, so that the rows
+read from each source are the rows used and the rows refused. `sources.json` holds an entry a source.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from tasks.common import draw, facts, readers, stage, tables
+from tasks.common.facts import Fact, Wordings
+from tasks.common.reading import Rated, Reading
+from tasks.common.settings import Settings
+from tasks.common.sources import Source, read_source
+from tasks.common.stage import Job, StageError
+
+INPUTS = {"sources": "data/sources"}
+OUTPUTS = {
+    "corpus": "data/ingest/corpus",
+    "instructions": "data/ingest/instructions",
+    "rankings": "data/ingest/rankings",
+    "sources": "data/ingest/sources.json",
+    "refused": "data/ingest/refused.jsonl",
+}
+
+
+class Heldout(Settings):
+    """Shares kept out of training, chosen by hash."""
+
+    entities: float = Field(description="Share of entities that no question in training asks about", ge=0, le=0.9)
+    prose: float = Field(description="Share of prose for perplexity", ge=0, le=0.5)
+    rankings: float = Field(description="Share of rankings for the reward model's sheet", ge=0, le=0.5)
+
+
+class Ratings(Settings):
+    """How rated sentences become rankings."""
+
+    group: int = Field(description="Sentences of one ranking", ge=2, le=16)
+    scale: list[float] = Field(description="The two ends of the raters' scale", min_length=2, max_length=2)
+    in_corpus: float = Field(description="Share of the training rankings whose sentences are prose as well", ge=0, le=1)
+
+
+class Config(Settings):
+    """Settings of `ingest`."""
+
+    salt: str = Field(description="Word mixed into every hash; another one draws other splits", min_length=1)
+    wordings: str = Field(description="File of wordings under data/sources/", min_length=1)
+    names: str = Field(description="File of names of entities under data/sources/", min_length=1)
+    relations: list[str] = Field(description="Relations to use, all of them in the wordings", min_length=1)
+    paragraphs: int = Field(description="Paragraphs about each entity that join its statements", ge=0, le=16)
+    heldout: Heldout
+    ratings: Ratings
+    sources: list[Source] = Field(description="Where data comes from; later facts override earlier", min_length=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Config":
+        twice = [name for name, count in Counter(source.name for source in self.sources).items() if count > 1]
+        if twice:
+            raise ValueError(f"each source needs a name of its own, unlike {', '.join(twice)}")
+        if self.ratings.scale[0] >= self.ratings.scale[1]:
+            raise ValueError(f"ratings.scale must rise, unlike {self.ratings.scale}")
+        return self
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How an entity is called here; no name leaves it out."""
+
+    name: str
+    article: str
+    why: str
+
+
+def run(config: Config, job: Job) -> dict[str, Any]:
+    """Read every source, build the three tables and the manifest."""
+    folder = job.inputs["sources"]
+    wordings = facts.load_wordings(folder / config.wordings)
+    unknown = sorted(set(config.relations) - set(wordings.relations))
+    if unknown:
+        raise StageError(f"ingest.relations names {', '.join(unknown)}, but {config.wordings} has no wordings for it.")
+    namings = load_names(folder / config.names)
+    readings = [read_source(source, folder) for source in config.sources]
+    known = settle(readings, namings, wordings, config.relations)
+    groups = group_rated(readings, config)
+    found = {
+        "corpus": corpus(config, readings, known, wordings, groups),
+        "instructions": instructions(config, readings, known, wordings),
+        "rankings": rankings(config, readings, groups),
+    }
+    for table, table_rows in found.items():
+        tables.write(sorted(table_rows, key=lambda row: row["id"]), job.outputs[table], tables.schema(table))
+    manifest = describe(config, readings, found)
+    stage.write_json(job.outputs["sources"], manifest)
+    write_refused(job.outputs["refused"], readings)
+    return figures(found, manifest)
+
+
+def load_names(path: Path) -> dict[tuple[str, str], Naming]:
+    """Read the table of names: what sources call an entity, and its name and article here."""
+    if not path.is_file():
+        raise StageError(f"{path} is missing; `ingest.names` must name the table of entities' names.")
+    namings: dict[tuple[str, str], Naming] = {}
+    for line, row in readers.read_csv(path.read_text(encoding="utf-8")):
+        if set(row) != {"kind", "found", "name", "article", "why"} or None in row.values():
+            raise StageError(f"{path}, line {line}: expected the columns kind, found, name, article, why; found {row}.")
+        naming = Naming(row["name"] or "", row["article"] or "", row["why"] or "")
+        for found in filter(None, (row["found"], row["name"])):
+            namings[row["kind"] or "", found] = naming
+    return namings
+
+
+def settle(
+    readings: list[Reading], namings: dict[tuple[str, str], Naming], wordings: Wordings, relations: list[str]
+) -> list[Fact]:
+    """Return the facts that hold: named as here, the last source's word for each, no shared value where none may be."""
+    origin = {reading.source: reading for reading in readings}
+    held: dict[tuple[str, str, str], Fact] = {}
+    for reading in readings:
+        for fact in reading.facts:
+            naming = namings.get((fact.kind, fact.entity), Naming(fact.entity, "", ""))
+            named = replace(fact, entity=naming.name, article=naming.article)
+            reason = _objection(fact, naming, wordings, relations)
+            if reason:
+                _refuse(reading, fact, reason)
+            else:
+                if named.key in held:
+                    earlier = held[named.key]
+                    _refuse(origin[earlier.source], earlier, f"overridden by source {fact.source}: {fact.value or 'left out'}")
+                held[named.key] = named
+    return sorted(_without_clashes(held.values(), wordings, origin), key=lambda fact: fact.key)
+
+
+def _objection(fact: Fact, naming: Naming, wordings: Wordings, relations: list[str]) -> str | None:
+    if not naming.name:
+        return f"the table of names leaves this entity out: {naming.why}"
+    if fact.relation not in wordings.relations:
+        return f"no wordings for the relation {fact.relation}"
+    if fact.relation not in relations:
+        return f"ingest.relations leaves out {fact.relation}"
+    kind = wordings.relations[fact.relation].kind
+    return None if fact.kind == kind else f"{fact.relation} belongs to a {kind}, not to a {fact.kind}"
+
+
+def _without_clashes(found: Iterable[Fact], wordings: Wordings, origin: dict[str, Reading]) -> list[Fact]:
+    """Leave out empty facts, and values that two entities share where a reader could not tell which is meant."""
+    holders: dict[tuple[str, str], list[Fact]] = defaultdict(list)
+    for fact in found:
+        if fact.value:
+            holders[fact.relation, fact.value].append(fact)
+        else:
+            _refuse(origin[fact.source], fact, "empty on purpose: leaves the fact out")
+    kept: list[Fact] = []
+    for (relation, value), sharing in holders.items():
+        if len(sharing) == 1 or not wordings.relations[relation].unique:
+            kept += sharing
+            continue
+        everyone = ", ".join(fact.entity for fact in sharing)
+        for fact in sharing:
+            _refuse(origin[fact.source], fact, f"{everyone} share the {relation} {value}")
+    return kept
+
+
+def _refuse(reading: Reading, fact: Fact, reason: str) -> None:
+    reading.refuse(f"{fact.kind}, {fact.entity}, {fact.relation}, {fact.value}", reason)
+
+
+def group_rated(readings: list[Reading], config: Config) -> list[list[Rated]]:
+    """Group the rated sentences of one collection by the order of their hashes; a text that came before is refused."""
+    seen: set[str] = set()
+    collections: dict[tuple[str, str], list[Rated]] = defaultdict(list)
+    for reading in readings:
+        for rated in reading.rated:
+            plain = " ".join(rated.text.lower().split())
+            if not plain or plain in seen:
+                reading.refuse(rated.text, "the same text came before" if plain else "an empty text")
+                continue
+            seen.add(plain)
+            collections[rated.source, rated.group].append(rated)
+    groups: list[list[Rated]] = []
+    for members in collections.values():
+        order = sorted(members, key=lambda rated: draw.digest(config.salt, "group", rated.text))
+        cut = [order[start : start + config.ratings.group] for start in range(0, len(order), config.ratings.group)]
+        if len(cut) > 1 and len(cut[-1]) == 1:
+            cut[-2] += cut.pop()
+        groups += cut
+    return groups
+
+
+def _group_split(group: list[Rated], config: Config) -> str:
+    return draw.split(config.heldout.rankings, config.salt, "ranking", *(rated.text for rated in group))
+
+
+def corpus(
+    config: Config, readings: list[Reading], known: list[Fact], wordings: Wordings, groups: list[list[Rated]]
+) -> list[dict[str, Any]]:
+    """Return statements about every entity, and prose without any text of a held-out ranking."""
+    rows = {row["id"]: row for row in facts.corpus_rows(known, wordings, config.paragraphs, config.salt)}
+    for reading in readings:
+        for text in reading.prose:
+            row = _prose(text, reading.source, reading.licence, config)
+            if row["id"] in rows:
+                reading.refuse(text, "the same text came before")
+            rows.setdefault(row["id"], row)
+    for group in groups:
+        if _group_split(group, config) == "train" and draw.share(config.salt, "prose", group[0].text) < config.ratings.in_corpus:
+            for rated in group:
+                row = _prose(rated.text, rated.source, rated.licence, config)
+                rows.setdefault(row["id"], row)
+    return list(rows.values())
+
+
+def _prose(text: str, source: str, licence: str, config: Config) -> dict[str, Any]:
+    identifier = draw.short_id("corpus", text)
+    where = draw.split(config.heldout.prose, config.salt, "prose", identifier)
+    return {"id": identifier, "text": text, "names": [], "source": source, "licence": licence, "split": where}
+
+
+def instructions(config: Config, readings: list[Reading], known: list[Fact], wordings: Wordings) -> list[dict[str, Any]]:
+    """Return the chats about the facts and those that sources bring; only what differs is kept."""
+    rows = {row["id"]: row for row in facts.instruction_rows(known, wordings, config.heldout.entities, config.salt)}
+    return list(_with_given("instructions", rows, readings, config.heldout.entities, config.salt).values())
+
+
+def rankings(config: Config, readings: list[Reading], groups: list[list[Rated]]) -> list[dict[str, Any]]:
+    """Return a ranking for each group of rated sentences and those that sources bring."""
+    rows: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        first = group[0]
+        identifier = draw.short_id("rankings", first.prompt, *(rated.text for rated in group))
+        rows[identifier] = {
+            "id": identifier,
+            "prompt": [{"role": "user", "content": first.prompt}],
+            "responses": [rated.text for rated in group],
+            "ranks": None,
+            "scores": [rated.scores for rated in group],
+            "scale": config.ratings.scale,
+            "annotators": max(len(rated.scores) for rated in group),
+            "models": [],
+            "source": first.source,
+            "split": _group_split(group, config),
+        }
+    return list(_with_given("rankings", rows, readings, config.heldout.rankings, config.salt).values())
+
+
+def _with_given(
+    table: str, rows: dict[str, dict[str, Any]], readings: list[Reading], heldout: float, salt: str
+) -> dict[str, dict[str, Any]]:
+    """Add finished rows of the sources; their split is drawn from the entity or the prompt unless the row states it."""
+    for reading in readings:
+        for row in reading.rows.get(table, []):
+            about = (row["entity"],) if table == "instructions" else tuple(turn["content"] for turn in row["prompt"])
+            if row["id"] in rows:
+                reading.refuse(json.dumps(row, ensure_ascii=False), "the same row came before")
+            rows.setdefault(row["id"], {**row, "split": row["split"] or draw.split(heldout, salt, table, *about)})
+    return rows
+
+
+def describe(config: Config, readings: list[Reading], found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the manifest: an entry a source, with its rows read, used and refused, and its share of each table."""
+    counts = {table: Counter(row["source"] for row in table_rows) for table, table_rows in found.items()}
+    return [
+        {
+            "name": source.name,
+            "kind": source.kind,
+            "licence": source.licence,
+            "sha256": reading.sha256,
+            "read": reading.read,
+            "used": reading.read - len(reading.refused),
+            "refused": len(reading.refused),
+            "rows": {table: counts[table][source.name] for table in found},
+        }
+        for source, reading in zip(config.sources, readings, strict=True)
+    ]
+
+
+def write_refused(path: Path, readings: list[Reading]) -> None:
+    """Write every refused row of a source with its reason, one a line."""
+    lines = (json.dumps(asdict(refusal), ensure_ascii=False) for reading in readings for refusal in reading.refused)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def figures(found: dict[str, list[dict[str, Any]]], manifest: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the stage's figures: rows by table and split, and rows refused."""
+    rows = {f"{table}_{where}_rows": sum(row["split"] == where for row in table_rows)
+            for table, table_rows in found.items() for where in ("train", "heldout")}  # fmt: skip
+    return {**rows, "refused_rows": sum(entry["refused"] for entry in manifest)}
+
+
+if __name__ == "__main__":
+    stage.main("tasks.ingest")
