@@ -1,0 +1,74 @@
+# One-word commands. `make run` and `make test` set a fresh machine up by themselves: Python 3.11 or later, make, git
+# and a pip index are all they need.
+
+PYTHON ?= python3
+PORT   ?= 3000
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: run test check bench serve ui lock clean help
+.DEFAULT_GOAL := help
+
+run: $(VENV)/.runtime ## train, align, shrink and package a model, then talk to it
+	@$(BIN)/bessemer run
+	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/bessemer chat; else $(BIN)/bessemer samples; fi
+
+test: $(VENV)/.dev ## run the tests; they need no network
+	@$(BIN)/python -m pytest
+
+check: $(VENV)/.dev ## lint, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(VENV)/.dev ## measure against peers; `make bench-NAME` runs one
+	@$(BIN)/python -m benchmarks
+
+bench-%: $(VENV)/.dev
+	@$(BIN)/python -m benchmarks $*
+
+serve: $(VENV)/.runtime ## answer on http://localhost:$(PORT); `make serve PORT=8000` takes another port
+	@$(BIN)/bessemer serve --port $(PORT)
+
+ui: $(VENV)/.runtime ## Prefect's server with its web page: runs, graphs, artifacts
+	@$(BIN)/bessemer ui
+
+# What is installed are the two locks; what they were made from is pyproject.toml.
+$(VENV)/.runtime: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Bessemer needs Python 3.11 or later; $(PYTHON) is {v[0]}.{v[1]}. Name another: make PYTHON=python3.12 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	    echo "No virtual environment could be made: Debian and Ubuntu need 'apt install python3-venv' first."; exit 1; }
+	@echo "Installing the pinned packages into $(VENV) (once; about two minutes and 2 GB) ..."
+	@$(PIP) install -qq --requirement requirements.lock
+	@$(PIP) install -qq --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime requirements-dev.lock
+	@echo "Installing the development tools into $(VENV) (once; some seconds) ..."
+	@$(PIP) install -qq --requirement requirements.lock --requirement requirements-dev.lock
+	@touch $@
+
+# A fresh environment, the newest releases within pyproject.toml's bounds, and what pip says it holds then. Left out:
+# the project itself, pip, and local build tags (`+cpu`), so that one lock serves every build of a package.
+FREEZE := freeze --all --exclude bessemer --exclude pip | sed -E 's/\+[A-Za-z0-9.]+$$//' | LC_ALL=C sort -f
+
+lock: ## make both lock files anew from pyproject.toml (a few minutes)
+	@rm -rf .lock && $(PYTHON) -m venv .lock/venv
+	@echo "Resolving and installing the runtime packages ..."
+	@.lock/venv/bin/python -m pip install -qq --upgrade .
+	@{ echo "# Runtime packages. Made by 'make lock' from pyproject.toml."; .lock/venv/bin/python -m pip $(FREEZE); } > .lock/runtime
+	@echo "Adding the development tools ..."
+	@.lock/venv/bin/python -m pip install -qq --constraint .lock/runtime '.[dev]'
+	@{ echo "# Development tools, on top of requirements.lock. Made by 'make lock' from pyproject.toml."; \
+	   .lock/venv/bin/python -m pip $(FREEZE) | grep -vxFf .lock/runtime; } > .lock/dev
+	@mv .lock/runtime requirements.lock && mv .lock/dev requirements-dev.lock
+	@rm -rf .lock build bessemer.egg-info
+	@wc -l requirements.lock requirements-dev.lock
+
+clean: ## drop the environment and every cache that can be made again (results in data/ and DVC's cache stay)
+	@rm -rf $(VENV) .lock build bessemer.egg-info .mypy_cache .pytest_cache .ruff_cache data/.scratch
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
