@@ -62,11 +62,11 @@ def name_of(stage: str, key: str | None) -> str:
     return stage if key is None else f"{stage}@{key}"
 
 
-def declared_inputs(module: ModuleType, key: str | None) -> dict[str, str]:
-    """Return the data that a stage reads, name to project path."""
+def declared_inputs(module: ModuleType, key: str | None, config: Settings) -> dict[str, str]:
+    """Return the data that a stage reads, name to project path; a path may hang on the stage's settings."""
     per_key: dict[str, dict[str, str]] = getattr(module, "KEY_INPUTS", {})
     inputs: dict[str, str] = {**module.INPUTS, **(per_key[key] if key is not None and per_key else {})}
-    return {name: path.format(key=key) for name, path in inputs.items()}
+    return {name: path.format(key=key, config=config) for name, path in inputs.items()}
 
 
 def declared_outputs(module: ModuleType, key: str | None) -> dict[str, str]:
@@ -122,7 +122,7 @@ def execute(module: ModuleType, key: str | None) -> dict[str, Any]:
     stage = module.__name__.rpartition(".")[2]
     section, config = config_of(module, params, key)
     numerics = Numerics.model_validate(params["numerics"])
-    inputs = {name: Path(path) for name, path in declared_inputs(module, key).items()}
+    inputs = {name: Path(path) for name, path in declared_inputs(module, key, config).items()}
     absent = [str(path) for path in inputs.values() if not path.exists()]
     if absent:
         raise StageError(f"{', '.join(absent)} is missing; `dvc repro {name_of(stage, key)}` makes it first.")

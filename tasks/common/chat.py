@@ -1,0 +1,56 @@
+"""Text and chat as tokens: special tokens, the chat template, and the encoding of a conversation with its loss mask."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+BOS, END, PAD, MASK = "<|bos|>", "<|end|>", "<|pad|>", "[MASK]"
+ROLES = ("system", "user", "assistant")
+SPECIAL_TOKENS = (PAD, BOS, END, MASK, *(f"<|{role}|>" for role in ROLES))
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+Message = dict[str, str]
+
+
+def load_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
+    """Load the chain's tokenizer from its folder."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(path)
+
+
+def encode_text(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
+    """Return the ids of one text between its start and end tokens, as both models read it."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+
+
+def encode_prompt(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message]) -> list[int]:
+    """Return the ids of a conversation up to where the assistant's next reply begins."""
+    ids: list[int] = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+    return ids
+
+
+def encode_chat(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    """Return the ids of a whole conversation and, for each, whether it belongs to an answer (its end token included)."""
+    ids: list[int] = [tokenizer.bos_token_id]
+    answers = [False]
+    for message in messages:
+        role = tokenizer.convert_tokens_to_ids(f"<|{message['role']}|>")
+        content = [*tokenizer.encode(message["content"], add_special_tokens=False), tokenizer.eos_token_id]
+        ids += [role, *content]
+        answers += [False, *[message["role"] == "assistant"] * len(content)]
+    return ids, answers
+
+
+def pad(rows: Sequence[Sequence[Any]], value: Any, left: bool = False) -> list[list[Any]]:
+    """Fill rows to the longest one's length, on the right or on the left."""
+    width = max(map(len, rows))
+    fill = [[value] * (width - len(row)) for row in rows]
+    return [[*f, *row] if left else [*row, *f] for f, row in zip(fill, rows, strict=True)]

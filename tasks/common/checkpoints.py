@@ -1,0 +1,100 @@
+"""The checkpoint store: where an interrupted stage is taken up again, on any fsspec address.
+
+It is keyed by the recipe hash: any worker can resume a stage, and none can resume another's, because a changed
+setting, input or line of code is another recipe. Checkpoints are safetensors and JSON, written to a neighbour and
+renamed, and only the last one is kept until the stage is complete.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.common.stage import Job
+
+if TYPE_CHECKING:
+    import torch
+    from fsspec import AbstractFileSystem
+
+    from tasks.common.training import History
+
+
+@dataclass
+class Store:
+    """The checkpoints of one stage's recipe."""
+
+    filesystem: "AbstractFileSystem"
+    folder: str
+    every_seconds: float
+    last: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def of(cls, job: Job) -> "Store":
+        """Return the store that belongs to a job's recipe."""
+        import fsspec
+
+        filesystem, path = fsspec.core.url_to_fs(job.checkpoints.url)
+        return cls(filesystem, f"{path.rstrip('/')}/{job.name}/{job.recipe}", job.checkpoints.every_seconds)
+
+    def resume(self, model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", history: "History") -> int:
+        """Load the last checkpoint into model, optimizer and history, and return its step; 0 where there is none."""
+        from safetensors.torch import load
+
+        steps = sorted(self._steps())
+        if not steps:
+            return 0
+        folder = f"{self.folder}/{steps[-1]:09d}"
+        tensors = load(self.filesystem.cat_file(f"{folder}/state.safetensors"))
+        state = json.loads(self.filesystem.cat_file(f"{folder}/state.json"))
+        weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+        model.load_state_dict(weights, strict=False)  # tied weights are stored once
+        optimizer.load_state_dict(_unflatten(optimizer.state_dict(), tensors))
+        history.rows, history.pending = state["rows"], state["pending"]
+        print(f"resuming at step {steps[-1]} from {folder}")
+        return steps[-1]
+
+    def keep(self, step: int, model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", history: "History") -> None:
+        """Write a checkpoint if it is time for one, and drop the one before it."""
+        if time.monotonic() - self.last < self.every_seconds:
+            return
+        from safetensors.torch import save
+
+        older = self._steps()
+        target, neighbour = f"{self.folder}/{step:09d}", f"{self.folder}/.{step:09d}"
+        self.filesystem.makedirs(neighbour, exist_ok=True)
+        tensors = {f"model.{name}": value for name, value in _untied(model).items()} | _flatten(optimizer.state_dict())
+        self.filesystem.pipe_file(f"{neighbour}/state.safetensors", save({k: v.contiguous() for k, v in tensors.items()}))
+        text = json.dumps({"rows": history.rows, "pending": history.pending})
+        self.filesystem.pipe_file(f"{neighbour}/state.json", text.encode())
+        self.filesystem.mv(neighbour, target, recursive=True)
+        for other in older:
+            self.filesystem.rm(f"{self.folder}/{other:09d}", recursive=True)
+        self.last = time.monotonic()
+
+    def _steps(self) -> list[int]:
+        self.filesystem.invalidate_cache()
+        if not self.filesystem.exists(self.folder):
+            return []
+        names = (Path(path).name for path in self.filesystem.ls(self.folder, detail=False))
+        return [int(name) for name in names if name.isdigit()]
+
+
+def _untied(model: "torch.nn.Module") -> dict[str, "torch.Tensor"]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _flatten(state: dict[str, Any]) -> dict[str, "torch.Tensor"]:
+    import torch
+
+    slots = ((index, name, value) for index, values in state["state"].items() for name, value in values.items())
+    return {f"optimizer.{index}.{name}": torch.as_tensor(value) for index, name, value in slots}
+
+
+def _unflatten(state: dict[str, Any], tensors: dict[str, "torch.Tensor"]) -> dict[str, Any]:
+    slots: dict[int, dict[str, torch.Tensor]] = {}
+    for path, value in tensors.items():
+        if path.startswith("optimizer."):
+            _, index, name = path.split(".", 2)
+            slots.setdefault(int(index), {})[name] = value
+    return {"state": slots, "param_groups": state["param_groups"]}

@@ -1,0 +1,120 @@
+"""Models: building the chain's small decoder and encoder, loading and saving, and setting torch up for a stage."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, model_validator
+
+from tasks.common.settings import Numerics, Settings
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+class Shape(Settings):
+    """The shape of a Transformer trained from nothing."""
+
+    hidden: int = Field(description="Width of the residual stream", ge=16, le=65536)
+    layers: int = Field(description="Transformer blocks", ge=1, le=512)
+    heads: int = Field(description="Attention heads a block", ge=1, le=512)
+    feed_forward: int = Field(description="Width of the gated feed-forward layer", ge=16, le=262144)
+
+    @model_validator(mode="after")
+    def _even_heads(self) -> "Shape":
+        if self.hidden % (2 * self.heads):
+            raise ValueError(f"hidden ({self.hidden}) must be an even multiple of heads ({self.heads}), for rotary positions")
+        return self
+
+
+def prepare_torch(numerics: Numerics, seed: int) -> "torch.device":
+    """Set threads, determinism and seeds of this process and return the device to compute on."""
+    import os
+
+    import torch
+
+    from tasks.common.stage import StageError
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA's matrix products need to be deterministic
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    torch.set_num_threads(numerics.threads)
+    torch.use_deterministic_algorithms(True, warn_only=numerics.device == "cuda")
+    torch.manual_seed(seed)
+    if numerics.device == "cuda" and not torch.cuda.is_available():
+        raise StageError("numerics.device is cuda, but this machine shows no GPU to torch; set it to cpu or go to one that does.")
+    return torch.device(numerics.device)
+
+
+def autocast(numerics: Numerics) -> "torch.autocast":
+    """Return the context in which forward passes run: bfloat16 where `numerics.dtype` says so."""
+    import torch
+
+    return torch.autocast(numerics.device, torch.bfloat16, enabled=numerics.dtype == "bfloat16")
+
+
+def new_decoder(shape: Shape, tokenizer: "PreTrainedTokenizerFast", context: int) -> "PreTrainedModel":
+    """Return a Llama-style causal model with fresh weights and tied embeddings."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **_common(shape, tokenizer, context), num_key_value_heads=shape.heads, tie_word_embeddings=True,
+            rms_norm_eps=1e-5, attn_implementation="sdpa",
+        )
+    )  # fmt: skip
+
+
+def new_encoder(shape: Shape, tokenizer: "PreTrainedTokenizerFast", context: int) -> "PreTrainedModel":
+    """Return a ModernBERT-style masked model (Warner et al. 2024) with fresh weights; every layer attends globally."""
+    from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+    return ModernBertForMaskedLM(
+        ModernBertConfig(
+            **_common(shape, tokenizer, context), cls_token_id=tokenizer.bos_token_id, sep_token_id=tokenizer.eos_token_id,
+            global_attn_every_n_layers=1, reference_compile=False, attn_implementation="sdpa", classifier_pooling="mean",
+            global_rope_theta=10_000.0,
+        )
+    )  # fmt: skip
+
+
+def _common(shape: Shape, tokenizer: "PreTrainedTokenizerFast", context: int) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.feed_forward,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "max_position_embeddings": context,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def load_decoder(path: Path) -> "PreTrainedModel":
+    """Load a causal model in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return model
+
+
+def load_encoder(path: Path) -> "PreTrainedModel":
+    """Load a masked model in float32."""
+    import torch
+    from transformers import AutoModelForMaskedLM
+
+    model: PreTrainedModel = AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float32)
+    return model
+
+
+def save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", path: Path) -> None:
+    """Save weights (safetensors), config and tokenizer so that any Transformers user can load the folder."""
+    model.save_pretrained(path, safe_serialization=True)
+    tokenizer.save_pretrained(path)
+
+
+def parameters(model: "torch.nn.Module") -> int:
+    """Return the number of parameters; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,154 @@
+"""Join the sheets of all models into one table that shows what each step gained and cost, and judge the gates.
+
+Run as `python -m tasks.compare`; leaves `metrics/evaluate.json`. It ends well even where a gate fails, so that the
+figures can be read; `package` is what refuses. Intervals are 95 % bootstrap intervals over entities (Efron & Tibshirani
+1993), because questions about one entity are right or wrong together; differences are paired.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from tasks.common import stage, tables
+from tasks.common.settings import Settings
+from tasks.common.stage import Job
+
+CHAIN = ("encoder", "encoder-int8", "base", "tuned", "policy", "pruned", "int8")
+INPUTS = (
+    {f"sheet of {key}": f"metrics/evaluate@{key}.json" for key in CHAIN}
+    | {f"answers of {key}": f"data/evaluate/{key}/answers" for key in CHAIN}
+    | {
+        "reward": "metrics/reward.json",
+        "prune": "metrics/prune.json",
+        "quantize": "metrics/quantize@policy.json",
+    }
+)
+OUTPUTS = {"differences": "data/compare/differences.json"}
+
+COLUMNS = (
+    "model", "parameters", "bytes", "exact_match_tuned", "exact_match_tuned_interval", "exact_match_heldout",
+    "exact_match_heldout_interval", "perplexity", "reward_mean", "reward_std", "distinct_2", "masked_names",
+    "masked_names_interval",
+)  # fmt: skip
+RATES = {"exact_match_tuned": ("greedy", "train"), "exact_match_heldout": ("greedy", "heldout"), "masked_names": ("masked", "train")}
+STEPS = (("base", "tuned"), ("tuned", "policy"), ("policy", "pruned"), ("pruned", "int8"), ("encoder", "encoder-int8"))
+
+
+class Gates(Settings):
+    """Thresholds that the models must keep for `package` to go on. Rates are shares between 0 and 1."""
+
+    masked_names_min: float = Field(description="Masked names that the encoder puts first", ge=0, le=1)
+    tuned_exact_match_min: float = Field(description="Exact match of the tuned model on tuned questions", ge=0, le=1)
+    heldout_exact_match_min: float = Field(description="Exact match of the tuned model on held-out entities", ge=0, le=1)
+    reward_accuracy_min: float = Field(description="Held-out pairs (gap >= 1) in people's order", ge=0, le=1)
+    ppo_reward_gain_min: float = Field(description="Mean reward gained by PPO, in rating points", ge=-8, le=8)
+    ppo_exact_match_drop_max: float = Field(description="Exact match lost by PPO, on either side of the sheet", ge=0, le=1)
+    ppo_distinct_2_kept_min: float = Field(description="Diversity kept by PPO, as a share of the tuned model's", ge=0)
+    prune_exact_match_drop_max: float = Field(description="Exact match lost by pruning, on either side", ge=0, le=1)
+    int8_exact_match_drop_max: float = Field(description="Exact match lost by INT8, on either side", ge=0, le=1)
+    int8_size_ratio_max: float = Field(description="INT8 file as a share of the FP32 file", gt=0, le=1)
+
+
+class Config(Settings):
+    """Settings of the comparison."""
+
+    resamples: int = Field(description="Bootstrap resamples", ge=100)
+    gates: Gates
+
+
+def run(config: Config, job: Job) -> dict[str, Any]:
+    """Return the table and the verdicts of the gates: the contents of `metrics/evaluate.json`."""
+    sheets = {key: json.loads(job.inputs[f"sheet of {key}"].read_text(encoding="utf-8")) for key in CHAIN}
+    answers = {key: tables.read(job.inputs[f"answers of {key}"]).to_pylist() for key in CHAIN}
+    rows = []
+    for key in CHAIN:
+        row = {column: sheets[key].get(column) for column in COLUMNS}
+        for rate, (kind, split) in RATES.items():
+            if row[rate] is not None:
+                row[f"{rate}_interval"] = interval(_correct(answers[key], kind, split), config.resamples, job.seed)
+        rows.append(row)
+    stage.write_json(job.outputs["differences"], [
+        {"from": before, "to": after, "rate": rate, **paired(answers[before], answers[after], RATES[rate], config.resamples, job.seed)}
+        for before, after in STEPS
+        for rate in RATES
+        if sheets[before].get(rate) is not None and sheets[after].get(rate) is not None
+    ])  # fmt: skip
+    others = {name: json.loads(job.inputs[name].read_text(encoding="utf-8")) for name in ("reward", "prune", "quantize")}
+    return {"models": rows, "gates": judge(sheets, others, config.gates)}
+
+
+def judge(sheets: dict[str, Any], others: dict[str, Any], gates: Gates) -> list[dict[str, Any]]:
+    """Return every gate with its value, limit and verdict; a value that could not be had fails."""
+    tuned, policy = sheets["tuned"], sheets["policy"]
+    values = {
+        "masked_names_min": sheets["encoder"]["masked_names"],
+        "tuned_exact_match_min": tuned["exact_match_tuned"],
+        "heldout_exact_match_min": tuned["exact_match_heldout"],
+        "reward_accuracy_min": others["reward"].get("gap_at_least_1", {}).get("model"),
+        "ppo_reward_gain_min": policy["reward_mean"] - tuned["reward_mean"],
+        "ppo_exact_match_drop_max": drop(tuned, policy),
+        "ppo_distinct_2_kept_min": policy["distinct_2"] / tuned["distinct_2"] if tuned["distinct_2"] else None,
+        "prune_exact_match_drop_max": drop(policy, sheets["pruned"]),
+        "int8_exact_match_drop_max": drop(sheets["pruned"], sheets["int8"]),
+        "int8_size_ratio_max": others["quantize"]["ratio"],
+    }
+    verdicts = []
+    for name, limit in gates.model_dump().items():
+        value = values[name]
+        passed = value is not None and (value >= limit if name.endswith("_min") else value <= limit)
+        verdicts.append({"name": name, "value": None if value is None else round(value, 4), "limit": limit, "passed": passed})
+    return verdicts
+
+
+def drop(before: dict[str, Any], after: dict[str, Any]) -> float | None:
+    """Return the larger loss of exact match on the two sides of the sheet (negative where both rose)."""
+    sides = [(before[rate], after[rate]) for rate in ("exact_match_tuned", "exact_match_heldout")]
+    return max((a - b for a, b in sides if a is not None and b is not None), default=None)
+
+
+def _correct(rows: Sequence[dict[str, Any]], kind: str, split: str) -> dict[str, list[tuple[str, bool]]]:
+    by_entity: dict[str, list[tuple[str, bool]]] = {}
+    for row in rows:
+        if row["kind"] == kind and row["split"] == split:
+            by_entity.setdefault(row["entity"], []).append((row["id"], bool(row["correct"])))
+    return by_entity
+
+
+def interval(by_entity: dict[str, list[tuple[str, bool]]], resamples: int, seed: int) -> list[float]:
+    """Return the 95 % bootstrap interval of a rate, entities resampled."""
+    sums = np.array([[sum(right for _, right in rows), len(rows)] for _, rows in sorted(by_entity.items())], dtype=float)
+    return _percentiles(_resampled(sums, resamples, seed))
+
+
+def paired(
+    before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], side: tuple[str, str], resamples: int, seed: int
+) -> dict[str, Any]:
+    """Return the difference of a rate between two models on the same questions, with its paired 95 % interval."""
+    first, second = (_correct(rows, *side) for rows in (before, after))
+    changes = []
+    for entity, rows in sorted(first.items()):
+        others = dict(second.get(entity, []))
+        same = [others[name] - right for name, right in rows if name in others]
+        changes.append([sum(same), len(same)])
+    sums = np.array(changes, dtype=float)
+    return {"change": round(float(sums[:, 0].sum() / sums[:, 1].sum()), 4), "interval": _percentiles(_resampled(sums, resamples, seed))}
+
+
+def _resampled(sums: npt.NDArray[np.float64], resamples: int, seed: int) -> npt.NDArray[np.float64]:
+    chosen = np.random.default_rng([seed, 5]).integers(len(sums), size=(resamples, len(sums)))
+    totals = sums[chosen].sum(axis=1)  # (resamples, 2): what is counted, out of how many
+    result: npt.NDArray[np.float64] = totals[:, 0] / np.maximum(totals[:, 1], 1)
+    return result
+
+
+def _percentiles(values: npt.NDArray[np.float64]) -> list[float]:
+    return [round(float(value), 4) for value in np.percentile(values, [2.5, 97.5])]
+
+
+if __name__ == "__main__":
+    stage.main("tasks.compare")

@@ -1,0 +1,174 @@
+"""Put one model of the chain before the held-out sheet that every model of the chain answers.
+
+Run as `python -m tasks.evaluate KEY`, KEY one of base, tuned, policy, pruned, int8, encoder, encoder-int8. A decoder
+answers questions about tuned and about held-out entities (greedy, exact match of the extracted answer), replies freely
+(sampled: mean reward and diversity) and is scored on held-out prose; an encoder names what is masked in statements.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from serving.names import rank_names
+from tasks.common import models, stage, tables
+from tasks.common.answers import Extractor, exact_match
+from tasks.common.candidates import Decoder, Encoder, open_decoder, open_encoder
+from tasks.common.scoring import Scorer
+from tasks.common.settings import Settings
+from tasks.common.shards import Split
+from tasks.common.stage import Job
+
+DECODERS = {
+    "base": "data/pretrain/clm/model",
+    "tuned": "data/finetune/model",
+    "policy": "data/ppo/model",
+    "pruned": "data/prune/model",
+    "int8": "data/quantize/policy/model",
+}
+ENCODERS = {"encoder": "data/pretrain/mlm/model", "encoder-int8": "data/quantize/encoder/model"}
+SHEET = {"instructions": "data/validate/instructions", "shards": "data/tokenize/shards", "reward": "data/reward/model"}
+
+INPUTS: dict[str, str] = {}
+KEY_INPUTS = {key: {"model": path, **SHEET} for key, path in DECODERS.items()} | {
+    key: {"model": path, "corpus": "data/validate/corpus"} for key, path in ENCODERS.items()
+}
+OUTPUTS = {"answers": "data/evaluate/{key}/answers"}
+
+
+class Config(Settings):
+    """Settings of the sheet."""
+
+    questions: int = Field(description="Questions about tuned and, as many again, about held-out entities", ge=1)
+    samples: int = Field(description="Sampled replies for mean reward and diversity", ge=2)
+    max_new_tokens: int = Field(description="Longest reply, in tokens", ge=1)
+    temperature: float = Field(description="Temperature of the sampled replies", gt=0)
+    window: int = Field(description="Length of a window of held-out prose, in tokens", ge=16)
+    masked: str = Field(description="Regular expression of the statements whose first name is masked", min_length=1)
+
+
+def run(config: Config, job: Job) -> dict[str, Any]:
+    """Fill in the sheet for the job's model: figures as metrics, every answer as a row."""
+    models.prepare_torch(job.numerics, job.seed)
+    path = job.inputs["model"]
+    rows, figures = _encoder_sheet(config, job, path) if job.key in ENCODERS else _decoder_sheet(config, job, path)
+    _write_answers(rows, job.outputs["answers"])
+    return {"model": job.key, **figures}
+
+
+def _decoder_sheet(config: Config, job: Job, path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    decoder = open_decoder(path, job.numerics)
+    table = tables.read(job.inputs["instructions"]).to_pylist()
+    extractor = Extractor.learn(row for row in table if row["split"] == "train")
+    questions = [*choose(table, "train", config.questions), *choose(table, "heldout", config.questions)]
+    replies = decoder.reply([row["messages"][:-1] for row in questions], config.max_new_tokens, 0.0, job.seed)
+    rows = []
+    for row, reply in zip(questions, replies, strict=True):
+        given = extractor.extract(reply, row["entity"])
+        correct = exact_match(given, row["answer"])
+        rows.append(_row(row, "greedy", reply, given, row["answer"], correct, None))
+    sampled = spread(questions, config.samples)
+    texts = decoder.reply([row["messages"][:-1] for row in sampled], config.max_new_tokens, config.temperature, job.seed)
+    rewards = Scorer.load(job.inputs["reward"], job.numerics).score(texts)
+    for row, text, reward in zip(sampled, texts, rewards, strict=True):
+        rows.append(_row(row, "sampled", text, None, row["answer"], None, round(reward, 5)))
+    mean = sum(rewards) / len(rewards)
+    return rows, {
+        "parameters": decoder.parameters,
+        "bytes": decoder.bytes,
+        "exact_match_tuned": _rate(rows, "train"),
+        "exact_match_heldout": _rate(rows, "heldout"),
+        "perplexity": round(perplexity(decoder, Split.open(job.inputs["shards"] / "heldout"), config.window), 4),
+        "reward_mean": round(mean, 4),
+        "reward_std": round(math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - 1)), 4),
+        "distinct_2": round(distinct(texts, 2), 4),
+    }
+
+
+def _encoder_sheet(config: Config, job: Job, path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    encoder = open_encoder(path, job.numerics)
+    corpus = tables.read(job.inputs["corpus"], "train").to_pylist()
+    names = sorted({name for row in corpus for name in row["names"]})
+    statements = [row for row in corpus if row["names"] and re.fullmatch(config.masked, row["text"])]
+    rows = []
+    for row, text, gold in mask_first_name(statements):
+        best = rank_names(encoder.logits, encoder.tokenizer, text, names, 1)[0][0]
+        rows.append({
+            "id": row["id"], "entity": gold, "split": row["split"], "kind": "masked", "question": text, "reply": best,
+            "given": best, "wanted": gold, "correct": best == gold, "reward": None,
+        })  # fmt: skip
+    right = sum(row["correct"] for row in rows)
+    return rows, {
+        "parameters": encoder.parameters,
+        "bytes": encoder.bytes,
+        "masked_names": round(right / len(rows), 4) if rows else None,
+        "masked_statements": len(rows),
+        "candidates": len(names),
+    }
+
+
+def mask_first_name(statements: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], str, str]]:
+    """Return (row, text with [MASK], hidden name) for statements in which one name comes first and stands once."""
+    result = []
+    for row in statements:
+        first = min(row["names"], key=lambda name: (row["text"].find(name) % 2**31, -len(name)))
+        if row["text"].count(first) == 1:
+            result.append((row, row["text"].replace(first, "[MASK]"), first))
+    return result
+
+
+def choose(table: Sequence[dict[str, Any]], split: str, count: int) -> list[dict[str, Any]]:
+    """Return up to `count` distinct questions of a split that have a short answer, in the order of their ids (hashes)."""
+    distinct_questions: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in sorted((row for row in table if row["split"] == split and row["answer"]), key=lambda row: row["id"]):
+        distinct_questions.setdefault((row["entity"], row["messages"][-2]["content"]), row)
+    return list(distinct_questions.values())[:count]
+
+
+def spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Return `count` rows at even distances, going round again where there are fewer."""
+    step = max(len(rows) / count, 1)
+    return [rows[int(i * step) % len(rows)] for i in range(count)]
+
+
+def perplexity(decoder: Decoder, split: Split, window: int) -> float:
+    """Return exp of the mean negative log-likelihood a token (nats) on held-out prose, window by window."""
+    count = len(split.tokens) // window
+    rows = split.tokens[: count * window].reshape(count, window)
+    return math.exp(sum(decoder.negative_log_likelihood(rows)) / (count * (window - 1)))
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Return the share of distinct word n-grams among all of the texts' n-grams (Li et al. 2016, distinct-n)."""
+    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / max(len(grams), 1)
+
+
+def _rate(rows: Sequence[dict[str, Any]], split: str) -> float | None:
+    chosen = [row["correct"] for row in rows if row["split"] == split and row["kind"] == "greedy"]
+    return round(sum(chosen) / len(chosen), 4) if chosen else None
+
+
+def _row(
+    row: dict[str, Any], kind: str, reply: str, given: str | None, wanted: str, correct: bool | None, reward: float | None
+) -> dict[str, Any]:
+    question = row["messages"][-2]["content"]
+    return {
+        "id": row["id"], "entity": row["entity"], "split": row["split"], "kind": kind, "question": question, "reply": reply,
+        "given": given, "wanted": wanted, "correct": correct, "reward": reward,
+    }  # fmt: skip
+
+
+def _write_answers(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    import pyarrow as pa
+
+    text = [(name, pa.string()) for name in ("id", "entity", "split", "kind", "question", "reply", "given", "wanted")]
+    tables.write(rows, path, pa.schema([*text, ("correct", pa.bool_()), ("reward", pa.float64())]))
+
+
+if __name__ == "__main__":
+    stage.main("tasks.evaluate")

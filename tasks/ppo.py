@@ -1,0 +1,298 @@
+"""Align the tuned model with people's ratings by proximal policy optimization.
+
+Run as `python -m tasks.ppo`. Written to be read beside its sources: Schulman et al. 2017 (PPO, equations 7 and 9),
+Schulman et al. 2016 (GAE, equation 16), Ziegler et al. 2019 (KL reward and its adaptive coefficient, section 2.2),
+Ouyang et al. 2022 (PTX term, equation 2), Huang et al. 2024, arXiv 2403.17031 (the details: whitening, reward at the
+last token, a penalty for replies that do not end).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import Field
+
+from tasks.common import chat, models, sampling, stage, tables
+from tasks.common.scoring import Scorer
+from tasks.common.settings import Settings
+from tasks.common.shards import Split, Windows
+from tasks.common.stage import Job
+from tasks.common.training import History, Optimizer, build_optimizer, rate_at
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+INPUTS = {
+    "model": "data/finetune/model",
+    "reward": "data/reward/model",
+    "instructions": "data/validate/instructions",
+    "shards": "data/tokenize/shards",
+}
+OUTPUTS = {"model": "data/ppo/model", "history": "data/ppo/history.csv"}
+
+
+class Kl(Settings):
+    """How far the policy may move from the tuned model."""
+
+    coefficient: float = Field(description="beta: price of a nat of KL, in rating points", ge=0)
+    target: float = Field(description="KL of a reply (nats) that the coefficient is steered to", gt=0)
+    horizon: float = Field(description="Episodes over which it is steered; 0 keeps it fixed", ge=0)
+
+
+class Ptx(Settings):
+    """Pretraining text in the policy's loss, so that facts are kept."""
+
+    weight: float = Field(description="gamma: weight of the pretraining loss; 0 leaves it out", ge=0)
+    batch: int = Field(description="Windows of statements an update", ge=1)
+    window: int = Field(description="Length of such a window, in tokens", ge=16)
+
+
+class Config(Settings):
+    """Settings of PPO."""
+
+    iterations: int = Field(description="Times that replies are sampled and learnt from", ge=1)
+    episodes: int = Field(description="Replies an iteration", ge=2)
+    minibatch: int = Field(description="Replies an update", ge=1)
+    epochs: int = Field(description="Times that an iteration's replies are gone through", ge=1)
+    max_new_tokens: int = Field(description="Longest reply, in tokens", ge=1)
+    temperature: float = Field(description="Temperature of the sampled replies", gt=0)
+    missing_end_penalty: float = Field(description="Rating points taken from a reply that does not end", ge=0)
+    discount: float = Field(description="gamma of GAE", gt=0, le=1)
+    trace: float = Field(description="lambda of GAE", ge=0, le=1)
+    clip: float = Field(description="epsilon: how far a token's probability ratio may move", gt=0, lt=1)
+    value_clip: float = Field(description="How far a value may move, in rating points", gt=0)
+    value_weight: float = Field(description="Weight of the value loss", ge=0)
+    kl: Kl
+    ptx: Ptx
+    optimizer: Optimizer
+
+
+@dataclass
+class Rollout:
+    """An iteration's replies. Matrices have shape (N, R): N replies, padded on the right to R tokens."""
+
+    ids: "torch.Tensor"  # (N, P + R) prompt, padded on the left, then reply
+    mask: "torch.Tensor"  # (N, P + R)
+    replied: "torch.Tensor"  # (N, R) true at the reply's own tokens
+    logp: "torch.Tensor"  # (N, R) log-probability under the policy that sampled
+    reference: "torch.Tensor"  # (N, R) the same under the tuned model
+    values: "torch.Tensor"  # (N, R)
+    advantages: "torch.Tensor"  # (N, R)
+    returns: "torch.Tensor"  # (N, R)
+
+
+def run(config: Config, job: Job) -> dict[str, Any]:
+    """Train the policy and return its first and last reward, KL and entropy."""
+    import torch
+    from tqdm import tqdm
+
+    device = models.prepare_torch(job.numerics, job.seed)
+    tokenizer = chat.load_tokenizer(job.inputs["model"])
+    policy = models.load_decoder(job.inputs["model"]).to(device)
+    reference = models.load_decoder(job.inputs["model"]).to(device).eval().requires_grad_(False)
+    head = torch.nn.Linear(policy.config.hidden_size, 1).to(device)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    scorer = Scorer.load(job.inputs["reward"], job.numerics)
+    prompts = _prompts(job, tokenizer)
+    windows = Windows(Split.open(job.inputs["shards"] / "train").select(statements=True), config.ptx.window, job.seed)
+    trainer = Trainer(config, job, tokenizer, policy, reference, head, scorer, prompts, windows)
+    history = History(every=1)
+    for iteration in tqdm(range(config.iterations), desc=job.name, mininterval=2):
+        history.add(iteration, trainer.iterate(iteration))
+    models.save(policy, tokenizer, job.outputs["model"])
+    history.write(job.outputs["history"])
+    first, last = history.rows[0], history.rows[-1]
+    return {f"{name}_{when}": row[name] for when, row in (("first", first), ("last", last)) for name in ("reward", "kl", "entropy")}
+
+
+def _prompts(job: Job, tokenizer: "PreTrainedTokenizerFast") -> list[list[int]]:
+    rows = tables.read(job.inputs["instructions"], "train").column("messages").to_pylist()
+    unique = {tuple(chat.encode_prompt(tokenizer, messages[:-1])) for messages in rows}
+    return sorted(map(list, unique))
+
+
+@dataclass
+class Trainer:
+    """Policy, value head and everything they learn from."""
+
+    config: Config
+    job: Job
+    tokenizer: "PreTrainedTokenizerFast"
+    policy: "PreTrainedModel"
+    reference: "PreTrainedModel"
+    head: "torch.nn.Linear"
+    scorer: Scorer
+    prompts: list[list[int]]
+    windows: Windows
+
+    def __post_init__(self) -> None:
+        import torch
+
+        self.trained = torch.nn.ModuleList([self.policy, self.head])
+        self.optimizer = build_optimizer(self.config.optimizer, self.trained)
+        self.beta = self.config.kl.coefficient
+        self.updates = 0
+
+    def iterate(self, iteration: int) -> dict[str, float]:
+        """Sample, score, estimate advantages, update; return the iteration's figures."""
+        rollout, figures = self.sample(iteration)
+        random = np.random.default_rng([self.job.seed, iteration, 2])
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate_at(self.config.optimizer, iteration, self.config.iterations)
+        parts: list[dict[str, float]] = []
+        for _ in range(self.config.epochs):
+            order = random.permutation(len(rollout.ids))
+            for start in range(0, len(order), self.config.minibatch):
+                parts.append(self.update(rollout, order[start : start + self.config.minibatch]))
+        figures |= {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+        figures["beta"] = self.beta
+        self.steer(figures["kl"])
+        return figures
+
+    def sample(self, iteration: int) -> tuple[Rollout, dict[str, float]]:
+        """Return an iteration's replies with all that the updates need, and the figures to watch."""
+        import torch
+
+        config = self.config
+        random = np.random.default_rng([self.job.seed, iteration, 1])
+        prompts = [self.prompts[i] for i in random.choice(len(self.prompts), config.episodes)]
+        # 1. Replies of the policy as it stands.
+        replies = sampling.replies(
+            self.policy, self.tokenizer, prompts, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+            seed=self.job.seed + iteration, numerics=self.job.numerics,
+        )  # fmt: skip
+        # 2. What people would rate them, less a penalty where a reply does not end.
+        ended = torch.tensor([reply[-1] == self.tokenizer.eos_token_id for reply in replies])
+        scores = torch.tensor(self.scorer.score([sampling.decode(self.tokenizer, reply) for reply in replies]))
+        scores = scores - config.missing_end_penalty * ~ended
+        # 3. Log-probabilities and values of every reply token, under the policy and the tuned model.
+        ids, mask, replied = self.assemble(prompts, replies)
+        with torch.no_grad():
+            logp, values, entropy = self.evaluate(self.policy, ids, mask, replied.shape[1])
+            reference, _, _ = self.evaluate(self.reference, ids, mask, replied.shape[1])
+        # 4. Reward of a token: the price of leaving the tuned model, and the score at the last one (Ziegler et al. 2.2).
+        kl = (logp - reference) * replied
+        rewards = -self.beta * kl
+        last = replied.sum(1) - 1
+        rewards[torch.arange(len(last)), last] += scores.to(rewards.device)
+        # 5. Advantages and returns.
+        advantages, returns = gae(rewards, values * replied, replied, config.discount, config.trace)
+        rollout = Rollout(ids, mask, replied, logp, reference, values, whiten(advantages, replied), returns)
+        lengths = replied.sum(1).float()
+        figures = {
+            "reward": scores.mean().item(), "reward_std": scores.std().item(), "kl": kl.sum(1).mean().item(),
+            "entropy": (entropy * replied).sum().item() / replied.sum().item(), "length": lengths.mean().item(),
+            "ended": ended.float().mean().item(),
+        }  # fmt: skip
+        return rollout, figures
+
+    def assemble(
+        self, prompts: Sequence[list[int]], replies: Sequence[list[int]]
+    ) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
+        """Return ids and mask (N, P + R), prompts padded on the left and replies on the right, and the replies' mask (N, R)."""
+        import torch
+
+        fill = self.tokenizer.pad_token_id
+        left, right = chat.pad(prompts, fill, left=True), chat.pad(replies, fill)
+        ids = torch.tensor([[*a, *b] for a, b in zip(left, right, strict=True)], device=self.policy.device)
+        replied = torch.tensor(chat.pad([[True] * len(r) for r in replies], False), device=ids.device)
+        prompted = torch.tensor(chat.pad([[True] * len(p) for p in prompts], False, left=True), device=ids.device)
+        return ids, torch.cat([prompted, replied], 1), replied
+
+    def evaluate(
+        self, model: "PreTrainedModel", ids: "torch.Tensor", mask: "torch.Tensor", width: int
+    ) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
+        """Return log-probability, value and entropy (nats) of the last `width` tokens, each (N, width).
+
+        The token at position t is predicted, and valued, from the state at t - 1. The temperature is the sampler's.
+        """
+        import torch
+
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        with models.autocast(self.job.numerics):
+            states = model.model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
+            states = states.last_hidden_state[:, -width - 1 : -1]  # (N, R, H)
+            logits = model.lm_head(states)  # (N, R, V)
+        distribution = torch.log_softmax(logits.float() / self.config.temperature, dim=-1)
+        logp = distribution.gather(2, ids[:, -width:, None])[..., 0]
+        entropy = -(distribution.exp() * distribution).sum(-1)
+        return logp, self.head(states.float())[..., 0], entropy
+
+    def update(self, rollout: Rollout, rows: "np.ndarray[Any, Any]") -> dict[str, float]:
+        """Take one gradient step on some of the replies and return its figures."""
+        import torch
+
+        config = self.config
+        replied = rollout.replied[rows]
+        logp, values, _ = self.evaluate(self.policy, rollout.ids[rows], rollout.mask[rows], replied.shape[1])
+        # 6. Clipped policy loss (Schulman et al. 2017, equation 7).
+        A = rollout.advantages[rows]
+        ratio = (logp - rollout.logp[rows]).exp()
+        policy_loss = masked_mean(torch.maximum(-A * ratio, -A * ratio.clamp(1 - config.clip, 1 + config.clip)), replied)
+        # 7. Clipped value loss: the worse of the value and the value kept near the old one.
+        old, R = rollout.values[rows], rollout.returns[rows]
+        near = old + (values - old).clamp(-config.value_clip, config.value_clip)
+        value_loss = 0.5 * masked_mean(torch.maximum((values - R).square(), (near - R).square()), replied)
+        # 8. The pretraining term (Ouyang et al. 2022, equation 2).
+        loss = policy_loss + config.value_weight * value_loss
+        ptx_loss = self.ptx_loss() if config.ptx.weight else loss.new_zeros(())
+        loss = loss + config.ptx.weight * ptx_loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained.parameters(), config.optimizer.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.updates += 1
+        clipped = masked_mean(((ratio - 1).abs() > config.clip).float(), replied)
+        names = ("policy_loss", "value_loss", "ptx_loss", "clip_fraction")
+        return dict(zip(names, torch.stack([policy_loss, value_loss, ptx_loss, clipped]).tolist(), strict=True))
+
+    def ptx_loss(self) -> "torch.Tensor":
+        """Return the causal loss (nats a token) on this update's windows of statements."""
+        import torch
+
+        batch = self.windows.batch(self.updates * self.config.ptx.batch, self.config.ptx.batch)
+        ids = torch.from_numpy(batch).to(self.policy.device)  # (B, T)
+        with models.autocast(self.job.numerics):
+            logits = self.policy(input_ids=ids, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+    def steer(self, kl: float) -> None:
+        """Move the KL coefficient towards its target (Ziegler et al. 2019, section 2.2): at most a fifth a horizon."""
+        if self.config.kl.horizon:
+            error = min(max(kl / self.config.kl.target - 1, -0.2), 0.2)
+            self.beta *= 1 + error * self.config.episodes / self.config.kl.horizon
+
+
+def gae(
+    rewards: "torch.Tensor", values: "torch.Tensor", replied: "torch.Tensor", discount: float, trace: float
+) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Return advantages and returns (N, R) by generalized advantage estimation; nothing is earned after a reply's end."""
+    import torch
+
+    advantages = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        next_value = values[:, t + 1] if t + 1 < rewards.shape[1] else torch.zeros_like(following)
+        delta = rewards[:, t] + discount * next_value - values[:, t]
+        following = (delta + discount * trace * following) * replied[:, t]
+        advantages[:, t] = following
+    return advantages, advantages + values
+
+
+def masked_mean(values: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
+    """Return the mean of the values at which the mask holds."""
+    return (values * mask).sum() / mask.sum()
+
+
+def whiten(values: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
+    """Return values shifted and scaled to mean 0 and variance 1 over the mask."""
+    mean = masked_mean(values, mask)
+    variance = masked_mean((values - mean).square(), mask)
+    return (values - mean) * (variance + 1e-8).rsqrt() * mask
+
+
+if __name__ == "__main__":
+    stage.main("tasks.ppo")
