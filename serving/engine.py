@@ -1,0 +1,228 @@
+"""Run the exported models: `TextEngine` answers conversations, `MaskEngine` fills in names. No torch, no transformers.
+
+Both read one plain folder of the package (`policy/`, `encoder/`). The service, the terminal chat and the chain's
+evaluation all use these classes, so what is measured is what answers.
+
+Every request has a generator of its own: with dynamic INT8 the activations of a whole batch share one scale, so that
+an answer worked out in a batch could depend on its neighbours. onnxruntime-genai keeps Python's lock during a step;
+requests that run at once therefore take turns, token by token, each step on all the cores it was given.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from serving import folders, names
+from serving.decoding import Answer, Limits, Sampling
+from serving.errors import InputError, PackageError
+
+if TYPE_CHECKING:
+    import onnxruntime_genai
+    from tokenizers import Tokenizer
+
+Message = Mapping[str, str]
+ROLES = ("system", "user", "assistant")
+
+
+class TextEngine:
+    """A causal model in onnxruntime-genai's format, with its tokenizer and chat template."""
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        config = folders.read_key(folder / "genai_config.json", "model")
+        limits = folder / "limits.json"
+        self.limits = Limits(folders.read_key(limits, "context"), folders.read_key(limits, "max_new_tokens"))
+        self.tokenizer = folders.load_tokenizer(folder)
+        ends = config["eos_token_id"]
+        self.ends = tuple(ends) if isinstance(ends, list) else (ends,)
+        self.begin: int = config["bos_token_id"]
+        self.padding: int = config["pad_token_id"]
+        self._template = folders.required(folder / "chat_template.jinja").read_text(encoding="utf-8")
+        self._model = folders.load_genai(folder, threads)
+
+    @cached_property
+    def _render(self) -> Callable[..., str]:
+        """The chat template, compiled as Transformers compiles it."""
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse_turns
+        environment.globals["bos_token"] = self.tokenizer.id_to_token(self.begin)
+        environment.globals["eos_token"] = self.tokenizer.id_to_token(self.ends[0])
+        return environment.from_string(self._template).render
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Return the prompt's token ids: the conversation as the chat template writes it, open for an answer."""
+        check_messages(messages)
+        for message in messages:
+            folders.refuse_reserved(self.tokenizer, message["content"], "content")
+        text = self._render(messages=list(messages), add_generation_prompt=True)
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def start(self, messages: Sequence[Message], sampling: Sampling | None = None) -> Answer:
+        """Check a conversation and begin to answer it; iterate over the result for pieces of text as they come."""
+        sampling = sampling or Sampling()
+        prompt = self.encode(messages)
+        room = self.limits.room(len(prompt), sampling.max_new_tokens)
+        tokens = self._greedy(prompt, room) if sampling.temperature == 0 else self._drawn(prompt, room, sampling)
+        return Answer(self.tokenizer, self._until_end(tokens), room, len(prompt), sampling.stop)
+
+    def generate(self, messages: Sequence[Message], sampling: Sampling | None = None) -> Answer:
+        """Answer a conversation and return when the answer is complete."""
+        return self.start(messages, sampling).finish()
+
+    def generate_batch(
+        self, conversations: Sequence[Sequence[Message]], max_new_tokens: int | None = None, batch: int = 16
+    ) -> list[Answer]:
+        """Answer many conversations greedily, `batch` at a time; the answers stand in the conversations' order.
+
+        `batch=1` answers exactly as the service does. More is faster, and an INT8 answer may then differ from the one
+        that the same question gets alone (see the module's docstring).
+        """
+        prompts = [self.encode(messages) for messages in conversations]
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        answers: dict[int, Answer] = {}
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
+            room = self.limits.room(len(prompts[chosen[-1]]), max_new_tokens)
+            rows = self._greedy_rows([prompts[index] for index in chosen], room)
+            for index, row in zip(chosen, rows, strict=True):
+                answers[index] = Answer(self.tokenizer, self._until_end(iter(row)), room, len(prompts[index])).finish()
+        return [answers[index] for index in range(len(prompts))]
+
+    def _generator(self, prompts: Sequence[Sequence[int]], room: int) -> "onnxruntime_genai.Generator":
+        import onnxruntime_genai
+
+        width = max(map(len, prompts))
+        # Padded on the right: onnxruntime-genai takes padding on the left for text, without a word.
+        padded = [[*prompt, *[self.padding] * (width - len(prompt))] for prompt in prompts]
+        params = onnxruntime_genai.GeneratorParams(self._model)
+        params.set_search_options(batch_size=len(prompts), max_length=width + room, do_sample=False)
+        generator = onnxruntime_genai.Generator(self._model, params)
+        generator.append_tokens(np.array(padded, np.int32))
+        return generator
+
+    def _greedy(self, prompt: Sequence[int], room: int) -> Iterator[int]:
+        generator = self._generator([prompt], room)
+        for _ in range(room):
+            generator.generate_next_token()
+            yield int(generator.get_next_tokens()[0])
+
+    def _drawn(self, prompt: Sequence[int], room: int, sampling: Sampling) -> Iterator[int]:
+        generator, draw = self._generator([prompt], room), sampling.generator()
+        for left in range(room, 0, -1):
+            logits = np.asarray(generator.get_logits())
+            token = sampling.pick(logits.reshape(-1, logits.shape[-1])[-1], draw)
+            yield token
+            if left > 1:
+                generator.append_tokens(np.array([token], np.int32))
+
+    def _greedy_rows(self, prompts: Sequence[Sequence[int]], room: int) -> list[list[int]]:
+        generator = self._generator(prompts, room)
+        width = max(map(len, prompts))
+        for _ in range(room):
+            if generator.is_done():
+                break
+            generator.generate_next_token()
+        return [[int(token) for token in generator.get_sequence(row)[width:]] for row in range(len(prompts))]
+
+    def _until_end(self, tokens: Iterator[int]) -> Iterator[int]:
+        """Yield tokens up to the end of the answer; a row that ended before its batch goes on with padding."""
+        for token in tokens:
+            if token in self.ends or token == self.padding:
+                return
+            yield token
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Refuse a conversation that no answer can follow."""
+    if not messages:
+        raise InputError("The conversation is empty: send at least one user message.", field="messages")
+    for at, message in enumerate(messages, 1):
+        if message["role"] not in ROLES:
+            known = ", ".join(ROLES)
+            raise InputError(f'Message {at} has the role "{message["role"]}"; known are {known}.', field="messages")
+        if not message["content"].strip():
+            raise InputError(f"Message {at} is empty: write something in it.", field="messages")
+    if messages[-1]["role"] != "user":
+        raise InputError("The last message must be the user's: it is the one that gets answered.", field="messages")
+
+
+def _refuse_turns(message: str) -> None:
+    """What chat templates call when they cannot write a conversation."""
+    raise InputError(f"The model's chat template refuses this conversation: {message}", field="messages")
+
+
+@dataclass(frozen=True)
+class NameScore:
+    """One candidate for a mask, with its probability among all candidates."""
+
+    name: str
+    score: float
+
+
+class MaskEngine:
+    """A masked model in ONNX format and the names that it may put in the place of a mask."""
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        self.tokenizer = folders.load_tokenizer(folder)
+        self.context: int = folders.read_key(folder / "limits.json", "context")
+        self.codec = codec_of(self.tokenizer)
+        self.candidates = names.Candidates(folders.read_json(folder / "names.json"), self.codec)
+        self._session = folders.load_onnx(folder / "model.onnx", threads)
+        self._inputs = [entry.name for entry in self._session.get_inputs()]
+
+    def logits(self, ids: names.Ints, mask: names.Ints) -> names.Floats:
+        """Run the encoder: (rows, tokens) -> (rows, tokens, vocabulary)."""
+        feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        return np.asarray(self._session.run(["logits"], {name: feeds[name] for name in self._inputs})[0])
+
+    def fill(self, text: str, top: int = 5) -> list[list[NameScore]]:
+        """Return, for each [MASK] of a text in order, the `top` best names."""
+        folders.refuse_reserved(self.tokenizer, text, "input", allowed=names.MASK)
+        return self._best(names.slots(text, self.codec), self.candidates, top)
+
+    def rank(self, texts: Sequence[str], among: Sequence[str] | None = None) -> list[list[NameScore]]:
+        """Order all names, best first, for many texts with one [MASK] each; `among` replaces the package's names."""
+        candidates = self.candidates if among is None else names.Candidates(among, self.codec)
+        places = [names.slots(text, self.codec) for text in texts]
+        for text, found in zip(texts, places, strict=True):
+            if len(found) != 1:
+                raise InputError(f"Ranking takes texts with one {names.MASK}; {text!r} has {len(found)}.")
+        return self._best([found[0] for found in places], candidates, len(candidates.names))
+
+    def _best(self, places: Sequence[names.Slot], candidates: names.Candidates, top: int) -> list[list[NameScore]]:
+        for place in places:
+            self._check_length(place, candidates.longest(place.spaced))
+        scores = names.probabilities(names.log_scores(self.logits, self.codec, candidates, places))
+        orders = np.argsort(-scores, axis=-1, kind="stable")[:, :top]
+        return [
+            [NameScore(candidates.names[index], float(row[index])) for index in order]
+            for row, order in zip(scores, orders, strict=True)
+        ]
+
+    def _check_length(self, place: names.Slot, longest: int) -> None:
+        found = len(place.row(self.codec, longest))
+        if found > self.context:
+            raise InputError(
+                f"The input is too long: with room for the longest name it has {found} tokens, and {self.context} are "
+                "allowed. Shorten it.",
+                code="context_length_exceeded",
+            )
+
+
+def codec_of(tokenizer: "Tokenizer") -> names.Codec:
+    """Return how the encoder reads text, by the names of the chain's special tokens."""
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    ids = {token: tokenizer.token_to_id(token) for token in (names.BEGIN, names.END, names.MASK)}
+    if missing := [token for token, found in ids.items() if found is None]:
+        raise PackageError(f"The encoder's tokenizer lacks {' and '.join(missing)}. {folders.REMEDY}")
+    return names.Codec(encode, begin=ids[names.BEGIN], end=ids[names.END], mask=ids[names.MASK])

@@ -1,0 +1,56 @@
+"""Find and open the package that is served: a plain folder with the exported models and what they were made from.
+
+`BESSEMER_PACKAGE` names the folder; without it, it is `data/package` beside this code, in the repository as inside a
+Bento, which carries a copy of it at the same place.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from serving import folders
+from serving.engine import MaskEngine, TextEngine
+from serving.errors import PackageError
+
+VARIABLE = "BESSEMER_PACKAGE"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Package:
+    """An opened package: its tag, where its models came from, and the engines, each loaded when first used."""
+
+    folder: Path
+    tag: str
+    provenance: dict[str, Any]
+
+    @cached_property
+    def text(self) -> TextEngine:
+        """The policy: it answers conversations."""
+        return TextEngine(self.folder / "policy")
+
+    @cached_property
+    def masks(self) -> MaskEngine:
+        """The encoder: it fills in names."""
+        return MaskEngine(self.folder / "encoder")
+
+
+def package_folder() -> Path:
+    """Return the folder that is served, whether or not it is there."""
+    chosen = os.environ.get(VARIABLE)
+    return Path(chosen).resolve() if chosen else ROOT / "data" / "package"
+
+
+def open_package(folder: Path | None = None) -> Package:
+    """Open a package; without a folder, the one that is served here."""
+    folder = folder or package_folder()
+    if not folder.is_dir():
+        chosen = f" ({VARIABLE} names it)" if os.environ.get(VARIABLE) else ""
+        raise PackageError(f"There is no package at {folder}{chosen}. Run `bessemer run` to make one.")
+    provenance = folders.read_json(folder / "provenance.json")
+    tag = folders.read_key(folder / "provenance.json", "model")
+    for name in ("policy/model.onnx", "encoder/model.onnx"):
+        folders.required(folder / name)
+    return Package(folder, tag, provenance)
