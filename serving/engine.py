@@ -9,7 +9,6 @@ requests that run at once therefore take turns, token by token, each step on all
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,11 +17,10 @@ import numpy as np
 
 from serving import folders, names
 from serving.decoding import Answer, Limits, Sampling
-from serving.errors import InputError, PackageError
+from serving.errors import InputError
 
 if TYPE_CHECKING:
     import onnxruntime_genai
-    from tokenizers import Tokenizer
 
 Message = Mapping[str, str]
 ROLES = ("system", "user", "assistant")
@@ -76,13 +74,23 @@ class TextEngine:
         return self.start(messages, sampling).finish()
 
     def generate_batch(
-        self, conversations: Sequence[Sequence[Message]], max_new_tokens: int | None = None, batch: int = 16
+        self,
+        conversations: Sequence[Sequence[Message]],
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch: int = 16,
     ) -> list[Answer]:
-        """Answer many conversations greedily, `batch` at a time; the answers stand in the conversations' order.
+        """Answer many conversations; the answers stand in the conversations' order.
 
-        `batch=1` answers exactly as the service does. More is faster, and an INT8 answer may then differ from the one
-        that the same question gets alone (see the module's docstring).
+        Greedy answers come `batch` at a time. `batch=1` answers exactly as the service does; more is faster, and an
+        INT8 answer may then differ from the one that the same question gets alone (see the module's docstring). Drawn
+        answers come one by one, each with a seed of its own made from `seed` and its place.
         """
+        if temperature > 0:
+            seeds = (seed * 1_000_003 + at for at in range(len(conversations)))
+            draws = [Sampling(max_new_tokens, temperature, seed=each) for each in seeds]
+            return [self.generate(messages, draw) for messages, draw in zip(conversations, draws, strict=True)]
         prompts = [self.encode(messages) for messages in conversations]
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         answers: dict[int, Answer] = {}
@@ -157,21 +165,13 @@ def _refuse_turns(message: str) -> None:
     raise InputError(f"The model's chat template refuses this conversation: {message}", field="messages")
 
 
-@dataclass(frozen=True)
-class NameScore:
-    """One candidate for a mask, with its probability among all candidates."""
-
-    name: str
-    score: float
-
-
 class MaskEngine:
     """A masked model in ONNX format and the names that it may put in the place of a mask."""
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         self.tokenizer = folders.load_tokenizer(folder)
         self.context: int = folders.read_key(folder / "limits.json", "context")
-        self.codec = codec_of(self.tokenizer)
+        self.codec = names.codec_of(self.tokenizer)
         self.candidates = names.Candidates(folders.read_json(folder / "names.json"), self.codec)
         self._session = folders.load_onnx(folder / "model.onnx", threads)
         self._inputs = [entry.name for entry in self._session.get_inputs()]
@@ -181,29 +181,22 @@ class MaskEngine:
         feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
         return np.asarray(self._session.run(["logits"], {name: feeds[name] for name in self._inputs})[0])
 
-    def fill(self, text: str, top: int = 5) -> list[list[NameScore]]:
+    def fill(self, text: str, top: int = 5) -> list[list[names.NameScore]]:
         """Return, for each [MASK] of a text in order, the `top` best names."""
         folders.refuse_reserved(self.tokenizer, text, "input", allowed=names.MASK)
         return self._best(names.slots(text, self.codec), self.candidates, top)
 
-    def rank(self, texts: Sequence[str], among: Sequence[str] | None = None) -> list[list[NameScore]]:
+    def rank(self, texts: Sequence[str], among: Sequence[str] | None = None) -> list[list[names.NameScore]]:
         """Order all names, best first, for many texts with one [MASK] each; `among` replaces the package's names."""
         candidates = self.candidates if among is None else names.Candidates(among, self.codec)
-        places = [names.slots(text, self.codec) for text in texts]
-        for text, found in zip(texts, places, strict=True):
-            if len(found) != 1:
-                raise InputError(f"Ranking takes texts with one {names.MASK}; {text!r} has {len(found)}.")
-        return self._best([found[0] for found in places], candidates, len(candidates.names))
+        return self._best([names.only_slot(text, self.codec) for text in texts], candidates, len(candidates.names))
 
-    def _best(self, places: Sequence[names.Slot], candidates: names.Candidates, top: int) -> list[list[NameScore]]:
+    def _best(
+        self, places: Sequence[names.Slot], candidates: names.Candidates, top: int
+    ) -> list[list[names.NameScore]]:
         for place in places:
             self._check_length(place, candidates.longest(place.spaced))
-        scores = names.probabilities(names.log_scores(self.logits, self.codec, candidates, places))
-        orders = np.argsort(-scores, axis=-1, kind="stable")[:, :top]
-        return [
-            [NameScore(candidates.names[index], float(row[index])) for index in order]
-            for row, order in zip(scores, orders, strict=True)
-        ]
+        return names.best(names.log_scores(self.logits, self.codec, candidates, places), candidates, top)
 
     def _check_length(self, place: names.Slot, longest: int) -> None:
         found = len(place.row(self.codec, longest))
@@ -213,16 +206,3 @@ class MaskEngine:
                 "allowed. Shorten it.",
                 code="context_length_exceeded",
             )
-
-
-def codec_of(tokenizer: "Tokenizer") -> names.Codec:
-    """Return how the encoder reads text, by the names of the chain's special tokens."""
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
-
-    ids = {token: tokenizer.token_to_id(token) for token in (names.BEGIN, names.END, names.MASK)}
-    if missing := [token for token, found in ids.items() if found is None]:
-        raise PackageError(f"The encoder's tokenizer lacks {' and '.join(missing)}. {folders.REMEDY}")
-    return names.Codec(encode, begin=ids[names.BEGIN], end=ids[names.END], mask=ids[names.MASK])

@@ -10,12 +10,15 @@ Several masks in one text are filled each by itself: the others stay one mask to
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from serving.errors import InputError
+from serving.errors import InputError, PackageError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 BEGIN, END, MASK = "<|bos|>", "<|end|>", "[MASK]"
 
@@ -23,6 +26,13 @@ Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
 Logits = Callable[[Ints, Ints], Floats]  # ids, attention mask: (rows, tokens) -> (rows, tokens, vocabulary)
 Encode = Callable[[str], Sequence[int]]  # text -> token ids, no special tokens added
+
+
+class NameScore(NamedTuple):
+    """One candidate for a mask, with its probability among all candidates."""
+
+    name: str
+    score: float
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,19 @@ class Codec:
     begin: int
     end: int
     mask: int
+
+
+def codec_of(tokenizer: "Tokenizer") -> Codec:
+    """Return how the encoder reads text, by the names of the chain's special tokens."""
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    ids = {token: tokenizer.token_to_id(token) for token in (BEGIN, END, MASK)}
+    if missing := [token for token, found in ids.items() if found is None]:
+        raise PackageError(f"The encoder's tokenizer lacks {' and '.join(missing)}.")
+    return Codec(encode, begin=ids[BEGIN], end=ids[END], mask=ids[MASK])
 
 
 @dataclass(frozen=True)
@@ -82,6 +105,14 @@ def slots(text: str, codec: Codec) -> list[Slot]:
         example = f"The capital of {MASK} is Paris."
         raise InputError(f'The input has no {MASK}: write one where the name belongs, as in "{example}"')
     return [_slot(pieces, at, codec) for at in range(1, len(pieces))]
+
+
+def only_slot(text: str, codec: Codec) -> Slot:
+    """Return the slot of a text that must have one [MASK]."""
+    found = slots(text, codec)
+    if len(found) > 1:
+        raise InputError(f"Ranking takes texts with one {MASK}; {text!r} has {len(found)}.")
+    return found[0]
 
 
 def _slot(pieces: Sequence[str], at: int, codec: Codec) -> Slot:
@@ -139,3 +170,28 @@ def log_softmax(values: Floats) -> Floats:
 def probabilities(scores: Floats) -> Floats:
     """Turn log-scores into probabilities over the candidates: they sum to 1 along the last axis."""
     return np.exp(log_softmax(scores))
+
+
+def best(scores: Floats, candidates: Candidates, top: int) -> list[list[NameScore]]:
+    """Return the `top` names of every slot, best first, from log-scores (slots, names)."""
+    shares = probabilities(scores)
+    orders = np.argsort(-scores, axis=-1, kind="stable")[:, :top]
+    return [
+        [NameScore(candidates.names[index], float(row[index])) for index in order]
+        for row, order in zip(shares, orders, strict=True)
+    ]
+
+
+def rank_texts(
+    logits: Logits, tokenizer: "Tokenizer", texts: Sequence[str], among: Sequence[str], top: int
+) -> list[list[NameScore]]:
+    """Return the `top` names for the one [MASK] of each text, best first, with any model."""
+    codec = codec_of(tokenizer)
+    candidates = Candidates(among, codec)
+    places = [only_slot(text, codec) for text in texts]
+    return best(log_scores(logits, codec, candidates, places), candidates, top)
+
+
+def rank_names(logits: Logits, tokenizer: "Tokenizer", text: str, among: Sequence[str], top: int) -> list[NameScore]:
+    """Return the `top` names for the one [MASK] of a text; for many texts `rank_texts` is much faster."""
+    return rank_texts(logits, tokenizer, [text], among, top)[0]

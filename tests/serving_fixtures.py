@@ -95,22 +95,21 @@ def _tokenizer() -> "Tokenizer":
 def _policy(tokenizer: "Tokenizer", folder: Path) -> dict[str, Any]:
     """Train, export and quantize the decoder; return the config by which onnxruntime-genai runs it."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=tokenizer.get_vocab_size(),
-            intermediate_size=160,
-            max_position_embeddings=CONTEXT,
-            bos_token_id=ids[BOS],
-            eos_token_id=ids[END],
-            pad_token_id=ids[PAD],
-            tie_word_embeddings=True,
-            **shape,
-        )
+    model = _new(
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        vocab_size=tokenizer.get_vocab_size(),
+        intermediate_size=160,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=ids[BOS],
+        eos_token_id=ids[END],
+        pad_token_id=ids[PAD],
+        tie_word_embeddings=True,
+        **shape,
     )
     prompts = [tokenizer.encode(f"{BOS}<|user|>{question(name)}{END}<|assistant|>").ids for name in CAPITALS]
     answers = [tokenizer.encode(f"{answer(name)}{END}").ids for name in CAPITALS]
@@ -145,20 +144,19 @@ def _policy(tokenizer: "Tokenizer", folder: Path) -> dict[str, Any]:
 def _encoder(tokenizer: "Tokenizer", folder: Path) -> None:
     """Train an encoder to name the country of each capital, whole names masked; export and quantize it."""
     import torch
-    from transformers import BertConfig, BertForMaskedLM
 
     torch.manual_seed(0)
-    model = BertForMaskedLM(
-        BertConfig(
-            vocab_size=tokenizer.get_vocab_size(),
-            hidden_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=128,
-            max_position_embeddings=CONTEXT,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
+    model = _new(
+        "BertForMaskedLM",
+        "BertConfig",
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=CONTEXT,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     begin, end, mask_id = (tokenizer.token_to_id(token) for token in (BOS, END, MASK))
     rows, labels = [], []
@@ -171,6 +169,13 @@ def _encoder(tokenizer: "Tokenizer", folder: Path) -> None:
     targets, _ = _rows(labels, -100)
     _fit(model, {"input_ids": inputs, "attention_mask": mask, "labels": targets})
     _export(model, "ORTModelForMaskedLM", folder)
+
+
+def _new(kind: str, config: str, **shape: Any) -> Any:
+    """Return a model with fresh weights."""
+    import transformers
+
+    return getattr(transformers, kind)(getattr(transformers, config)(**shape))
 
 
 def _rows(rows: list[list[int]], fill: int) -> tuple["Tensor", "Tensor"]:
@@ -207,7 +212,8 @@ def _export(model: Any, exporter: str, folder: Path) -> None:
     scheme = AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=True)
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(f"{scratch}/torch")
-        getattr(onnxruntime, exporter).from_pretrained(f"{scratch}/torch", export=True).save_pretrained(f"{scratch}/onnx")
+        exported = getattr(onnxruntime, exporter).from_pretrained(f"{scratch}/torch", export=True)
+        exported.save_pretrained(f"{scratch}/onnx")
         quantizer = onnxruntime.ORTQuantizer.from_pretrained(f"{scratch}/onnx", file_name="model.onnx")
         quantizer.quantize(save_dir=f"{scratch}/int8", quantization_config=scheme)
         (folder / "model.onnx").write_bytes(Path(scratch, "int8/model_quantized.onnx").read_bytes())
