@@ -132,8 +132,8 @@ def settle(
                 _refuse(reading, fact, reason)
             else:
                 if named.key in held:
-                    earlier = held[named.key]
-                    _refuse(origin[earlier.source], earlier, f"overridden by source {fact.source}: {fact.value or 'left out'}")
+                    earlier, now = held[named.key], fact.value or "left out"
+                    _refuse(origin[earlier.source], earlier, f"overridden by source {fact.source}: {now}")
                 held[named.key] = named
     return sorted(_without_clashes(held.values(), wordings, origin), key=lambda fact: fact.key)
 
@@ -209,8 +209,9 @@ def corpus(
             if row["id"] in rows:
                 reading.refuse(text, "the same text came before")
             rows.setdefault(row["id"], row)
-    for group in groups:
-        if _group_split(group, config) == "train" and draw.share(config.salt, "prose", group[0].text) < config.ratings.in_corpus:
+    training = (group for group in groups if _group_split(group, config) == "train")
+    for group in training:
+        if draw.share(config.salt, "prose", group[0].text) < config.ratings.in_corpus:
             for rated in group:
                 row = _prose(rated.text, rated.source, rated.licence, config)
                 rows.setdefault(row["id"], row)
@@ -223,7 +224,9 @@ def _prose(text: str, source: str, licence: str, config: Config) -> dict[str, An
     return {"id": identifier, "text": text, "names": [], "source": source, "licence": licence, "split": where}
 
 
-def instructions(config: Config, readings: list[Reading], known: list[Fact], wordings: Wordings) -> list[dict[str, Any]]:
+def instructions(
+    config: Config, readings: list[Reading], known: list[Fact], wordings: Wordings
+) -> list[dict[str, Any]]:
     """Return the chats about the facts and those that sources bring; only what differs is kept."""
     rows = {row["id"]: row for row in facts.instruction_rows(known, wordings, config.heldout.entities, config.salt)}
     return list(_with_given("instructions", rows, readings, config.heldout.entities, config.salt).values())

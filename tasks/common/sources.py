@@ -57,7 +57,9 @@ class Dataset(Named):
     """A Hugging Face dataset: on the hub at a pinned revision, or files in a format that `datasets` reads."""
 
     kind: Literal["dataset"]
-    path: str = Field(description="Hub name, builder (csv, json, parquet, text) or ./folder under data/sources/", min_length=1)
+    path: str = Field(
+        description="Hub name, builder (csv, json, parquet, text) or ./folder in data/sources/", min_length=1
+    )
     config: str | None = Field(description="Configuration of the dataset; null for its only one")
     data_files: list[str] = Field(description="Files under data/sources/ for a builder; else empty")
     split: str = Field(description="Split of the dataset to read", min_length=1)
@@ -95,7 +97,7 @@ Source = Annotated[Package | Files | Dataset | Rankings, Field(discriminator="ki
 
 
 def read_source(source: Source, folder: Path) -> Reading:
-    """Read one source; `folder` is data/sources. Raise StageError with its name, what was expected and what was found."""
+    """Read one source; `folder` is data/sources. Raise StageError with its name, what was expected and what found."""
     opened: dict[type, Callable[[Any, Path], Reading]] = {
         Package: _package, Files: _files, Dataset: _dataset, Rankings: _rankings
     }  # fmt: skip
@@ -110,8 +112,8 @@ def _package(source: Package, folder: Path) -> Reading:
         readers.READERS[source.reader](found, reading)
     except (KeyError, ValueError, TypeError) as error:
         raise StageError(
-            f"source {source.name}: expected members that the reader {source.reader!r} understands, found "
-            f"{len(found)} members of {path.name} in another form ({type(error).__name__}: {error}). Mend `reader` or `members`."
+            f"source {source.name}: expected members that the reader {source.reader!r} understands, found {len(found)} "
+            f"members of {path.name} in another form ({type(error).__name__}: {error}); mend `reader` or `members`."
         ) from error
     return _limited(reading, source.limit)
 
@@ -147,7 +149,8 @@ def _text_rows(source: Files, path: Path) -> Iterable[tuple[int, Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise StageError(f"source {source.name}: expected UTF-8 text in {path}, found byte {error.start} otherwise.") from error
+        told = f"source {source.name}: expected UTF-8 text in {path}, found something else at byte {error.start}."
+        raise StageError(told) from error
     if source.format == "txt":
         return [(0, {"text": paragraph}) for paragraph in readers.paragraphs(text)]
     if source.format == "csv":
@@ -170,16 +173,17 @@ def _parquet(name: str, path: Path, table: str) -> list[tuple[int, Any]]:
 
 
 def _columns(name: str, path: Path, table: str, found: set[str]) -> None:
-    missing = sorted(rows.REQUIRED[table] - found)
-    if missing:
+    required = rows.REQUIRED[table]
+    if required - found:
+        wanted, got, missing = (", ".join(sorted(columns)) or "none" for columns in (required, found, required - found))
         raise StageError(
-            f"source {name}: {path} does not have the schema of {table}. Expected the columns "
-            f"{', '.join(sorted(rows.REQUIRED[table]))}; found {', '.join(sorted(found)) or 'none'}. Missing: {', '.join(missing)}."
+            f"source {name}: {path} does not have the schema of {table}. Expected the columns {wanted}; found {got}. "
+            f"Missing: {missing}."
         )
 
 
 def _take(table: str, found: Iterable[tuple[int, Any]], reading: Reading, path: Path) -> None:
-    """Take rows; a bad one is refused with its line. A file in which no row fits has another schema, and stops the run."""
+    """Take rows; a bad one is refused with its line. Where none fits, the file has another schema: the run stops."""
     count, first = 0, ""
     for line, row in found:
         count += 1
@@ -209,14 +213,15 @@ def _dataset(source: Dataset, folder: Path) -> Reading:
     from datasets import load_dataset
 
     path = str(folder / source.path) if source.path.startswith("./") else source.path
-    files = [str(folder / name) for name in source.data_files] or None
-    absent = [name for name in [*(files or []), *([path] if source.path.startswith("./") else [])] if not Path(name).exists()]
+    files = [str(folder / name) for name in source.data_files]
+    local = [*files, path] if source.path.startswith("./") else files
+    absent = [name for name in local if not Path(name).exists()]
     if absent:
         raise StageError(f"source {source.name}: expected {', '.join(absent)}, found nothing there.")
     try:
         data = load_dataset(
-            path, source.config, data_files=files, split=source.split, revision=source.revision, streaming=source.streaming,
-            cache_dir=DATASETS_CACHE,
+            path, source.config, data_files=files or None, split=source.split, revision=source.revision,
+            streaming=source.streaming, cache_dir=DATASETS_CACHE,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as error:
         raise StageError(
@@ -233,7 +238,8 @@ def _dataset(source: Dataset, folder: Path) -> Reading:
     if source.limit is not None and not source.streaming:
         taken = data.select(range(min(source.limit, len(data))))
     renamed = [{column: row[found] for column, found in source.columns.items()} for row in taken]
-    reading = Reading(source.name, source.licence, draw.digest(*(json.dumps(row, sort_keys=True, default=str) for row in renamed)))
+    content = draw.digest(*(json.dumps(row, sort_keys=True, default=str) for row in renamed))
+    reading = Reading(source.name, source.licence, content)
     _take(source.table, enumerate(renamed, 1), reading, Path(source.path))
     return reading
 
@@ -241,7 +247,9 @@ def _dataset(source: Dataset, folder: Path) -> Reading:
 def _rankings(source: Rankings, folder: Path) -> Reading:
     path = folder / source.path
     if not path.is_dir():
-        raise StageError(f"source {source.name}: expected a folder at {path}, found none. Make it (it may be empty) or mend `path`.")
+        raise StageError(
+            f"source {source.name}: expected a folder at {path} (it may be empty), found none; mend `path`."
+        )
     files = sorted(path.glob("*.parquet"))
     reading = Reading(source.name, source.licence, draw.digest(*(identity.file_hash(file) for file in files)))
     for file in files:

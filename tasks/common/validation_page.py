@@ -1,0 +1,125 @@
+"""The template of the validation report. It is Python, not a loose file, so that it enters the stage's code hash."""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Bessemer: validation of the data</title>
+<style>
+:root { --ground: #faf9f6; --card: #ffffff; --ink: #1f2328; --soft: #5d6570; --rule: #dedbd3; --steel: #3b6ea5;
+  --pale: #b9cfe6; --good: #2c7a4b; --bad: #b3261e; color-scheme: light dark; }
+@media (prefers-color-scheme: dark) {
+  :root { --ground: #15171a; --card: #1d2024; --ink: #e6e4df; --soft: #a2a8b0; --rule: #343941; --steel: #7fb0e4;
+    --pale: #3a526d; --good: #6cc08b; --bad: #ff8a80; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 62rem; padding: 2.5rem 1.25rem 4rem; background: var(--ground); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.25rem; margin: 0 0 .2rem; }
+h3 { font-size: .95rem; margin: 1.4rem 0 .4rem; } p { margin: .2rem 0 .6rem; } .soft { color: var(--soft); }
+.good { color: var(--good); } .bad { color: var(--bad); } .strong { font-weight: 650; }
+section { background: var(--card); border: 1px solid var(--rule); border-radius: 10px;
+  padding: 1.2rem 1.4rem; margin-top: 1.4rem; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; }
+th { text-align: left; font-weight: 600; color: var(--soft); }
+th, td { padding: .3rem .8rem .3rem 0; vertical-align: top; border-bottom: 1px solid var(--rule); }
+tr:last-child td { border-bottom: 0; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.verdict { width: 5.5rem; white-space: nowrap; } td.seen { color: var(--soft); text-align: right; }
+.bar { display: flex; height: .8rem; width: 100%; min-width: 8rem; margin-top: .35rem; }
+.bar i { display: block; background: var(--steel); } .bar i + i { background: var(--pale); }
+.key { display: inline-block; width: .7rem; height: .7rem; margin: 0 .3rem 0 .9rem; background: var(--steel); }
+.key.second { background: var(--pale); }
+ul.rows { margin: .3rem 0; padding: 0; list-style: none; font: .84rem/1.5 ui-monospace, monospace;
+  overflow-wrap: anywhere; }
+ul.rows li { padding: .25rem 0 .25rem .8rem; border-left: 3px solid var(--rule); margin-bottom: .35rem; }
+summary { cursor: pointer; font-weight: 600; margin-top: 1.2rem; }
+nav a { margin-right: 1rem; } a { color: var(--steel); }
+.scroll { overflow-x: auto; }
+</style>
+</head>
+<body>
+<h1>Validation of the data</h1>
+<p>
+{% if empty %}
+<span class="bad strong">✗ Nothing is left of {{ empty|join(", ") }}; the run stopped here.</span>
+{% endif %}
+{% if failed %}
+<span class="bad strong">✗ {{ failed }} of {{ checked }} expectations are not met; the run stopped here.</span>
+{% elif not empty %}
+<span class="good strong">✓ All {{ checked }} expectations are met.</span>
+{% endif %}
+{{ refused|thousands }} {{ "row was" if refused == 1 else "rows were" }} refused and kept aside with the reason.
+</p>
+{% if failed %}
+<ul>
+{% for item in summaries %}{% for verdict in item.verdicts if not verdict.success %}
+<li><a href="#{{ item.table }}">{{ item.table }}</a>: expected that {{ verdict.says }};
+found {{ verdict.observed }}</li>
+{% endfor %}{% endfor %}
+</ul>
+{% endif %}
+<nav>{% for item in summaries %}<a href="#{{ item.table }}">{{ item.table }}</a>{% endfor %}</nav>
+<section>
+<div class="scroll"><table>
+<tr><th></th><th class="number" colspan="3">rows</th>
+<th class="number" colspan="3">characters of a row</th><th></th></tr>
+<tr><th>table</th><th class="number">read</th><th class="number">kept</th><th class="number">refused</th>
+<th class="number">shortest</th><th class="number">mean</th><th class="number">longest</th>
+<th class="number">expectations met</th></tr>
+{% for item in summaries %}
+<tr><td>{{ item.table }}</td>
+<td class="number">{{ item.read|thousands }}</td><td class="number">{{ item.kept|thousands }}</td>
+<td class="number">{{ item.refused|thousands }}</td>
+<td class="number">{{ item.characters.shortest|thousands }}</td>
+<td class="number">{{ item.characters.mean|thousands }}</td>
+<td class="number">{{ item.characters.longest|thousands }}</td>
+<td class="number {{ 'bad' if item.failed else 'good' }}">
+{{ item.verdicts|length - item.failed }} of {{ item.verdicts|length }}</td></tr>
+{% endfor %}
+</table></div>
+<p class="soft">Rows read = rows kept + rows refused, for every table. Refused rows lie beside this report, in
+<code>refused/</code>, with a column <code>reason</code>.</p>
+</section>
+{% for item in summaries %}
+<section id="{{ item.table }}">
+<h2>{{ item.table }}</h2>
+<p class="soft">{{ item.kept|thousands }} rows after refusing {{ item.refused|thousands }}</p>
+<h3>Where its rows come from
+<span class="soft"><span class="key"></span>train<span class="key second"></span>held out</span></h3>
+<div class="scroll"><table>
+<tr><th style="width:12rem">source</th><th class="number" style="width:6rem">train</th>
+<th class="number" style="width:6rem">held out</th><th></th></tr>
+{% for row in item.sources %}
+<tr><td>{{ row.source }}</td><td class="number">{{ row.train|thousands }}</td>
+<td class="number">{{ row.heldout|thousands }}</td>
+<td><div class="bar"><i style="width:{{ '%.2f'|format(100 * row.train / (item.kept or 1)) }}%"></i><i
+style="width:{{ '%.2f'|format(100 * row.heldout / (item.kept or 1)) }}%"></i></div></td></tr>
+{% endfor %}
+</table></div>
+<h3>What was expected of it</h3>
+<div class="scroll"><table>
+{% for verdict in item.verdicts|sort(attribute="success") %}
+<tr><td class="verdict {{ 'good' if verdict.success else 'bad strong' }}">
+{{ "✓ met" if verdict.success else "✗ not met" }}</td>
+<td title="{{ verdict.type }}">{{ verdict.says }}</td><td class="seen">
+{%- if verdict.unexpected or not verdict.observed.startswith("0 of ") %}{{ verdict.observed }}{% endif %}</td></tr>
+{% endfor %}
+</table></div>
+<h3>Refused rows</h3>
+{% if not item.reasons %}
+<p class="soft">None.</p>
+{% endif %}
+{% for reason in item.reasons %}
+<p><span class="strong">{{ reason.count|thousands }} ×</span> {{ reason.reason }}</p>
+<ul class="rows">{% for example in reason.examples %}<li>{{ example }}</li>{% endfor %}</ul>
+{% endfor %}
+<details>
+<summary>Some of the rows that were kept</summary>
+<ul class="rows">{% for sample in item.samples %}<li>{{ sample }}</li>{% endfor %}</ul>
+</details>
+</section>
+{% endfor %}
+</body>
+</html>
+"""
