@@ -1,0 +1,211 @@
+"""What DVC says: the stages, what each one needs, and why a stage is not up to date.
+
+DVC is asked in process (`Repo`), which takes a fraction of a second where its command takes one. Nothing is decided
+here: a stage is to be run exactly where DVC finds a difference, and the differences found are put into words.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks.common.settings import BessemerError
+
+_ONE_AT_A_TIME = threading.RLock()  # DVC's objects are not made for several threads of one process
+
+
+class GraphError(BessemerError):
+    """DVC cannot make sense of the project; the text is DVC's own, with what to do."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage as DVC sees it now."""
+
+    name: str
+    needs: tuple[str, ...]
+    outs: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+    @property
+    def dirty(self) -> bool:
+        """Whether DVC would run it."""
+        return bool(self.reasons)
+
+
+Graph = dict[str, Stage]
+
+
+def read(project: Path) -> Graph:
+    """Return all stages by name, each after those that it needs, with the reasons why it would run."""
+    with _repo(project) as repo:
+        index = {_name(stage, project): stage for stage in repo.index.stages}
+        edges = {
+            _name(stage, project): tuple(sorted(_name(need, project) for need in repo.index.graph.successors(stage)))
+            for stage in repo.index.graph
+        }
+        return {
+            name: Stage(name, edges[name], _outs(index[name], project), tuple(_reasons(index[name], project)))
+            for name in _in_order(list(index), edges)
+        }
+
+
+def reasons(project: Path, name: str) -> tuple[str, ...]:
+    """Return why one stage is to be run now; empty where it is up to date."""
+    with _repo(project) as repo:
+        found = [stage for stage in repo.index.stages if _name(stage, project) == name]
+        if not found:
+            raise GraphError(f"There is no stage {name!r} in {project / 'dvc.yaml'}.")
+        return tuple(_reasons(found[0], project))
+
+
+def select(graph: Graph, names: Iterable[str]) -> Graph:
+    """Return the named stages and everything they need, in order; all stages where none is named."""
+    wanted: set[str] = set()
+    pending = list(names)
+    if not pending:
+        return graph
+    for name in pending:
+        if name not in graph:
+            raise GraphError(f"There is no stage {name!r}. There are: {', '.join(graph)}.")
+    while pending:
+        name = pending.pop()
+        if name not in wanted:
+            wanted.add(name)
+            pending += graph[name].needs
+    return {name: stage for name, stage in graph.items() if name in wanted}
+
+
+def affected(graph: Graph) -> set[str]:
+    """Return the dirty stages and all that lies downstream of one: those run too unless a result comes out the same."""
+    found: set[str] = set()
+    for name, stage in graph.items():  # in order, so what a stage needs has been seen before
+        if stage.dirty or found.intersection(stage.needs):
+            found.add(name)
+    return found
+
+
+def way_ahead(graph: Graph, weight: Callable[[str], float]) -> dict[str, float]:
+    """Return for each stage the weight of the heaviest chain that starts with it."""
+    ahead: dict[str, float] = {}
+    for name in reversed(graph):
+        followers = (ahead[other] for other in ahead if name in graph[other].needs)
+        ahead[name] = weight(name) + max(followers, default=0.0)
+    return ahead
+
+
+def without_git(project: Path) -> None:
+    """Tell DVC that there is no git, where there is none (an unpacked archive); the note stays on this machine."""
+    from dvc.config import Config
+
+    folder = project / ".dvc"
+    if not folder.is_dir() or any((parent / ".git").exists() for parent in (project, *project.parents)):
+        return
+    with Config(str(folder), validate=False).edit("local") as local:
+        local.setdefault("core", {})["no_scm"] = True
+
+
+@contextmanager
+def _repo(project: Path) -> Iterator[Any]:
+    from dvc.exceptions import DvcException, NotDvcRepoError
+    from dvc.repo import Repo
+
+    project = project.resolve()
+    without_git(project)
+    with _ONE_AT_A_TIME:
+        try:
+            with Repo(str(project), _wait_for_lock=True) as repo, repo.lock:
+                yield repo
+        except NotDvcRepoError as error:
+            raise GraphError(
+                f"{project} is no DVC project: its .dvc folder is missing. Clone it again whole."
+            ) from error
+        except DvcException as error:
+            raise GraphError(f"DVC cannot read this project: {error}") from error
+
+
+def _name(stage: Any, project: Path) -> str:
+    """`pretrain@clm` for a stage of dvc.yaml, the file's path for one of its own (`data/x.dvc`)."""
+    return getattr(stage, "name", None) or Path(stage.path).relative_to(project.resolve()).as_posix()
+
+
+def _outs(stage: Any, project: Path) -> tuple[str, ...]:
+    return tuple(_path(out, project) for out in stage.outs)
+
+
+def _path(item: Any, project: Path) -> str:
+    path = Path(item.fs_path)
+    root = project.resolve()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+def _in_order(names: list[str], edges: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+    """Yield the names so that needs come first, and otherwise as dvc.yaml has them; DVC has refused cycles already."""
+    done: set[str] = set()
+
+    def visit(name: str) -> Iterator[str]:
+        if name not in done:
+            done.add(name)
+            for need in sorted(edges[name], key=names.index):
+                yield from visit(need)
+            yield name
+
+    for name in names:
+        yield from visit(name)
+
+
+def _reasons(stage: Any, project: Path) -> Iterator[str]:
+    if stage.frozen:
+        return
+    if not any(item.hash_info for item in (*stage.deps, *stage.outs)):
+        yield "never run"
+        return
+    if stage.changed_stage():
+        yield "its command in dvc.yaml changed"
+    yield from _changed_settings(stage)
+    changed = [(_path(dep, project), state) for dep in stage.deps for state in _file_states(dep)]
+    code = [path for path, _ in changed if path.endswith(".py")]
+    if code:
+        yield f"code: {', '.join(code)}"
+    for path, state in changed:
+        if path.endswith(".lock"):
+            yield f"packages: {path}"
+        elif path not in code:
+            yield f"input: {path}" + {"deleted": " is missing", "new": " is newly listed"}.get(state, "")
+    for out in stage.outs:
+        for state in out.status().values():
+            words = {
+                "deleted": "is missing",
+                "modified": "was changed by hand",
+                "not in cache": "is not in DVC's cache",
+            }
+            yield f"output: {_path(out, project)} {words.get(state, state)}"
+
+
+def _file_states(dep: Any) -> list[str]:
+    return [state for state in dep.status().values() if isinstance(state, str)] if not hasattr(dep, "params") else []
+
+
+def _changed_settings(stage: Any) -> Iterator[str]:
+    for dep in stage.deps:
+        if not hasattr(dep, "params") or not dep.status():
+            continue
+        before, now = dep.hash_info.value or {}, dep.read_params()
+        lines = [line for section in dep.params for line in differences(section, before.get(section), now.get(section))]
+        yield f"params: {', '.join(lines)}"
+
+
+def differences(name: str, before: Any, now: Any) -> Iterator[str]:
+    """Yield `key old → new` for every leaf that differs between two settings."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in dict.fromkeys((*before, *now)):
+            yield from differences(f"{name}.{key}", before.get(key), now.get(key))
+    elif before != now:
+        yield f"{name} {_short(before)} → {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = "(none)" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,78 @@
+"""What earlier runs left: their figures in `runs/`, the stages' records in `data/`, the joined sheet in `metrics/`.
+
+Only read here (each stage writes its own), apart from `runs/<run id>/flow.json`, which tells how a run as a whole went.
+"""
+
+import json
+import secrets
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from tasks.common.stage import write_json
+
+SHEET = Path("metrics/evaluate.json")
+Status = Literal["ran", "restored", "up to date", "failed", "stopped", "not run"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one stage of one run ended."""
+
+    status: Status
+    seconds: float = 0.0
+    message: str = ""
+
+    @property
+    def done(self) -> bool:
+        """Whether the stage's results are there and belong to its inputs."""
+        return self.status in ("ran", "restored", "up to date")
+
+
+def new_run_id() -> str:
+    """Return `run-<UTC time>-<4 hex digits>`: it sorts by time and two runs of one second differ."""
+    return f"run-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds, or None where it is missing or was cut off."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def last_logs(project: Path) -> dict[str, dict[str, Any]]:
+    """Return for each stage what was measured when it last really ran (`runs/*/<stage>.json`)."""
+    logs: dict[str, dict[str, Any]] = {}
+    for path in project.glob("runs/*/*.json"):
+        log = read_json(path)
+        if isinstance(log, dict) and "stage" in log and "seconds" in log:
+            known = logs.get(log["stage"])
+            if known is None or log.get("started", "") > known.get("started", ""):
+                logs[log["stage"]] = {**log, "run": path.parent.name}
+    return logs
+
+
+def stage_record(project: Path, outs: Iterable[str]) -> dict[str, Any]:
+    """Return the identity record among a stage's outputs; empty where it has none."""
+    for out in outs:
+        if Path(out).name == "record.json":
+            record = read_json(project / out)
+            return record if isinstance(record, dict) else {}
+    return {}
+
+
+def sheet(project: Path) -> dict[str, Any]:
+    """Return the joined evaluation: `models` in chain order and `gates`; both empty before the first evaluation."""
+    found = read_json(project / SHEET)
+    return found if isinstance(found, dict) else {"models": [], "gates": []}
+
+
+def write_flow(project: Path, run_id: str, outcomes: dict[str, Outcome]) -> Path:
+    """Keep how a run went: its stages' outcomes and seconds."""
+    path = project / "runs" / run_id / "flow.json"
+    write_json(path, {"run": run_id, "stages": {name: asdict(outcome) for name, outcome in outcomes.items()}})
+    return path

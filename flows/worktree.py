@@ -1,0 +1,73 @@
+"""A git worktree of its own for a scheduled run, so that it neither sees nor disturbs what is being edited.
+
+It holds what is committed (HEAD), shares DVC's cache, the checkpoint store and `runs/` with the project, and is
+removed afterwards. Its `params.yaml`, `dvc.lock` and metrics are kept as the DVC experiment named like the run:
+`dvc exp apply RUN-ID` brings them into the project, `dvc checkout` the data.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tasks.common.settings import BessemerError, read_params
+
+RESULTS = ("dvc.lock", "metrics")
+
+
+@contextmanager
+def place(project: Path, run_id: str, *, own: bool) -> Iterator[Path]:
+    """Yield the folder that a run works in: the project itself, or a worktree that lives as long as the run."""
+    if not own:
+        yield project
+        return
+    project = project.resolve()
+    path = project / ".bessemer" / "worktrees" / run_id
+    _git(project, "worktree", "add", "--quiet", "--detach", str(path), "HEAD")
+    try:
+        _share(project, path)
+        yield path
+    finally:
+        try:
+            _keep(path, run_id)
+        finally:
+            _git(project, "worktree", "remove", "--force", str(path))
+
+
+def _share(project: Path, path: Path) -> None:
+    """Give the worktree the project's DVC cache, and its untracked stores as links."""
+    _dvc(path, "cache", "dir", "--local", str(_cache(project)))
+    store = str(read_params(path / "params.yaml")["placement"]["checkpoints"]["url"])
+    for name in ("runs", *([] if "://" in store or Path(store).is_absolute() else [store])):
+        (project / name).mkdir(parents=True, exist_ok=True)
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).symlink_to(project / name, target_is_directory=True)
+
+
+def _cache(project: Path) -> Path:
+    return Path(_dvc(project, "cache", "dir").strip())
+
+
+def _keep(path: Path, run_id: str) -> None:
+    """Keep what the run changed in tracked files; a run that changed nothing leaves no experiment."""
+    changed = _git(path, "status", "--porcelain", "--", *RESULTS).splitlines()
+    new = [line[3:] for line in changed if line.startswith("??")]
+    if changed:
+        _dvc(path, "exp", "save", "--name", run_id, *(f"--include-untracked={name}" for name in new))
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return _output(["git", *arguments], folder)
+
+
+def _dvc(folder: Path, *arguments: str) -> str:
+    return _output([sys.executable, "-m", "dvc", *arguments], folder)
+
+
+def _output(command: list[str], folder: Path) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).strip()
+        raise BessemerError(f"`{' '.join(command)}` failed in {folder}: {said}")
+    return done.stdout

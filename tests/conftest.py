@@ -1,0 +1,99 @@
+"""What the tests share: surroundings that touch nothing of the user's, and a toy project for the orchestration's tests.
+
+The toy is a DVC project of four stages (`source`, then `side@left` and `side@right`, then `join`) whose commands take a
+fraction of a second; `tests/toy/steps.py` says what can be asked of them.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY = Path(__file__).resolve().parent / "toy"
+
+# Before anything imports Prefect or BentoML: they read their settings on import.
+_HOME = Path(tempfile.mkdtemp(prefix="bessemer-tests-"))
+os.environ.update(
+    {
+        "PREFECT_HOME": str(_HOME / "prefect"),
+        "BENTOML_HOME": str(_HOME / "bentoml"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "60",
+        "DO_NOT_TRACK": "1",
+        "DVC_NO_ANALYTICS": "1",
+        "BENTOML_DO_NOT_TRACK": "True",
+        "HF_HUB_OFFLINE": "1",
+        "GIT_AUTHOR_NAME": "Test",
+        "GIT_AUTHOR_EMAIL": "test@example.org",
+        "GIT_COMMITTER_NAME": "Test",
+        "GIT_COMMITTER_EMAIL": "test@example.org",
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
+        "COLUMNS": "120",
+    }
+)
+for name in ("PREFECT_API_URL", "PREFECT_PROFILE", "BESSEMER_RUN_ID"):
+    os.environ.pop(name, None)
+
+
+def pytest_sessionfinish() -> None:
+    """Remove the session's homes once everything that used them has ended."""
+    shutil.rmtree(_HOME, ignore_errors=True)
+
+
+class Project:
+    """A project folder with the shorthands that tests of the orchestration need."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def settings(self, **changes: dict[str, Any]) -> None:
+        """Change keys of sections: `settings(left={"text": "new"})`."""
+        yaml, path = YAML(), self.path / "params.yaml"
+        params = yaml.load(path)
+        for section, values in changes.items():
+            params[section].update(values)
+        yaml.dump(params, path)
+
+    def commit(self, message: str = "more") -> None:
+        """Commit everything that git does not ignore."""
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--message", message)
+
+    def git(self, *arguments: str) -> str:
+        """Run git in the project."""
+        done = subprocess.run(["git", *arguments], cwd=self.path, check=True, capture_output=True, text=True)
+        return done.stdout
+
+    def ran(self) -> list[str]:
+        """Return the stages that left a mark since `forget`, in no order."""
+        return sorted(path.name for path in (self.path / "marks").glob("*") if "." not in path.name)
+
+    def forget(self) -> None:
+        """Remove the marks of earlier stages."""
+        shutil.rmtree(self.path / "marks", ignore_errors=True)
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Project:
+    """A fresh copy of the toy project under git and DVC."""
+    path = tmp_path / "toy"
+    shutil.copytree(TOY, path, ignore=shutil.ignore_patterns("__pycache__"))
+    (path / "data").mkdir()
+    (path / "data" / "source.txt").write_text("raw\n")
+    (path / ".gitignore").write_text(
+        "/data/*\n/marks/\n/runs/\n/checkpoints/\n/.bessemer/\n__pycache__/\n!/data/source.txt\n"
+    )
+    shutil.copytree(ROOT / ".dvc", path / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
+    shutil.copy(ROOT / ".dvcignore", path)
+    project = Project(path)
+    project.git("init", "--quiet", "--initial-branch", "main")
+    project.commit("toy")
+    return project
