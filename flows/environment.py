@@ -81,12 +81,8 @@ def _connect(failure: list[BaseException]) -> None:
         with get_client(sync_client=True) as client:
             problem = client.api_healthcheck()
             if problem:
-                failure.append(
-                    RuntimeError(
-                        f"Prefect's server at {client.api_url} does not answer ({problem}). Start it "
-                        "(`bessemer ui` does), or `prefect config unset PREFECT_API_URL` (or the variable) to use a temporary one."
-                    )
-                )
+                found = f"Prefect's server at {client.api_url} does not answer ({problem})"
+                failure.append(RuntimeError(f"{found}. Start it (`bessemer ui` does), or unset PREFECT_API_URL."))
     except RuntimeError as error:
         failure.append(RuntimeError(f"Prefect's temporary server did not start: {error}"))
 

@@ -1,0 +1,155 @@
+"""The command line, `bessemer`. Commands only parse and call: what they do is imported when they are called."""
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from tasks.common.settings import BessemerError
+
+STAGES = click.option(
+    "--stage", "-s", "stages", multiple=True, metavar="NAME", help="Only this stage and what it needs; may be repeated."
+)
+
+
+def main() -> None:
+    """Entry point: a failure that is the user's to mend is one message and exit code 1, without a traceback."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("\nStopped. Nothing half-written was kept; the next run goes on from here.", err=True)
+        sys.exit(130)
+    except BessemerError as error:
+        click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
+        click.echo(str(error), err=True)
+        sys.exit(1)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def cli() -> None:
+    """From raw text to a language model on an endpoint, reproducible from data hash to answer.
+
+    \b
+    bessemer run       make or update the model: only what has changed is done
+    bessemer chat      talk to it
+    bessemer serve     answer on http://localhost:3000
+    """
+    os.chdir(home(Path.cwd()))
+
+
+def home(start: Path) -> Path:
+    """Return the project's folder: the nearest one upwards that holds a dvc.yaml."""
+    for folder in (start, *start.parents):
+        if (folder / "dvc.yaml").is_file():
+            return folder
+    raise BessemerError(f"{start} lies in no project (no dvc.yaml here or above): go to the project's folder first.")
+
+
+@cli.command()
+@STAGES
+def run(stages: tuple[str, ...]) -> None:
+    """Run every stage whose code, settings, packages or inputs have changed, then build and report.
+
+    \b
+    Examples:
+      bessemer run                        the whole chain
+      bessemer run -s finetune            up to the tuned model
+      bessemer run -s reward -s prune     two stages and what they need
+    """
+    from flows import running
+
+    running.run(Path(), stages)
+
+
+@cli.command()
+@STAGES
+def plan(stages: tuple[str, ...]) -> None:
+    """Say what would run, why, and about how long it took when it last ran.
+
+    \b
+    Examples:
+      bessemer plan
+      bessemer plan -s ppo
+    """
+    from flows import running
+
+    running.plan(Path(), stages)
+
+
+@cli.command()
+def status() -> None:
+    """Show every stage's state and last run, the packaged model and the gates.
+
+    \b
+    Example:
+      bessemer status
+    """
+    from flows import running
+
+    running.status(Path())
+
+
+@cli.command()
+@click.argument("name", required=False)
+def profile(name: str | None) -> None:
+    """Write params.yaml from the profile NAME, or list the profiles and say which is in force.
+
+    \b
+    Examples:
+      bessemer profile            what there is
+      bessemer profile smoke      the whole chain in about two minutes, on a small table of facts
+      bessemer profile default    back to the default
+    """
+    from flows import profiles
+
+    if name is None:
+        current = profiles.in_force(Path())
+        for known in profiles.names(Path()):
+            click.echo(f"{'*' if known == current else ' '} {known:12} {profiles.describe(Path(), known)}")
+        if current is None:
+            click.echo("params.yaml is none of these: it was changed by hand.")
+        return
+    kept = profiles.use(Path(), name)
+    click.echo(f"params.yaml is now the profile {name}.")
+    if kept:
+        click.echo(f"What stood in it before was no profile; it is kept as {kept}.")
+
+
+@cli.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=4200, show_default=True, help="Port to listen on.")
+def ui(host: str, port: int) -> None:
+    """Start Prefect's server with its web page: runs, their graphs, logs and artifacts.
+
+    \b
+    Examples:
+      bessemer ui                 http://localhost:4200
+      bessemer ui --port 4300
+    """
+    from flows import server
+
+    server.serve_ui(Path(), host, port)
+
+
+@cli.command()
+def doctor() -> None:
+    """Examine this machine and folder; every line is good or says what to do.
+
+    \b
+    Example:
+      bessemer doctor
+    """
+    from flows import doctor
+
+    findings = list(doctor.examine(Path()))
+    for finding in findings:
+        click.echo(
+            f"{click.style('ok  ', fg='green') if finding.good else click.style('look', fg='yellow')} {finding.text}"
+        )
+    sys.exit(0 if all(finding.good for finding in findings) else 1)

@@ -1,0 +1,99 @@
+"""`bessemer run`, `plan` and `status`: what is to be done, doing it, and what came of it."""
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from flows import environment, graph, records
+from flows.graph import Graph
+from tasks.common.settings import BessemerError, check, read_params
+
+if TYPE_CHECKING:
+    from flows.terminal import Terminal
+
+PROVENANCE = Path("data/package/provenance.json")
+NEXT = (
+    ("bessemer chat", "talk to the model"),
+    ("bessemer serve", "answer on http://localhost:3000 (POST /generate, OpenAI's /v1, GET /provenance)"),
+    ("bessemer status", "stages, model tag and gates"),
+    ("bessemer ui", "Prefect's page with every run, its graph and lineage"),
+)
+
+
+def run(project: Path, names: Sequence[str]) -> None:
+    """Bring the chain (or `names` and what they need) up to date; raise BessemerError where that fails."""
+    check(read_params(project / "params.yaml"))
+    stages = graph.select(graph.read(project), names)
+    from flows import terminal
+
+    out = terminal.console()
+    if not any(stage.dirty for stage in stages.values()):
+        out.print(f"Nothing has changed: all {len(stages)} stages are up to date{_model(project)}.")
+        terminal.show_commands(out, NEXT)
+        return
+    terminal.show_plan(out, project, stages)
+    environment.prepare(project, console=False)
+    signal.signal(signal.SIGTERM, _terminated)
+    with terminal.Terminal(out) as watcher:
+        state = _flow(project, names, watcher)
+    terminal.show_seconds(out, watcher.outcomes)
+    if state.is_failed() or state.is_crashed():
+        left = [name for name in stages if name not in watcher.outcomes or not watcher.outcomes[name].done]
+        raise BessemerError(f"{state.message}\nNot done: {', '.join(left)}. `bessemer run` goes on from here.")
+    if state.is_cancelled():
+        raise BessemerError(str(state.message))
+    terminal.show_sheet(out, project)
+    terminal.show_commands(out, NEXT)
+
+
+def _flow(project: Path, names: Sequence[str], watcher: "Terminal") -> Any:
+    """Call the Prefect flow in this process and return its final state."""
+    watcher.out.print("[dim]Starting Prefect ...[/]")
+    environment.connect()
+    from flows import watch
+    from flows.pipeline import chain
+
+    watch.WATCHER.set(watcher)
+    return chain(project=str(project), stages=list(names) or None, return_state=True)
+
+
+def plan(project: Path, names: Sequence[str]) -> None:
+    """Print what `run` would do."""
+    check(read_params(project / "params.yaml"))
+    stages = graph.select(graph.read(project), names)
+    from flows import terminal
+
+    out = terminal.console()
+    if any(stage.dirty for stage in stages.values()):
+        terminal.show_plan(out, project, stages)
+    else:
+        out.print(f"Nothing to do: all {len(stages)} stages are up to date{_model(project)}.")
+
+
+def status(project: Path) -> None:
+    """Print the state of every stage, its last run, the packaged model and the gates."""
+    from flows import terminal
+
+    stages = graph.read(project)
+    out = terminal.console()
+    terminal.show_status(out, project, stages)
+    out.print(f"{_count(stages)}{_model(project)}.")
+    terminal.show_sheet(out, project)
+
+
+def _count(stages: Graph) -> str:
+    dirty = sum(stage.dirty for stage in stages.values())
+    return f"{len(stages) - dirty} of {len(stages)} stages are up to date"
+
+
+def _model(project: Path) -> str:
+    provenance = records.read_json(project / PROVENANCE)
+    return f"; the packaged model is {provenance['model']}" if provenance else "; no model has been packaged yet"
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """End as an ordinary exit does, so that Prefect's temporary server is ended too."""
+    sys.exit(128 + number)
