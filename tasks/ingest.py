@@ -81,13 +81,15 @@ class Naming:
 
 def run(config: Config, job: Job) -> dict[str, Any]:
     """Read every source, build the three tables and the manifest."""
+    from tqdm import tqdm
+
     folder = job.inputs["sources"]
     wordings = facts.load_wordings(folder / config.wordings)
     unknown = sorted(set(config.relations) - set(wordings.relations))
     if unknown:
         raise StageError(f"ingest.relations names {', '.join(unknown)}, but {config.wordings} has no wordings for it.")
     namings = load_names(folder / config.names)
-    readings = [read_source(source, folder) for source in config.sources]
+    readings = [read_source(source, folder) for source in tqdm(config.sources, desc="ingest", unit="source")]
     known = settle(readings, namings, wordings, config.relations)
     groups = group_rated(readings, config)
     found = {
@@ -146,7 +148,7 @@ def _objection(fact: Fact, naming: Naming, wordings: Wordings, relations: list[s
     if fact.relation not in relations:
         return f"ingest.relations leaves out {fact.relation}"
     kind = wordings.relations[fact.relation].kind
-    return None if fact.kind == kind else f"{fact.relation} belongs to a {kind}, not to a {fact.kind}"
+    return None if fact.kind == kind else f"{fact.relation} is told of kind {kind}, not of kind {fact.kind}"
 
 
 def _without_clashes(found: Iterable[Fact], wordings: Wordings, origin: dict[str, Reading]) -> list[Fact]:
@@ -189,7 +191,8 @@ def group_rated(readings: list[Reading], config: Config) -> list[list[Rated]]:
         order = sorted(members, key=lambda rated: draw.digest(config.salt, "group", rated.text))
         cut = [order[start : start + config.ratings.group] for start in range(0, len(order), config.ratings.group)]
         if len(cut) > 1 and len(cut[-1]) == 1:
-            cut[-2] += cut.pop()
+            lonely = cut.pop()
+            cut[-1] += lonely
         groups += cut
     return groups
 

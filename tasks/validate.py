@@ -92,7 +92,7 @@ def failure(verdict: suites.Verdict, clean: "pa.Table", refused: "pa.Table") -> 
     """Return a failed expectation with its suite, what was found, and three rows that show it."""
     content = refused if verdict.shows_refused and refused.num_rows else clean
     positions = verdict.rows or range(min(suites.EXAMPLES, content.num_rows))
-    examples = [validation_report.line(row) for row in content.take(list(positions)).to_pylist()]
+    examples = [validation_report.line(row) for row in validation_report.rows_at(content, positions)]
     head = f'suite {verdict.suite}, expectation "{verdict.says}" ({verdict.type}): found {verdict.observed}.'
     kind = "Rows that show it" if verdict.rows else "Refused rows" if content is refused else "The first rows"
     return "\n".join([head, f"  {kind}:", *(f"    {example}" for example in examples)])

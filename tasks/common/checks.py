@@ -17,7 +17,7 @@ Row = Mapping[str, Any]
 Features = dict[str, Any]
 
 SPLITS = ("train", "heldout")
-TURNS = r"^(system )?(user assistant )*user assistant$"
+TURNS = r"^(?:system )?(?:user assistant )*user assistant$"
 # U+FFFD, the byte-order mark, control characters, and UTF-8 that was read as Latin-1 or Windows-1252 ("Ã©", "â€™").
 DAMAGE = "[\ufffd\ufeff\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|[ÂÃ][\u00a0-\u00bf]|â€|ï»¿"
 

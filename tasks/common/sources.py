@@ -1,7 +1,7 @@
 """The kinds of source that `ingest.sources` may list, their settings, and how each is read."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -210,38 +210,41 @@ def _decoded(row: Any) -> Mapping[str, Any]:
 
 
 def _dataset(source: Dataset, folder: Path) -> Reading:
-    from datasets import load_dataset
-
-    path = str(folder / source.path) if source.path.startswith("./") else source.path
-    files = [str(folder / name) for name in source.data_files]
-    local = [*files, path] if source.path.startswith("./") else files
-    absent = [name for name in local if not Path(name).exists()]
-    if absent:
-        raise StageError(f"source {source.name}: expected {', '.join(absent)}, found nothing there.")
     try:
-        data = load_dataset(
-            path, source.config, data_files=files or None, split=source.split, revision=source.revision,
-            streaming=source.streaming, cache_dir=DATASETS_CACHE,
-        )  # fmt: skip
+        found = list(_dataset_rows(source, folder))
     except (OSError, ValueError, RuntimeError) as error:
         raise StageError(
-            f"source {source.name}: the dataset {source.path} (config {source.config}, split {source.split}, revision "
-            f"{source.revision}) could not be read: {error}"
+            f"source {source.name}: expected the dataset {source.path} (config {source.config}, split {source.split}, "
+            f"revision {source.revision}), but it could not be read: {error}"
         ) from error
-    wanted = sorted(set(source.columns.values()) - set(data.column_names or source.columns.values()))
-    if wanted:
-        raise StageError(
-            f"source {source.name}: expected the columns {', '.join(sorted(source.columns.values()))}, "
-            f"found {', '.join(data.column_names or [])}. Missing: {', '.join(wanted)}."
-        )
-    taken = data.take(source.limit) if source.limit is not None and source.streaming else data
-    if source.limit is not None and not source.streaming:
-        taken = data.select(range(min(source.limit, len(data))))
-    renamed = [{column: row[found] for column, found in source.columns.items()} for row in taken]
-    content = draw.digest(*(json.dumps(row, sort_keys=True, default=str) for row in renamed))
+    content = draw.digest(*(json.dumps(row, sort_keys=True, default=str) for row in found))
     reading = Reading(source.name, source.licence, content)
-    _take(source.table, enumerate(renamed, 1), reading, Path(source.path))
+    _take(source.table, enumerate(found, 1), reading, Path(source.path))
     return reading
+
+
+def _dataset_rows(source: Dataset, folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows under the table's column names; a streamed dataset fails only here, while it is read."""
+    from datasets import load_dataset
+
+    local = source.path.startswith("./")
+    path = str(folder / source.path) if local else source.path
+    files = [str(folder / name) for name in source.data_files]
+    absent = [name for name in ([*files, path] if local else files) if not Path(name).exists()]
+    if absent:
+        raise StageError(f"source {source.name}: expected {', '.join(absent)}, found nothing there.")
+    data = load_dataset(
+        path, source.config, data_files=files or None, split=source.split, revision=source.revision,
+        streaming=source.streaming, cache_dir=DATASETS_CACHE,
+    )  # fmt: skip
+    for row in data if source.limit is None else data.take(source.limit):
+        missing = sorted(set(source.columns.values()) - set(row))
+        if missing:
+            raise StageError(
+                f"source {source.name}: expected the columns {', '.join(sorted(source.columns.values()))}, "
+                f"found {', '.join(sorted(row))}. Missing: {', '.join(missing)}."
+            )
+        yield {column: row[name] for column, name in source.columns.items()}
 
 
 def _rankings(source: Rankings, folder: Path) -> Reading:

@@ -4,7 +4,7 @@ All three hold deterministic bytes: no dates and no run ids, because DVC tracks 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +73,7 @@ def summarise(
         else:
             refused[reason].append(shorten(f"{features['id']}: {features['text']}"))
     step = max(clean.num_rows // SAMPLES, 1)
-    shown = clean.take(list(range(0, clean.num_rows, step))[:SAMPLES]).to_pylist()
+    shown = rows_at(clean, range(0, clean.num_rows, step)[:SAMPLES])
     told = sorted(refused.items(), key=lambda item: (-len(item[1]), item[0]))
     return Summary(
         table=table,
@@ -90,6 +90,14 @@ def summarise(
         samples=tuple(line(row) for row in shown),
         verdicts=tuple(verdicts),
     )
+
+
+def rows_at(content: "pa.Table", positions: Iterable[int]) -> list[dict[str, Any]]:
+    """Return the rows at some positions of a table."""
+    import pyarrow as pa
+
+    rows: list[dict[str, Any]] = content.take(pa.array(positions, pa.int64())).to_pylist()
+    return rows
 
 
 def line(row: Mapping[str, Any]) -> str:
@@ -152,6 +160,11 @@ def markdown(summaries: Sequence[Summary]) -> str:
         if item.reasons or failed or not item.kept:
             lines += ["", f"**{item.table}**", ""]
         lines += [] if item.kept else ["- **nothing is left of this table**"]
-        lines += [f"- refused {reason.count:,} rows: {reason.reason}" for reason in item.reasons]
+        lines += [f"- refused {rows_of(reason.count)}: {reason.reason}" for reason in item.reasons]
         lines += [f"- **not met**: {verdict.says} (found {verdict.observed})" for verdict in failed]
     return "\n".join(lines) + "\n"
+
+
+def rows_of(count: int) -> str:
+    """Return `1 row`, `2 rows`."""
+    return f"{count:,} row{'s' * (count != 1)}"

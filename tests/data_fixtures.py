@@ -1,0 +1,88 @@
+"""What the tests of ingest and validate share: a copy of the sources, small configs, and a job with scratch outputs."""
+
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tasks import ingest, validate
+from tasks.common import tables
+from tasks.common.settings import Checkpoints, Numerics
+from tasks.common.stage import Job
+
+SOURCES = Path(__file__).parents[1] / "data" / "sources"
+FACTS = {
+    "name": "facts",
+    "kind": "files",
+    "licence": "MIT",
+    "path": "smoke/facts.csv",
+    "format": "csv",
+    "table": "facts",
+}
+SMALLTALK = {**FACTS, "name": "smalltalk", "path": "smalltalk.jsonl", "format": "jsonl", "table": "instructions"}
+PROSE = {**FACTS, "name": "prose", "path": "smoke/prose.txt", "format": "txt", "table": "corpus"}
+RATINGS = {**FACTS, "name": "ratings", "path": "smoke/ratings.csv", "table": "ratings"}
+PEOPLE = {"name": "people", "kind": "rankings", "licence": "MIT", "path": "rankings"}
+INGEST: dict[str, Any] = {
+    "salt": "test",
+    "wordings": "wordings.yaml",
+    "names": "names.csv",
+    "relations": ["capital", "continent", "currency", "domain"],
+    "paragraphs": 2,
+    "heldout": {"entities": 0.25, "prose": 0.1, "rankings": 0.2},
+    "ratings": {"group": 4, "scale": [-4, 4], "in_corpus": 1.0},
+    "sources": [FACTS, SMALLTALK, PROSE, RATINGS, PEOPLE],
+}
+VALIDATE: dict[str, Any] = {
+    "text_characters": 1000,
+    "message_characters": 500,
+    "refused_share": 0.5,
+    "rows": {"corpus": 1, "instructions": 1, "rankings": 1},
+    "heldout_questions": 0,
+}
+
+
+def ingest_config(**changes: Any) -> ingest.Config:
+    """Return the small config of `ingest`, some of its keys changed."""
+    return ingest.Config.model_validate({**INGEST, **changes})
+
+
+def validate_config(**changes: Any) -> validate.Config:
+    """Return generous limits, some of them changed."""
+    return validate.Config.model_validate({**VALIDATE, **changes})
+
+
+def copy_sources(folder: Path) -> Path:
+    """Copy the project's sources into a folder of their own, without any exported rankings."""
+    target = folder / "sources"
+    shutil.copytree(SOURCES, target, ignore=shutil.ignore_patterns("*.parquet"))
+    return target
+
+
+def job(module: ModuleType, inputs: dict[str, Path], folder: Path) -> Job:
+    """Return a job that writes into the folder; its inputs must be those that the stage declares."""
+    assert set(inputs) == set(module.INPUTS)
+    outputs = {name: folder / Path(path).name for name, path in module.OUTPUTS.items()}
+    folder.mkdir(parents=True)
+    return Job(
+        stage=module.__name__.rpartition(".")[2],
+        key=None,
+        inputs=inputs,
+        outputs=outputs,
+        seed=1,
+        numerics=Numerics(device="cpu", threads=1, dtype="float32", compile=False),
+        recipe="",
+        checkpoints=Checkpoints(url="checkpoints", every_seconds=60.0),
+    )
+
+
+def ingest_into(folder: Path, copied: Path, **changes: Any) -> Path:
+    """Run `ingest` on the sources and return the folder with its outputs."""
+    ingest.run(ingest_config(**changes), job(ingest, {"sources": copied}, folder))
+    return folder
+
+
+def table(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Return the rows of a table."""
+    rows: list[dict[str, Any]] = tables.read(folder / name).to_pylist()
+    return rows
