@@ -175,5 +175,5 @@ def _observed(found: Mapping[str, Any]) -> str:
     value = found.get("observed_value")
     if value is None:
         missing = ", ".join(map(str, found.get("partial_missing_list") or ()))
-        return f"none with {missing}" if missing else "all of them"
+        return f"none with {missing}" if missing else ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.2%}"

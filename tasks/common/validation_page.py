@@ -103,7 +103,7 @@ style="width:{{ '%.2f'|format(100 * row.heldout / (item.kept or 1)) }}%"></i></d
 <tr><td class="verdict {{ 'good' if verdict.success else 'bad strong' }}">
 {{ "✓ met" if verdict.success else "✗ not met" }}</td>
 <td title="{{ verdict.type }}">{{ verdict.says }}</td><td class="seen">
-{%- if verdict.unexpected or not verdict.observed.startswith("0 of ") %}{{ verdict.observed }}{% endif %}</td></tr>
+{%- if not verdict.observed.startswith("0 of ") %}{{ verdict.observed }}{% endif %}</td></tr>
 {% endfor %}
 </table></div>
 <h3>Refused rows</h3>
