@@ -56,7 +56,7 @@ class TextEngine:
         """Return the prompt's token ids: the conversation as the chat template writes it, open for an answer."""
         check_messages(messages)
         for message in messages:
-            folders.refuse_reserved(self.tokenizer, message["content"], "content")
+            folders.refuse_reserved(self.tokenizer, message["content"])
         text = self._render(messages=list(messages), add_generation_prompt=True)
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
@@ -183,7 +183,7 @@ class MaskEngine:
 
     def fill(self, text: str, top: int = 5) -> list[list[names.NameScore]]:
         """Return, for each [MASK] of a text in order, the `top` best names."""
-        folders.refuse_reserved(self.tokenizer, text, "input", allowed=names.MASK)
+        folders.refuse_reserved(self.tokenizer, text, allowed=names.MASK)
         return self._best(names.slots(text, self.codec), self.candidates, top)
 
     def rank(self, texts: Sequence[str], among: Sequence[str] | None = None) -> list[list[names.NameScore]]:

@@ -50,12 +50,13 @@ def load_tokenizer(folder: Path) -> "Tokenizer":
     return Tokenizer.from_file(str(required(folder / "tokenizer.json")))
 
 
-def refuse_reserved(tokenizer: "Tokenizer", text: str, field: str, allowed: str | None = None) -> None:
+def refuse_reserved(tokenizer: "Tokenizer", text: str, allowed: str | None = None) -> None:
     """Refuse text that spells a control token: it would open a turn of its own, or close the one it stands in."""
     for token in tokenizer.get_added_tokens_decoder().values():
         if token.special and token.content in text and token.content != allowed:
-            message = f'"{field}" contains {token.content}, which is reserved for the model itself.'
-            raise InputError(message, field=field)
+            raise InputError(
+                f"The text contains {token.content}, which is reserved for the model itself. Leave it out."
+            )
 
 
 def load_onnx(path: Path, threads: int | None) -> "onnxruntime.InferenceSession":

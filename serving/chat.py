@@ -1,0 +1,75 @@
+"""Talk to the packaged model in a terminal: `bessemer chat`, or `python -m serving.chat [QUESTION]`.
+
+The model answers each question by itself, as it was trained to; answers appear as they are made.
+"""
+
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from serving.decoding import Sampling
+from serving.engine import TextEngine
+from serving.errors import InputError, ServingError
+from serving.package import open_package
+
+PROMPT = "you> "
+QUIT = ("/quit", "/exit", "/q")
+
+
+def chat(
+    folder: Path | None = None,
+    question: str | None = None,
+    sampling: Sampling | None = None,
+    out: TextIO | None = None,
+) -> int:
+    """Answer one question, or talk until the person leaves; return the exit code."""
+    package = open_package(folder)
+    out = out or sys.stdout
+    if question is not None:
+        print_answer(package.text, question, sampling, out)
+    else:
+        engine = package.text
+        print(f"{package.tag}\nAsk a question. /quit or Ctrl-D leaves.", file=out, flush=True)
+        _talk(engine, sampling, out)
+    return 0
+
+
+def _talk(engine: TextEngine, sampling: Sampling | None, out: TextIO) -> None:
+    import readline  # noqa: F401  gives input() its history and line editing
+
+    while True:
+        try:
+            line = input(PROMPT).strip()
+        except (EOFError, KeyboardInterrupt):
+            print(file=out)
+            return
+        if line in QUIT:
+            return
+        if not line:
+            continue
+        try:
+            print_answer(engine, line, sampling, out)
+        except InputError as error:
+            print(error, file=out)
+        except KeyboardInterrupt:
+            print(" ... stopped", file=out)
+
+
+def print_answer(engine: TextEngine, question: str, sampling: Sampling | None, out: TextIO) -> None:
+    """Print an answer piece by piece."""
+    for piece in engine.start([{"role": "user", "content": question}], sampling):
+        print(piece, end="", file=out, flush=True)
+    print(file=out, flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    """Chat, or answer the question that was given."""
+    try:
+        return chat(question=" ".join(arguments) or None)
+    except ServingError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

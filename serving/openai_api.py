@@ -1,0 +1,120 @@
+"""OpenAI's chat API over the package: `POST /v1/chat/completions`, streamed or not, and `GET /v1/models`."""
+
+import json
+import time
+import uuid
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from serving.decoding import Answer
+from serving.errors import InputError
+from serving.intake import refusal
+from serving.requests import ChatRequest, parse
+
+if TYPE_CHECKING:
+    from serving.package import Package
+
+ALIAS = "bessemer"  # whatever model is served, for clients that do not care which
+
+
+async def chat_completions(request: Request) -> Response:
+    """Answer a conversation."""
+    package: Package = request.app.state.package
+    try:
+        asked = parse(ChatRequest, await request.body())
+        _check_model(asked.model, package)
+        messages = [message.plain() for message in asked.messages]
+        answer = await run_in_threadpool(package.text.start, messages, asked.sampling())
+    except InputError as error:
+        return refusal(_renamed(error), request.url.path)
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": package.tag}
+    if asked.stream:
+        usage = asked.stream_options is not None and asked.stream_options.include_usage
+        return StreamingResponse(_events(answer, head, usage), media_type="text/event-stream")
+    await run_in_threadpool(answer.finish)
+    message = {"role": "assistant", "content": answer.text, "refusal": None}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
+    return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": _usage(answer)})
+
+
+def _check_model(name: str, package: "Package") -> None:
+    if name not in (package.tag, ALIAS):
+        raise InputError(
+            f'The model "{name}" does not exist here; "{package.tag}" does, and "{ALIAS}" is another name for it.',
+            field="model",
+            code="model_not_found",
+            status=404,
+        )
+
+
+def _renamed(error: InputError) -> InputError:
+    """Name fields as OpenAI's request does."""
+    field = {"input": "messages", "max_new_tokens": "max_tokens"}.get(error.field, error.field)
+    message = str(error).replace('"max_new_tokens"', '"max_tokens"')
+    return InputError(message, field=field, code=error.code, status=error.status)
+
+
+def _usage(answer: Answer) -> dict[str, int]:
+    prompt, completion = answer.prompt_tokens, answer.completion_tokens
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _events(answer: Answer, head: dict[str, Any], usage: bool) -> Iterator[str]:
+    """Yield the server-sent events of one answer: its role, its pieces, how it ended, and on request the counts."""
+    head = {**head, "object": "chat.completion.chunk", **({"usage": None} if usage else {})}
+
+    def chunk(delta: dict[str, str], finish: str | None = None) -> str:
+        return _event({**head, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]})
+
+    yield chunk({"role": "assistant", "content": ""})
+    for piece in answer:
+        yield chunk({"content": piece})
+    yield chunk({}, answer.finish_reason)
+    if usage:
+        yield _event({**head, "choices": [], "usage": _usage(answer)})
+    yield "data: [DONE]\n\n"
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+async def models(request: Request) -> Response:
+    """List what is served: one model, under its tag and under a name that stays."""
+    package: Package = request.app.state.package
+    return JSONResponse({"object": "list", "data": [_model(name, package) for name in (package.tag, ALIAS)]})
+
+
+async def model(request: Request) -> Response:
+    """Describe one model."""
+    package: Package = request.app.state.package
+    name = request.path_params["name"]
+    try:
+        _check_model(name, package)
+    except InputError as error:
+        return refusal(error, request.url.path)
+    return JSONResponse(_model(name, package))
+
+
+def _model(name: str, package: "Package") -> dict[str, Any]:
+    created = int((package.folder / "provenance.json").stat().st_mtime)
+    return {"id": name, "object": "model", "created": created, "owned_by": "bessemer"}
+
+
+async def unknown(request: Request) -> Response:
+    """Answer any other address beneath /v1."""
+    message = f"There is no {request.method} {request.url.path}; see /docs.json and the page at /."
+    return refusal(InputError(message, field="path", code="unknown_url", status=404), request.url.path)
+
+
+ROUTES = [
+    Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+    Route("/v1/models", models),
+    Route("/v1/models/{name:path}", model),
+    Route("/v1/{rest:path}", unknown, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
+]

@@ -1,0 +1,52 @@
+"""Serve the package on a port of this machine: `make serve`, `bessemer serve`, or `python -m serving.serve [PORT]`."""
+
+import os
+import socket
+import sys
+from typing import NoReturn
+
+from serving.errors import ServingError
+from serving.package import ROOT, open_package
+
+PORT = 3000
+HOST = "127.0.0.1"  # there is no authentication: only this machine can ask, unless told otherwise
+SERVICE = "serving.service:Bessemer"
+
+
+def serve(port: int = PORT, host: str = HOST) -> NoReturn:
+    """Turn this process into BentoML's server, once port and package are seen to be there."""
+    check_port(port, host)
+    package = open_package()
+    print(f"{package.tag} answers on http://{host}:{port}/ in a few seconds. Ctrl-C stops it.", flush=True)
+    command = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--working-dir", str(ROOT)]
+    environment = {**os.environ, "BENTOML_DO_NOT_TRACK": "True"}
+    os.execve(sys.executable, [*command, "--host", host, "--port", str(port)], environment)
+
+
+def check_port(port: int, host: str = HOST) -> None:
+    """Say which port cannot be used and how to choose another."""
+    remedy = "Choose another: `make serve PORT=3001` or `bessemer serve --port 3001`."
+    if not 0 < port < 2**16:
+        raise ServingError(f"Port {port} does not exist: ports go from 1 to 65535. {remedy}")
+    with socket.socket() as probe:
+        # As servers do: a port whose last connections are still closing is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except PermissionError:
+            raise ServingError(f"Port {port} is reserved for the system's own services. {remedy}") from None
+        except OSError as error:
+            raise ServingError(f"Port {port} on {host} cannot be used ({error.strerror}). {remedy}") from None
+
+
+def main(arguments: list[str]) -> int:
+    """Serve on the port that was given."""
+    try:
+        serve(int(arguments[0]) if arguments else PORT)
+    except (ServingError, ValueError) as error:
+        print(error, file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
