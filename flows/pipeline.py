@@ -23,7 +23,7 @@ from prefect.futures import PrefectFuture
 from prefect.states import Cancelled, Completed, Failed
 from prefect.utilities.annotations import quote
 
-from flows import artifacts, graph, records, worktree
+from flows import artifacts, graph, records, workplace
 from flows.graph import Graph
 from flows.records import Outcome
 from flows.runner import Runner, StageFailed, StageStopped
@@ -32,10 +32,10 @@ from tasks.common.settings import read_params
 
 
 @flow(name="bessemer", flow_run_name=records.new_run_id, persist_result=False)
-def chain(project: str = ".", stages: list[str] | None = None, worktree_of_its_own: bool = False) -> State[Any]:
+def chain(project: str = ".", stages: list[str] | None = None, worktree: bool = False) -> State[Any]:
     """Run every stage that is not up to date (or `stages` and what they need), then build, report and tell."""
     run_id = runtime.flow_run.name
-    with worktree.place(Path(project), run_id, own=worktree_of_its_own) as place, Run(run_id, place) as run:
+    with workplace.place(Path(project), run_id, worktree=worktree) as place, Run(run_id, place) as run:
         plan = graph.select(graph.read(place), stages or [])
         futures = submit(run, plan)
         for future in futures.values():

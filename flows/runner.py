@@ -20,6 +20,11 @@ from tasks.common.settings import BessemerError
 from tasks.common.stage import RUN_ID
 
 BAR = re.compile(r"^\s*(?P<what>[^|]*?):?\s*(?P<percent>\d{1,3})%\|[^|]*\|?\s*(?P<rest>.*)$")
+CHATTER = re.compile(  # what DVC says beside the stage itself
+    r"Running stage '|> |(Updating|Generating) lock file '|To track the changes with git|\tgit add "
+    r"|To enable auto staging|\tdvc config core.autostage|Use `dvc push`|Stage '.*' (is cached|didn't change)"
+)
+FAILED_COMMAND = re.compile(r"ERROR: failed to reproduce '.*': failed to run: ")
 LAST_LINES = 15
 
 
@@ -43,18 +48,19 @@ class Runner:
     def run(self, name: str, line: Callable[[str], None], progress: Callable[[float, str], None]) -> None:
         """Run one stage to its end; raise StageFailed with its last lines, or StageStopped."""
         process = self._start(name)
+        assert process.stdout is not None
         last: deque[str] = deque(maxlen=400)
         try:
-            assert process.stdout is not None
             for text in split_lines(process.stdout):
                 if bar := BAR.match(text):
                     progress(min(float(bar["percent"]), 100.0), " ".join((bar["what"], bar["rest"])).strip())
-                elif text.strip():
+                elif text.strip() and not CHATTER.match(text):
                     last.append(text)
                     line(text)
             code = process.wait()
         finally:
             self._end(process)
+            process.stdout.close()
         if self._stopped:
             raise StageStopped(f"{name} was stopped; the next run does it again from its beginning or last checkpoint.")
         if code != 0:
@@ -71,7 +77,7 @@ class Runner:
             self._end(process)
 
     def _start(self, name: str) -> subprocess.Popen[bytes]:
-        stage = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--quiet", "--single-item", name]
+        stage = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
         with self._lock:
             if self._stopped:
                 raise StageStopped(f"{name} was not started.")
@@ -120,7 +126,7 @@ def split_lines(stream: IO[bytes]) -> Iterator[str]:
 
 def last_words(name: str, lines: list[str]) -> str:
     """Return what a failed stage said: its own sentence where it gave one, else the end of what it printed."""
-    own = [line for line in lines if not line.startswith("ERROR: failed to reproduce")]
+    own = [line for line in lines if not FAILED_COMMAND.match(line)]
     for index in range(len(own) - 1, -1, -1):
         if own[index].startswith(f"{name}: "):
             return "\n".join(own[index:])

@@ -24,6 +24,7 @@ os.environ.update(
     {
         "PREFECT_HOME": str(_HOME / "prefect"),
         "BENTOML_HOME": str(_HOME / "bentoml"),
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "60",
         "DO_NOT_TRACK": "1",

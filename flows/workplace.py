@@ -1,8 +1,8 @@
-"""A git worktree of its own for a scheduled run, so that it neither sees nor disturbs what is being edited.
+"""Where a run works: in the project itself or, if it is a scheduled one, in a git worktree of its own.
 
-It holds what is committed (HEAD), shares DVC's cache, the checkpoint store and `runs/` with the project, and is
-removed afterwards. Its `params.yaml`, `dvc.lock` and metrics are kept as the DVC experiment named like the run:
-`dvc exp apply RUN-ID` brings them into the project, `dvc checkout` the data.
+There it neither sees nor disturbs what is being edited. The worktree holds what is committed (HEAD), shares DVC's
+cache, the checkpoint store and `runs/` with the project, and is removed afterwards. Its `dvc.lock` and metrics are
+kept as the DVC experiment named like the run: `dvc exp apply RUN-ID` brings them, and the data, into the project.
 """
 
 import subprocess
@@ -17,9 +17,9 @@ RESULTS = ("dvc.lock", "metrics")
 
 
 @contextmanager
-def place(project: Path, run_id: str, *, own: bool) -> Iterator[Path]:
+def place(project: Path, run_id: str, *, worktree: bool) -> Iterator[Path]:
     """Yield the folder that a run works in: the project itself, or a worktree that lives as long as the run."""
-    if not own:
+    if not worktree:
         yield project
         return
     project = project.resolve()

@@ -1,0 +1,246 @@
+"""The command line on the toy project: what it says, how it ends, and that nothing to do starts no server."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from click.testing import CliRunner
+from conftest import ROOT, Project
+
+from flows import cli, doctor, environment, profiles, records, running, server
+from flows.runner import Runner
+from tasks.common.settings import BessemerError
+
+# The toy's params.yaml is none of Bessemer's, so its check is left out.
+DRIVER = "import flows.running as running; running.check = lambda params: None; from flows.cli import main; main()"
+
+
+def bessemer(project: Project, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """Start the command line in a project."""
+    command = [sys.executable, "-c", DRIVER, *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=project.path, env=env, **pipes, **options)
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Wait for a command's end and return its exit code and output."""
+    output, _ = process.communicate(timeout=110)
+    return process.returncode, output
+
+
+def wait_for(condition: Callable[[], Any], what: str) -> Any:
+    """Return the condition's value once it is true."""
+    for _ in range(900):
+        if found := condition():
+            return found
+        time.sleep(0.1)
+    pytest.fail(f"waited in vain for {what}")
+
+
+@pytest.fixture
+def inside(toy: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """The toy project as the current folder, its settings not checked."""
+    monkeypatch.chdir(toy.path)
+    monkeypatch.setattr(running, "check", lambda params: None)
+    return toy
+
+
+def make_all(project: Project) -> None:
+    """Run all stages without Prefect."""
+    for name in ("source", "side@left", "side@right", "join"):
+        Runner(project.path, "run-earlier").run(name, lambda text: None, lambda percent, text: None)
+
+
+class TestRun:
+    def test_a_run_tells_its_plan_its_stages_and_what_to_do_next(self, toy: Project) -> None:
+        code, output = ended(bessemer(toy, "run"))
+        assert code == 0, output
+        assert "4 of 4 stages to run" in output
+        assert output.index("▸ source") < output.index("✓ source") < output.index("✓ join")
+        assert "side@left │ side@left says two" in output
+        assert "bessemer chat" in output
+
+        code, output = ended(bessemer(toy, "run"))
+        assert code == 0
+        assert "Nothing has changed: all 4 stages are up to date" in output
+
+    def test_a_failure_is_a_sentence_and_exit_code_one(self, toy: Project) -> None:
+        toy.settings(right={"fail": "three lines of facts.csv have no capital"})
+        code, output = ended(bessemer(toy, "run"))
+        assert code == 1
+        assert "Error: side@right: three lines of facts.csv have no capital" in output
+        assert "Not done: side@right, join. `bessemer run` goes on from here." in output
+        assert "Traceback" not in output
+
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_an_interrupted_run_ends_its_stages_and_the_next_goes_on(
+        self, toy: Project, number: signal.Signals, code: int
+    ) -> None:
+        toy.settings(right={"hang": True})
+        process = bessemer(toy, "run", process_group=0)
+        noted = toy.path / "marks" / "right.pids"
+        hanging = wait_for(lambda: noted.exists() and noted.read_text(), "the stage to hang").split()
+        family = psutil.Process(process.pid).children(recursive=True)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal's Ctrl-C: Prefect's temporary server gets it too
+        else:
+            process.send_signal(number)
+        found, output = ended(process)
+        assert found == code, output
+        assert "Traceback" not in output
+        assert not [pid for pid in hanging if psutil.pid_exists(int(pid))]
+        assert not [child for child in family if child.is_running()]
+        if number == signal.SIGINT:
+            assert "Stopped. Nothing half-written was kept" in output
+        toy.settings(right={"hang": False})
+        toy.forget()
+        assert ended(bessemer(toy, "run", "-s", "side@right"))[0] == 0
+        assert "source" not in toy.ran()
+
+    def test_nothing_to_do_loads_no_prefect(self, inside: Project, capsys: pytest.CaptureFixture[str]) -> None:
+        make_all(inside)
+        loaded = """
+import sys
+import flows.running as running
+from pathlib import Path
+running.check = lambda params: None
+running.run(Path(), [])
+assert not [name for name in sys.modules if name.partition(".")[0] in ("prefect", "torch", "transformers")]
+"""
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", loaded], env=env, capture_output=True, text=True, check=True)
+        assert "Nothing has changed" in done.stdout
+
+    def test_problems_in_params_are_told_before_anything_runs(
+        self, toy: Project, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(toy.path)
+        with pytest.raises(BessemerError, match="nothing was run"):
+            running.run(Path(), [])
+        assert toy.ran() == []
+
+    def test_an_unknown_stage_is_told_with_those_there_are(self, inside: Project) -> None:
+        with pytest.raises(BessemerError, match=r"no stage 'polish'.*side@left"):
+            running.run(Path(), ["polish"])
+
+
+class TestPlanAndStatus:
+    def test_plan_says_why_and_how_long_it_took(self, inside: Project, capsys: pytest.CaptureFixture[str]) -> None:
+        make_all(inside)
+        inside.settings(left={"text": "new"})
+        running.plan(Path(), [])
+        shown = capsys.readouterr().out
+        assert "2 of 4 stages to run; 2 up to date." in shown
+        assert re.search(r"side@left +2 s +params: left\.text two → new", shown)
+        assert re.search(r"join +2 s +after side@left", shown)
+        assert "these took 3 s" in shown
+
+    def test_plan_with_nothing_to_do_says_so(self, inside: Project, capsys: pytest.CaptureFixture[str]) -> None:
+        make_all(inside)
+        running.plan(Path(), ["side@left"])
+        assert "Nothing to do: all 2 stages are up to date" in capsys.readouterr().out
+
+    def test_status_shows_state_model_and_gates(self, inside: Project, capsys: pytest.CaptureFixture[str]) -> None:
+        make_all(inside)
+        inside.settings(join={"text": "new"})
+        records.write_json(inside.path / running.PROVENANCE, {"model": "abc-def"})
+        models = [{"model": "tuned", "exact_match_tuned": 0.97, "perplexity": None, "parameters": 5_600_000}]
+        gates = [{"name": "size", "value": 0.3, "limit": 0.28, "passed": False}]
+        records.write_json(inside.path / records.SHEET, {"models": models, "gates": gates})
+        running.status(Path())
+        shown = capsys.readouterr().out
+        assert "3 of 4 stages are up to date; the packaged model is abc-def." in shown
+        assert re.search(r"join +params: join\.text four → new", shown)
+        assert re.search(r"tuned +0\.970 +5,600,000", shown)
+        assert "0 of 1 gates passed." in shown
+        assert "size: 0.300 against a limit of 0.280" in shown
+
+
+class TestProfiles:
+    @pytest.fixture
+    def project(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setattr(profiles, "check", lambda params: None)
+        (tmp_path / "profiles").mkdir()
+        (tmp_path / "profiles" / "small.yaml").write_text("# Small and quick.\na: 1\n")
+        (tmp_path / "profiles" / "large.yaml").write_text("# Large.\na: 2\n")
+        return tmp_path
+
+    def test_the_one_in_force_is_found_by_its_values(self, project: Path) -> None:
+        assert profiles.in_force(project) is None
+        assert profiles.use(project, "small") is None
+        (project / "params.yaml").write_text("a:   1\n")
+        assert profiles.in_force(project) == "small"
+        assert profiles.names(project) == ["large", "small"]
+        assert profiles.describe(project, "small") == "Small and quick."
+
+    def test_changes_made_by_hand_are_kept_aside(self, project: Path) -> None:
+        (project / "params.yaml").write_text("a: 3\n")
+        kept = profiles.use(project, "large")
+        assert kept is not None
+        assert kept.read_text() == "a: 3\n"
+        assert (project / "params.yaml").read_text() == "# Large.\na: 2\n"
+        assert not list(project.glob(".params*"))
+
+    def test_an_unknown_name_is_told_with_those_there_are(self, project: Path) -> None:
+        with pytest.raises(BessemerError, match=r"no profile 'huge'.*large, small"):
+            profiles.use(project, "huge")
+
+
+class TestServerAndDoctor:
+    def test_a_taken_port_is_named_with_another(self) -> None:
+        import socket
+
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            with pytest.raises(BessemerError, match=f"Port {port} is taken.*--port {port + 1}"):
+                server.refuse_taken("127.0.0.1", port, "bessemer ui --port")
+        server.refuse_taken("127.0.0.1", port, "bessemer ui --port")
+
+    def test_a_server_that_is_gone_is_not_used(self, tmp_path: Path) -> None:
+        assert environment.running_server(tmp_path) is None
+        environment.note_server(tmp_path, "http://127.0.0.1:9/api")
+        assert environment.running_server(tmp_path) is None
+
+    def test_doctor_compares_packages_with_the_lock(self) -> None:
+        assert doctor.differing((ROOT / "requirements.lock").read_text()) == []
+        assert doctor.differing("click==0.1\nno-such-package==2\n") == [
+            f"click {doctor.metadata.version('click')} instead of 0.1",
+            "no-such-package none instead of 2",
+        ]
+
+    def test_doctor_goes_on_after_what_it_finds(self, tmp_path: Path) -> None:
+        findings = list(doctor.examine(tmp_path))
+        assert any(not finding.good and "requirements.lock is missing" in finding.text for finding in findings)
+        assert any(not finding.good and "params.yaml is missing" in finding.text for finding in findings)
+        assert any(finding.good and "cores" in finding.text for finding in findings)
+
+
+class TestHelp:
+    def test_every_command_shows_examples(self, toy: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(toy.path)
+        for name in cli.cli.commands:
+            shown = CliRunner().invoke(cli.cli, [name, "--help"])
+            assert shown.exit_code == 0
+            assert f"bessemer {name}" in shown.output, f"`bessemer {name} --help` shows no example"
+
+    def test_outside_of_a_project_one_is_told(self, tmp_path: Path, toy: Project) -> None:
+        (toy.path / "deep" / "down").mkdir(parents=True)
+        assert cli.home(toy.path / "deep" / "down") == toy.path
+        with pytest.raises(BessemerError, match="lies in no project"):
+            cli.home(tmp_path)
+
+    def test_a_wrong_option_ends_with_code_two(self, toy: Project) -> None:
+        code, output = ended(bessemer(toy, "run", "--quick"))
+        assert code == 2
+        assert "No such option" in output

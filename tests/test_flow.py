@@ -1,0 +1,361 @@
+"""The orchestration on the toy project: what DVC finds changed, how a stage is run and ended, and the flow over all."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import ROOT, Project
+from ruamel.yaml import YAML
+
+from flows import artifacts, graph, leash, records, runner
+from flows.records import Outcome
+from flows.runner import Runner, StageFailed, StageStopped
+from tasks.common.settings import BessemerError
+
+NAMES = ["source", "side@left", "side@right", "join"]
+
+
+def run_flow(project: Project, **parameters: Any) -> Any:
+    """Run the flow in this process, on Prefect's temporary server, and return its final state."""
+    from flows.pipeline import chain
+
+    return chain(project=str(project.path), return_state=True, **parameters)
+
+
+def run_stage(project: Project, name: str) -> tuple[list[str], list[float]]:
+    """Run one stage and return its lines and percentages."""
+    lines: list[str] = []
+    percentages: list[float] = []
+    Runner(project.path, "run-test").run(name, lines.append, lambda percent, text: percentages.append(percent))
+    return lines, percentages
+
+
+def wait_for(condition: Callable[[], Any], what: str) -> Any:
+    """Return the condition's value once it is true; fail after a minute and a half."""
+    for _ in range(900):
+        if found := condition():
+            return found
+        time.sleep(0.1)
+    pytest.fail(f"waited in vain for {what}")
+
+
+def pids(project: Project, stage: str) -> list[int]:
+    """Wait until a hanging stage has started its grandchild and return both process ids."""
+    path = project.path / "marks" / f"{stage}.pids"
+    return [int(pid) for pid in wait_for(lambda: path.exists() and path.read_text(), f"{stage} to hang").split()]
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended."""
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def states_of(project: Project) -> dict[str, Outcome]:
+    """Return how the newest run's stages ended."""
+    newest = max((project.path / "runs").glob("run-*/flow.json"), key=lambda path: path.stat().st_mtime_ns)
+    return {name: Outcome(**outcome) for name, outcome in records.read_json(newest)["stages"].items()}
+
+
+class TestGraph:
+    def test_every_stage_comes_after_what_it_needs_with_the_reason_to_run(self, toy: Project) -> None:
+        stages = graph.read(toy.path)
+        assert list(stages) == NAMES
+        assert stages["join"].needs == ("side@left", "side@right")
+        assert {stage.reasons for stage in stages.values()} == {("never run",)}
+
+    def test_reasons_name_setting_code_input_and_missing_output(self, toy: Project) -> None:
+        for name in NAMES:
+            run_stage(toy, name)
+        assert not any(stage.dirty for stage in graph.read(toy.path).values())
+        toy.settings(left={"text": "new"})
+        (toy.path / "data" / "source.txt").write_text("other\n")
+        (toy.path / "data" / "right" / "out.txt").unlink()
+        found = {name: stage.reasons for name, stage in graph.read(toy.path).items()}
+        assert found["source"] == ("input: data/source.txt",)
+        assert found["side@left"] == ("params: left.text two → new",)
+        assert found["side@right"] == ("output: data/right/out.txt is missing",)
+        assert found["join"] == ("input: data/right/out.txt is missing",)
+        (toy.path / "steps.py").write_text((toy.path / "steps.py").read_text() + "# more\n")
+        assert "code: steps.py" in graph.reasons(toy.path, "join")
+
+    def test_what_lies_downstream_of_a_change_is_affected(self, toy: Project) -> None:
+        for name in NAMES:
+            run_stage(toy, name)
+        toy.settings(left={"text": "new"})
+        assert graph.affected(graph.read(toy.path)) == {"side@left", "join"}
+
+    def test_select_takes_what_is_needed_along(self, toy: Project) -> None:
+        stages = graph.read(toy.path)
+        assert list(graph.select(stages, ["side@right"])) == ["source", "side@right"]
+        with pytest.raises(BessemerError, match=r"no stage 'sides'.*side@left"):
+            graph.select(stages, ["sides"])
+
+    def test_heaviest_chain_goes_first(self, toy: Project) -> None:
+        weights = {"source": 1.0, "side@left": 5.0, "side@right": 1.0, "join": 2.0}
+        assert graph.way_ahead(graph.read(toy.path), weights.__getitem__) == {
+            "source": 8.0, "side@left": 7.0, "side@right": 3.0, "join": 2.0,
+        }  # fmt: skip
+
+    def test_differences_reach_into_nested_settings(self) -> None:
+        before, now = {"a": 1, "b": {"c": [1, 2], "d": 3}}, {"a": 1, "b": {"c": [1], "e": True}}
+        assert list(graph.differences("ppo", before, now)) == [
+            "ppo.b.c [1, 2] → [1]",
+            "ppo.b.d 3 → (none)",
+            "ppo.b.e (none) → True",
+        ]
+
+    def test_an_unpacked_archive_works_without_git(self, toy: Project) -> None:
+        (toy.path / ".git").rename(toy.path.parent / "elsewhere")
+        assert list(graph.read(toy.path)) == NAMES
+        assert "no_scm = true" in (toy.path / ".dvc" / "config.local").read_text().lower()
+        run_stage(toy, "source")
+        assert not graph.reasons(toy.path, "source")
+
+    def test_a_folder_that_is_no_project_gets_a_sentence(self, tmp_path: Path) -> None:
+        with pytest.raises(BessemerError, match="no DVC project"):
+            graph.read(tmp_path)
+
+
+class TestRunner:
+    def test_lines_and_percentages_come_apart(self, toy: Project) -> None:
+        lines, percentages = run_stage(toy, "source")
+        assert lines == ["source says one"]
+        assert percentages == [10, 50, 100]
+
+    @pytest.mark.parametrize(
+        ("text", "percent", "rest"),
+        [
+            (" 42%|████▏     | 42/100 [00:05<00:07, 8.2it/s]", "42", "42/100 [00:05<00:07, 8.2it/s]"),
+            ("Epoch 3:   7%|7         | 1/14 [00:00<?, ?it/s, loss=3.1]", "7", "1/14 [00:00<?, ?it/s, loss=3.1]"),
+        ],
+    )
+    def test_progress_bars_are_known(self, text: str, percent: str, rest: str) -> None:
+        found = runner.BAR.match(text)
+        assert found is not None
+        assert (found["percent"], found["rest"]) == (percent, rest)
+
+    @pytest.mark.parametrize("text", ["kept 42% of the rows", "42%", "a | b", "100 % | of what"])
+    def test_other_lines_are_no_progress_bars(self, text: str) -> None:
+        assert runner.BAR.match(text) is None
+
+    def test_lines_are_split_at_returns_too_and_broken_text_is_kept(self) -> None:
+        read, write = os.pipe()
+        os.write(write, "one\rtwo\r\nthr\u00e9".encode() + b"e\nbad \xff\nlast")
+        os.close(write)
+        with os.fdopen(read, "rb") as stream:
+            assert list(runner.split_lines(stream)) == ["one", "two", "thr\u00e9e", "bad \ufffd", "last"]
+
+    def test_a_failure_says_what_the_stage_said_last(self, toy: Project) -> None:
+        toy.settings(source={"fail": "no such luck\n  in two lines"})
+        with pytest.raises(StageFailed) as failure:
+            run_stage(toy, "source")
+        assert str(failure.value) == "source: no such luck\n  in two lines"
+
+    def test_a_traceback_is_kept_to_its_end(self) -> None:
+        lines = [f"line {number}" for number in range(40)] + [
+            "ValueError: x",
+            "ERROR: failed to reproduce 'a': failed to run: x, exited with 1",
+        ]
+        assert runner.last_words("a", lines).splitlines()[-1] == "ValueError: x"
+        assert len(runner.last_words("a", lines).splitlines()) == runner.LAST_LINES
+
+    def test_what_dvc_itself_refuses_is_told(self, toy: Project) -> None:
+        (toy.path / "data" / "source.txt").unlink()
+        with pytest.raises(StageFailed, match=r"source\.txt"):
+            run_stage(toy, "source")
+
+    def test_stopping_ends_the_tree_and_leaves_nothing_half_written(self, toy: Project) -> None:
+        toy.settings(source={"hang": True})
+        work = Runner(toy.path, "run-test")
+        raised: list[BaseException] = []
+        thread = threading.Thread(target=lambda: raised.append(_raised(lambda: work.run("source", print, _ignore))))
+        thread.start()
+        hanging = pids(toy, "source")
+        work.stop()
+        thread.join(30)
+        assert all(gone(pid) for pid in hanging)
+        assert isinstance(raised[0], StageStopped)
+        assert not (toy.path / "data" / "source" / "out.txt").exists()
+        assert records.read_json(toy.path / ".dvc" / "tmp" / "rwlock") in ({}, None)
+        with pytest.raises(StageStopped):
+            work.run("source", print, _ignore)
+
+    def test_an_exception_in_the_follower_ends_the_tree(self, toy: Project) -> None:
+        toy.settings(source={"hang": True})
+
+        def follow(text: str) -> None:
+            pids(toy, "source")
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            Runner(toy.path, "run-test").run("source", follow, _ignore)
+        assert all(gone(pid) for pid in pids(toy, "source"))
+
+    def test_a_killed_parent_takes_its_stage_along(self, toy: Project) -> None:
+        toy.settings(source={"hang": True})
+        code = (
+            "from pathlib import Path; from flows.runner import Runner; Runner(Path(), 'r').run('source', print, print)"
+        )
+        parent = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=toy.path, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        )
+        hanging = pids(toy, "source")
+        parent.kill()
+        parent.wait()
+        wait_for(lambda: all(gone(pid) for pid in hanging), "the stage to end after its parent")
+
+    def test_a_process_that_does_not_listen_is_killed_after_the_grace(self) -> None:
+        deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print('on', flush=True); time.sleep(600)"
+        code = f"""
+import subprocess, sys
+sys.path.insert(0, {str(ROOT)!r})
+from flows import leash
+child = subprocess.Popen([sys.executable, "-c", {deaf!r}], stdout=subprocess.PIPE)
+child.stdout.readline()
+leash.end_children(child.pid, grace_s=0.5)
+print(child.pid)
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+        assert gone(int(done.stdout))
+        assert leash.GRACE_S < 30
+
+
+def _raised(function: Callable[[], Any]) -> BaseException:
+    try:
+        function()
+    except BaseException as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def _ignore(percent: float, text: str) -> None:
+    pass
+
+
+class TestFlow:
+    def test_independent_stages_overlap_and_the_second_run_does_nothing(self, toy: Project) -> None:
+        toy.settings(left={"meet": "right"}, right={"meet": "left"})
+        state = run_flow(toy)
+        assert state.is_completed(), state.message
+        assert toy.ran() == ["join", "left", "right", "source"]
+        assert {outcome.status for outcome in states_of(toy).values()} == {"ran"}
+        lock = (toy.path / "dvc.lock").read_bytes()
+        toy.forget()
+        assert run_flow(toy).is_completed()
+        assert toy.ran() == []
+        assert {outcome.status for outcome in states_of(toy).values()} == {"up to date"}
+        assert (toy.path / "dvc.lock").read_bytes() == lock
+
+    def test_a_changed_setting_reruns_only_what_lies_downstream(self, toy: Project) -> None:
+        assert run_flow(toy).is_completed()
+        toy.forget()
+        toy.settings(left={"text": "new"})
+        assert run_flow(toy).is_completed()
+        assert toy.ran() == ["join", "left"]
+
+    def test_dvc_repro_gives_the_same_lock(self, toy: Project) -> None:
+        assert run_flow(toy).is_completed()
+        lock = YAML().load(toy.path / "dvc.lock")
+        (toy.path / "dvc.lock").unlink()
+        _dvc(toy, "repro", "--quiet", "--force")
+        assert YAML().load(toy.path / "dvc.lock") == lock
+
+    def test_results_of_an_earlier_run_come_from_the_cache(self, toy: Project) -> None:
+        assert run_flow(toy).is_completed()
+        toy.settings(left={"text": "new"})
+        assert run_flow(toy).is_completed()
+        toy.settings(left={"text": "two"})
+        toy.forget()
+        assert run_flow(toy).is_completed()
+        assert toy.ran() == []
+        assert {name for name, outcome in states_of(toy).items() if outcome.status == "restored"} == {
+            "side@left",
+            "join",
+        }
+
+    def test_a_failure_ends_the_run_and_what_needs_the_stage_does_not_start(self, toy: Project) -> None:
+        toy.settings(left={"fail": "the ratings are missing: put them under data/sources"})
+        state = run_flow(toy)
+        assert state.is_failed()
+        assert state.message == "side@left: the ratings are missing: put them under data/sources"
+        outcomes = states_of(toy)
+        assert outcomes["side@left"].status == "failed"
+        assert outcomes["side@right"].status == "ran"
+        assert "join" not in outcomes
+        assert "join" not in toy.ran()
+
+    def test_named_stages_run_with_what_they_need(self, toy: Project) -> None:
+        assert run_flow(toy, stages=["side@right"]).is_completed()
+        assert toy.ran() == ["right", "source"]
+
+    def test_a_worktree_of_its_own_shares_cache_and_keeps_the_result(self, toy: Project) -> None:
+        (toy.path / "steps.py").write_text((toy.path / "steps.py").read_text() + "# being edited\n")
+        assert run_flow(toy, worktree=True).is_completed()
+        assert not (toy.path / "dvc.lock").exists()
+        assert list((toy.path / ".bessemer" / "worktrees").iterdir()) == []
+        (run_id,) = (path.parent.name for path in (toy.path / "runs").glob("*/flow.json"))
+        assert run_id in _dvc(toy, "exp", "list", "--name-only")
+        toy.git("checkout", "--quiet", "--", "steps.py")
+        _dvc(toy, "exp", "apply", run_id)
+        assert not any(stage.dirty for stage in graph.read(toy.path).values())
+        assert (toy.path / "data" / "join" / "out.txt").exists()
+
+
+def _dvc(project: Project, *arguments: str) -> str:
+    command = [sys.executable, "-m", "dvc", *arguments]
+    return subprocess.run(command, cwd=project.path, check=True, capture_output=True, text=True).stdout
+
+
+class TestSlots:
+    def test_the_one_with_the_longest_way_behind_it_goes_first(self) -> None:
+        from flows.pipeline import Slots
+
+        slots, order = Slots(1), []
+
+        def work(name: str, urgency: float) -> None:
+            with slots.take(urgency):
+                order.append(name)
+
+        with slots.take(0.0):
+            threads = [
+                threading.Thread(target=work, args=pair) for pair in (("low", 1.0), ("high", 9.0), ("middle", 5.0))
+            ]
+            for thread in threads:
+                thread.start()
+            wait_for(lambda: len(slots._waiting) == 3, "all three to wait")
+        for thread in threads:
+            thread.join()
+        assert order == ["high", "middle", "low"]
+
+
+class TestArtifacts:
+    @pytest.fixture
+    def lineage(self, toy: Project) -> str:
+        run_stage(toy, "source")
+        outcomes = {"source": Outcome("ran", 1.25), "side@left": Outcome("failed", 0.5)}
+        return artifacts.lineage(toy.path, graph.read(toy.path), outcomes, "run-x")
+
+    def test_lineage_is_a_diagram_and_a_table(self, lineage: str) -> None:
+        assert "```mermaid\nflowchart LR\n" in lineage
+        assert 's1["side@left"]:::failed' in lineage
+        assert "s0 --> s1" in lineage
+        assert "| source | `aaaaaaaaaaaa` | `bbbbbbbbbbbb` | ran | 1.2 |" in lineage
+        assert "| join |  |  | not run |  |" in lineage
+
+    def test_the_diagram_leaves_out_what_follows_from_the_rest(self) -> None:
+        stages = {
+            name: graph.Stage(name, needs, (), ())
+            for name, needs in {"a": (), "b": ("a",), "c": ("a", "b"), "d": ("a", "b", "c")}.items()
+        }
+        arrows = [line.strip() for line in artifacts.diagram(stages, {}).splitlines() if "-->" in line]
+        assert arrows == ["s0 --> s1", "s1 --> s2", "s2 --> s3"]

@@ -1,0 +1,196 @@
+"""The scheduled deployment for real: Prefect's server, a process work pool, a worker, and `prefect.yaml` as it stands.
+
+It runs on the toy project; `deploy` takes any project folder.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from conftest import ROOT, Project
+
+from flows import graph, records
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+POOL = "bessemer-pool"
+DEPLOYMENT = "bessemer/scheduled"
+
+
+class Server:
+    """A Prefect server of the test's own, and what is asked of it."""
+
+    def __init__(self, home: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/api"
+        self.env = os.environ | {
+            "PREFECT_HOME": str(home),
+            "PREFECT_API_URL": self.url,
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "PREFECT_WORKER_PREFETCH_SECONDS": "5",
+            "PYTHONPATH": str(ROOT),
+        }
+
+    def prefect(self, *arguments: str, cwd: Path = ROOT) -> str:
+        """Run a command of Prefect's as a user would."""
+        command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
+        env = self.env | {"PWD": str(cwd)}
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def start(self, *arguments: str, log: Path) -> subprocess.Popen[bytes]:
+        """Start a long-running command of Prefect's."""
+        command = [sys.executable, "-m", "prefect", *arguments]
+        with log.open("wb") as file:
+            return subprocess.Popen(command, env=self.env, stdout=file, stderr=subprocess.STDOUT, cwd=log.parent)
+
+    def ask(self, path: str, **body: Any) -> Any:
+        """Post to the server's API."""
+        answer = httpx.post(f"{self.url}/{path}", json=body, timeout=30)
+        answer.raise_for_status()
+        return answer.json()
+
+    def get(self, path: str) -> Any:
+        """Get from the server's API."""
+        answer = httpx.get(f"{self.url}/{path}", timeout=30)
+        answer.raise_for_status()
+        return answer.json()
+
+    def run(self, **parameters: Any) -> str:
+        """Ask for a run of the deployment, now; return its id."""
+        deployment = self.get(f"deployments/name/{DEPLOYMENT}")["id"]
+        body = {"state": {"type": "SCHEDULED"}, "parameters": parameters}
+        return str(self.ask(f"deployments/{deployment}/create_flow_run", **body)["id"])
+
+    def state(self, run: str) -> str:
+        """Return the name of a run's state."""
+        return str(self.get(f"flow_runs/{run}")["state"]["name"])
+
+    def ended(self, run: str) -> str:
+        """Wait for a run's end and return the name of its last state."""
+        final = {"Completed", "Failed", "Crashed", "Cancelled"}
+        return str(wait_for(lambda: self.state(run) in final and self.state(run), f"the end of run {run}"))
+
+    def artifacts(self, run: str) -> dict[str, str]:
+        """Return a run's artifacts with a key: key to content."""
+        found = self.ask("artifacts/filter", artifacts={"flow_run_id": {"any_": [run]}})
+        return {item["key"]: item["data"] for item in found if item["key"]}
+
+    def tasks(self, run: str) -> dict[str, str]:
+        """Return a run's task runs: name to state."""
+        found = self.ask("task_runs/filter", flow_runs={"id": {"any_": [run]}})
+        return {item["name"]: item["state"]["name"] for item in found}
+
+
+def wait_for(condition: Callable[[], Any], what: str) -> Any:
+    """Return the condition's value once it is true."""
+    for _ in range(600):
+        if found := condition():
+            return found
+        time.sleep(0.2)
+    pytest.fail(f"waited in vain for {what}")
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process that `Server.start` started."""
+    process.terminate()
+    try:
+        process.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def deploy(server: Server, project: Path) -> None:
+    """Deploy a project from its own prefect.yaml."""
+    shown = server.prefect("deploy", "--all", cwd=project)
+    assert DEPLOYMENT in shown
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with an empty database, a process work pool and one worker."""
+    home = tmp_path_factory.mktemp("prefect")
+    server = Server(home)
+    processes = [server.start("server", "start", "--port", str(server.port), log=home / "server.log")]
+    try:
+        wait_for(lambda: _healthy(server), "the server to answer")
+        server.prefect("work-pool", "create", POOL, "--type", "process")
+        processes.append(server.start("worker", "start", "--pool", POOL, "--limit", "1", log=home / "worker.log"))
+        yield server
+    finally:
+        for process in reversed(processes):
+            stop(process)
+
+
+def _healthy(server: Server) -> bool:
+    try:
+        return httpx.get(f"{server.url}/health", timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.fixture
+def project(toy: Project, server: Server) -> Project:
+    """The toy project with the real flow and the real prefect.yaml, deployed."""
+    for folder in ("flows", "tasks"):
+        shutil.copytree(ROOT / folder, toy.path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "prefect.yaml", toy.path)
+    toy.commit("deployed")
+    deploy(server, toy.path)
+    return toy
+
+
+def test_the_deployment_is_as_declared(server: Server, project: Project) -> None:
+    found = server.get(f"deployments/name/{DEPLOYMENT}")
+    assert found["work_pool_name"] == POOL
+    assert found["parameters"] == {"worktree": True}
+    assert found["global_concurrency_limit"]["limit"] == 1
+    assert found["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+    assert [(item["schedule"]["cron"], item["active"]) for item in found["schedules"]] == [("0 3 * * 1", False)]
+    assert found["pull_steps"][0]["prefect.deployments.steps.set_working_directory"]["directory"] == str(project.path)
+
+
+def test_a_worker_runs_it_in_a_worktree_and_leaves_the_lineage(server: Server, project: Project) -> None:
+    run = server.run()
+    assert server.ended(run) == "Completed"
+    assert server.tasks(run) == dict.fromkeys(("source", "side@left", "side@right", "join"), "Completed")
+    lineage = server.artifacts(run)["lineage"]
+    assert "flowchart LR" in lineage
+    assert "| join | `aaaaaaaaaaaa` | `bbbbbbbbbbbb` | ran |" in lineage
+    assert not (project.path / "dvc.lock").exists()
+    run_id = server.get(f"flow_runs/{run}")["name"]
+    assert records.read_json(project.path / "runs" / run_id / "flow.json")["stages"]["join"]["status"] == "ran"
+    assert run_id in project.git("for-each-ref", "refs/exps")
+
+
+def test_cancelling_ends_the_stage_and_leaves_nothing_half_written(server: Server, project: Project) -> None:
+    project.settings(right={"hang": True})
+    run = server.run(worktree=False)
+    noted = project.path / "marks" / "right.pids"
+    hanging = [int(pid) for pid in wait_for(lambda: noted.exists() and noted.read_text(), "the stage to hang").split()]
+    wait_for(lambda: server.tasks(run).get("side@left") == "Completed", "the stage beside it to be done")
+    server.ask(f"flow_runs/{run}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
+    assert server.ended(run) == "Cancelled"
+    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in hanging), "the stage's processes to end")
+    assert not (project.path / "data" / "right" / "out.txt").exists()
+    stages = graph.read(project.path)
+    assert [name for name, stage in stages.items() if stage.dirty] == ["side@right", "join"]
+
+    project.settings(right={"hang": False})
+    project.forget()
+    again = server.run(worktree=False)
+    assert server.ended(again) == "Completed"
+    assert project.ran() == ["join", "right"]
+    assert server.tasks(again)["source"] == "UpToDate"
