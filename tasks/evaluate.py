@@ -5,7 +5,6 @@ answers questions about tuned and about held-out entities (greedy, exact match o
 (sampled: mean reward and diversity) and is scored on held-out prose; an encoder names what is masked in statements.
 """
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 from pydantic import Field
 
-from serving.names import rank_names
+from serving.names import BEGIN, END, MASK, Candidates, Codec, log_scores, slots
 from tasks.common import models, stage, tables
 from tasks.common.answers import Extractor, exact_match
 from tasks.common.candidates import Decoder, Encoder, open_decoder, open_encoder
@@ -31,12 +30,14 @@ DECODERS = {
     "int8": "data/quantize/policy/model",
 }
 ENCODERS = {"encoder": "data/pretrain/mlm/model", "encoder-int8": "data/quantize/encoder/model"}
-SHEET = {"instructions": "data/validate/instructions", "shards": "data/tokenize/shards", "reward": "data/reward/model"}
-
-INPUTS: dict[str, str] = {}
-KEY_INPUTS = {key: {"model": path, **SHEET} for key, path in DECODERS.items()} | {
-    key: {"model": path, "corpus": "data/validate/corpus"} for key, path in ENCODERS.items()
+# The sheet is one for all models, whichever part of it a model is put before.
+INPUTS = {
+    "corpus": "data/validate/corpus",
+    "instructions": "data/validate/instructions",
+    "shards": "data/tokenize/shards",
+    "reward": "data/reward/model",
 }
+KEY_INPUTS = {key: {"model": path} for key, path in (DECODERS | ENCODERS).items()}
 OUTPUTS = {"answers": "data/evaluate/{key}/answers"}
 
 
@@ -94,12 +95,15 @@ def _encoder_sheet(config: Config, job: Job, path: Path) -> tuple[list[dict[str,
     corpus = tables.read(job.inputs["corpus"], "train").to_pylist()
     names = sorted({name for row in corpus for name in row["names"]})
     statements = [row for row in corpus if row["names"] and re.fullmatch(config.masked, row["text"])]
+    masked = mask_first_name(statements)
+    codec = codec_of(encoder)
+    places = [slots(text, codec)[0] for _, text, _ in masked]
+    scores = log_scores(encoder.logits, codec, Candidates(names, codec), places)
     rows = []
-    for row, text, gold in mask_first_name(statements):
-        best = rank_names(encoder.logits, encoder.tokenizer, text, names, 1)[0][0]
+    for (row, text, gold), best in zip(masked, scores.argmax(1), strict=True):
         rows.append({
-            "id": row["id"], "entity": gold, "split": row["split"], "kind": "masked", "question": text, "reply": best,
-            "given": best, "wanted": gold, "correct": best == gold, "reward": None,
+            "id": row["id"], "entity": gold, "split": row["split"], "kind": "masked", "question": text, "reply": names[best],
+            "given": names[best], "wanted": gold, "correct": names[best] == gold, "reward": None,
         })  # fmt: skip
     right = sum(row["correct"] for row in rows)
     return rows, {
@@ -111,13 +115,20 @@ def _encoder_sheet(config: Config, job: Job, path: Path) -> tuple[list[dict[str,
     }
 
 
+def codec_of(encoder: Encoder) -> Codec:
+    """Return how the scorer of names turns text into what an encoder reads."""
+    tokenizer = encoder.tokenizer
+    begin, end, mask = (tokenizer.token_to_id(token) for token in (BEGIN, END, MASK))
+    return Codec(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, begin, end, mask)
+
+
 def mask_first_name(statements: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], str, str]]:
     """Return (row, text with [MASK], hidden name) for statements in which one name comes first and stands once."""
     result = []
     for row in statements:
         first = min(row["names"], key=lambda name: (row["text"].find(name) % 2**31, -len(name)))
         if row["text"].count(first) == 1:
-            result.append((row, row["text"].replace(first, "[MASK]"), first))
+            result.append((row, row["text"].replace(first, MASK), first))
     return result
 
 

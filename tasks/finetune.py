@@ -73,9 +73,9 @@ Encoded = tuple[list[int], list[bool]]
 
 def run(config: Config, job: Job) -> dict[str, Any]:
     """Tune the decoder and return its losses and how many conversations were used or too long."""
-    device = models.prepare_torch(job.numerics, job.seed)
+    models.prepare_torch(job.numerics, job.seed)
     tokenizer = chat.load_tokenizer(job.inputs["model"])
-    model = models.load_decoder(job.inputs["model"]).to(device)
+    model = models.load_decoder(job.inputs["model"], job.numerics)
     rows = tables.read(job.inputs["instructions"], "train").to_pylist()
     encoded = [chat.encode_chat(tokenizer, row["messages"]) for row in rows]
     usable = [item for item in encoded if len(item[0]) <= tokenizer.model_max_length]

@@ -90,8 +90,8 @@ def run(config: Config, job: Job) -> dict[str, Any]:
 
     device = models.prepare_torch(job.numerics, job.seed)
     tokenizer = chat.load_tokenizer(job.inputs["model"])
-    policy = models.load_decoder(job.inputs["model"]).to(device)
-    reference = models.load_decoder(job.inputs["model"]).to(device).eval().requires_grad_(False)
+    policy = models.load_decoder(job.inputs["model"], job.numerics)
+    reference = models.load_decoder(job.inputs["model"], job.numerics).eval().requires_grad_(False)
     head = torch.nn.Linear(policy.config.hidden_size, 1).to(device)
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)

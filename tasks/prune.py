@@ -49,13 +49,13 @@ class Config(Settings):
 
 def run(config: Config, job: Job) -> dict[str, Any]:
     """Prune, recover and return sizes and the divergence from the policy before and after recovery."""
-    device = models.prepare_torch(job.numerics, job.seed)
+    models.prepare_torch(job.numerics, job.seed)
     tokenizer = chat.load_tokenizer(job.inputs["model"])
-    policy = models.load_decoder(job.inputs["model"]).to(device).eval()
+    policy = models.load_decoder(job.inputs["model"], job.numerics).eval()
     batches = Batches(config, job, policy, tokenizer)
     keep = max(1, round(config.keep * policy.config.intermediate_size))
     before = models.parameters(policy)
-    pruned = cut(models.load_decoder(job.inputs["model"]).to(device), importance(policy, config, batches.at), keep)
+    pruned = cut(models.load_decoder(job.inputs["model"], job.numerics), importance(policy, config, batches.at), keep)
 
     def loss_at(step: int) -> tuple["torch.Tensor", Losses, int]:
         ids, mask = batches.at(step)

@@ -50,7 +50,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     source, target = job.inputs["model"], job.outputs["model"]
     target.mkdir()
     load = models.load_decoder if job.key == "policy" else models.load_encoder
-    model = load(source)
+    model = load(source, job.numerics)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         fp32 = export(source, Path(scratch), decoder=job.key == "policy")
         quantize(fp32, target / "model.onnx", config)

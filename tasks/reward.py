@@ -61,9 +61,7 @@ class Ranking:
 
 def run(config: Config, job: Job) -> dict[str, Any]:
     """Train the reward model and return its held-out ordering accuracy beside a bag-of-words baseline's."""
-    from transformers import AutoModelForSequenceClassification
-
-    device = models.prepare_torch(job.numerics, job.seed)
+    models.prepare_torch(job.numerics, job.seed)
     tokenizer = chat.load_tokenizer(job.inputs["model"])
     train_set, heldout = (read_rankings(job, tokenizer, config.max_tokens, split) for split in ("train", "heldout"))
     if not train_set:
@@ -71,7 +69,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     unrated = sum(ranking.ratings is None for ranking in train_set)
     if unrated and not config.ordering:
         raise StageError(f"{unrated} rankings hold ranks and no scores, which only reward.ordering can learn from; it is 0.")
-    model = AutoModelForSequenceClassification.from_pretrained(job.inputs["model"], num_labels=1).to(device)
+    model = models.load_scorer(job.inputs["model"], job.numerics)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.bessemer_reward_offset = offset = _mean_rating(train_set)
     model.config.bessemer_max_tokens = config.max_tokens

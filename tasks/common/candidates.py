@@ -67,7 +67,7 @@ class TorchDecoder:
     @classmethod
     def load(cls, path: Path, numerics: Numerics) -> "TorchDecoder":
         """Load model and tokenizer from a folder."""
-        model = models.load_decoder(path).to(numerics.device).eval()
+        model = models.load_decoder(path, numerics).eval()
         return cls(model, chat.load_tokenizer(path), numerics, (path / "model.safetensors").stat().st_size)
 
     @property
@@ -168,7 +168,7 @@ class TorchEncoder:
     @classmethod
     def load(cls, path: Path, numerics: Numerics) -> "TorchEncoder":
         """Load model and tokenizer from a folder."""
-        model = models.load_encoder(path).to(numerics.device).eval()
+        model = models.load_encoder(path, numerics).eval()
         return cls(model, chat.load_tokenizer(path).backend_tokenizer, (path / "model.safetensors").stat().st_size)
 
     @property

@@ -52,29 +52,31 @@ def autocast(numerics: Numerics) -> "torch.autocast":
     return torch.autocast(numerics.device, torch.bfloat16, enabled=numerics.dtype == "bfloat16")
 
 
-def new_decoder(shape: Shape, tokenizer: "PreTrainedTokenizerFast", context: int) -> "PreTrainedModel":
+def new_decoder(shape: Shape, tokenizer: "PreTrainedTokenizerFast", context: int, numerics: Numerics) -> "PreTrainedModel":
     """Return a Llama-style causal model with fresh weights and tied embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(
+    model: PreTrainedModel = LlamaForCausalLM(
         LlamaConfig(
             **_common(shape, tokenizer, context), num_key_value_heads=shape.heads, tie_word_embeddings=True,
-            rms_norm_eps=1e-5, attn_implementation="sdpa",
+            rms_norm_eps=1e-5, attn_implementation=numerics.attention,
         )
     )  # fmt: skip
+    return model.to(numerics.device)
 
 
-def new_encoder(shape: Shape, tokenizer: "PreTrainedTokenizerFast", context: int) -> "PreTrainedModel":
+def new_encoder(shape: Shape, tokenizer: "PreTrainedTokenizerFast", context: int, numerics: Numerics) -> "PreTrainedModel":
     """Return a ModernBERT-style masked model (Warner et al. 2024) with fresh weights; every layer attends globally."""
     from transformers import ModernBertConfig, ModernBertForMaskedLM
 
-    return ModernBertForMaskedLM(
+    model: PreTrainedModel = ModernBertForMaskedLM(
         ModernBertConfig(
             **_common(shape, tokenizer, context), cls_token_id=tokenizer.bos_token_id, sep_token_id=tokenizer.eos_token_id,
-            global_attn_every_n_layers=1, reference_compile=False, attn_implementation="sdpa", classifier_pooling="mean",
+            global_attn_every_n_layers=1, reference_compile=False, attn_implementation=numerics.attention, classifier_pooling="mean",
             global_rope_theta=10_000.0,
         )
     )  # fmt: skip
+    return model.to(numerics.device)
 
 
 def _common(shape: Shape, tokenizer: "PreTrainedTokenizerFast", context: int) -> dict[str, Any]:
@@ -91,21 +93,33 @@ def _common(shape: Shape, tokenizer: "PreTrainedTokenizerFast", context: int) ->
     }
 
 
-def load_decoder(path: Path) -> "PreTrainedModel":
-    """Load a causal model in float32."""
-    import torch
+def load_decoder(path: Path, numerics: Numerics) -> "PreTrainedModel":
+    """Load a causal model in float32 onto the device."""
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return model
+    return _load(AutoModelForCausalLM, path, numerics)
 
 
-def load_encoder(path: Path) -> "PreTrainedModel":
-    """Load a masked model in float32."""
-    import torch
+def load_encoder(path: Path, numerics: Numerics) -> "PreTrainedModel":
+    """Load a masked model in float32 onto the device."""
     from transformers import AutoModelForMaskedLM
 
-    model: PreTrainedModel = AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float32)
+    return _load(AutoModelForMaskedLM, path, numerics)
+
+
+def load_scorer(path: Path, numerics: Numerics) -> "PreTrainedModel":
+    """Load a model with a head that gives one number, in float32, onto the device; a missing head is fresh."""
+    from transformers import AutoModelForSequenceClassification
+
+    return _load(AutoModelForSequenceClassification, path, numerics, num_labels=1)
+
+
+def _load(kind: Any, path: Path, numerics: Numerics, **settings: Any) -> "PreTrainedModel":
+    import torch
+
+    model: PreTrainedModel = kind.from_pretrained(
+        path, dtype=torch.float32, attn_implementation=numerics.attention, **settings
+    ).to(numerics.device)
     return model
 
 

@@ -24,10 +24,7 @@ class Scorer:
     @classmethod
     def load(cls, path: Path, numerics: Numerics) -> "Scorer":
         """Load the reward model of a folder that `reward` left, ready to score."""
-        import torch
-        from transformers import AutoModelForSequenceClassification
-
-        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).to(numerics.device).eval()
+        model = models.load_scorer(path, numerics).eval()
         tokenizer = chat.load_tokenizer(path)
         return cls(model, tokenizer, model.config.bessemer_max_tokens, numerics)
 

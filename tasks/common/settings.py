@@ -44,6 +44,7 @@ class Numerics(Settings):
     device: Literal["cpu", "cuda"] = Field(description="Device class that stages compute on")
     threads: int = Field(description="Threads of one stage's matrix operations", ge=1, le=256)
     dtype: Literal["float32", "bfloat16"] = Field(description="Autocast type of forward and backward passes")
+    attention: Literal["eager", "sdpa"] = Field(description="Attention kernel; eager is faster on a CPU at short lengths")
     compile: bool = Field(description="Whether training steps go through torch.compile (needs a C++ compiler)")
 
 

@@ -93,8 +93,66 @@ class Windows:
 
     def batch(self, first: int, count: int) -> Ids:
         """Return windows as token ids, shape (count, length)."""
-        return self.cut(self.starts(first, count))
+        return self.split.tokens[self.starts(first, count)[:, None] + np.arange(self.length)].astype(np.int64)
 
-    def cut(self, starts: Ids) -> Ids:
-        """Return the windows that begin at the given places, shape (len(starts), length)."""
-        return self.split.tokens[starts[:, None] + np.arange(self.length)].astype(np.int64)
+
+class Batches:
+    """Batches of whole documents of like length, a pure function of the step; for models that read one text at a time.
+
+    Statements are here the documents with two names, either of which can be told from the other. An epoch reads every
+    statement once and as much prose (documents without names) as keeps the statements' share of the tokens. Its documents are
+    shuffled, sorted by length within large chunks, cut into batches whose padded size stays within the budget, and
+    shuffled again.
+    """
+
+    CHUNK = 4096
+
+    def __init__(self, split: Split, budget: int, longest: int, statements: float, seed: int) -> None:
+        self.split, self.budget, self.longest, self.seed = split, budget, longest, seed
+        self.first_name = np.searchsorted(split.names[:, 0], split.documents)
+        self.lengths = np.minimum(np.diff(split.documents), longest)
+        names = np.diff(self.first_name)
+        self.statements, self.prose = np.flatnonzero(names == 2), np.flatnonzero(names == 0)
+        wanted = self.lengths[self.statements].sum() * (1 - statements) / max(statements, 1e-9)
+        share = wanted / max(self.lengths[self.prose].sum(), 1)
+        self.prose_count = min(round(share * len(self.prose)), len(self.prose)) if statements else len(self.prose)
+        self.epochs: list[list[Ids]] = []
+
+    def at(self, step: int) -> Ids:
+        """Return the numbers of the documents that a step reads."""
+        epoch = 0
+        while True:
+            if epoch == len(self.epochs):
+                self.epochs.append(self._epoch(epoch))
+            if step < len(self.epochs[epoch]):
+                return self.epochs[epoch][step]
+            step -= len(self.epochs[epoch])
+            epoch += 1
+
+    def _epoch(self, epoch: int) -> list[Ids]:
+        random = np.random.default_rng([self.seed, epoch])
+        documents = np.concatenate([self.statements, random.permutation(self.prose)[: self.prose_count]])
+        documents = random.permutation(documents)
+        batches: list[Ids] = []
+        for start in range(0, len(documents), self.CHUNK):
+            chunk = documents[start : start + self.CHUNK]
+            chunk = chunk[np.argsort(self.lengths[chunk], kind="stable")[::-1]]
+            at = 0
+            while at < len(chunk):
+                rows = max(1, self.budget // int(self.lengths[chunk[at]]))
+                batches.append(chunk[at : at + rows])
+                at += rows
+        return [batches[i] for i in random.permutation(len(batches))]
+
+    def read(self, documents: Ids, fill: int) -> tuple[Ids, Ids, list[tuple[int, int, int]]]:
+        """Return ids and attention mask (B, T), padded on the right, and (row, start, end) of every name within them."""
+        width = int(self.lengths[documents].max())
+        ids = np.full((len(documents), width), fill, dtype=np.int64)
+        names: list[tuple[int, int, int]] = []
+        for row, document in enumerate(documents):
+            start, length = int(self.split.documents[document]), int(self.lengths[document])
+            ids[row, :length] = self.split.tokens[start : start + length]
+            spans = self.split.names[self.first_name[document] : self.first_name[document + 1]] - start
+            names += [(row, int(a), int(b)) for a, b in spans if b <= length]
+        mask = (np.arange(width) < self.lengths[documents][:, None]).astype(np.int64)
+        return ids, mask, names
