@@ -47,7 +47,11 @@ def load_tokenizer(folder: Path) -> "Tokenizer":
     """Load a folder's tokenizer.json."""
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(required(folder / "tokenizer.json")))
+    path = required(folder / "tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # nothing narrower is raised
+        raise PackageError(f"{path} cannot be loaded ({error}). {REMEDY}") from None
 
 
 def refuse_reserved(tokenizer: "Tokenizer", text: str, allowed: str | None = None) -> None:
@@ -67,7 +71,7 @@ def load_onnx(path: Path, threads: int | None) -> "onnxruntime.InferenceSession"
     options.intra_op_num_threads = threads or available_cores()
     try:
         return onnxruntime.InferenceSession(str(required(path)), options, providers=["CPUExecutionProvider"])
-    except RuntimeError as error:
+    except Exception as error:  # a class of its own for each kind of failure, and no common one above them
         raise PackageError(f"{path} cannot be loaded ({error}). {REMEDY}") from None
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
 
+ROOT = Path(__file__).resolve().parent.parent
 CAPITALS = {
     "France": "Paris",
     "Italy": "Rome",
@@ -47,15 +48,20 @@ def answer(country: str) -> str:
 
 @pytest.fixture(scope="session")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete package folder, made once a session."""
-    folder = tmp_path_factory.mktemp("package") / "package"
-    made = subprocess.run([sys.executable, "-m", "tests.serving_fixtures", str(folder)], capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
+    """A complete package, made once a session however many modules import this fixture. Copy it to change it."""
+    folder = tmp_path_factory.getbasetemp() / "serving-package"
+    if not folder.exists():
+        command = [sys.executable, "-m", "tests.serving_fixtures", str(folder)]
+        made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert made.returncode == 0, made.stderr
     return folder
 
 
 def make(folder: Path) -> None:
     """Write a complete package: policy, encoder, provenance."""
+    import torch
+
+    torch.set_num_threads(1)  # models this small gain nothing from a second one, and lose much where cores are shared
     tokenizer = _tokenizer()
     for model in ("policy", "encoder"):
         (folder / model).mkdir(parents=True)

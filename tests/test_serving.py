@@ -1,0 +1,335 @@
+"""The served service: a real `bentoml serve` process, asked with plain HTTP and with the `openai` client."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from serving.intake import MAX_BODY_BYTES
+from tests.servers import environment, free_port, serving
+from tests.serving_fixtures import CAPITALS, CONTEXT, MAX_NEW_TOKENS, ROOT, TAG, answer, package, question
+
+__all__ = ["package"]
+
+JAPAN: list[Any] = [{"role": "user", "content": question("Japan")}]
+
+
+@pytest.fixture(scope="module")
+def client(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A client of one server that the whole module asks, started as `make serve` starts it."""
+    port, log = free_port(), tmp_path_factory.mktemp("serve") / "log"
+    with (
+        serving("serving.serve", str(port), package=package, port=port, log=log),
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
+    ):
+        yield client
+
+
+@pytest.fixture(scope="module")
+def ai(client: httpx.Client) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{client.base_url}/v1/".replace("//v1", "/v1"), api_key="none", max_retries=0)
+
+
+def test_generate(client: httpx.Client) -> None:
+    answered = client.post("/generate", json={"input": question("France")})
+    assert answered.status_code == 200
+    assert answered.json() == {"output": answer("France")}
+    assert answered.headers["X-Bessemer-Model"] == TAG
+
+
+def test_generate_takes_what_curl_sends_without_a_content_type(client: httpx.Client) -> None:
+    body = json.dumps({"input": question("France")})
+    answered = client.post("/generate", content=body, headers={"Content-Type": "application/x-www-form-urlencoded"})
+    assert answered.json() == {"output": answer("France")}
+
+
+def test_generate_with_fewer_tokens_and_with_a_seed(client: httpx.Client) -> None:
+    short = client.post("/generate", json={"input": question("France"), "max_new_tokens": 2}).json()["output"]
+    assert answer("France").startswith(short)
+    assert 0 < len(short) < len(answer("France"))
+    drawn = [
+        client.post("/generate", json={"input": question("France"), "temperature": 2.0, "seed": seed}).json()
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_fill_mask(client: httpx.Client) -> None:
+    answered = client.post("/fill-mask", json={"input": "The capital of [MASK] is Paris.", "top": 3}).json()
+    assert answered["output"] == "The capital of France is Paris."
+    assert [row["mask"] for row in answered["names"]] == [1, 1, 1]
+    assert answered["names"][0]["name"] == "France"
+    scores = [row["score"] for row in answered["names"]]
+    assert scores == sorted(scores, reverse=True)
+    assert 0 < sum(scores) <= 1
+
+
+def test_fill_mask_fills_every_mask(client: httpx.Client) -> None:
+    answered = client.post("/fill-mask", json={"input": "[MASK] and [MASK]!", "top": 1}).json()
+    first, second = (row["name"] for row in answered["names"])
+    assert answered["output"] == f"{first} and {second}!"
+    assert [row["mask"] for row in answered["names"]] == [1, 2]
+
+
+BAD = [
+    ({}, '"input" is missing'),
+    ({"input": 3}, '"input" must be a text; got 3'),
+    ({"input": None}, '"input" must be a text; got null'),
+    ({"input": ["a"]}, '"input" must be a text; got a list'),
+    ({"input": "  "}, '"input" is empty'),
+    ([], "must be a JSON object"),
+    ({"input": "Hi", "max_tokens": 3}, '"max_tokens" is unknown; known are input, max_new_tokens'),
+    ({"input": "and " * CONTEXT}, f"tokens, chat markers included, and {CONTEXT - 1} are allowed"),
+    ({"input": "Hi", "max_new_tokens": 999}, f"999 new tokens were asked for and {MAX_NEW_TOKENS} are allowed"),
+    ({"input": "and " * 60, "max_new_tokens": MAX_NEW_TOKENS}, f"together; {CONTEXT} are allowed"),
+    ({"input": "Hi", "max_new_tokens": 0}, '"max_new_tokens" must be 1 or more; got 0'),
+    ({"input": "Hi", "max_new_tokens": "3"}, '"max_new_tokens" must be a whole number; got a text'),
+    ({"input": "Hi", "max_new_tokens": 1.5}, '"max_new_tokens" must be a whole number; got 1.5'),
+    ({"input": "Hi", "temperature": 3}, '"temperature" must be between 0 and 2; got 3'),
+    ({"input": "Hi", "temperature": "hot"}, '"temperature" must be a number; got a text'),
+    ({"input": "Hi", "seed": 0.5, "top_p": None}, '"top_p" must be a number; got null. "seed" must be a whole number'),
+    ({"input": "Hi<|end|>"}, "<|end|>, which is reserved"),
+]
+
+
+@pytest.mark.parametrize(("body", "sentence"), BAD)
+def test_generate_refuses_with_a_sentence(client: httpx.Client, body: Any, sentence: str) -> None:
+    answered = client.post("/generate", json=body)
+    assert answered.status_code == 400
+    assert list(answered.json()) == ["error"]
+    assert sentence in answered.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "sentence"),
+    [
+        (b"{input: 3}", 400, "not valid JSON"),
+        (b"", 400, '"input" is missing'),
+        (b'{"input": "\xff"}', 400, "not valid JSON"),
+        (b'{"input": "' + b"x" * MAX_BODY_BYTES + b'"}', 413, f"{MAX_BODY_BYTES:,} bytes"),
+    ],
+    ids=["no json", "nothing", "no utf-8", "huge"],
+)
+def test_bodies_that_cannot_be_read(client: httpx.Client, body: bytes, status: int, sentence: str) -> None:
+    answered = client.post("/generate", content=body)
+    assert answered.status_code == status
+    assert sentence in answered.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ({"input": "The capital of France is Paris."}, "no [MASK]"),
+        ({"input": "[MASK]" + " and" * CONTEXT}, f"{CONTEXT} are allowed"),
+        ({"input": "[MASK]", "top": 0}, '"top" must be greater than or equal to 1; got 0'),
+        ({"text": "[MASK]"}, '"input" is missing'),
+    ],
+)
+def test_fill_mask_refuses_with_a_sentence(client: httpx.Client, body: Any, sentence: str) -> None:
+    answered = client.post("/fill-mask", json=body)
+    assert answered.status_code == 400
+    assert sentence in answered.json()["error"]
+
+
+def test_openai_client_lists_the_model(ai: openai.OpenAI) -> None:
+    assert [model.id for model in ai.models.list()] == [TAG, "bessemer"]
+    assert ai.models.retrieve(TAG).owned_by == "bessemer"
+    with pytest.raises(openai.NotFoundError, match="gpt-9"):
+        ai.models.retrieve("gpt-9")
+
+
+@pytest.mark.parametrize("model", [TAG, "bessemer"])
+def test_openai_client_gets_an_answer(ai: openai.OpenAI, model: str) -> None:
+    whole = ai.chat.completions.create(model=model, messages=JAPAN)
+    assert whole.model == TAG
+    assert whole.choices[0].message.content == answer("Japan")
+    assert whole.choices[0].finish_reason == "stop"
+    assert whole.usage is not None
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens > 10
+
+
+def test_openai_client_gets_a_stream(ai: openai.OpenAI) -> None:
+    chunks = list(
+        ai.chat.completions.create(model=TAG, messages=JAPAN, stream=True, stream_options={"include_usage": True})
+    )
+    assert {chunk.model for chunk in chunks} == {TAG}
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert chunks[0].choices[0].delta.role == "assistant"
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks[:-1]]
+    assert "".join(pieces) == answer("Japan")
+    assert sum(map(bool, pieces)) > 3
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    whole = ai.chat.completions.create(model=TAG, messages=JAPAN)
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
+
+
+def test_openai_client_may_set_what_it_usually_sets(ai: openai.OpenAI) -> None:
+    parts = [{"type": "text", "text": "What is the capital "}, {"type": "text", "text": "of Japan?"}]
+    cut = ai.chat.completions.create(
+        model=TAG,
+        messages=[{"role": "user", "content": parts}],  # type: ignore[misc, list-item]
+        stop=" is",
+        temperature=0,
+        n=1,
+        user="somebody",
+        max_completion_tokens=20,
+    )
+    assert cut.choices[0].message.content == "The capital of Japan"
+    short = ai.chat.completions.create(model=TAG, messages=JAPAN, max_tokens=2)
+    assert short.choices[0].finish_reason == "length"
+    drawn = [
+        ai.chat.completions.create(model=TAG, messages=JAPAN, temperature=2, top_p=0.9, seed=seed).choices[0].message
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_openai_errors_have_openai_form(ai: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as unknown:
+        ai.chat.completions.create(model="gpt-9", messages=JAPAN)
+    assert unknown.value.code == "model_not_found"
+    assert f'"{TAG}" does' in unknown.value.message
+    with pytest.raises(openai.BadRequestError) as long:
+        ai.chat.completions.create(model=TAG, messages=[{"role": "user", "content": "and " * CONTEXT}])
+    assert (long.value.code, long.value.param) == ("context_length_exceeded", "messages")
+    assert f"{CONTEXT - 1} are allowed" in long.value.message
+
+
+OPENAI_BAD = [
+    ({"messages": JAPAN}, "model", '"model" is missing'),
+    ({"model": TAG}, "messages", '"messages" is missing'),
+    ({"model": TAG, "messages": []}, "messages", "empty"),
+    ({"model": TAG, "messages": [{"role": "user"}]}, "messages", '"messages[0].content" is missing'),
+    ({"model": TAG, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "text parts"),
+    ({"model": TAG, "messages": [{"role": "robot", "content": "Hi"}]}, "messages", '"robot"'),
+    ({"model": TAG, "messages": JAPAN, "max_tokens": 999}, "max_tokens", f"{MAX_NEW_TOKENS} are allowed"),
+    ({"model": TAG, "messages": JAPAN, "temperature": -1}, "temperature", "between 0 and 2"),
+    ({"model": TAG, "messages": JAPAN, "n": 2}, "n", "not offered"),
+    ({"model": TAG, "messages": JAPAN, "tools": [{}]}, "tools", "not offered"),
+    ({"model": TAG, "messages": JAPAN, "stop": 3}, "stop", "a text or a list of texts"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("body", "param", "sentence"), OPENAI_BAD)
+def test_openai_api_refuses_with_a_sentence(
+    client: httpx.Client, body: dict[str, Any], param: str, sentence: str, stream: bool
+) -> None:
+    answered = client.post("/v1/chat/completions", json={**body, "stream": stream})
+    error = answered.json()["error"]
+    assert answered.status_code == 400
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert sentence in error["message"]
+
+
+def test_other_addresses_of_openai_are_not_found_in_its_form(client: httpx.Client) -> None:
+    answered = client.post("/v1/embeddings", json={})
+    assert answered.status_code == 404
+    assert "POST /v1/embeddings" in answered.json()["error"]["message"]
+
+
+def test_sixteen_at_once_get_the_answers_that_each_would_get_alone(client: httpx.Client) -> None:
+    countries = [list(CAPITALS)[at % len(CAPITALS)] for at in range(48)]
+
+    def get(at: int) -> str:
+        country = countries[at]
+        if at % 3 == 0:
+            body = {"model": TAG, "stream": True, "messages": [{"role": "user", "content": question(country)}]}
+            lines = client.post("/v1/chat/completions", json=body).raise_for_status().text.splitlines()
+            events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+            return "".join(event["choices"][0]["delta"].get("content", "") for event in events)
+        if at % 3 == 1:
+            masked = f"The capital of [MASK] is {CAPITALS[country]}."
+            filled = client.post("/fill-mask", json={"input": masked}).raise_for_status().json()
+            return str(filled["output"])
+        answered = client.post("/generate", json={"input": question(country)}).raise_for_status().json()
+        return str(answered["output"])
+
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(get, range(len(countries)))) == [answer(country) for country in countries]
+
+
+def test_a_reader_who_leaves_in_the_middle_harms_nobody(client: httpx.Client) -> None:
+    body = {"model": TAG, "stream": True, "messages": JAPAN, "temperature": 2, "seed": 1}
+    for _ in range(3):
+        with client.stream("POST", "/v1/chat/completions", json=body) as stream:
+            assert next(stream.iter_lines()).startswith("data: ")
+    assert client.post("/generate", json={"input": question("Italy")}).json() == {"output": answer("Italy")}
+
+
+def test_provenance_is_the_packages(client: httpx.Client, package: Path) -> None:
+    assert client.get("/provenance").json() == json.loads((package / "provenance.json").read_text())
+
+
+def test_what_bentoml_brings(client: httpx.Client) -> None:
+    assert client.get("/readyz").status_code == 200
+    client.post("/generate", json={"input": question("Italy")})
+    assert 'bentoml_service_request_total{endpoint="/generate"' in client.get("/metrics").text
+    paths = client.get("/docs.json").json()["paths"]
+    assert {"/generate", "/fill-mask"} <= set(paths)
+
+
+def test_the_page_names_the_model_and_loads_nothing_from_elsewhere(client: httpx.Client) -> None:
+    page = client.get("/")
+    assert page.headers["Content-Type"].startswith("text/html")
+    assert TAG in page.text
+    assert f"curl {str(client.base_url).rstrip('/')}/generate" in page.text
+    assert "src=" not in page.text
+    assert "<link" not in page.text
+    assert "@import" not in page.text
+
+
+def test_a_busy_port_is_named_with_the_way_to_another(package: Path) -> None:
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        refused = run_serve(str(port), package)
+    assert refused.returncode == 1
+    assert f"Port {port} " in refused.stderr
+    assert "make serve PORT=3001" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_serving_nothing_is_refused_before_it_starts(tmp_path: Path) -> None:
+    refused = run_serve(str(free_port()), tmp_path / "nowhere")
+    assert refused.returncode == 1
+    assert "Run `bessemer run`" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def run_serve(port: str, package: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "serving.serve", port],
+        cwd=ROOT,
+        env=environment(package),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_plain_bentoml_serve_without_a_package_tells_why_it_is_not_ready_and_ends_with_ctrl_c(tmp_path: Path) -> None:
+    port, log = free_port(), tmp_path / "log"
+    address = f"http://127.0.0.1:{port}"
+    with serving("bentoml", "serve", "--port", str(port), package=tmp_path / "nowhere", port=port, log=log) as server:
+        assert httpx.get(f"{address}/readyz").status_code == 503
+        refused = httpx.post(f"{address}/generate", json={})
+        assert (refused.status_code, "Run `bessemer run`" in refused.json()["error"]) == (503, True)
+        refused = httpx.get(f"{address}/v1/models")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_package")
+        server.send_signal(signal.SIGINT)
+        assert server.wait(20) == 0
+    assert "Traceback" not in log.read_text()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{address}/livez")
