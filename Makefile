@@ -12,7 +12,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 run: $(VENV)/.runtime ## train, align, shrink and package a model, then talk to it
 	@$(BIN)/bessemer run
-	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/bessemer chat; else $(BIN)/bessemer samples; fi
+	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/bessemer chat; else $(BIN)/bessemer chat --samples; fi
 
 test: $(VENV)/.dev ## run the tests; they need no network
 	@$(BIN)/python -m pytest

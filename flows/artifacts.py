@@ -4,6 +4,7 @@ The texts are made by plain functions; only `publish` and its like talk to Prefe
 flow run in whose context it is created.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -86,6 +87,7 @@ class ProgressArtifact:
 
     def show(self, percent: float, text: str) -> None:
         """Show how far the stage is, unless it was shown just now."""
+        import httpx
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
         now = self._clock()
@@ -93,14 +95,17 @@ class ProgressArtifact:
             return
         self._next = now + UPDATE_S
         description = f"{self.name}: {text}" if text else self.name
-        if self._id is None:
-            self._id = cast("UUID", create_progress_artifact(percent, description=description))
-        else:
-            update_progress_artifact(self._id, percent, description=description)
+        try:
+            if self._id is None:
+                self._id = cast("UUID", create_progress_artifact(percent, description=description))
+            else:
+                update_progress_artifact(self._id, percent, description=description)
+        except httpx.HTTPError:
+            self._next = math.inf  # a server that is gone must not end an hour of training
 
     def complete(self) -> None:
         """Fill the bar, where there is one."""
-        if self._id is not None:
+        if self._id is not None and self._next < math.inf:
             self._next = 0.0
             self.show(100.0, "done")
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import click
 
+from serving.errors import ServingError
 from tasks.common.settings import BessemerError
 
+SAMPLES = ("What is the capital of France?", "Which continent is Kenya in?", "What is the symbol of gold?")
 STAGES = click.option(
     "--stage", "-s", "stages", multiple=True, metavar="NAME", help="Only this stage and what it needs; may be repeated."
 )
@@ -25,7 +27,7 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("\nStopped. Nothing half-written was kept; the next run goes on from here.", err=True)
         sys.exit(130)
-    except BessemerError as error:
+    except (BessemerError, ServingError) as error:
         click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
         click.echo(str(error), err=True)
         sys.exit(1)
@@ -119,6 +121,81 @@ def profile(name: str | None) -> None:
     click.echo(f"params.yaml is now the profile {name}.")
     if kept:
         click.echo(f"What stood in it before was no profile; it is kept as {kept}.")
+
+
+@cli.command()
+def build() -> None:
+    """Build the Bento from the packaged model; where it exists already, nothing is done.
+
+    \b
+    Example:
+      bessemer build && bentoml list
+    """
+    from serving import build
+
+    built = build.build()
+    click.echo(f"{built.tag} ({'made' if built.made else 'there already'}): {built.path}")
+
+
+@cli.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
+@click.option("--port", "-p", default=3000, show_default=True, help="Port to listen on.")
+def serve(host: str, port: int) -> None:
+    """Answer on a port: POST /generate, POST /fill-mask, OpenAI's /v1, GET /provenance.
+
+    \b
+    Examples:
+      bessemer serve
+      bessemer serve --port 8000
+      curl localhost:3000/generate -H 'content-type: application/json' -d '{"input": "What is the capital of Peru?"}'
+    """
+    from serving import serve
+
+    serve.serve(port, host)
+
+
+@cli.command()
+@click.argument("question", nargs=-1)
+@click.option("--samples", is_flag=True, help="Ask a few questions and leave.")
+def chat(question: tuple[str, ...], samples: bool) -> None:
+    """Talk to the packaged model, or ask it one QUESTION.
+
+    \b
+    Examples:
+      bessemer chat
+      bessemer chat What is the capital of Peru?
+      bessemer chat --samples
+    """
+    from serving import chat
+
+    if samples:
+        for line in SAMPLES:
+            click.echo(f"> {line}")
+            chat.chat(question=line)
+    else:
+        sys.exit(chat.chat(question=" ".join(question) or None))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="The rows as JSON, for other programs.")
+def report(as_json: bool) -> None:
+    """Show the held-out sheet of every model of the chain, with the speed, time and memory of its making.
+
+    \b
+    Examples:
+      bessemer report
+      bessemer report --json
+    """
+    from flows import records
+
+    if as_json:
+        import json
+
+        click.echo(json.dumps(records.rows(Path()), indent=1))
+    else:
+        from flows import terminal
+
+        terminal.show_sheet(terminal.console(), Path())
 
 
 @cli.command()

@@ -38,10 +38,11 @@ def chain(project: str = ".", stages: list[str] | None = None, worktree: bool = 
     with workplace.place(Path(project), run_id, worktree=worktree) as place, Run(run_id, place) as run:
         plan = graph.select(graph.read(place), stages or [])
         futures = submit(run, plan)
-        for future in futures.values():
+        for name, future in futures.items():
             future.wait()
-        artifacts.publish(place, plan, run.outcomes, run_id)
+            run.note_breakage(name, future.state)
         records.write_flow(place, run_id, run.outcomes)
+        artifacts.publish(place, plan, run.outcomes, run_id)
         run.watcher.finished(run_id, run.outcomes)
         return verdict(run.outcomes, plan)
 
@@ -57,15 +58,37 @@ def stage(run: "Run", name: str, urgency: float) -> State[Any]:
         return run.do(name, reasons)
 
 
+@task(name="build", task_run_name="build", persist_result=False, cache_policy=NO_CACHE)
+def build(run: "Run") -> State[Any]:
+    """Make the Bento of what `package` left, or find that there is one: DVC may have restored it from its cache."""
+    from serving.build import build as make
+    from serving.errors import ServingError
+
+    began = time.perf_counter()
+    run.watcher.started("build", ("a packaged model",))
+    try:
+        built = make(run.place / "data" / "package", run.place)
+    except ServingError as error:
+        run.ended("build", Outcome("failed", time.perf_counter() - began, f"build: {error}"))
+        return Failed(message=str(error))
+    get_run_logger().info("%s lies in %s", built.tag, built.path)
+    run.watcher.line("build", built.tag)
+    run.ended("build", Outcome("ran" if built.made else "up to date", time.perf_counter() - began))
+    return Completed(message=built.tag) if built.made else Completed(name="UpToDate", message=built.tag)
+
+
 def submit(run: "Run", plan: Graph) -> dict[str, PrefectFuture[Any]]:
     """Submit all stages at once, each waiting for those it needs: the UI shows the whole graph from the start."""
     logs = records.last_logs(run.place)
     ahead = graph.way_ahead(plan, lambda name: float(logs.get(name, {}).get("seconds", 1.0)))
+    shared: Any = {"run": quote(run)}  # quoted: Prefect does not look for futures in it
     futures: dict[str, PrefectFuture[Any]] = {}
     for name, planned in plan.items():
         named = stage.with_options(name=name, task_run_name=name)
-        inputs: dict[str, Any] = {"run": quote(run), "name": name, "urgency": ahead[name]}  # quoted: not looked into
-        futures[name] = named.submit(**inputs, wait_for=[futures[need] for need in planned.needs])
+        needs = [futures[need] for need in planned.needs]
+        futures[name] = named.submit(**shared, name=name, urgency=ahead[name], wait_for=needs)
+    if "package" in plan:
+        futures["build"] = build.submit(**shared, wait_for=[futures["package"]])
     return futures
 
 
@@ -74,11 +97,11 @@ def verdict(outcomes: Mapping[str, Outcome], plan: Graph) -> State[Any]:
     failed = [outcome.message for outcome in outcomes.values() if outcome.status == "failed"]
     if failed:
         return Failed(message="\n".join(failed))
-    if any(not outcomes[name].done for name in plan if name in outcomes) or len(outcomes) < len(plan):
+    if any(name not in outcomes or not outcomes[name].done for name in plan):
         return Cancelled(
             message="The run was stopped before its end; the next one goes on from the last complete stage."
         )
-    done = [outcome.status for outcome in outcomes.values()]
+    done = [outcomes[name].status for name in plan]
     return Completed(
         message=f"{len(done) - done.count('up to date')} stages ran, {done.count('up to date')} were up to date."
     )
@@ -109,6 +132,11 @@ class Run:
         """Keep and tell how a stage ended."""
         self.outcomes[name] = outcome
         self.watcher.ended(name, outcome)
+
+    def note_breakage(self, name: str, state: State[Any]) -> None:
+        """Keep a task that broke before it could say how its stage ended: a mistake of ours, not of the stage's."""
+        if name not in self.outcomes and (state.is_failed() or state.is_crashed()):
+            self.ended(name, Outcome("failed", message=f"{name}: {state.message}"))
 
     def do(self, name: str, reasons: tuple[str, ...]) -> State[Any]:
         """Run one stage and follow it."""

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from tasks.common.stage import write_json
 
 SHEET = Path("metrics/evaluate.json")
+MEASURED = ("tokens_per_second", "seconds", "peak_memory_bytes")
 Status = Literal["ran", "restored", "up to date", "failed", "stopped", "not run"]
 
 
@@ -69,6 +70,20 @@ def sheet(project: Path) -> dict[str, Any]:
     """Return the joined evaluation: `models` in chain order and `gates`; both empty before the first evaluation."""
     found = read_json(project / SHEET)
     return found if isinstance(found, dict) else {"models": [], "gates": []}
+
+
+def rows(project: Path) -> list[dict[str, Any]]:
+    """Return the sheet's rows, each joined with what was measured when its model was made."""
+    logs = last_logs(project)
+    made = {model["model"]: logs.get(_maker(project, model["model"]), {}) for model in sheet(project)["models"]}
+    return [{**row, **{name: made[row["model"]].get(name) for name in MEASURED}} for row in sheet(project)["models"]]
+
+
+def _maker(project: Path, model: str) -> str:
+    """Return the stage that made a model: the record of its evaluation says which folder was read."""
+    record = read_json(project / "data" / "evaluate" / model / "record.json") or {"inputs": {}}
+    folders = [Path(path) for path in record["inputs"] if Path(path).name == "model"]
+    return next(("@".join(folder.parts[1:-1]) for folder in folders if folder.parts[1] != "reward"), "")
 
 
 def write_flow(project: Path, run_id: str, outcomes: dict[str, Outcome]) -> Path:

@@ -45,7 +45,8 @@ def run(project: Path, names: Sequence[str]) -> None:
         raise BessemerError(f"{state.message}\nNot done: {', '.join(left)}. `bessemer run` goes on from here.")
     if state.is_cancelled():
         raise BessemerError(str(state.message))
-    terminal.show_sheet(out, project)
+    if records.rows(project):
+        terminal.show_sheet(out, project)
     terminal.show_commands(out, NEXT)
 
 
@@ -81,7 +82,8 @@ def status(project: Path) -> None:
     out = terminal.console()
     terminal.show_status(out, project, stages)
     out.print(f"{_count(stages)}{_model(project)}.")
-    terminal.show_sheet(out, project)
+    if records.rows(project):
+        terminal.show_sheet(out, project)
 
 
 def _count(stages: Graph) -> str:

@@ -147,14 +147,15 @@ def show_seconds(out: Console, outcomes: Mapping[str, Outcome]) -> None:
 
 def show_sheet(out: Console, project: Path) -> None:
     """Print the joined sheet of all models and the gates, where there is one."""
-    sheet = records.sheet(project)
-    if not sheet["models"]:
+    sheet, rows = records.sheet(project), records.rows(project)
+    if not rows:
+        out.print("No model has been evaluated yet: `bessemer run` does.")
         return
-    columns = [name for name in dict.fromkeys(key for row in sheet["models"] for key in row) if "interval" not in name]
+    columns = [name for name in dict.fromkeys(key for row in rows for key in row) if "interval" not in name]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in columns:
         table.add_column(column.replace("_", " "), justify="left" if column == "model" else "right")
-    for row in sheet["models"]:
+    for row in rows:
         table.add_row(*(_cell(column, row.get(column)) for column in columns))
     out.print(table)
     failed = [gate for gate in sheet["gates"] if not gate["passed"]]

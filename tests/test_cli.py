@@ -7,28 +7,35 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT, Project
 
 from flows import cli, doctor, environment, profiles, records, running, server
 from flows.runner import Runner
 from tasks.common.settings import BessemerError
+from tasks.common.stage import write_json
+from tests.conftest import ROOT, Project
 
 # The toy's params.yaml is none of Bessemer's, so its check is left out.
 DRIVER = "import flows.running as running; running.check = lambda params: None; from flows.cli import main; main()"
 
 
-def bessemer(project: Project, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-    """Start the command line in a project."""
-    command = [sys.executable, "-c", DRIVER, *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=project.path, env=env, **pipes, **options)
+def bessemer(project: Project, *arguments: str) -> subprocess.Popen[str]:
+    """Start the command line in a project, in a process group of its own as a shell does."""
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, *arguments],
+        cwd=project.path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        process_group=0,
+    )
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -86,7 +93,7 @@ class TestRun:
         self, toy: Project, number: signal.Signals, code: int
     ) -> None:
         toy.settings(right={"hang": True})
-        process = bessemer(toy, "run", process_group=0)
+        process = bessemer(toy, "run")
         noted = toy.path / "marks" / "right.pids"
         hanging = wait_for(lambda: noted.exists() and noted.read_text(), "the stage to hang").split()
         family = psutil.Process(process.pid).children(recursive=True)
@@ -152,10 +159,10 @@ class TestPlanAndStatus:
     def test_status_shows_state_model_and_gates(self, inside: Project, capsys: pytest.CaptureFixture[str]) -> None:
         make_all(inside)
         inside.settings(join={"text": "new"})
-        records.write_json(inside.path / running.PROVENANCE, {"model": "abc-def"})
+        write_json(inside.path / running.PROVENANCE, {"model": "abc-def"})
         models = [{"model": "tuned", "exact_match_tuned": 0.97, "perplexity": None, "parameters": 5_600_000}]
         gates = [{"name": "size", "value": 0.3, "limit": 0.28, "passed": False}]
-        records.write_json(inside.path / records.SHEET, {"models": models, "gates": gates})
+        write_json(inside.path / records.SHEET, {"models": models, "gates": gates})
         running.status(Path())
         shown = capsys.readouterr().out
         assert "3 of 4 stages are up to date; the packaged model is abc-def." in shown
@@ -215,7 +222,7 @@ class TestServerAndDoctor:
     def test_doctor_compares_packages_with_the_lock(self) -> None:
         assert doctor.differing((ROOT / "requirements.lock").read_text()) == []
         assert doctor.differing("click==0.1\nno-such-package==2\n") == [
-            f"click {doctor.metadata.version('click')} instead of 0.1",
+            f"click {metadata.version('click')} instead of 0.1",
             "no-such-package none instead of 2",
         ]
 

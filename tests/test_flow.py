@@ -11,13 +11,13 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import ROOT, Project
 from ruamel.yaml import YAML
 
 from flows import artifacts, graph, leash, records, runner
 from flows.records import Outcome
 from flows.runner import Runner, StageFailed, StageStopped
 from tasks.common.settings import BessemerError
+from tests.conftest import ROOT, Project
 
 NAMES = ["source", "side@left", "side@right", "join"]
 

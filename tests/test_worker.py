@@ -16,9 +16,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from conftest import ROOT, Project
 
 from flows import graph, records
+from tests.conftest import ROOT, Project
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 POOL = "bessemer-pool"

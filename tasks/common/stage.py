@@ -23,7 +23,16 @@ from types import FrameType, ModuleType
 from typing import Any
 
 from tasks.common import identity
-from tasks.common.settings import BessemerError, Checkpoints, Numerics, Placement, Settings, check, config_of, read_params
+from tasks.common.settings import (
+    BessemerError,
+    Checkpoints,
+    Numerics,
+    Placement,
+    Settings,
+    check,
+    config_of,
+    read_params,
+)
 
 RUN_ID = "BESSEMER_RUN_ID"
 SCRATCH = Path("data/.scratch")
@@ -108,8 +117,8 @@ def main(module_name: str) -> None:
             raise
         free = shutil.disk_usage(Path()).free / 1e6
         raise SystemExit(
-            f"{name_of(module_name.rpartition('.')[2], key)}: the disk is full ({free:.0f} MB free). Nothing half-written was "
-            "kept: free some space (`dvc gc -w` drops old cached results) and start again."
+            f"{name_of(module_name.rpartition('.')[2], key)}: the disk is full ({free:.0f} MB free). Nothing half-written "
+            "was kept: free some space (`dvc gc -w` drops old cached results) and start again."
         ) from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None
@@ -129,6 +138,8 @@ def execute(module: ModuleType, key: str | None) -> dict[str, Any]:
     record = _describe(module, stage, key, section, config, numerics, params["base"]["seed"], inputs)
 
     SCRATCH.mkdir(parents=True, exist_ok=True)
+    for left in SCRATCH.glob(f"{name_of(stage, key)}-*"):  # by a run that was killed outright
+        shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=f"{name_of(stage, key)}-", dir=SCRATCH) as scratch:
         outputs = {name: Path(scratch, name, Path(path).name) for name, path in declared_outputs(module, key).items()}
         for path in outputs.values():
@@ -140,8 +151,12 @@ def execute(module: ModuleType, key: str | None) -> dict[str, Any]:
         metrics = module.run(config, job)
         seconds = time.perf_counter() - clock
         targets = {name: Path(path) for name, path in declared_outputs(module, key).items()}
+        absent = [str(targets[name]) for name, path in outputs.items() if not path.exists()]
+        if absent:
+            raise RuntimeError(f"the stage ended without writing {', '.join(absent)}")
         record["outputs"] = {str(targets[name]): identity.tree_hash(path) for name, path in outputs.items()}
         record["content"] = identity.hash_json(record["outputs"])
+        record_path(stage, key).unlink(missing_ok=True)  # from here on there is none until all outputs are in place
         for name, path in outputs.items():
             _move(path, targets[name])
     write_json(record_path(stage, key), record)
@@ -155,7 +170,7 @@ def _describe(
     inputs: dict[str, Path],
 ) -> dict[str, Any]:  # fmt: skip
     code = {str(path): identity.file_hash(path) for path in identity.code_files(module.__name__)}
-    parts = {
+    parts: dict[str, Any] = {
         "code": code,
         "settings": config.model_dump(mode="json"),
         "numerics": numerics.model_dump(mode="json"),
@@ -167,8 +182,6 @@ def _describe(
 
 
 def _move(source: Path, target: Path) -> None:
-    if not source.exists():
-        raise RuntimeError(f"the stage ended without writing {target}")
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_dir():
         shutil.rmtree(target)

@@ -1,0 +1,1 @@
+"""Tests; they need no network and no server. `make test` runs them."""

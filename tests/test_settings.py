@@ -1,0 +1,108 @@
+"""Settings: one reading of `params.yaml` reports everything that is wrong with it."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import Field, ValidationError
+
+from tasks.common.settings import STAGES, Settings, SettingsError, check, read_params
+from tests.conftest import ROOT
+
+DEFAULT = ROOT / "profiles" / "default.yaml"
+
+
+class Example(Settings):
+    """A group of settings."""
+
+    rate: float = Field(description="Learning rate", gt=0, le=1)
+    steps: int = Field(description="Updates", ge=1)
+
+
+@pytest.fixture
+def params() -> dict[str, Any]:
+    """The default profile's settings, to be spoiled."""
+    return copy.deepcopy(read_params(DEFAULT))
+
+
+def problems(params: dict[str, Any]) -> list[str]:
+    """Return what `check` finds, one problem a line."""
+    with pytest.raises(SettingsError) as failure:
+        check(params)
+    first, *lines = str(failure.value).splitlines()
+    assert first.startswith(f"params.yaml has {len(lines)} problem")
+    assert first.endswith("; nothing was run.")
+    return [line.strip() for line in lines]
+
+
+def test_the_default_profile_has_no_problems(params: dict[str, Any]) -> None:
+    check(params)
+
+
+def test_all_problems_are_told_at_once(params: dict[str, Any]) -> None:
+    params["base"]["seed"] = -1
+    params["numerics"]["thread"] = params["numerics"].pop("threads")
+    params["placement"]["side_by_side"] = "two"
+    params["mystery"] = {}
+    del params["prune"]
+    found = problems(params)
+    assert len(found) == 6
+    for start in (
+        "base.seed: found -1, but it should be greater than or equal to 0",
+        "numerics.threads: this key is missing",
+        "numerics.thread: unknown key",
+        "placement.side_by_side: found 'two', but it should be a valid integer",
+        "mystery: unknown section",
+        "prune: this section is missing",
+    ):
+        assert any(line.startswith(start) for line in found), (start, found)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_misspelt_key_is_found_in_every_stage(params: dict[str, Any], stage: str) -> None:
+    params[stage]["no_such_setting"] = 1
+    (line,) = problems(params)
+    assert line.startswith(f"{stage}.no_such_setting: unknown key")
+
+
+def test_a_section_of_the_wrong_kind_is_told(params: dict[str, Any]) -> None:
+    params["ingest"] = ["a", "list"]
+    assert any(line.startswith("ingest") for line in problems(params))
+
+
+def test_the_placement_is_free_but_complete(params: dict[str, Any]) -> None:
+    params["placement"]["checkpoints"]["url"] = "s3://somewhere/else"
+    check(params)
+    params["placement"]["checkpoints"]["url"] = ""
+    (line,) = problems(params)
+    assert line.startswith("placement.checkpoints.url: found ''")
+
+
+def test_nothing_is_converted_behind_ones_back() -> None:
+    with pytest.raises(ValidationError):
+        Example.model_validate({"rate": 0.1, "steps": "8"})
+    with pytest.raises(ValidationError):
+        Example.model_validate({"rate": 0.1, "steps": True})
+    assert Example.model_validate({"rate": 1, "steps": 8}).rate == 1.0
+
+
+def test_settings_cannot_be_changed_after_reading() -> None:
+    settings = Example(rate=0.1, steps=8)
+    with pytest.raises(ValidationError):
+        settings.steps = 9
+
+
+def test_a_missing_file_says_where_to_go(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="bessemer profile default"):
+        read_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("a: [1", "not valid YAML"), ("- a\n- b\n", "must hold one section a stage")]
+)
+def test_a_broken_file_is_told(tmp_path: Path, text: str, found: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(SettingsError, match=found):
+        read_params(path)
