@@ -117,8 +117,8 @@ def main(module_name: str) -> None:
             raise
         free = shutil.disk_usage(Path()).free / 1e6
         raise SystemExit(
-            f"{name_of(module_name.rpartition('.')[2], key)}: the disk is full ({free:.0f} MB free). Nothing half-written "
-            "was kept: free some space (`dvc gc -w` drops old cached results) and start again."
+            f"{name_of(module_name.rpartition('.')[2], key)}: the disk is full ({free:.0f} MB free). Nothing half-"
+            "written was kept: free some space (`dvc gc -w` drops old cached results) and start again."
         ) from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None
