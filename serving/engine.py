@@ -168,9 +168,9 @@ def _refuse_turns(message: str) -> None:
 class MaskEngine:
     """A masked model in ONNX format and the names that it may put in the place of a mask."""
 
-    def __init__(self, folder: Path, threads: int | None = None) -> None:
+    def __init__(self, folder: Path, context: int, threads: int | None = None) -> None:
         self.tokenizer = folders.load_tokenizer(folder)
-        self.context: int = folders.read_key(folder / "limits.json", "context")
+        self.context = context  # in tokens; the tokenizer's, which policy and encoder share
         self.codec = names.codec_of(self.tokenizer)
         self.candidates = names.Candidates(folders.read_json(folder / "names.json"), self.codec)
         self._session = folders.load_onnx(folder / "model.onnx", threads)

@@ -180,18 +180,3 @@ def best(scores: Floats, candidates: Candidates, top: int) -> list[list[NameScor
         [NameScore(candidates.names[index], float(row[index])) for index in order]
         for row, order in zip(shares, orders, strict=True)
     ]
-
-
-def rank_texts(
-    logits: Logits, tokenizer: "Tokenizer", texts: Sequence[str], among: Sequence[str], top: int
-) -> list[list[NameScore]]:
-    """Return the `top` names for the one [MASK] of each text, best first, with any model."""
-    codec = codec_of(tokenizer)
-    candidates = Candidates(among, codec)
-    places = [only_slot(text, codec) for text in texts]
-    return best(log_scores(logits, codec, candidates, places), candidates, top)
-
-
-def rank_names(logits: Logits, tokenizer: "Tokenizer", text: str, among: Sequence[str], top: int) -> list[NameScore]:
-    """Return the `top` names for the one [MASK] of a text; for many texts `rank_texts` is much faster."""
-    return rank_texts(logits, tokenizer, [text], among, top)[0]

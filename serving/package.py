@@ -34,7 +34,8 @@ class Package:
     @cached_property
     def masks(self) -> MaskEngine:
         """The encoder: it fills in names."""
-        return MaskEngine(self.folder / "encoder")
+        context = folders.read_key(self.folder / "policy/limits.json", "context")
+        return MaskEngine(self.folder / "encoder", context)
 
 
 def package_folder() -> Path:

@@ -71,7 +71,6 @@ def make(folder: Path) -> None:
     (folder / "policy/chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     _write_json(folder / "policy/genai_config.json", config)
     _write_json(folder / "policy/limits.json", {"context": CONTEXT, "max_new_tokens": MAX_NEW_TOKENS})
-    _write_json(folder / "encoder/limits.json", {"context": CONTEXT})
     _write_json(folder / "encoder/names.json", list(CAPITALS))
     recipe, content = TAG.split("-")[1:]
     provenance = {"model": TAG, "recipe": recipe, "content": content, "stages": [], "sources": [], "evaluation": {}}

@@ -31,7 +31,7 @@ def text(package: Path) -> TextEngine:
 
 @pytest.fixture(scope="module")
 def masks(package: Path) -> MaskEngine:
-    return MaskEngine(package / "encoder")
+    return MaskEngine(package / "encoder", CONTEXT)
 
 
 def ask(content: str) -> list[dict[str, str]]:
@@ -94,7 +94,6 @@ def test_a_trained_encoder_names_every_country(masks: MaskEngine) -> None:
     ranked = masks.rank(texts)
     assert [best[0].name for best in ranked] == list(CAPITALS)
     assert all(sum(score for _, score in best) == pytest.approx(1) for best in ranked)
-    assert names.rank_names(masks.logits, masks.tokenizer, texts[0], list(CAPITALS), 1)[0].name == "France"
     assert [name for name, _ in masks.rank(texts[:1], among=["Japan", "France"])[0]] == ["France", "Japan"]
 
 
@@ -265,7 +264,6 @@ def test_a_template_that_refuses_says_so(package: Path, tmp_path: Path) -> None:
 PARTS = [
     "provenance.json", "policy/model.onnx", "policy/genai_config.json", "policy/limits.json", "policy/tokenizer.json",
     "policy/chat_template.jinja", "encoder/model.onnx", "encoder/tokenizer.json", "encoder/names.json",
-    "encoder/limits.json",
 ]  # fmt: skip
 
 
