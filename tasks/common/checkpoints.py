@@ -35,7 +35,14 @@ class Store:
         import fsspec
 
         filesystem, path = fsspec.core.url_to_fs(job.checkpoints.url)
-        return cls(filesystem, f"{path.rstrip('/')}/{job.name}/{job.recipe}", job.checkpoints.every_seconds)
+        store = cls(filesystem, f"{path.rstrip('/')}/{job.name}/{job.recipe}", job.checkpoints.every_seconds)
+        job.when_complete.append(store.clear)
+        return store
+
+    def clear(self) -> None:
+        """Drop the stage's checkpoints: its outputs are in place."""
+        if self.filesystem.exists(self.folder):
+            self.filesystem.rm(self.folder, recursive=True)
 
     def resume(self, model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", history: "History") -> int:
         """Load the last checkpoint into model, optimizer and history, and return its step; 0 where there is none."""

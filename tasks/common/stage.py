@@ -5,6 +5,7 @@ outputs into place in one go, so that half an output never passes for a whole on
 beside the outputs (`record.json`); what was measured goes to `runs/<run id>/<stage>.json`, which nothing tracks.
 """
 
+import errno
 import importlib
 import json
 import os
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,6 +57,7 @@ class Job:
     recipe: str
     checkpoints: Checkpoints
     figures: dict[str, Any] = field(default_factory=dict)
+    when_complete: list[Callable[[], None]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -112,8 +115,8 @@ def main(module_name: str) -> None:
         execute(module, key)
     except BessemerError as error:
         raise SystemExit(f"{name_of(module_name.rpartition('.')[2], key)}: {error}") from error
-    except OSError as error:
-        if error.errno not in (28, 122):
+    except Exception as error:
+        if not _disk_full(error):
             raise
         free = shutil.disk_usage(Path()).free / 1e6
         raise SystemExit(
@@ -122,6 +125,11 @@ def main(module_name: str) -> None:
         ) from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def _disk_full(error: Exception) -> bool:
+    """Return whether an error says that the disk or the quota is full; libraries in Rust say so in words alone."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
 def execute(module: ModuleType, key: str | None) -> dict[str, Any]:
@@ -138,6 +146,8 @@ def execute(module: ModuleType, key: str | None) -> dict[str, Any]:
     record = _describe(module, stage, key, section, config, numerics, params["base"]["seed"], inputs)
 
     SCRATCH.mkdir(parents=True, exist_ok=True)
+    for left in SCRATCH.glob(f"{name_of(stage, key)}-*"):
+        shutil.rmtree(left)  # what a killed run of this stage left behind; DVC lets no two of it run at once
     for left in SCRATCH.glob(f"{name_of(stage, key)}-*"):  # by a run that was killed outright
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=f"{name_of(stage, key)}-", dir=SCRATCH) as scratch:
@@ -162,6 +172,8 @@ def execute(module: ModuleType, key: str | None) -> dict[str, Any]:
     write_json(record_path(stage, key), record)
     write_json(metrics_path(stage, key), metrics)
     _write_run(job, started, seconds)
+    for call in job.when_complete:
+        call()
     return record
 
 
