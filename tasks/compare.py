@@ -35,7 +35,11 @@ COLUMNS = (
     "exact_match_heldout_interval", "perplexity", "reward_mean", "reward_std", "distinct_2", "masked_names",
     "masked_names_interval",
 )  # fmt: skip
-RATES = {"exact_match_tuned": ("greedy", "train"), "exact_match_heldout": ("greedy", "heldout"), "masked_names": ("masked", "train")}
+RATES = {
+    "exact_match_tuned": ("greedy", "train"),
+    "exact_match_heldout": ("greedy", "heldout"),
+    "masked_names": ("masked", "train"),
+}
 STEPS = (("base", "tuned"), ("tuned", "policy"), ("policy", "pruned"), ("pruned", "int8"), ("encoder", "encoder-int8"))
 
 
@@ -44,10 +48,14 @@ class Gates(Settings):
 
     masked_names_min: float = Field(description="Masked names that the encoder puts first", ge=0, le=1)
     tuned_exact_match_min: float = Field(description="Exact match of the tuned model on tuned questions", ge=0, le=1)
-    heldout_exact_match_min: float = Field(description="Exact match of the tuned model on held-out entities", ge=0, le=1)
+    heldout_exact_match_min: float = Field(
+        description="Exact match of the tuned model on held-out entities", ge=0, le=1
+    )
     reward_accuracy_min: float = Field(description="Held-out pairs (gap >= 1) in people's order", ge=0, le=1)
     ppo_reward_gain_min: float = Field(description="Mean reward gained by PPO, in rating points", ge=-8, le=8)
-    ppo_exact_match_drop_max: float = Field(description="Exact match lost by PPO, on either side of the sheet", ge=0, le=1)
+    ppo_exact_match_drop_max: float = Field(
+        description="Exact match lost by PPO, on either side of the sheet", ge=0, le=1
+    )
     ppo_distinct_2_kept_min: float = Field(description="Diversity kept by PPO, as a share of the tuned model's", ge=0)
     prune_exact_match_drop_max: float = Field(description="Exact match lost by pruning, on either side", ge=0, le=1)
     int8_exact_match_drop_max: float = Field(description="Exact match lost by INT8, on either side", ge=0, le=1)
@@ -78,7 +86,9 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         for rate in RATES
         if sheets[before].get(rate) is not None and sheets[after].get(rate) is not None
     ])  # fmt: skip
-    others = {name: json.loads(job.inputs[name].read_text(encoding="utf-8")) for name in ("reward", "prune", "quantize")}
+    others = {
+        name: json.loads(job.inputs[name].read_text(encoding="utf-8")) for name in ("reward", "prune", "quantize")
+    }
     return {"models": rows, "gates": judge(sheets, others, config.gates)}
 
 
@@ -101,7 +111,9 @@ def judge(sheets: dict[str, Any], others: dict[str, Any], gates: Gates) -> list[
     for name, limit in gates.model_dump().items():
         value = values[name]
         passed = value is not None and (value >= limit if name.endswith("_min") else value <= limit)
-        verdicts.append({"name": name, "value": None if value is None else round(value, 4), "limit": limit, "passed": passed})
+        verdicts.append(
+            {"name": name, "value": None if value is None else round(value, 4), "limit": limit, "passed": passed}
+        )
     return verdicts
 
 
@@ -121,7 +133,9 @@ def _correct(rows: Sequence[dict[str, Any]], kind: str, split: str) -> dict[str,
 
 def interval(by_entity: dict[str, list[tuple[str, bool]]], resamples: int, seed: int) -> list[float]:
     """Return the 95 % bootstrap interval of a rate, entities resampled."""
-    sums = np.array([[sum(right for _, right in rows), len(rows)] for _, rows in sorted(by_entity.items())], dtype=float)
+    sums = np.array(
+        [[sum(right for _, right in rows), len(rows)] for _, rows in sorted(by_entity.items())], dtype=float
+    )
     return _percentiles(_resampled(sums, resamples, seed))
 
 
@@ -136,7 +150,10 @@ def paired(
         same = [others[name] - right for name, right in rows if name in others]
         changes.append([sum(same), len(same)])
     sums = np.array(changes, dtype=float)
-    return {"change": round(float(sums[:, 0].sum() / sums[:, 1].sum()), 4), "interval": _percentiles(_resampled(sums, resamples, seed))}
+    return {
+        "change": round(float(sums[:, 0].sum() / sums[:, 1].sum()), 4),
+        "interval": _percentiles(_resampled(sums, resamples, seed)),
+    }
 
 
 def _resampled(sums: npt.NDArray[np.float64], resamples: int, seed: int) -> npt.NDArray[np.float64]:

@@ -73,7 +73,9 @@ def _decoder_sheet(config: Config, job: Job, path: Path) -> tuple[list[dict[str,
         correct = exact_match(given, row["answer"])
         rows.append(_row(row, "greedy", reply, given, row["answer"], correct, None))
     sampled = spread(questions, config.samples)
-    texts = decoder.reply([row["messages"][:-1] for row in sampled], config.max_new_tokens, config.temperature, job.seed)
+    texts = decoder.reply(
+        [row["messages"][:-1] for row in sampled], config.max_new_tokens, config.temperature, job.seed
+    )
     rewards = Scorer.load(job.inputs["reward"], job.numerics).score(texts)
     for row, text, reward in zip(sampled, texts, rewards, strict=True):
         rows.append(_row(row, "sampled", text, None, row["answer"], None, round(reward, 5)))
@@ -165,7 +167,13 @@ def _rate(rows: Sequence[dict[str, Any]], split: str) -> float | None:
 
 
 def _row(
-    row: dict[str, Any], kind: str, reply: str, given: str | None, wanted: str, correct: bool | None, reward: float | None
+    row: dict[str, Any],
+    kind: str,
+    reply: str,
+    given: str | None,
+    wanted: str,
+    correct: bool | None,
+    reward: float | None,
 ) -> dict[str, Any]:
     question = row["messages"][-2]["content"]
     return {

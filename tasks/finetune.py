@@ -116,7 +116,9 @@ def apply_method(model: "PreTrainedModel", method: Full | Top | Lora) -> "torch.
     if isinstance(method, Lora):
         from peft import LoraConfig, get_peft_model
 
-        settings = LoraConfig(r=method.rank, lora_alpha=method.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        settings = LoraConfig(
+            r=method.rank, lora_alpha=method.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
         return get_peft_model(model, settings)
     return model
 
@@ -130,7 +132,9 @@ def merge(model: Any, method: Full | Top | Lora) -> "PreTrainedModel":
 def batch_at(items: Sequence[Encoded], size: int, seed: int, step: int) -> list[Encoded]:
     """Return a step's conversations: an endless reshuffled reading of all, a pure function of seed and step."""
     wanted = np.arange(step * size, (step + 1) * size)
-    orders = {epoch: np.random.default_rng([seed, int(epoch)]).permutation(len(items)) for epoch in set(wanted // len(items))}
+    orders = {
+        epoch: np.random.default_rng([seed, int(epoch)]).permutation(len(items)) for epoch in set(wanted // len(items))
+    }
     return [items[orders[n // len(items)][n % len(items)]] for n in wanted]
 
 

@@ -36,7 +36,9 @@ class Config(Settings):
 
 def run(config: Config, job: Job) -> dict[str, Any]:
     """Write the package and return its model tag; raise StageError where a gate failed."""
-    evaluation, sources = (json.loads(job.inputs[name].read_text(encoding="utf-8")) for name in ("evaluation", "sources"))
+    evaluation, sources = (
+        json.loads(job.inputs[name].read_text(encoding="utf-8")) for name in ("evaluation", "sources")
+    )
     failed = [gate for gate in evaluation["gates"] if not gate["passed"]]
     if failed and config.refuse_failed_gates:
         reasons = "; ".join(f"{gate['name']}: {gate['value']} against a limit of {gate['limit']}" for gate in failed)

@@ -105,7 +105,11 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     models.save(policy, tokenizer, job.outputs["model"])
     history.write(job.outputs["history"])
     first, last = history.rows[0], history.rows[-1]
-    return {f"{name}_{when}": row[name] for when, row in (("first", first), ("last", last)) for name in ("reward", "kl", "entropy")}
+    return {
+        f"{name}_{when}": row[name]
+        for when, row in (("first", first), ("last", last))
+        for name in ("reward", "kl", "entropy")
+    }
 
 
 def _prompts(job: Job, tokenizer: "PreTrainedTokenizerFast") -> list[list[int]]:
@@ -231,7 +235,9 @@ class Trainer:
         # 6. Clipped policy loss (Schulman et al. 2017, equation 7).
         A = rollout.advantages[rows]
         ratio = (logp - rollout.logp[rows]).exp()
-        policy_loss = masked_mean(torch.maximum(-A * ratio, -A * ratio.clamp(1 - config.clip, 1 + config.clip)), replied)
+        policy_loss = masked_mean(
+            torch.maximum(-A * ratio, -A * ratio.clamp(1 - config.clip, 1 + config.clip)), replied
+        )
         # 7. Clipped value loss: the worse of the value and the value kept near the old one.
         old, R = rollout.values[rows], rollout.returns[rows]
         near = old + (values - old).clamp(-config.value_clip, config.value_clip)

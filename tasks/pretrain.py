@@ -34,7 +34,9 @@ class Config(Settings):
     window: int = Field(description="Length of a training sequence, in tokens", ge=16, le=2**17)
     batch: int = Field(description="Sequences a step; batch x window tokens where whole texts are read", ge=1, le=2**16)
     steps: int = Field(description="Optimizer steps", ge=1)
-    statements: float = Field(description="Share of the sequences that is statements of facts; the rest is prose", ge=0, le=1)
+    statements: float = Field(
+        description="Share of the sequences that is statements of facts; the rest is prose", ge=0, le=1
+    )
     optimizer: Optimizer
 
 
@@ -56,7 +58,9 @@ class Mixture:
         self.counts = {True: round(config.batch * config.statements)}
         self.counts[False] = config.batch - self.counts[True]
         self.streams = {
-            kind: Windows(split.select(statements=kind), config.window, seed + kind) for kind, n in self.counts.items() if n
+            kind: Windows(split.select(statements=kind), config.window, seed + kind)
+            for kind, n in self.counts.items()
+            if n
         }
 
     def batch(self, step: int) -> Ids:
@@ -77,7 +81,9 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         history = train(model, lambda step: _masked_loss(model, masker, job, step), config.optimizer, config.steps, job)
     else:
         mixture = Mixture(train_split, config, job.seed)
-        history = train(model, lambda step: _causal_loss(model, mixture, job, step), config.optimizer, config.steps, job)
+        history = train(
+            model, lambda step: _causal_loss(model, mixture, job, step), config.optimizer, config.steps, job
+        )
         evaluation = {"heldout_loss": round(heldout_loss(model, heldout, config.window, job), 6)}
     models.save(model, tokenizer, job.outputs["model"])
     history.write(job.outputs["history"])
@@ -148,7 +154,9 @@ def heldout_loss(model: "PreTrainedModel", split: Split, window: int, job: Job) 
         for rows in ids.split(32):
             rows = rows.to(model.device)
             logits = model(input_ids=rows).logits
-            total += torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten(), reduction="sum").item()
+            total += torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
+            ).item()
     return total / max(count * (window - 1), 1)
 
 

@@ -77,13 +77,21 @@ def run(config: Config, job: Job) -> dict[str, Any]:
 class Batches:
     """The policy's replies to training questions, and statements; a batch is a pure function of the step."""
 
-    def __init__(self, config: Config, job: Job, policy: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> None:
+    def __init__(
+        self, config: Config, job: Job, policy: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast"
+    ) -> None:
         rows = tables.read(job.inputs["instructions"], "train").column("messages").to_pylist()
         unique = sorted({tuple(chat.encode_prompt(tokenizer, messages[:-1])) for messages in rows})
         chosen = np.random.default_rng([job.seed, 3]).choice(len(unique), config.replies)
         prompts = [list(unique[i]) for i in chosen]
         replies = sampling.replies(
-            policy, tokenizer, prompts, max_new_tokens=config.max_new_tokens, temperature=1.0, seed=job.seed, numerics=job.numerics
+            policy,
+            tokenizer,
+            prompts,
+            max_new_tokens=config.max_new_tokens,
+            temperature=1.0,
+            seed=job.seed,
+            numerics=job.numerics,
         )
         self.rows = [[*prompt, *reply] for prompt, reply in zip(prompts, replies, strict=True)]
         statements = Split.open(job.inputs["shards"] / "train").select(statements=True)
@@ -107,7 +115,10 @@ def importance(policy: "PreTrainedModel", config: Config, batch_at: Callable[[in
 
     layers = [layer.mlp for layer in policy.model.layers]
     if config.importance == "magnitude":
-        weights = [(m.gate_proj.weight.norm(dim=1), m.up_proj.weight.norm(dim=1), m.down_proj.weight.norm(dim=0)) for m in layers]
+        weights = [
+            (m.gate_proj.weight.norm(dim=1), m.up_proj.weight.norm(dim=1), m.down_proj.weight.norm(dim=0))
+            for m in layers
+        ]
         return [(gate * up * down).detach() for gate, up, down in weights]
     gates = [torch.ones(policy.config.intermediate_size, device=policy.device, requires_grad=True) for _ in layers]
     hooks = [

@@ -30,7 +30,9 @@ OUTPUTS = {"model": "data/quantize/{key}/model"}
 class Config(Settings):
     """Settings of quantization."""
 
-    instructions: Literal["avx512_vnni", "avx2", "arm64"] = Field(description="Processor instructions that the scheme suits")
+    instructions: Literal["avx512_vnni", "avx2", "arm64"] = Field(
+        description="Processor instructions that the scheme suits"
+    )
     per_channel: bool = Field(description="One scale a column of a matrix instead of one a matrix")
 
 

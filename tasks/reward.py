@@ -34,7 +34,9 @@ GAPS = (0.2, 0.5, 1.0, 2.0)
 class Config(Settings):
     """Settings of the reward model."""
 
-    model: Literal["data/pretrain/mlm/model", "data/finetune/model"] = Field(description="Model that the head is put on")
+    model: Literal["data/pretrain/mlm/model", "data/finetune/model"] = Field(
+        description="Model that the head is put on"
+    )
     rating: float = Field(description="Weight of the mean squared error to the mean rating", ge=0)
     ordering: float = Field(description="Weight of the Bradley–Terry loss over the pairs of a ranking", ge=0)
     max_tokens: int = Field(description="Longest reply that is read; longer ones are cut", ge=8)
@@ -65,10 +67,14 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     tokenizer = chat.load_tokenizer(job.inputs["model"])
     train_set, heldout = (read_rankings(job, tokenizer, config.max_tokens, split) for split in ("train", "heldout"))
     if not train_set:
-        raise StageError("no ranking is left to train on; see data/validate/refused/rankings for why rows were refused.")
+        raise StageError(
+            "no ranking is left to train on; see data/validate/refused/rankings for why rows were refused."
+        )
     unrated = sum(ranking.ratings is None for ranking in train_set)
     if unrated and not config.ordering:
-        raise StageError(f"{unrated} rankings hold ranks and no scores, which only reward.ordering can learn from; it is 0.")
+        raise StageError(
+            f"{unrated} rankings hold ranks and no scores, which only reward.ordering can learn from; it is 0."
+        )
     model = models.load_scorer(job.inputs["model"], job.numerics)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.bessemer_reward_offset = offset = _mean_rating(train_set)
@@ -114,7 +120,9 @@ def ranking_loss(
     with models.autocast(job.numerics):
         scores = model(input_ids=ids, attention_mask=mask).logits[:, 0].float() + offset  # (N,)
     starts = np.cumsum([0, *(len(ranking.ids) for ranking in batch)])
-    rated = [(at + i, r) for at, ranking in zip(starts, batch, strict=False) for i, r in enumerate(ranking.ratings or ())]
+    rated = [
+        (at + i, r) for at, ranking in zip(starts, batch, strict=False) for i, r in enumerate(ranking.ratings or ())
+    ]
     ordered = [(at + i, at + j) for at, ranking in zip(starts, batch, strict=False) for i, j, _ in ranking.pairs]
     rating = rating_loss(scores, rated)
     ordering = ordering_loss(scores, ordered)
@@ -162,7 +170,9 @@ def judge(scorer: Scorer, train_set: Sequence[Ranking], heldout: Sequence[Rankin
     unmeasured = [(i, j) for i, j, size in pairs if math.isnan(size)]
     if unmeasured:
         result["ranked_only"] = {"pairs": len(unmeasured), "model": _accuracy(ours, unmeasured)}
-    rated = [(ours[at + i], value) for at, r in zip(starts, heldout, strict=False) for i, value in enumerate(r.ratings or ())]
+    rated = [
+        (ours[at + i], value) for at, r in zip(starts, heldout, strict=False) for i, value in enumerate(r.ratings or ())
+    ]
     return result | {"calibration": calibration(rated)}
 
 
@@ -191,7 +201,9 @@ def bag_of_words(rankings: Sequence[Ranking], texts: Sequence[str]) -> "np.ndarr
     from scipy.sparse import csr_matrix
     from scipy.sparse.linalg import lsqr
 
-    pairs = [(text, value) for ranking in rankings for text, value in zip(ranking.texts, ranking.ratings or (), strict=True)]
+    pairs = [
+        (text, value) for ranking in rankings for text, value in zip(ranking.texts, ranking.ratings or (), strict=True)
+    ]
     if not pairs:
         return None
     columns: dict[str, int] = {}
@@ -200,7 +212,9 @@ def bag_of_words(rankings: Sequence[Ranking], texts: Sequence[str]) -> "np.ndarr
             columns.setdefault(word, len(columns))
 
     def counts(items: Sequence[str]) -> Any:
-        cells = [(row, columns[word]) for row, text in enumerate(items) for word in set(_words(text)) if word in columns]
+        cells = [
+            (row, columns[word]) for row, text in enumerate(items) for word in set(_words(text)) if word in columns
+        ]
         rows, places = zip(*cells, strict=True) if cells else ((), ())
         return csr_matrix((np.ones(len(cells)), (rows, places)), shape=(len(items), len(columns)))
 

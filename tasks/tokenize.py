@@ -25,7 +25,9 @@ BYTES = 256
 class Config(Settings):
     """Settings of the tokenizer."""
 
-    vocabulary: int = Field(description="Entries of the vocabulary, special tokens and 256 bytes included", ge=300, le=2**18)
+    vocabulary: int = Field(
+        description="Entries of the vocabulary, special tokens and 256 bytes included", ge=300, le=2**18
+    )
     context: int = Field(description="Longest sequence that the models read, in tokens", ge=32, le=2**17)
 
 

@@ -80,7 +80,13 @@ class TorchDecoder:
         encoded = [chat.encode_prompt(self.tokenizer, messages) for messages in prompts]
         exact = self.numerics.model_copy(update={"dtype": "float32"})
         replies = sampling.replies(
-            self.model, self.tokenizer, encoded, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, numerics=exact
+            self.model,
+            self.tokenizer,
+            encoded,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            numerics=exact,
         )
         return [sampling.decode(self.tokenizer, ids) for ids in replies]
 
@@ -115,7 +121,9 @@ class OnnxDecoder:
     @classmethod
     def load(cls, path: Path) -> "OnnxDecoder":
         """Read a folder that `quantize` left."""
-        return cls(path, json.loads((path / "size.json").read_text())["parameters"], (path / "model.onnx").stat().st_size)
+        return cls(
+            path, json.loads((path / "size.json").read_text())["parameters"], (path / "model.onnx").stat().st_size
+        )
 
     def reply(self, prompts: Sequence[Messages], max_new_tokens: int, temperature: float, seed: int) -> list[str]:
         """Return a reply to each conversation; temperature 0 is greedy."""
@@ -124,7 +132,9 @@ class OnnxDecoder:
         engine = TextEngine(self.path)
         return [
             reply.text.strip()
-            for reply in engine.generate_batch(prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+            for reply in engine.generate_batch(
+                prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+            )
         ]
 
     def negative_log_likelihood(self, rows: npt.NDArray[Any]) -> list[float]:
@@ -182,7 +192,9 @@ class TorchEncoder:
 
         device = self.model.device
         with torch.no_grad():
-            out = self.model(input_ids=torch.as_tensor(ids, device=device), attention_mask=torch.as_tensor(mask, device=device))
+            out = self.model(
+                input_ids=torch.as_tensor(ids, device=device), attention_mask=torch.as_tensor(mask, device=device)
+            )
         result: Floats = out.logits.float().cpu().numpy()
         return result
 
@@ -202,7 +214,12 @@ class OnnxEncoder:
         from tokenizers import Tokenizer
 
         size = json.loads((path / "size.json").read_text())["parameters"]
-        return cls(_session(path), Tokenizer.from_file(str(path / "tokenizer.json")), size, (path / "model.onnx").stat().st_size)
+        return cls(
+            _session(path),
+            Tokenizer.from_file(str(path / "tokenizer.json")),
+            size,
+            (path / "model.onnx").stat().st_size,
+        )
 
     def logits(self, ids: Ids, mask: Ids) -> Floats:
         """Return logits, shape (N, T, V), for token ids and attention mask, each (N, T)."""

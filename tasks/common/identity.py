@@ -107,7 +107,14 @@ def _imported_modules(tree: ast.AST, root: Path) -> Iterator[str]:
 
 
 def recipe(
-    *, code: Mapping[str, str], settings: Any, numerics: Any, seed: int, lock: str, inputs: Mapping[str, str], key: str | None
+    *,
+    code: Mapping[str, str],
+    settings: Any,
+    numerics: Any,
+    seed: int,
+    lock: str,
+    inputs: Mapping[str, str],
+    key: str | None,
 ) -> str:
     """Return the recipe hash of a stage from its parts; `code` and `inputs` map project paths to content hashes."""
     parts = {"code": dict(code), "settings": settings, "numerics": numerics, "seed": seed, "lock": lock}

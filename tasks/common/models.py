@@ -23,7 +23,9 @@ class Shape(Settings):
     @model_validator(mode="after")
     def _even_heads(self) -> "Shape":
         if self.hidden % (2 * self.heads):
-            raise ValueError(f"hidden ({self.hidden}) must be an even multiple of heads ({self.heads}), for rotary positions")
+            raise ValueError(
+                f"hidden ({self.hidden}) must be an even multiple of heads ({self.heads}), for rotary positions"
+            )
         return self
 
 
@@ -41,7 +43,9 @@ def prepare_torch(numerics: Numerics, seed: int) -> "torch.device":
     torch.use_deterministic_algorithms(True, warn_only=numerics.device == "cuda")
     torch.manual_seed(seed)
     if numerics.device == "cuda" and not torch.cuda.is_available():
-        raise StageError("numerics.device is cuda, but this machine shows no GPU to torch; set it to cpu or go to one that does.")
+        raise StageError(
+            "numerics.device is cuda, but this machine shows no GPU to torch; set it to cpu or go to one that does."
+        )
     return torch.device(numerics.device)
 
 
@@ -52,7 +56,9 @@ def autocast(numerics: Numerics) -> "torch.autocast":
     return torch.autocast(numerics.device, torch.bfloat16, enabled=numerics.dtype == "bfloat16")
 
 
-def new_decoder(shape: Shape, tokenizer: "PreTrainedTokenizerFast", context: int, numerics: Numerics) -> "PreTrainedModel":
+def new_decoder(
+    shape: Shape, tokenizer: "PreTrainedTokenizerFast", context: int, numerics: Numerics
+) -> "PreTrainedModel":
     """Return a Llama-style causal model with fresh weights and tied embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -65,7 +71,9 @@ def new_decoder(shape: Shape, tokenizer: "PreTrainedTokenizerFast", context: int
     return model.to(numerics.device)
 
 
-def new_encoder(shape: Shape, tokenizer: "PreTrainedTokenizerFast", context: int, numerics: Numerics) -> "PreTrainedModel":
+def new_encoder(
+    shape: Shape, tokenizer: "PreTrainedTokenizerFast", context: int, numerics: Numerics
+) -> "PreTrainedModel":
     """Return a ModernBERT-style masked model (Warner et al. 2024) with fresh weights; every layer attends globally."""
     from transformers import ModernBertConfig, ModernBertForMaskedLM
 

@@ -30,7 +30,11 @@ def replies(
 
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     result: list[list[int]] = [[] for _ in prompts]
-    sample = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    sample = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
     was_training = model.training
     model.eval()
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), torch.no_grad():

@@ -44,7 +44,9 @@ class Numerics(Settings):
     device: Literal["cpu", "cuda"] = Field(description="Device class that stages compute on")
     threads: int = Field(description="Threads of one stage's matrix operations", ge=1, le=256)
     dtype: Literal["float32", "bfloat16"] = Field(description="Autocast type of forward and backward passes")
-    attention: Literal["eager", "sdpa"] = Field(description="Attention kernel; eager is faster on a CPU at short lengths")
+    attention: Literal["eager", "sdpa"] = Field(
+        description="Attention kernel; eager is faster on a CPU at short lengths"
+    )
     compile: bool = Field(description="Whether training steps go through torch.compile (needs a C++ compiler)")
 
 
@@ -70,13 +72,17 @@ def read_params(path: Path = Path("params.yaml")) -> dict[str, Any]:
     from ruamel.yaml.error import YAMLError
 
     if not path.exists():
-        raise SettingsError(f"{path} is missing: go to the project's folder, or write it with `bessemer profile default`.")
+        raise SettingsError(
+            f"{path} is missing: go to the project's folder, or write it with `bessemer profile default`."
+        )
     try:
         params = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except YAMLError as error:
         raise SettingsError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(params, dict):
-        raise SettingsError(f"{path} must hold one section a stage ({', '.join(STAGES)}) and base, numerics, placement.")
+        raise SettingsError(
+            f"{path} must hold one section a stage ({', '.join(STAGES)}) and base, numerics, placement."
+        )
     return params
 
 
@@ -159,4 +165,3 @@ def _rule(message: str) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-

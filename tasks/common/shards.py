@@ -76,7 +76,9 @@ class Windows:
 
     def __init__(self, split: Split, length: int, seed: int) -> None:
         if len(split.tokens) < 2 * length:
-            raise ValueError(f"the stream holds {len(split.tokens)} tokens; windows of {length} need at least {2 * length}")
+            raise ValueError(
+                f"the stream holds {len(split.tokens)} tokens; windows of {length} need at least {2 * length}"
+            )
         self.split, self.length, self.seed = split, length, seed
         self.per_epoch = len(split.tokens) // length - 1
 

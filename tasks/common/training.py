@@ -118,7 +118,9 @@ def train(model: "torch.nn.Module", loss_at: LossAt, optimizer_config: Optimizer
         loss, parts, read = loss_at(step)
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(model.parameters(), optimizer_config.clip)
-        figures = torch.stack([loss.detach().float(), norm.float(), *(part.detach().float() for part in parts.values())]).tolist()
+        figures = torch.stack(
+            [loss.detach().float(), norm.float(), *(part.detach().float() for part in parts.values())]
+        ).tolist()
         if not all(map(math.isfinite, figures)):
             raise StageError(
                 f"the loss is no longer a finite number at step {step + 1} of {steps} (loss {figures[0]}, gradient norm "
