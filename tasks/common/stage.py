@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -136,45 +137,53 @@ def execute(module: ModuleType, key: str | None) -> dict[str, Any]:
     """Run one stage in this process and return its record; raise SettingsError or StageError for the user's errors."""
     params = read_params()
     check(params)
-    stage = module.__name__.rpartition(".")[2]
+    stage, seed = module.__name__.rpartition(".")[2], params["base"]["seed"]
     section, config = config_of(module, params, key)
     numerics = Numerics.model_validate(params["numerics"])
     inputs = {name: Path(path) for name, path in declared_inputs(module, key, config).items()}
     absent = [str(path) for path in inputs.values() if not path.exists()]
     if absent:
         raise StageError(f"{', '.join(absent)} is missing; `dvc repro {name_of(stage, key)}` makes it first.")
-    record = _describe(module, stage, key, section, config, numerics, params["base"]["seed"], inputs)
-
-    SCRATCH.mkdir(parents=True, exist_ok=True)
-    for left in SCRATCH.glob(f"{name_of(stage, key)}-*"):
-        shutil.rmtree(left)  # what a killed run of this stage left behind; DVC lets no two of it run at once
-    for left in SCRATCH.glob(f"{name_of(stage, key)}-*"):  # by a run that was killed outright
-        shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=f"{name_of(stage, key)}-", dir=SCRATCH) as scratch:
-        outputs = {name: Path(scratch, name, Path(path).name) for name, path in declared_outputs(module, key).items()}
-        for path in outputs.values():
-            path.parent.mkdir(parents=True)
-        placement = Placement.model_validate(params["placement"])
-        seed = params["base"]["seed"]
-        job = Job(stage, key, inputs, outputs, seed, numerics, record["recipe"], placement.checkpoints)
+    record = _describe(module, stage, key, section, config, numerics, seed, inputs)
+    targets = {name: Path(path) for name, path in declared_outputs(module, key).items()}
+    with _scratch(name_of(stage, key), targets) as outputs:
+        checkpoints = Placement.model_validate(params["placement"]).checkpoints
+        job = Job(stage, key, inputs, outputs, seed, numerics, record["recipe"], checkpoints)
         started, clock = datetime.now(UTC), time.perf_counter()
         metrics = module.run(config, job)
         seconds = time.perf_counter() - clock
-        targets = {name: Path(path) for name, path in declared_outputs(module, key).items()}
-        absent = [str(targets[name]) for name, path in outputs.items() if not path.exists()]
-        if absent:
-            raise RuntimeError(f"the stage ended without writing {', '.join(absent)}")
-        record["outputs"] = {str(targets[name]): identity.tree_hash(path) for name, path in outputs.items()}
-        record["content"] = identity.hash_json(record["outputs"])
-        record_path(stage, key).unlink(missing_ok=True)  # from here on there is none until all outputs are in place
-        for name, path in outputs.items():
-            _move(path, targets[name])
-    write_json(record_path(stage, key), record)
-    write_json(metrics_path(stage, key), metrics)
+        _finish(job, targets, record, metrics)
     _write_run(job, started, seconds)
     for call in job.when_complete:
         call()
     return record
+
+
+@contextmanager
+def _scratch(name: str, targets: dict[str, Path]) -> Iterator[dict[str, Path]]:
+    """Yield a scratch path for each output; drop what a run of this stage that was killed outright left behind."""
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    for left in SCRATCH.glob(f"{name}-*"):
+        shutil.rmtree(left)  # DVC lets no two runs of a stage go on at once
+    with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=SCRATCH) as scratch:
+        outputs = {output: Path(scratch, output, target.name) for output, target in targets.items()}
+        for path in outputs.values():
+            path.parent.mkdir(parents=True)
+        yield outputs
+
+
+def _finish(job: Job, targets: dict[str, Path], record: dict[str, Any], metrics: dict[str, Any]) -> None:
+    """Hash the outputs, move them into place, and only then write the record and the metrics."""
+    absent = [str(targets[name]) for name, path in job.outputs.items() if not path.exists()]
+    if absent:
+        raise RuntimeError(f"the stage ended without writing {', '.join(absent)}")
+    record["outputs"] = {str(targets[name]): identity.tree_hash(path) for name, path in job.outputs.items()}
+    record["content"] = identity.hash_json(record["outputs"])
+    record_path(job.stage, job.key).unlink(missing_ok=True)  # from here on there is none until all outputs are in place
+    for name, path in job.outputs.items():
+        _move(path, targets[name])
+    write_json(record_path(job.stage, job.key), record)
+    write_json(metrics_path(job.stage, job.key), metrics)
 
 
 def _describe(
