@@ -8,11 +8,13 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from serving import folders
-from serving.engine import MaskEngine, TextEngine
 from serving.errors import PackageError
+
+if TYPE_CHECKING:
+    from serving.engine import MaskEngine, TextEngine
 
 VARIABLE = "BESSEMER_PACKAGE"
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,13 +29,17 @@ class Package:
     provenance: dict[str, Any]
 
     @cached_property
-    def text(self) -> TextEngine:
+    def text(self) -> "TextEngine":
         """The policy: it answers conversations."""
+        from serving.engine import TextEngine
+
         return TextEngine(self.folder / "policy")
 
     @cached_property
-    def masks(self) -> MaskEngine:
+    def masks(self) -> "MaskEngine":
         """The encoder: it fills in names."""
+        from serving.engine import MaskEngine
+
         context = folders.read_key(self.folder / "policy/limits.json", "context")
         return MaskEngine(self.folder / "encoder", context)
 

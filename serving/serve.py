@@ -6,7 +6,7 @@ import sys
 from typing import NoReturn
 
 from serving.errors import ServingError
-from serving.package import ROOT, open_package
+from serving.package import ROOT, VARIABLE, open_package
 
 PORT = 3000
 HOST = "127.0.0.1"  # there is no authentication: only this machine can ask, unless told otherwise
@@ -19,7 +19,7 @@ def serve(port: int = PORT, host: str = HOST) -> NoReturn:
     package = open_package()
     print(f"{package.tag} answers on http://{host}:{port}/ in a few seconds. Ctrl-C stops it.", flush=True)
     command = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--working-dir", str(ROOT)]
-    environment = {**os.environ, "BENTOML_DO_NOT_TRACK": "True"}
+    environment = {**os.environ, "BENTOML_DO_NOT_TRACK": "True", VARIABLE: str(package.folder)}
     os.execve(sys.executable, [*command, "--host", host, "--port", str(port)], environment)
 
 
