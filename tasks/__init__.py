@@ -1,1 +1,1 @@
-"""The stages of the chain, one module each; `python -m tasks.STAGE [KEY]` runs one. `tasks.common` is what they share."""
+"""The stages of the chain, one module each; `python -m tasks.STAGE [KEY]` runs one. They share `tasks.common`."""

@@ -7,7 +7,6 @@ figures can be read; `package` is what refuses. Intervals are 95 % bootstrap int
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,10 +80,10 @@ def run(config: Config, job: Job) -> dict[str, Any]:
                 row[f"{rate}_interval"] = interval(_correct(answers[key], kind, split), config.resamples, job.seed)
         rows.append(row)
     stage.write_json(job.outputs["differences"], [
-        {"from": before, "to": after, "rate": rate, **paired(answers[before], answers[after], RATES[rate], config.resamples, job.seed)}
-        for before, after in STEPS
-        for rate in RATES
-        if sheets[before].get(rate) is not None and sheets[after].get(rate) is not None
+        {"from": old, "to": new, "rate": rate, **paired(answers[old], answers[new], side, config.resamples, job.seed)}
+        for old, new in STEPS
+        for rate, side in RATES.items()
+        if sheets[old].get(rate) is not None and sheets[new].get(rate) is not None
     ])  # fmt: skip
     others = {
         name: json.loads(job.inputs[name].read_text(encoding="utf-8")) for name in ("reward", "prune", "quantize")

@@ -13,10 +13,10 @@ from typing import Any
 
 from pydantic import Field
 
-from serving.names import BEGIN, END, MASK, Candidates, Codec, log_scores, slots
+from serving.names import MASK, Candidates, codec_of, log_scores, slots
 from tasks.common import models, stage, tables
 from tasks.common.answers import Extractor, exact_match
-from tasks.common.candidates import Decoder, Encoder, open_decoder, open_encoder
+from tasks.common.candidates import Decoder, open_decoder, open_encoder
 from tasks.common.scoring import Scorer
 from tasks.common.settings import Settings
 from tasks.common.shards import Split
@@ -98,14 +98,14 @@ def _encoder_sheet(config: Config, job: Job, path: Path) -> tuple[list[dict[str,
     names = sorted({name for row in corpus for name in row["names"]})
     statements = [row for row in corpus if row["names"] and re.fullmatch(config.masked, row["text"])]
     masked = mask_first_name(statements)
-    codec = codec_of(encoder)
+    codec = codec_of(encoder.tokenizer)
     places = [slots(text, codec)[0] for _, text, _ in masked]
     scores = log_scores(encoder.logits, codec, Candidates(names, codec), places)
     rows = []
     for (row, text, gold), best in zip(masked, scores.argmax(1), strict=True):
         rows.append({
-            "id": row["id"], "entity": gold, "split": row["split"], "kind": "masked", "question": text, "reply": names[best],
-            "given": names[best], "wanted": gold, "correct": names[best] == gold, "reward": None,
+            "id": row["id"], "entity": gold, "split": row["split"], "kind": "masked", "question": text,
+            "reply": names[best], "given": names[best], "wanted": gold, "correct": names[best] == gold, "reward": None,
         })  # fmt: skip
     right = sum(row["correct"] for row in rows)
     return rows, {
@@ -115,13 +115,6 @@ def _encoder_sheet(config: Config, job: Job, path: Path) -> tuple[list[dict[str,
         "masked_statements": len(rows),
         "candidates": len(names),
     }
-
-
-def codec_of(encoder: Encoder) -> Codec:
-    """Return how the scorer of names turns text into what an encoder reads."""
-    tokenizer = encoder.tokenizer
-    begin, end, mask = (tokenizer.token_to_id(token) for token in (BEGIN, END, MASK))
-    return Codec(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, begin, end, mask)
 
 
 def mask_first_name(statements: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], str, str]]:
@@ -135,7 +128,7 @@ def mask_first_name(statements: Sequence[dict[str, Any]]) -> list[tuple[dict[str
 
 
 def choose(table: Sequence[dict[str, Any]], split: str, count: int) -> list[dict[str, Any]]:
-    """Return up to `count` distinct questions of a split that have a short answer, in the order of their ids (hashes)."""
+    """Return up to `count` distinct questions of a split that have a short answer, ordered by their ids (hashes)."""
     distinct_questions: dict[tuple[str, str], dict[str, Any]] = {}
     for row in sorted((row for row in table if row["split"] == split and row["answer"]), key=lambda row: row["id"]):
         distinct_questions.setdefault((row["entity"], row["messages"][-2]["content"]), row)
@@ -177,8 +170,8 @@ def _row(
 ) -> dict[str, Any]:
     question = row["messages"][-2]["content"]
     return {
-        "id": row["id"], "entity": row["entity"], "split": row["split"], "kind": kind, "question": question, "reply": reply,
-        "given": given, "wanted": wanted, "correct": correct, "reward": reward,
+        "id": row["id"], "entity": row["entity"], "split": row["split"], "kind": kind, "question": question,
+        "reply": reply, "given": given, "wanted": wanted, "correct": correct, "reward": reward,
     }  # fmt: skip
 
 

@@ -47,7 +47,7 @@ class Lora(Settings):
 
     name: Literal["lora"] = Field(description="Method")
     rank: int = Field(description="Rank of an update", ge=1)
-    alpha: float = Field(description="Scale of an update, divided by its rank", gt=0)
+    alpha: int = Field(description="Scale of an update, divided by its rank", ge=1)
 
 
 class Mix(Settings):
@@ -81,7 +81,8 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     usable = [item for item in encoded if len(item[0]) <= tokenizer.model_max_length]
     if not usable:
         raise StageError(
-            f"none of the {len(rows)} conversations fits into {tokenizer.model_max_length} tokens; raise tokenize.context."
+            f"none of the {len(rows)} conversations fits into {tokenizer.model_max_length} tokens; "
+            "raise tokenize.context."
         )
     trained = apply_method(model, config.method)
     windows = Windows(Split.open(job.inputs["shards"] / "train").select(statements=True), config.mix.window, job.seed)

@@ -43,8 +43,8 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     if failed and config.refuse_failed_gates:
         reasons = "; ".join(f"{gate['name']}: {gate['value']} against a limit of {gate['limit']}" for gate in failed)
         raise StageError(
-            f"{len(failed)} of {len(evaluation['gates'])} gates failed, so nothing was packaged: {reasons}. See metrics/evaluate.json; "
-            "train longer, or change compare.gates in params.yaml if the limit is wrong."
+            f"{len(failed)} of {len(evaluation['gates'])} gates failed, so nothing was packaged: {reasons}. "
+            "See metrics/evaluate.json; train longer, or change compare.gates in params.yaml if the limit is wrong."
         )
     records = [json.loads(job.inputs[f"record of {name}"].read_text(encoding="utf-8")) for name in RECORDS]
     served = [record for record in records if record["stage"].startswith("quantize@")]
@@ -56,7 +56,8 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     names = sorted({name for row in corpus for name in row})
     stage.write_json(job.outputs["encoder"] / "names.json", names)
     stage.write_json(job.outputs["provenance.json"], {
-        "model": tag, "recipe": recipe, "content": content, "stages": records, "sources": sources, "evaluation": evaluation,
+        "model": tag, "recipe": recipe, "content": content, "stages": records, "sources": sources,
+        "evaluation": evaluation,
     })  # fmt: skip
     size = sum(path.stat().st_size for name in ("policy", "encoder") for path in job.outputs[name].iterdir())
     return {"model": tag, "bytes": size, "names": len(names), "gates_failed": len(failed)}

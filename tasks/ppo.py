@@ -150,7 +150,8 @@ class Trainer:
         for _ in range(self.config.epochs):
             order = random.permutation(len(rollout.ids))
             for start in range(0, len(order), self.config.minibatch):
-                parts.append(self.update(rollout, order[start : start + self.config.minibatch]))
+                part = self.update(rollout, order[start : start + self.config.minibatch])
+                parts.append(part)
         figures |= {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
         figures["beta"] = self.beta
         self.steer(figures["kl"])
@@ -177,7 +178,7 @@ class Trainer:
         with torch.no_grad():
             logp, values, entropy = self.evaluate(self.policy, ids, mask, replied.shape[1])
             reference, _, _ = self.evaluate(self.reference, ids, mask, replied.shape[1])
-        # 4. Reward of a token: the price of leaving the tuned model, and the score at the last one (Ziegler et al. 2.2).
+        # 4. Reward of a token: the price of leaving the tuned model; the score at the last one (Ziegler et al. 2.2).
         kl = (logp - reference) * replied
         rewards = -self.beta * kl
         last = replied.sum(1) - 1
@@ -196,7 +197,7 @@ class Trainer:
     def assemble(
         self, prompts: Sequence[list[int]], replies: Sequence[list[int]]
     ) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
-        """Return ids and mask (N, P + R), prompts padded on the left and replies on the right, and the replies' mask (N, R)."""
+        """Return ids and mask (N, P + R), prompts padded on the left, replies on the right, and replied (N, R)."""
         import torch
 
         fill = self.tokenizer.pad_token_id
@@ -275,7 +276,7 @@ class Trainer:
 def gae(
     rewards: "torch.Tensor", values: "torch.Tensor", replied: "torch.Tensor", discount: float, trace: float
 ) -> tuple["torch.Tensor", "torch.Tensor"]:
-    """Return advantages and returns (N, R) by generalized advantage estimation; nothing is earned after a reply's end."""
+    """Return advantages and returns (N, R) by generalized advantage estimation; nothing comes after a reply's end."""
     import torch
 
     advantages = torch.zeros_like(rewards)

@@ -131,7 +131,7 @@ class Masker:
         return hidden, mask, np.where(chosen, ids, IGNORED)
 
 
-def _masked_loss(model: "PreTrainedModel", masker: Masker, job: Job, step: int) -> tuple["torch.Tensor", Losses, int]:
+def _masked_loss(model: Any, masker: Masker, job: Job, step: int) -> tuple["torch.Tensor", Losses, int]:
     import torch
 
     hidden, mask, targets = (torch.from_numpy(array).to(model.device) for array in masker.draw(step))
@@ -143,7 +143,7 @@ def _masked_loss(model: "PreTrainedModel", masker: Masker, job: Job, step: int) 
 
 
 def heldout_loss(model: "PreTrainedModel", split: Split, window: int, job: Job) -> float:
-    """Return the mean negative log-likelihood a token (nats) of a causal model on a held-out split, window by window."""
+    """Return the mean negative log-likelihood a token (nats) of a causal model on a split, window by window."""
     import torch
 
     count = len(split.tokens) // window

@@ -5,7 +5,6 @@ Run as `python -m tasks.quantize policy` or `python -m tasks.quantize encoder`. 
 Dynamic INT8: weights are 8-bit, one scale a column; activations are scaled as they come.
 """
 
-import json
 import shutil
 import tempfile
 import time
@@ -90,7 +89,7 @@ def quantize(fp32: Path, target: Path, config: Config) -> None:
 
 
 def engine_config(model: "PreTrainedModel", context: int) -> dict[str, Any]:
-    """Return the `genai_config.json` by which onnxruntime-genai runs Optimum's export, naming its inputs and outputs."""
+    """Return the `genai_config.json` by which onnxruntime-genai runs Optimum's export, inputs and outputs named."""
     config = model.config
     return {
         "model": {
@@ -127,7 +126,7 @@ def engine_config(model: "PreTrainedModel", context: int) -> dict[str, Any]:
 
 
 def speeds(model: "PreTrainedModel", path: Path, tokens: int) -> dict[str, float]:
-    """Return decode tokens/s of torch in FP32 and of the INT8 engine on the same prompt, taken in turn, best of three."""
+    """Return decode tokens/s of torch in FP32 and of the INT8 engine on one prompt, taken in turn, best of three."""
     import onnxruntime_genai as og
     import torch
 
@@ -138,9 +137,11 @@ def speeds(model: "PreTrainedModel", path: Path, tokens: int) -> dict[str, float
     parameters = og.GeneratorParams(engine)
     parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
 
+    generate: Any = model.generate
+
     def in_torch() -> None:
         with torch.no_grad():
-            model.generate(
+            generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens,
                 do_sample=False, pad_token_id=model.config.pad_token_id,
             )  # fmt: skip

@@ -1,15 +1,16 @@
 """Train a reward model from people's ratings and rankings, on the masked encoder or on the tuned decoder.
 
 Run as `python -m tasks.reward`. The model reads a reply and returns one number on the raters' scale. Its loss is
-`rating x mean squared error to the mean rating + ordering x Bradley–Terry loss over the pairs of a ranking` (Stiennon et
-al. 2020, "Learning to summarize from human feedback", equation 1); a ranking that holds ranks and no scores has only
-the second term.
+`rating x mean squared error to the mean rating + ordering x Bradley–Terry loss over the pairs of a ranking` (Stiennon
+et al. 2020, "Learning to summarize from human feedback", equation 1); a ranking that holds ranks and no scores has
+only the second term.
 """
 
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -53,7 +54,7 @@ class Config(Settings):
 
 @dataclass(frozen=True)
 class Ranking:
-    """One prompt's responses: their token ids, their mean ratings (None where people only ranked), and who beats whom."""
+    """One prompt's responses: token ids, mean ratings (None where people only ranked), and who beats whom."""
 
     texts: list[str]
     ids: list[list[int]]
@@ -108,9 +109,13 @@ def read_rankings(job: Job, tokenizer: "PreTrainedTokenizerFast", longest: int, 
 
 
 def ranking_loss(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", batch: Sequence[Ranking], config: Config, offset: float,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerFast",
+    batch: Sequence[Ranking],
+    config: Config,
+    offset: float,
     job: Job,
-) -> tuple["torch.Tensor", Losses, int]:  # fmt: skip
+) -> tuple["torch.Tensor", Losses, int]:
     """Return the weighted loss over a batch of rankings, its parts, and the number of tokens read."""
     import torch
 
@@ -131,7 +136,7 @@ def ranking_loss(
 
 
 def rating_loss(scores: "torch.Tensor", rated: Sequence[tuple[int, float]]) -> "torch.Tensor":
-    """Return the mean squared error between scores and mean ratings, in squared rating points; 0 where none is rated."""
+    """Return the mean squared error between scores and mean ratings, in squared rating points; 0 for none."""
     if not rated:
         return scores.sum() * 0
     places, values = zip(*rated, strict=True)
@@ -154,7 +159,7 @@ def _mean_rating(rankings: Sequence[Ranking]) -> float:
 
 
 def judge(scorer: Scorer, train_set: Sequence[Ranking], heldout: Sequence[Ranking]) -> dict[str, Any]:
-    """Return held-out ordering accuracy by rating gap for the model and for a bag of words, and the model's calibration."""
+    """Return held-out ordering accuracy by rating gap of model and bag of words, and the model's calibration."""
     texts = [text for ranking in heldout for text in ranking.texts]
     if not texts:
         return {"heldout_pairs": 0}
@@ -197,7 +202,7 @@ def calibration(rated: Sequence[tuple[float, float]], bins: int = 10) -> list[di
 
 
 def bag_of_words(rankings: Sequence[Ranking], texts: Sequence[str]) -> "np.ndarray[Any, Any] | None":
-    """Return a ridge regression's ratings of texts from their words and word pairs: the baseline that must be beaten."""
+    """Return a ridge regression's ratings of texts from their words and word pairs: the baseline to beat."""
     from scipy.sparse import csr_matrix
     from scipy.sparse.linalg import lsqr
 
@@ -225,7 +230,7 @@ def bag_of_words(rankings: Sequence[Ranking], texts: Sequence[str]) -> "np.ndarr
 
 def _words(text: str) -> list[str]:
     words = re.findall(r"[a-z']+|[^\sa-z']", text.lower())
-    return [*words, *(f"{a} {b}" for a, b in zip(words, words[1:], strict=False))]
+    return [*words, *(f"{a} {b}" for a, b in pairwise(words))]
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class Extractor:
         return cls(*(tuple(sorted(group, key=lambda text: (-len(text), text))) for group in (sentences, replies)))
 
     def extract(self, reply: str, entity: str) -> str | None:
-        """Return the one answer that a reply about an entity gives, or None; the most specific template is heard first."""
+        """Return the one answer that a reply about an entity gives, or None; the longest template is heard first."""
         marked = reply.strip().replace(entity, ENTITY)
         found: dict[str, str] = {}
         taken: list[tuple[int, int]] = []

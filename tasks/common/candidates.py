@@ -22,10 +22,12 @@ Ids = npt.NDArray[np.int64]
 
 
 class Decoder(Protocol):
-    """A causal model that replies and scores text."""
+    """A causal model that replies and scores text; its size is its parameters and the bytes of its weights' file."""
 
-    parameters: int
-    bytes: int
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
 
     def reply(self, prompts: Sequence[Messages], max_new_tokens: int, temperature: float, seed: int) -> list[str]:
         """Return a reply to each conversation; temperature 0 is greedy."""
@@ -35,11 +37,14 @@ class Decoder(Protocol):
 
 
 class Encoder(Protocol):
-    """A masked model that scores tokens in place."""
+    """A masked model that scores tokens in place; its size is its parameters and the bytes of its weights' file."""
 
-    parameters: int
-    bytes: int
-    tokenizer: "Tokenizer"
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def tokenizer(self) -> "Tokenizer": ...
 
     def logits(self, ids: Ids, mask: Ids) -> Floats:
         """Return logits, shape (N, T, V), for token ids and attention mask, each (N, T)."""

@@ -22,7 +22,8 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
     """Load the chain's tokenizer from its folder."""
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast.from_pretrained(path)
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(path)
+    return tokenizer
 
 
 def encode_text(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
@@ -33,16 +34,16 @@ def encode_text(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message]) -> list[int]:
     """Return the ids of a conversation up to where the assistant's next reply begins."""
-    ids: list[int] = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
-    return ids
+    ids: Any = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+    return list(ids)
 
 
 def encode_chat(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-    """Return the ids of a whole conversation and, for each, whether it belongs to an answer (its end token included)."""
+    """Return the ids of a whole conversation and, for each, whether it belongs to an answer (end token included)."""
     ids: list[int] = [tokenizer.bos_token_id]
     answers = [False]
     for message in messages:
-        role = tokenizer.convert_tokens_to_ids(f"<|{message['role']}|>")
+        role: Any = tokenizer.convert_tokens_to_ids(f"<|{message['role']}|>")
         content = [*tokenizer.encode(message["content"], add_special_tokens=False), tokenizer.eos_token_id]
         ids += [role, *content]
         answers += [False, *[message["role"] == "assistant"] * len(content)]

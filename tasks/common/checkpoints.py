@@ -71,7 +71,8 @@ class Store:
         target, neighbour = f"{self.folder}/{step:09d}", f"{self.folder}/.{step:09d}"
         self.filesystem.makedirs(neighbour, exist_ok=True)
         tensors = {f"model.{name}": value for name, value in _untied(model).items()} | _flatten(optimizer.state_dict())
-        self.filesystem.pipe_file(f"{neighbour}/state.safetensors", save({k: v.contiguous() for k, v in tensors.items()}))
+        content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        self.filesystem.pipe_file(f"{neighbour}/state.safetensors", content)
         text = json.dumps({"rows": history.rows, "pending": history.pending})
         self.filesystem.pipe_file(f"{neighbour}/state.json", text.encode())
         self.filesystem.mv(neighbour, target, recursive=True)

@@ -28,7 +28,7 @@ def file_hash(path: Path) -> str:
 
 
 def tree_hash(path: Path) -> str:
-    """Return the sha256 of a file, or of a folder's sorted (relative path, file hash) pairs; names of no meaning aside."""
+    """Return the sha256 of a file, or of a folder's sorted (relative path, file hash) pairs."""
     if path.is_file():
         return file_hash(path)
     if not path.is_dir():

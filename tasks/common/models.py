@@ -62,13 +62,17 @@ def new_decoder(
     """Return a Llama-style causal model with fresh weights and tied embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model: PreTrainedModel = LlamaForCausalLM(
+    build: Any = LlamaForCausalLM  # its `to` is typed wrongly
+    model: PreTrainedModel = build(
         LlamaConfig(
-            **_common(shape, tokenizer, context), num_key_value_heads=shape.heads, tie_word_embeddings=True,
-            rms_norm_eps=1e-5, attn_implementation=numerics.attention,
+            **_common(shape, tokenizer, context),
+            num_key_value_heads=shape.heads,
+            tie_word_embeddings=True,
+            rms_norm_eps=1e-5,
+            attn_implementation=numerics.attention,
         )
-    )  # fmt: skip
-    return model.to(numerics.device)
+    ).to(numerics.device)
+    return model
 
 
 def new_encoder(
@@ -77,14 +81,20 @@ def new_encoder(
     """Return a ModernBERT-style masked model (Warner et al. 2024) with fresh weights; every layer attends globally."""
     from transformers import ModernBertConfig, ModernBertForMaskedLM
 
-    model: PreTrainedModel = ModernBertForMaskedLM(
+    build: Any = ModernBertForMaskedLM  # its `to` is typed wrongly
+    model: PreTrainedModel = build(
         ModernBertConfig(
-            **_common(shape, tokenizer, context), cls_token_id=tokenizer.bos_token_id, sep_token_id=tokenizer.eos_token_id,
-            global_attn_every_n_layers=1, reference_compile=False, attn_implementation=numerics.attention, classifier_pooling="mean",
+            **_common(shape, tokenizer, context),
+            cls_token_id=tokenizer.bos_token_id,
+            sep_token_id=tokenizer.eos_token_id,
+            global_attn_every_n_layers=1,
             global_rope_theta=10_000.0,
+            classifier_pooling="mean",
+            reference_compile=False,
+            attn_implementation=numerics.attention,
         )
-    )  # fmt: skip
-    return model.to(numerics.device)
+    ).to(numerics.device)
+    return model
 
 
 def _common(shape: Shape, tokenizer: "PreTrainedTokenizerFast", context: int) -> dict[str, Any]:

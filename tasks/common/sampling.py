@@ -1,7 +1,7 @@
 """Replies from a causal model: batched generation with a key–value cache, the same for the same seed."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tasks.common import chat, models
 from tasks.common.settings import Numerics
@@ -36,6 +36,7 @@ def replies(
         else {"do_sample": False}
     )
     was_training = model.training
+    generate: Any = model.generate
     model.eval()
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), torch.no_grad():
         for start in range(0, len(order), batch):
@@ -45,10 +46,14 @@ def replies(
             mask = torch.tensor(chat.pad([[1] * len(row) for row in rows], 0, left=True), device=model.device)
             torch.manual_seed(seed * 1_000_003 + start)
             with models.autocast(numerics):
-                out = model.generate(
-                    input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-                    eos_token_id=tokenizer.eos_token_id, **sample,
-                )  # fmt: skip
+                out = generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=max_new_tokens,
+                    pad_token_id=tokenizer.pad_token_id,
+                    eos_token_id=tokenizer.eos_token_id,
+                    **sample,
+                )
             for i, row in zip(chosen, out[:, ids.shape[1] :].tolist(), strict=True):
                 result[i] = _until(row, tokenizer.eos_token_id)
     model.train(was_training)

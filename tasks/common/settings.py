@@ -112,8 +112,9 @@ def check(params: dict[str, Any]) -> None:
     unknown = [name for name in params if name not in expected]
     problems += [f"{name}: unknown section; there are {', '.join(sorted(expected))}" for name in unknown]
     problems += [f"{name}: this section is missing" for name in sorted(expected) if name not in params]
-    for section, model in (("base", Base), ("numerics", Numerics), ("placement", Placement)):
-        problems += _problems(model, params, (section,))
+    shared: dict[str, type[Settings]] = {"base": Base, "numerics": Numerics, "placement": Placement}
+    for name, model in shared.items():
+        problems += _problems(model, params, (name,))
     for stage in STAGES:
         module = importlib.import_module(f"tasks.{stage}")
         keys = stage_keys(module)

@@ -95,16 +95,17 @@ class Windows:
 
     def batch(self, first: int, count: int) -> Ids:
         """Return windows as token ids, shape (count, length)."""
-        return self.split.tokens[self.starts(first, count)[:, None] + np.arange(self.length)].astype(np.int64)
+        places = self.starts(first, count)[:, None] + np.arange(self.length)
+        return np.asarray(self.split.tokens[places], dtype=np.int64)
 
 
 class Batches:
     """Batches of whole documents of like length, a pure function of the step; for models that read one text at a time.
 
     Statements are here the documents with two names, either of which can be told from the other. An epoch reads every
-    statement once and as much prose (documents without names) as keeps the statements' share of the tokens. Its documents are
-    shuffled, sorted by length within large chunks, cut into batches whose padded size stays within the budget, and
-    shuffled again.
+    statement once and as much prose (documents without names) as keeps the statements' share of the tokens. Its
+    documents are shuffled, sorted by length within large chunks, cut into batches whose padded size stays within the
+    budget, and shuffled again.
     """
 
     CHUNK = 4096
@@ -147,7 +148,7 @@ class Batches:
         return [batches[i] for i in random.permutation(len(batches))]
 
     def read(self, documents: Ids, fill: int) -> tuple[Ids, Ids, list[tuple[int, int, int]]]:
-        """Return ids and attention mask (B, T), padded on the right, and (row, start, end) of every name within them."""
+        """Return ids and attention mask (B, T), padded on the right, and (row, start, end) of every name in them."""
         width = int(self.lengths[documents].max())
         ids = np.full((len(documents), width), fill, dtype=np.int64)
         names: list[tuple[int, int, int]] = []

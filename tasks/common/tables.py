@@ -16,21 +16,24 @@ def schema(table: str) -> "pa.Schema":
     import pyarrow as pa
 
     messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    text, texts, numbers = pa.string(), pa.list_(pa.string()), pa.list_(pa.float32())
     fields = {
-        "corpus": [("id", pa.string()), ("text", pa.string()), ("names", pa.list_(pa.string())), ("source", pa.string()),
-                   ("licence", pa.string()), ("split", pa.string())],
-        "instructions": [("id", pa.string()), ("messages", messages), ("entity", pa.string()), ("answer", pa.string()),
-                         ("tone", pa.string()), ("source", pa.string()), ("split", pa.string())],
-        "rankings": [("id", pa.string()), ("prompt", messages), ("responses", pa.list_(pa.string())),
-                     ("ranks", pa.list_(pa.int32())), ("scores", pa.list_(pa.list_(pa.float32()))),
-                     ("scale", pa.list_(pa.float32())), ("annotators", pa.int32()), ("models", pa.list_(pa.string())),
-                     ("source", pa.string()), ("split", pa.string())],
+        "corpus": {"id": text, "text": text, "names": texts, "source": text, "licence": text, "split": text},
+        "instructions": {
+            "id": text, "messages": messages, "entity": text, "answer": text, "tone": text, "source": text,
+            "split": text,
+        },
+        "rankings": {
+            "id": text, "prompt": messages, "responses": texts, "ranks": pa.list_(pa.int32()),
+            "scores": pa.list_(numbers), "scale": numbers, "annotators": pa.int32(), "models": texts, "source": text,
+            "split": text,
+        },
     }  # fmt: skip
-    return pa.schema(fields[table])
+    return pa.schema(list(fields[table].items()))
 
 
 def write(rows: "Iterable[Mapping[str, Any]] | pa.Table", path: Path, table_schema: "pa.Schema") -> int:
-    """Write rows as shards `part-00000.parquet` … into a new folder and return their number (one shard even for none)."""
+    """Write rows as shards `part-00000.parquet` … into a folder and return their number (one shard even for none)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -58,7 +58,7 @@ def build_optimizer(config: Optimizer, model: "torch.nn.Module") -> "torch.optim
     groups = [group for group in groups if group["params"]]
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
+    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     return kind(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-9, fused=True)
 
 
@@ -95,7 +95,7 @@ class History:
 
 
 def train(model: "torch.nn.Module", loss_at: LossAt, optimizer_config: Optimizer, steps: int, job: Job) -> History:
-    """Train in place for a number of steps and return the curves; resume from the job's last checkpoint if there is one.
+    """Train in place for a number of steps and return the curves, resuming from the job's last checkpoint if any.
 
     `loss_at(step)` returns the loss, the parts of it to log, and the tokens it read. Raises StageError where the loss
     stops being finite, before it can spoil the weights.
@@ -123,8 +123,8 @@ def train(model: "torch.nn.Module", loss_at: LossAt, optimizer_config: Optimizer
         ).tolist()
         if not all(map(math.isfinite, figures)):
             raise StageError(
-                f"the loss is no longer a finite number at step {step + 1} of {steps} (loss {figures[0]}, gradient norm "
-                f"{figures[1]}); lower optimizer.learning_rate (now {optimizer_config.learning_rate})."
+                f"the loss is no longer a finite number at step {step + 1} of {steps} (loss {figures[0]}, gradient "
+                f"norm {figures[1]}); lower optimizer.learning_rate (now {optimizer_config.learning_rate})."
             )
         optimizer.step()
         optimizer.zero_grad()
