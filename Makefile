@@ -40,13 +40,14 @@ $(VENV)/.runtime: requirements.lock pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	    echo "No virtual environment could be made: Debian and Ubuntu need 'apt install python3-venv' first."; exit 1; }
 	@echo "Installing the pinned packages into $(VENV) (once; about two minutes and 2 GB) ..."
-	@$(PIP) install -qq --requirement requirements.lock
+	@$(PIP) install -qq --no-compile --requirement requirements.lock
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true # on all cores; some packages carry templates
 	@$(PIP) install -qq --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime requirements-dev.lock
 	@echo "Installing the development tools into $(VENV) (once; some seconds) ..."
-	@$(PIP) install -qq --requirement requirements.lock --requirement requirements-dev.lock
+	@$(PIP) install -qq --constraint requirements.lock --requirement requirements-dev.lock
 	@touch $@
 
 # A fresh environment, the newest releases within pyproject.toml's bounds, and what pip says it holds then. Left out:
