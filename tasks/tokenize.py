@@ -4,6 +4,7 @@ Run as `python -m tasks.tokenize`. Byte-level BPE (Radford et al. 2019, "Languag
 Learners") can write any text, so every text round-trips; the stage proves it on the whole corpus before it ends.
 """
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -93,22 +94,23 @@ def _documents(tokenizer: "PreTrainedTokenizerFast", rows: list[dict[str, Any]])
         yield shards.Document([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], spans)
 
 
-def _name_spans(text: str, names: list[str], offsets: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield the token spans of the names' whole occurrences, longest names first, without overlap.
+def _name_spans(text: str, names: list[str], offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the token spans of the names' occurrences as whole words, in order; longer names go first at a place.
 
-    A token may open with the space before the name; a name that begins or ends inside a token is left out.
+    The space before a name belongs to it, in its first token or as a token of its own; a name that begins or ends
+    inside a token is left out.
     """
-    taken: list[tuple[int, int]] = []
-    opens = {start + (text[start : start + 1] == " "): index for index, (start, _) in enumerate(offsets)}
+    taken: dict[tuple[int, int], tuple[int, int]] = {}
+    opens: dict[int, int] = {}
+    for index, (start, _) in enumerate(offsets):  # the first of several: a character may be split into byte tokens
+        opens.setdefault(start + (text[start : start + 1] == " "), index)
     closes = {end: index + 1 for index, (_, end) in enumerate(offsets)}
-    for name in sorted(set(names), key=len, reverse=True):
-        at = text.find(name)
-        while at >= 0:
-            end = at + len(name)
+    for name in sorted(set(names), key=lambda name: (-len(name), name)):
+        for match in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", text):
+            at, end = match.span()
             if at in opens and end in closes and not any(a < end and at < b for a, b in taken):
-                taken.append((at, end))
-                yield opens[at], closes[end]
-            at = text.find(name, end)
+                taken[at, end] = opens[at], closes[end]
+    return sorted(taken.values())
 
 
 if __name__ == "__main__":
