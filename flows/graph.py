@@ -168,7 +168,7 @@ def _reasons(stage: Any, project: Path) -> Iterator[str]:
     changed = [(_path(dep, project), state) for dep in stage.deps for state in _file_states(dep)]
     code = [path for path, _ in changed if path.endswith(".py")]
     if code:
-        yield f"code: {', '.join(code)}"
+        yield f"code: {_some(code)}"
     for path, state in changed:
         if path.endswith(".lock"):
             yield f"packages: {path}"
@@ -182,6 +182,10 @@ def _reasons(stage: Any, project: Path) -> Iterator[str]:
                 "not in cache": "is not in DVC's cache",
             }
             yield f"output: {_path(out, project)} {words.get(state, state)}"
+
+
+def _some(paths: list[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 def _file_states(dep: Any) -> list[str]:

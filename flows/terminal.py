@@ -6,7 +6,7 @@ lines, and a stage's progress is told every few seconds.
 
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,20 @@ from flows.records import Outcome
 
 TELL_S = 10.0
 MARKS = {"ran": "✓", "restored": "✓", "up to date": "·", "failed": "✗", "stopped": "■", "not run": " "}
+SHEET: dict[str, tuple[str, Callable[[Any], str]]] = {  # column: its heading, in two lines so that all fit, and form
+    "model": ("model", str),
+    "parameters": ("para-\nmeters", lambda value: f"{value / 1e6:.2f} M"),
+    "bytes": ("size", lambda value: f"{value / 1e6:.1f} MB"),
+    "exact_match_tuned": ("tuned\n%", lambda value: f"{100 * value:.1f}"),
+    "exact_match_heldout": ("held\nout %", lambda value: f"{100 * value:.1f}"),
+    "masked_names": ("names\n%", lambda value: f"{100 * value:.1f}"),
+    "perplexity": ("perpl.", lambda value: f"{value:.2f}"),
+    "reward_mean": ("reward", lambda value: f"{value:.2f}"),
+    "distinct_2": ("dist.\n2", lambda value: f"{value:.2f}"),
+    "tokens_per_second": ("tok/s", lambda value: f"{value:.0f}"),
+    "seconds": ("s", lambda value: f"{value:.0f}"),
+    "peak_memory_bytes": ("GB", lambda value: f"{value / 1e9:.1f}"),
+}
 STYLES = {
     "ran": "green",
     "restored": "cyan",
@@ -151,18 +165,16 @@ def show_sheet(out: Console, project: Path) -> None:
     if not rows:
         out.print("No model has been evaluated yet: `bessemer run` does.")
         return
-    columns = [name for name in dict.fromkeys(key for row in rows for key in row) if "interval" not in name]
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="left" if column == "model" else "right")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    for heading, _ in SHEET.values():
+        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(_cell(column, row.get(column)) for column in columns))
+        table.add_row(*(form(row[name]) if row.get(name) is not None else "" for name, (_, form) in SHEET.items()))
     out.print(table)
     failed = [gate for gate in sheet["gates"] if not gate["passed"]]
     out.print(f"{len(sheet['gates']) - len(failed)} of {len(sheet['gates'])} gates passed.")
     for gate in failed:
-        value, limit = _cell("", gate["value"]), _cell("", gate["limit"])
-        out.print(f"[red]✗[/] {escape(gate['name'])}: {value} against a limit of {limit}")
+        out.print(f"[red]✗[/] {escape(gate['name'])}: {gate['value']:.4g} against a limit of {gate['limit']:.4g}")
 
 
 def show_commands(out: Console, lines: Iterable[tuple[str, str]]) -> None:
@@ -180,11 +192,3 @@ def duration(seconds: float) -> str:
 
 def _first(stages: Graph, name: str, due: Sequence[str]) -> str:
     return next(need for need in stages[name].needs if need in due)
-
-
-def _cell(column: str, value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -167,9 +167,9 @@ class TestPlanAndStatus:
         shown = capsys.readouterr().out
         assert "3 of 4 stages are up to date; the packaged model is abc-def." in shown
         assert re.search(r"join +params: join\.text four → new", shown)
-        assert re.search(r"tuned +0\.970 +5,600,000", shown)
+        assert re.search(r"tuned +5\.60 M +97\.0", shown)
         assert "0 of 1 gates passed." in shown
-        assert "size: 0.300 against a limit of 0.280" in shown
+        assert "size: 0.3 against a limit of 0.28" in shown
 
 
 class TestProfiles:
