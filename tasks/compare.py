@@ -108,11 +108,9 @@ def judge(sheets: dict[str, Any], others: dict[str, Any], gates: Gates) -> list[
     }
     verdicts = []
     for name, limit in gates.model_dump().items():
-        value = values[name]
+        value = None if values[name] is None else round(values[name], 4)  # 0.97 - 0.94 is not above 0.03
         passed = value is not None and (value >= limit if name.endswith("_min") else value <= limit)
-        verdicts.append(
-            {"name": name, "value": None if value is None else round(value, 4), "limit": limit, "passed": passed}
-        )
+        verdicts.append({"name": name, "value": value, "limit": limit, "passed": passed})
     return verdicts
 
 

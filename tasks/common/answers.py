@@ -63,12 +63,12 @@ def _slot(text: str, answer: str) -> str:
 def _pattern(template: str, whole: bool) -> re.Pattern[str]:
     before, _, after = template.partition(ANSWER)
     core = f"{re.escape(before)}{SLOT}{re.escape(after).replace(ANSWER, '(?P=answer)')}"
-    return re.compile(core if whole else rf"(?:^|(?<=[.!?] )){core}(?=$| )")
+    return re.compile(core if whole else rf"(?:^|(?<=[.!?] )){core}(?=$|(?<=[.!?]) )")
 
 
 def normalise(answer: str) -> str:
-    """Return an answer as it is compared: case and runs of blanks aside."""
-    return " ".join(answer.casefold().split())
+    """Return an answer as it is compared: case, runs of blanks and a last full stop aside ("Washington, D.C.")."""
+    return " ".join(answer.casefold().split()).removesuffix(".")
 
 
 def exact_match(given: str | None, wanted: str) -> bool:
