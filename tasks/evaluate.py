@@ -85,7 +85,7 @@ def _decoder_sheet(config: Config, job: Job, path: Path) -> tuple[list[dict[str,
         "bytes": decoder.bytes,
         "exact_match_tuned": _rate(rows, "train"),
         "exact_match_heldout": _rate(rows, "heldout"),
-        "perplexity": round(perplexity(decoder, Split.open(job.inputs["shards"] / "heldout"), config.window), 4),
+        "perplexity": perplexity(decoder, Split.open(job.inputs["shards"] / "heldout"), config.window),
         "reward_mean": round(mean, 4),
         "reward_std": round(math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - 1)), 4),
         "distinct_2": round(distinct(texts, 2), 4),
@@ -100,9 +100,9 @@ def _encoder_sheet(config: Config, job: Job, path: Path) -> tuple[list[dict[str,
     masked = mask_first_name(statements)
     codec = codec_of(encoder.tokenizer)
     places = [slots(text, codec)[0] for _, text, _ in masked]
-    scores = log_scores(encoder.logits, codec, Candidates(names, codec), places)
+    first = log_scores(encoder.logits, codec, Candidates(names, codec), places).argmax(1) if masked else ()
     rows = []
-    for (row, text, gold), best in zip(masked, scores.argmax(1), strict=True):
+    for (row, text, gold), best in zip(masked, first, strict=True):
         rows.append({
             "id": row["id"], "entity": gold, "split": row["split"], "kind": "masked", "question": text,
             "reply": names[best], "given": names[best], "wanted": gold, "correct": names[best] == gold, "reward": None,
@@ -141,11 +141,13 @@ def spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     return [rows[int(i * step) % len(rows)] for i in range(count)]
 
 
-def perplexity(decoder: Decoder, split: Split, window: int) -> float:
-    """Return exp of the mean negative log-likelihood a token (nats) on held-out prose, window by window."""
+def perplexity(decoder: Decoder, split: Split, window: int) -> float | None:
+    """Return exp of the mean negative log-likelihood a token (nats) on held-out prose; None for less than a window."""
     count = len(split.tokens) // window
+    if not count:
+        return None
     rows = split.tokens[: count * window].reshape(count, window)
-    return math.exp(sum(decoder.negative_log_likelihood(rows)) / (count * (window - 1)))
+    return round(math.exp(sum(decoder.negative_log_likelihood(rows)) / (count * (window - 1))), 4)
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

@@ -85,11 +85,12 @@ def run(config: Config, job: Job) -> dict[str, Any]:
             "raise tokenize.context."
         )
     trained = apply_method(model, config.method)
-    windows = Windows(Split.open(job.inputs["shards"] / "train").select(statements=True), config.mix.window, job.seed)
+    statements = Split.open(job.inputs["shards"] / "train").select(statements=True)
+    windows = Windows(statements, config.mix.window, job.seed) if config.mix.weight else None
 
     def loss_at(step: int) -> tuple["torch.Tensor", Losses, int]:
         task, read = answer_loss(trained, tokenizer, batch_at(usable, config.batch, job.seed, step), job)
-        if not config.mix.weight:
+        if windows is None:
             return task, {"task_loss": task}, read
         pretraining, more = window_loss(trained, windows, config.mix.batch, step, job)
         return task + config.mix.weight * pretraining, {"task_loss": task, "pretraining_loss": pretraining}, read + more
@@ -149,7 +150,7 @@ def answer_loss(
     ids = torch.tensor(chat.pad([item[0] for item in batch], tokenizer.pad_token_id), device=device)  # (B, T)
     answers = torch.tensor(chat.pad([item[1] for item in batch], False), device=device)  # (B, T)
     mask = torch.tensor(chat.pad([[1] * len(item[0]) for item in batch], 0), device=device)
-    with models.autocast(job.numerics):
+    with models.autocast(model, job.numerics):
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (B, T, V)
     wanted = answers[:, 1:]
     return torch.nn.functional.cross_entropy(logits[:, :-1][wanted].float(), ids[:, 1:][wanted]), int(mask.sum())
@@ -160,7 +161,7 @@ def window_loss(model: Any, windows: Windows, count: int, step: int, job: Job) -
     import torch
 
     ids = torch.from_numpy(windows.batch(step * count, count)).to(next(model.parameters()).device)  # (B, T)
-    with models.autocast(job.numerics):
+    with models.autocast(model, job.numerics):
         logits = model(input_ids=ids, use_cache=False).logits  # (B, T, V)
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()), ids.numel()
 

@@ -6,6 +6,7 @@ Ouyang et al. 2022 (PTX term, equation 2), Huang et al. 2024, arXiv 2403.17031 (
 last token, a penalty for replies that do not end).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from tasks.common import chat, models, sampling, stage, tables
 from tasks.common.scoring import Scorer
 from tasks.common.settings import Settings
 from tasks.common.shards import Split, Windows
-from tasks.common.stage import Job
+from tasks.common.stage import Job, StageError
 from tasks.common.training import History, Optimizer, build_optimizer, rate_at
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     torch.nn.init.zeros_(head.bias)
     scorer = Scorer.load(job.inputs["reward"], job.numerics)
     prompts = _prompts(job, tokenizer)
-    windows = Windows(Split.open(job.inputs["shards"] / "train").select(statements=True), config.ptx.window, job.seed)
+    statements = Split.open(job.inputs["shards"] / "train").select(statements=True)
+    windows = Windows(statements, config.ptx.window, job.seed) if config.ptx.weight else None
     trainer = Trainer(config, job, tokenizer, policy, reference, head, scorer, prompts, windows)
     history = History(every=1)
     for iteration in tqdm(range(config.iterations), desc=job.name, mininterval=2):
@@ -130,7 +132,7 @@ class Trainer:
     head: "torch.nn.Linear"
     scorer: Scorer
     prompts: list[list[int]]
-    windows: Windows
+    windows: Windows | None  # what the pretraining term reads; None where it has no weight
 
     def __post_init__(self) -> None:
         import torch
@@ -217,7 +219,7 @@ class Trainer:
         import torch
 
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-        with models.autocast(self.job.numerics):
+        with models.autocast(model, self.job.numerics):
             states = model.model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
             states = states.last_hidden_state[:, -width - 1 : -1]  # (N, R, H)
             logits = model.lm_head(states)  # (N, R, V)
@@ -245,24 +247,30 @@ class Trainer:
         value_loss = 0.5 * masked_mean(torch.maximum((values - R).square(), (near - R).square()), replied)
         # 8. The pretraining term (Ouyang et al. 2022, equation 2).
         loss = policy_loss + config.value_weight * value_loss
-        ptx_loss = self.ptx_loss() if config.ptx.weight else loss.new_zeros(())
+        ptx_loss = self.ptx_loss(self.windows) if self.windows else loss.new_zeros(())
         loss = loss + config.ptx.weight * ptx_loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.trained.parameters(), config.optimizer.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), config.optimizer.clip)
+        clipped = masked_mean(((ratio - 1).abs() > config.clip).float(), replied)
+        names = ("policy_loss", "value_loss", "ptx_loss", "clip_fraction", "gradient_norm")
+        figures = torch.stack([policy_loss, value_loss, ptx_loss, clipped, norm]).tolist()
+        if not all(map(math.isfinite, figures)):
+            raise StageError(
+                f"update {self.updates + 1} has no finite loss ({dict(zip(names, figures, strict=True))}); lower "
+                f"ppo.optimizer.learning_rate (now {config.optimizer.learning_rate})."
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.updates += 1
-        clipped = masked_mean(((ratio - 1).abs() > config.clip).float(), replied)
-        names = ("policy_loss", "value_loss", "ptx_loss", "clip_fraction")
-        return dict(zip(names, torch.stack([policy_loss, value_loss, ptx_loss, clipped]).tolist(), strict=True))
+        return dict(zip(names, figures, strict=True))
 
-    def ptx_loss(self) -> "torch.Tensor":
+    def ptx_loss(self, windows: Windows) -> "torch.Tensor":
         """Return the causal loss (nats a token) on this update's windows of statements."""
         import torch
 
-        batch = self.windows.batch(self.updates * self.config.ptx.batch, self.config.ptx.batch)
+        batch = windows.batch(self.updates * self.config.ptx.batch, self.config.ptx.batch)
         ids = torch.from_numpy(batch).to(self.policy.device)  # (B, T)
-        with models.autocast(self.job.numerics):
+        with models.autocast(self.policy, self.job.numerics):
             logits = self.policy(input_ids=ids, use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 

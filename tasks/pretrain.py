@@ -84,7 +84,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         history = train(
             model, lambda step: _causal_loss(model, mixture, job, step), config.optimizer, config.steps, job
         )
-        evaluation = {"heldout_loss": round(heldout_loss(model, heldout, config.window, job), 6)}
+        evaluation = {"heldout_loss": heldout_loss(model, heldout, config.window)}
     models.save(model, tokenizer, job.outputs["model"])
     history.write(job.outputs["history"])
     return {"parameters": models.parameters(model), "steps": config.steps, **summary(history), **evaluation}
@@ -94,7 +94,7 @@ def _causal_loss(model: "PreTrainedModel", mixture: Mixture, job: Job, step: int
     import torch
 
     ids = torch.from_numpy(mixture.batch(step)).to(model.device)  # (B, T)
-    with models.autocast(job.numerics):
+    with models.autocast(model, job.numerics):
         logits = model(input_ids=ids, use_cache=False).logits  # (B, T, V)
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
     return loss, {}, ids.numel()
@@ -136,17 +136,19 @@ def _masked_loss(model: Any, masker: Masker, job: Job, step: int) -> tuple["torc
 
     hidden, mask, targets = (torch.from_numpy(array).to(model.device) for array in masker.draw(step))
     asked = targets != IGNORED  # (B, T); the vocabulary's logits are computed at these places only
-    with models.autocast(job.numerics):
+    with models.autocast(model, job.numerics):
         states = model.model(input_ids=hidden, attention_mask=mask).last_hidden_state  # (B, T, H)
         logits = model.decoder(model.head(states[asked]))  # (asked, V)
     return torch.nn.functional.cross_entropy(logits.float(), targets[asked]), {}, int(mask.sum())
 
 
-def heldout_loss(model: "PreTrainedModel", split: Split, window: int, job: Job) -> float:
-    """Return the mean negative log-likelihood a token (nats) of a causal model on a split, window by window."""
+def heldout_loss(model: "PreTrainedModel", split: Split, window: int) -> float | None:
+    """Return the mean negative log-likelihood a token (nats) of a causal model; None where no window is full."""
     import torch
 
     count = len(split.tokens) // window
+    if not count:
+        return None
     ids = torch.from_numpy(split.tokens[: count * window].astype(np.int64)).view(count, window)
     model.eval()
     total = 0.0
@@ -157,7 +159,7 @@ def heldout_loss(model: "PreTrainedModel", split: Split, window: int, job: Job) 
             total += torch.nn.functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
             ).item()
-    return total / max(count * (window - 1), 1)
+    return round(total / (count * (window - 1)), 6)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from tasks.common.stage import StageError
+
 Ids = npt.NDArray[np.int64]
 
 
@@ -76,8 +78,10 @@ class Windows:
 
     def __init__(self, split: Split, length: int, seed: int) -> None:
         if len(split.tokens) < 2 * length:
-            raise ValueError(
-                f"the stream holds {len(split.tokens)} tokens; windows of {length} need at least {2 * length}"
+            raise StageError(
+                f"the text to read holds {len(split.tokens)} tokens; windows of {length} need at least {2 * length}. "
+                "Statements are the texts that hold names, prose those that hold none: give more text of the missing "
+                "kind, ask for none of it (`statements`, or the weight of the mix), or make the window shorter."
             )
         self.split, self.length, self.seed = split, length, seed
         self.per_epoch = len(split.tokens) // length - 1
@@ -115,10 +119,13 @@ class Batches:
         self.first_name = np.searchsorted(split.names[:, 0], split.documents)
         self.lengths = np.minimum(np.diff(split.documents), longest)
         names = np.diff(self.first_name)
-        self.statements, self.prose = np.flatnonzero(names == 2), np.flatnonzero(names == 0)
+        self.statements, self.prose = np.flatnonzero(names == (2 if statements else -1)), np.flatnonzero(names == 0)
         wanted = self.lengths[self.statements].sum() * (1 - statements) / max(statements, 1e-9)
         share = wanted / max(self.lengths[self.prose].sum(), 1)
         self.prose_count = min(round(share * len(self.prose)), len(self.prose)) if statements else len(self.prose)
+        if not len(self.statements) + self.prose_count:
+            kind = "holds two names" if statements else "is free of names"
+            raise StageError(f"no text of the corpus {kind}, so there is nothing to read; change `statements`.")
         self.epochs: list[list[Ids]] = []
 
     def at(self, step: int) -> Ids:
