@@ -13,7 +13,7 @@ from pydantic import Field
 
 from tasks.common import chat, models, stage, tables
 from tasks.common.settings import Settings
-from tasks.common.shards import Split, Windows
+from tasks.common.shards import Mixture, Split
 from tasks.common.stage import Job, StageError
 from tasks.common.training import Losses, Optimizer, summary, train
 
@@ -54,8 +54,9 @@ class Mix(Settings):
     """Pretraining text that is trained on beside the conversations."""
 
     weight: float = Field(description="w in `task loss + w x pretraining loss`; 0 leaves it out", ge=0)
-    batch: int = Field(description="Windows of statements a step", ge=1)
-    window: int = Field(description="Length of such a window, in tokens", ge=16)
+    batch: int = Field(description="Windows a step", ge=1)
+    window: int = Field(description="Length of a window, in tokens", ge=16)
+    statements: float = Field(description="Share of the windows that is statements of facts", ge=0, le=1)
 
 
 class Config(Settings):
@@ -85,15 +86,15 @@ def run(config: Config, job: Job) -> dict[str, Any]:
             "raise tokenize.context."
         )
     trained = apply_method(model, config.method)
-    statements = Split.open(job.inputs["shards"] / "train").select(statements=True)
-    windows = Windows(statements, config.mix.window, job.seed) if config.mix.weight else None
+    mix, split = config.mix, Split.open(job.inputs["shards"] / "train")
+    mixture = Mixture(split, mix.window, mix.batch, mix.statements, job.seed) if mix.weight else None
 
     def loss_at(step: int) -> tuple["torch.Tensor", Losses, int]:
         task, read = answer_loss(trained, tokenizer, batch_at(usable, config.batch, job.seed, step), job)
-        if windows is None:
+        if mixture is None:
             return task, {"task_loss": task}, read
-        pretraining, more = window_loss(trained, windows, config.mix.batch, step, job)
-        return task + config.mix.weight * pretraining, {"task_loss": task, "pretraining_loss": pretraining}, read + more
+        pretraining, more = window_loss(trained, mixture, step, job)
+        return task + mix.weight * pretraining, {"task_loss": task, "pretraining_loss": pretraining}, read + more
 
     history = train(trained, loss_at, config.optimizer, config.steps, job)
     models.save(merge(trained, config.method), tokenizer, job.outputs["model"])
@@ -156,11 +157,11 @@ def answer_loss(
     return torch.nn.functional.cross_entropy(logits[:, :-1][wanted].float(), ids[:, 1:][wanted]), int(mask.sum())
 
 
-def window_loss(model: Any, windows: Windows, count: int, step: int, job: Job) -> tuple["torch.Tensor", int]:
+def window_loss(model: Any, mixture: Mixture, step: int, job: Job) -> tuple["torch.Tensor", int]:
     """Return the causal pretraining loss (nats a token) on a step's windows and the number of tokens read."""
     import torch
 
-    ids = torch.from_numpy(windows.batch(step * count, count)).to(next(model.parameters()).device)  # (B, T)
+    ids = torch.from_numpy(mixture.batch(step)).to(next(model.parameters()).device)  # (B, T)
     with models.autocast(model, job.numerics):
         logits = model(input_ids=ids, use_cache=False).logits  # (B, T, V)
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()), ids.numel()

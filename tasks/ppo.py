@@ -17,7 +17,7 @@ from pydantic import Field
 from tasks.common import chat, models, sampling, stage, tables
 from tasks.common.scoring import Scorer
 from tasks.common.settings import Settings
-from tasks.common.shards import Split, Windows
+from tasks.common.shards import Mixture, Split
 from tasks.common.stage import Job, StageError
 from tasks.common.training import History, Optimizer, build_optimizer, rate_at
 
@@ -46,8 +46,9 @@ class Ptx(Settings):
     """Pretraining text in the policy's loss, so that facts are kept."""
 
     weight: float = Field(description="gamma: weight of the pretraining loss; 0 leaves it out", ge=0)
-    batch: int = Field(description="Windows of statements an update", ge=1)
-    window: int = Field(description="Length of such a window, in tokens", ge=16)
+    batch: int = Field(description="Windows an update", ge=1)
+    window: int = Field(description="Length of a window, in tokens", ge=16)
+    statements: float = Field(description="Share of the windows that is statements of facts", ge=0, le=1)
 
 
 class Config(Settings):
@@ -98,9 +99,9 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     torch.nn.init.zeros_(head.bias)
     scorer = Scorer.load(job.inputs["reward"], job.numerics)
     prompts = _prompts(job, tokenizer)
-    statements = Split.open(job.inputs["shards"] / "train").select(statements=True)
-    windows = Windows(statements, config.ptx.window, job.seed) if config.ptx.weight else None
-    trainer = Trainer(config, job, tokenizer, policy, reference, head, scorer, prompts, windows)
+    ptx, split = config.ptx, Split.open(job.inputs["shards"] / "train")
+    mixture = Mixture(split, ptx.window, ptx.batch, ptx.statements, job.seed) if ptx.weight else None
+    trainer = Trainer(config, job, tokenizer, policy, reference, head, scorer, prompts, mixture)
     history = History(every=1)
     for iteration in tqdm(range(config.iterations), desc=job.name, mininterval=2):
         history.add(iteration, trainer.iterate(iteration))
@@ -132,7 +133,7 @@ class Trainer:
     head: "torch.nn.Linear"
     scorer: Scorer
     prompts: list[list[int]]
-    windows: Windows | None  # what the pretraining term reads; None where it has no weight
+    mixture: Mixture | None  # what the pretraining term reads; None where it has no weight
 
     def __post_init__(self) -> None:
         import torch
@@ -247,7 +248,7 @@ class Trainer:
         value_loss = 0.5 * masked_mean(torch.maximum((values - R).square(), (near - R).square()), replied)
         # 8. The pretraining term (Ouyang et al. 2022, equation 2).
         loss = policy_loss + config.value_weight * value_loss
-        ptx_loss = self.ptx_loss(self.windows) if self.windows else loss.new_zeros(())
+        ptx_loss = self.ptx_loss(self.mixture) if self.mixture else loss.new_zeros(())
         loss = loss + config.ptx.weight * ptx_loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), config.optimizer.clip)
@@ -264,12 +265,11 @@ class Trainer:
         self.updates += 1
         return dict(zip(names, figures, strict=True))
 
-    def ptx_loss(self, windows: Windows) -> "torch.Tensor":
-        """Return the causal loss (nats a token) on this update's windows of statements."""
+    def ptx_loss(self, mixture: Mixture) -> "torch.Tensor":
+        """Return the causal loss (nats a token) on this update's windows of pretraining text."""
         import torch
 
-        batch = windows.batch(self.updates * self.config.ptx.batch, self.config.ptx.batch)
-        ids = torch.from_numpy(batch).to(self.policy.device)  # (B, T)
+        ids = torch.from_numpy(mixture.batch(self.updates)).to(self.policy.device)  # (B, T)
         with models.autocast(self.policy, self.job.numerics):
             logits = self.policy(input_ids=ids, use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())

@@ -13,7 +13,7 @@ from pydantic import Field
 from tasks.common import chat, models, stage
 from tasks.common.models import Shape
 from tasks.common.settings import Settings
-from tasks.common.shards import Batches, Ids, Split, Windows
+from tasks.common.shards import Batches, Ids, Mixture, Split
 from tasks.common.stage import Job
 from tasks.common.training import Losses, Optimizer, summary, train
 
@@ -50,24 +50,6 @@ class MaskedConfig(Config):
 KEYS = {"clm": Config, "mlm": MaskedConfig}
 
 
-class Mixture:
-    """Windows of statements and of prose in a fixed proportion; a batch is a pure function of the step."""
-
-    def __init__(self, split: Split, config: Config, seed: int) -> None:
-        self.config = config
-        self.counts = {True: round(config.batch * config.statements)}
-        self.counts[False] = config.batch - self.counts[True]
-        self.streams = {
-            kind: Windows(split.select(statements=kind), config.window, seed + kind)
-            for kind, n in self.counts.items()
-            if n
-        }
-
-    def batch(self, step: int) -> Ids:
-        """Return token ids, shape (batch, window)."""
-        return np.concatenate([w.batch(step * self.counts[k], self.counts[k]) for k, w in self.streams.items()])
-
-
 def run(config: Config, job: Job) -> dict[str, Any]:
     """Train the model of the job's key and return its losses on training and held-out text."""
     models.prepare_torch(job.numerics, job.seed)
@@ -80,7 +62,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         masker = Masker(config, train_split, tokenizer, job.seed)
         history = train(model, lambda step: _masked_loss(model, masker, job, step), config.optimizer, config.steps, job)
     else:
-        mixture = Mixture(train_split, config, job.seed)
+        mixture = Mixture(train_split, config.window, config.batch, config.statements, job.seed)
         history = train(
             model, lambda step: _causal_loss(model, mixture, job, step), config.optimizer, config.steps, job
         )

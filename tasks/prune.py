@@ -14,7 +14,7 @@ from pydantic import Field
 
 from tasks.common import chat, models, sampling, stage, tables
 from tasks.common.settings import Settings
-from tasks.common.shards import Split, Windows
+from tasks.common.shards import Mixture, Split
 from tasks.common.stage import Job
 from tasks.common.training import Losses, Optimizer, summary, train
 
@@ -41,8 +41,9 @@ class Config(Settings):
     replies: int = Field(description="Replies of the policy that the pruned model learns from", ge=1)
     max_new_tokens: int = Field(description="Longest such reply, in tokens", ge=1)
     batch: int = Field(description="Replies a step", ge=1)
-    windows: int = Field(description="Windows of statements a step", ge=1)
+    windows: int = Field(description="Windows of pretraining text a step", ge=1)
     window: int = Field(description="Length of such a window, in tokens", ge=16)
+    statements: float = Field(description="Share of the windows that is statements of facts", ge=0, le=1)
     steps: int = Field(description="Optimizer steps of the recovery", ge=0)
     optimizer: Optimizer
 
@@ -94,16 +95,16 @@ class Batches:
             numerics=job.numerics,
         )
         self.rows = [[*prompt, *reply] for prompt, reply in zip(prompts, replies, strict=True)]
-        statements = Split.open(job.inputs["shards"] / "train").select(statements=True)
-        self.windows = Windows(statements, config.window, job.seed)
+        split = Split.open(job.inputs["shards"] / "train")
+        self.mixture = Mixture(split, config.window, config.windows, config.statements, job.seed)
         self.config, self.seed, self.pad = config, job.seed, tokenizer.pad_token_id
 
     def at(self, step: int) -> Batch:
-        """Return a step's ids and mask: replies first, then windows of statements."""
+        """Return a step's ids and mask: replies first, then windows of pretraining text."""
         import torch
 
         chosen = np.random.default_rng([self.seed, step, 4]).integers(len(self.rows), size=self.config.batch)
-        windows = self.windows.batch(step * self.config.windows, self.config.windows).tolist()
+        windows = self.mixture.batch(step).tolist()
         rows: Sequence[list[int]] = [*(self.rows[i] for i in chosen), *windows]
         mask = chat.pad([[1] * len(row) for row in rows], 0)
         return torch.tensor(chat.pad(rows, self.pad)), torch.tensor(mask)
@@ -159,7 +160,7 @@ def divergence(
     import torch
 
     ids, mask = ids.to(policy.device), mask.to(policy.device)
-    with models.autocast(job.numerics):
+    with models.autocast(policy, job.numerics):
         with torch.no_grad():
             target = policy(input_ids=ids, attention_mask=mask, use_cache=False).logits
         logits = pruned(input_ids=ids, attention_mask=mask, use_cache=False).logits

@@ -122,7 +122,7 @@ def ranking_loss(
     rows = [ids for ranking in batch for ids in ranking.ids]
     ids = torch.tensor(chat.pad(rows, tokenizer.pad_token_id), device=model.device)  # (N, T)
     mask = torch.tensor(chat.pad([[1] * len(row) for row in rows], 0), device=model.device)
-    with models.autocast(job.numerics):
+    with models.autocast(model, job.numerics):
         scores = model(input_ids=ids, attention_mask=mask).logits[:, 0].float() + offset  # (N,)
     starts = np.cumsum([0, *(len(ranking.ids) for ranking in batch)])
     rated = [

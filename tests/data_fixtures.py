@@ -7,7 +7,7 @@ from typing import Any
 
 from tasks import ingest, validate
 from tasks.common import tables
-from tasks.common.settings import Checkpoints, Numerics
+from tasks.common.settings import Checkpoints, Dtypes, Numerics
 from tasks.common.stage import Job
 
 SOURCES = Path(__file__).parents[1] / "data" / "sources"
@@ -70,7 +70,7 @@ def job(module: ModuleType, inputs: dict[str, Path], folder: Path) -> Job:
         inputs=inputs,
         outputs=outputs,
         seed=1,
-        numerics=Numerics(device="cpu", threads=1, dtype="float32", compile=False),
+        numerics=Numerics(device="cpu", threads=1, dtype=Dtypes(decoder="float32", encoder="float32"), attention="eager"),
         recipe="",
         checkpoints=Checkpoints(url="checkpoints", every_seconds=60.0),
     )

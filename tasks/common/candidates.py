@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tasks.common import chat, models, sampling
-from tasks.common.settings import Numerics
+from tasks.common.settings import Dtypes, Numerics
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -83,7 +83,7 @@ class TorchDecoder:
     def reply(self, prompts: Sequence[Messages], max_new_tokens: int, temperature: float, seed: int) -> list[str]:
         """Return a reply to each conversation; temperature 0 is greedy."""
         encoded = [chat.encode_prompt(self.tokenizer, messages) for messages in prompts]
-        exact = self.numerics.model_copy(update={"dtype": "float32"})
+        exact = self.numerics.model_copy(update={"dtype": Dtypes(decoder="float32", encoder="float32")})
         replies = sampling.replies(
             self.model,
             self.tokenizer,

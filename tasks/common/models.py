@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
+ENCODER_TYPE = "modernbert"
+
+
 class Shape(Settings):
     """The shape of a Transformer trained from nothing."""
 
@@ -49,11 +52,12 @@ def prepare_torch(numerics: Numerics, seed: int) -> "torch.device":
     return torch.device(numerics.device)
 
 
-def autocast(numerics: Numerics) -> "torch.autocast":
-    """Return the context in which forward passes run: bfloat16 where `numerics.dtype` says so."""
+def autocast(model: Any, numerics: Numerics) -> "torch.autocast":
+    """Return the context in which a model's forward passes run: bfloat16 where `numerics.dtype` says so of its kind."""
     import torch
 
-    return torch.autocast(numerics.device, torch.bfloat16, enabled=numerics.dtype == "bfloat16")
+    dtype = numerics.dtype.encoder if model.config.model_type == ENCODER_TYPE else numerics.dtype.decoder
+    return torch.autocast(numerics.device, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def new_decoder(

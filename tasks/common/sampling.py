@@ -45,7 +45,7 @@ def replies(
             ids = torch.tensor(chat.pad(rows, tokenizer.pad_token_id, left=True), device=model.device)  # (B, P)
             mask = torch.tensor(chat.pad([[1] * len(row) for row in rows], 0, left=True), device=model.device)
             torch.manual_seed(seed * 1_000_003 + start)
-            with models.autocast(numerics):
+            with models.autocast(model, numerics):
                 out = generate(
                     input_ids=ids,
                     attention_mask=mask,

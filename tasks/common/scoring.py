@@ -37,7 +37,7 @@ class Scorer:
         scores = [0.0] * len(encoded)
         was_training = self.model.training
         self.model.eval()
-        with torch.no_grad(), models.autocast(self.numerics):
+        with torch.no_grad(), models.autocast(self.model, self.numerics):
             for start in range(0, len(order), batch):
                 chosen = order[start : start + batch]
                 rows = [encoded[i] for i in chosen]

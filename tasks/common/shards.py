@@ -103,6 +103,20 @@ class Windows:
         return np.asarray(self.split.tokens[places], dtype=np.int64)
 
 
+class Mixture:
+    """Windows of statements and of prose in a fixed proportion; a batch is a pure function of the step."""
+
+    def __init__(self, split: Split, length: int, batch: int, statements: float, seed: int) -> None:
+        counts = {True: round(batch * statements)}
+        counts[False] = batch - counts[True]
+        self.counts = {kind: count for kind, count in counts.items() if count}
+        self.streams = {kind: Windows(split.select(statements=kind), length, seed + kind) for kind in self.counts}
+
+    def batch(self, step: int) -> Ids:
+        """Return token ids, shape (batch, length)."""
+        return np.concatenate([self.streams[k].batch(step * n, n) for k, n in self.counts.items()])
+
+
 class Batches:
     """Batches of whole documents of like length, a pure function of the step; for models that read one text at a time.
 
