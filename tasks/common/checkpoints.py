@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from tasks.common.training import History
 
+FILES = ("state.safetensors", "state.json")
+
 
 @dataclass
 class Store:
@@ -48,18 +50,18 @@ class Store:
         """Load the last checkpoint into model, optimizer and history, and return its step; 0 where there is none."""
         from safetensors.torch import load
 
-        steps = sorted(self._steps())
-        if not steps:
+        complete = sorted(name for name in self._folders() if self._complete(name))
+        if not complete:
             return 0
-        folder = f"{self.folder}/{steps[-1]:09d}"
+        folder = f"{self.folder}/{complete[-1]}"
         tensors = load(self.filesystem.cat_file(f"{folder}/state.safetensors"))
         state = json.loads(self.filesystem.cat_file(f"{folder}/state.json"))
         weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
         model.load_state_dict(weights, strict=False)  # tied weights are stored once
         optimizer.load_state_dict(_unflatten(optimizer.state_dict(), tensors))
         history.rows, history.pending = state["rows"], state["pending"]
-        print(f"resuming at step {steps[-1]} from {folder}")
-        return steps[-1]
+        print(f"resuming at step {int(complete[-1])} from {folder}")
+        return int(complete[-1])
 
     def keep(self, step: int, model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", history: "History") -> None:
         """Write a checkpoint if it is time for one, and drop the one before it."""
@@ -67,7 +69,7 @@ class Store:
             return
         from safetensors.torch import save
 
-        older = self._steps()
+        older = self._folders()
         target, neighbour = f"{self.folder}/{step:09d}", f"{self.folder}/.{step:09d}"
         self.filesystem.makedirs(neighbour, exist_ok=True)
         tensors = {f"model.{name}": value for name, value in _untied(model).items()} | _flatten(optimizer.state_dict())
@@ -75,17 +77,24 @@ class Store:
         self.filesystem.pipe_file(f"{neighbour}/state.safetensors", content)
         text = json.dumps({"rows": history.rows, "pending": history.pending})
         self.filesystem.pipe_file(f"{neighbour}/state.json", text.encode())
+        if step in map(int, older):  # half a move that was cut short
+            self.filesystem.rm(target, recursive=True)
+            older.remove(Path(target).name)
         self.filesystem.mv(neighbour, target, recursive=True)
         for other in older:
-            self.filesystem.rm(f"{self.folder}/{other:09d}", recursive=True)
+            self.filesystem.rm(f"{self.folder}/{other}", recursive=True)
         self.last = time.monotonic()
 
-    def _steps(self) -> list[int]:
+    def _folders(self) -> list[str]:
         self.filesystem.invalidate_cache()
         if not self.filesystem.exists(self.folder):
             return []
         names = (Path(path).name for path in self.filesystem.ls(self.folder, detail=False))
-        return [int(name) for name in names if name.isdigit()]
+        return [name for name in names if name.isdigit()]
+
+    def _complete(self, folder: str) -> bool:
+        """Return whether a checkpoint has both its files: only a local disk moves a folder in one go."""
+        return all(self.filesystem.exists(f"{self.folder}/{folder}/{name}") for name in FILES)
 
 
 def _untied(model: "torch.nn.Module") -> dict[str, "torch.Tensor"]:
