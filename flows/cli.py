@@ -179,7 +179,7 @@ def chat(question: tuple[str, ...], samples: bool) -> None:
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="The rows as JSON, for other programs.")
 def report(as_json: bool) -> None:
-    """Show the held-out sheet of every model of the chain, with the speed, time and memory of its making.
+    """Write the page of the last run and show its table: every model of the chain, and how it was made.
 
     \b
     Examples:
@@ -194,8 +194,12 @@ def report(as_json: bool) -> None:
         click.echo(json.dumps(records.rows(Path()), indent=1))
     else:
         from flows import terminal
+        from flows.report import write_last_report
 
-        terminal.show_sheet(terminal.console(), Path())
+        path = write_last_report(Path())
+        out = terminal.console()
+        terminal.show_sheet(out, Path())
+        out.print(f"Report: {path}")
 
 
 @cli.command()

@@ -42,6 +42,7 @@ def chain(project: str = ".", stages: list[str] | None = None, worktree: bool = 
             future.wait()
             run.note_breakage(name, future.state)
         records.write_flow(place, run_id, run.outcomes)
+        report(run.quoted, return_state=True)  # where it breaks, its task says so; the models are made all the same
         artifacts.publish(place, plan, run.outcomes, run_id)
         run.watcher.finished(run_id, run.outcomes)
         return verdict(run.outcomes, plan)
@@ -77,18 +78,25 @@ def build(run: "Run") -> State[Any]:
     return Completed(message=built.tag) if built.made else Completed(name="UpToDate", message=built.tag)
 
 
+@task(name="report", task_run_name="report", persist_result=False, cache_policy=NO_CACHE)
+def report(run: "Run") -> None:
+    """Write the page that tells of the run, however it ended."""
+    from flows.report import write_report
+
+    get_run_logger().info("The report is %s", write_report(run.place, run.id))
+
+
 def submit(run: "Run", plan: Graph) -> dict[str, PrefectFuture[Any]]:
     """Submit all stages at once, each waiting for those it needs: the UI shows the whole graph from the start."""
     logs = records.last_logs(run.place)
     ahead = graph.way_ahead(plan, lambda name: float(logs.get(name, {}).get("seconds", 1.0)))
-    shared: Any = {"run": quote(run)}  # quoted: Prefect does not look for futures in it
     futures: dict[str, PrefectFuture[Any]] = {}
     for name, planned in plan.items():
         named = stage.with_options(name=name, task_run_name=name)
         needs = [futures[need] for need in planned.needs]
-        futures[name] = named.submit(**shared, name=name, urgency=ahead[name], wait_for=needs)
+        futures[name] = named.submit(run.quoted, name, ahead[name], return_state=False, wait_for=needs)
     if "package" in plan:
-        futures["build"] = build.submit(**shared, wait_for=[futures["package"]])
+        futures["build"] = build.submit(run.quoted, return_state=False, wait_for=[futures["package"]])
     return futures
 
 
@@ -127,6 +135,11 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.runner.stop()
+
+    @property
+    def quoted(self) -> Any:
+        """This run as a task's parameter, in which Prefect does not look for futures."""
+        return quote(self)
 
     def ended(self, name: str, outcome: Outcome) -> None:
         """Keep and tell how a stage ended."""

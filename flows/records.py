@@ -5,7 +5,7 @@ Only read here (each stage writes its own), apart from `runs/<run id>/flow.json`
 
 import json
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,13 +48,19 @@ def read_json(path: Path) -> Any:
 def last_logs(project: Path) -> dict[str, dict[str, Any]]:
     """Return for each stage what was measured when it last really ran (`runs/*/<stage>.json`)."""
     logs: dict[str, dict[str, Any]] = {}
-    for path in project.glob("runs/*/*.json"):
+    for log in stage_logs(project):
+        known = logs.get(log["stage"])
+        if known is None or log.get("started", "") > known.get("started", ""):
+            logs[log["stage"]] = log
+    return logs
+
+
+def stage_logs(project: Path) -> Iterator[dict[str, Any]]:
+    """Yield what was measured of every stage in every run, with the run's id."""
+    for path in sorted(project.glob("runs/*/*.json")):
         log = read_json(path)
         if isinstance(log, dict) and "stage" in log and "seconds" in log:
-            known = logs.get(log["stage"])
-            if known is None or log.get("started", "") > known.get("started", ""):
-                logs[log["stage"]] = {**log, "run": path.parent.name}
-    return logs
+            yield {**log, "run": path.parent.name}
 
 
 def stage_record(project: Path, outs: Iterable[str]) -> dict[str, Any]:
@@ -73,10 +79,22 @@ def sheet(project: Path) -> dict[str, Any]:
 
 
 def rows(project: Path) -> list[dict[str, Any]]:
-    """Return the sheet's rows, each joined with what was measured when its model was made."""
-    logs = last_logs(project)
-    made = {model["model"]: logs.get(_maker(project, model["model"]), {}) for model in sheet(project)["models"]}
-    return [{**row, **{name: made[row["model"]].get(name) for name in MEASURED}} for row in sheet(project)["models"]]
+    """Return the sheet's rows, each joined with what was measured when its model was made.
+
+    Tokens a second are those of training or, for what `quantize` made, those of decoding.
+    """
+    found = list(stage_logs(project))
+    return [{**row, **_measured(project, _maker(project, row["model"]), found)} for row in sheet(project)["models"]]
+
+
+def _measured(project: Path, stage: str, logs: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures of a stage's newest run, of those that made what lies there now: runs of one recipe."""
+    name, _, key = stage.partition("@")
+    recipe = (read_json(project / "data" / name / key / "record.json") or {}).get("recipe")
+    same = [log for log in logs if log["stage"] == stage and log.get("recipe") == recipe]
+    log = max(same, key=lambda log: str(log.get("started", "")), default={})
+    speed = log.get("tokens_per_second", log.get("int8_tokens_per_second"))
+    return {**{name: log.get(name) for name in MEASURED}, "tokens_per_second": speed}
 
 
 def _maker(project: Path, model: str) -> str:

@@ -40,6 +40,9 @@ def run(project: Path, names: Sequence[str]) -> None:
     with terminal.Terminal(out) as watcher:
         state = _flow(project, names, watcher)
     terminal.show_seconds(out, watcher.outcomes)
+    report = project / "runs" / watcher.run_id / "report.html"
+    if report.is_file():
+        out.print(f"Report: {report}")
     if state.is_failed() or state.is_crashed():
         left = [name for name in stages if name not in watcher.outcomes or not watcher.outcomes[name].done]
         raise BessemerError(f"{state.message}\nNot done: {', '.join(left)}. `bessemer run` goes on from here.")

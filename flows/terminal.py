@@ -68,6 +68,7 @@ class Terminal:
         self._tasks: dict[str, TaskID] = {}
         self._told: dict[str, float] = {}
         self._lock = threading.Lock()
+        self.run_id = ""
         self.outcomes: Mapping[str, Outcome] = {}
 
     def __enter__(self) -> "Terminal":
@@ -110,7 +111,7 @@ class Terminal:
 
     def finished(self, run_id: str, outcomes: Mapping[str, Outcome]) -> None:
         """Keep the outcomes for the summary, to which the command has more to add."""
-        self.outcomes = outcomes
+        self.run_id, self.outcomes = run_id, outcomes
 
 
 def show_plan(out: Console, project: Path, stages: Graph) -> None:

@@ -75,6 +75,8 @@ class TestRun:
         assert output.index("▸ source") < output.index("✓ source") < output.index("✓ join")
         assert "side@left │ side@left says two" in output
         assert "bessemer chat" in output
+        (page,) = re.findall(r"Report: (runs/run-[\w-]+/report\.html)", output)
+        assert (toy.path / page).is_file()
 
         code, output = ended(bessemer(toy, "run"))
         assert code == 0
