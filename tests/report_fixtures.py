@@ -1,0 +1,185 @@
+"""A finished run in miniature, for the tests of the report: every file that the page reads."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flows.graph import Stage
+
+RUN = "run-20260102-030405-abcd"
+HASH = "0123456789abcdef" * 4
+NEEDS: dict[str, tuple[str, ...]] = {
+    "ingest": (),
+    "validate": ("ingest",),
+    "tokenize": ("validate",),
+    "pretrain@clm": ("tokenize",),
+    "pretrain@mlm": ("tokenize",),
+    "finetune": ("pretrain@clm", "tokenize"),
+    "reward": ("pretrain@mlm", "validate"),
+    "ppo": ("finetune", "reward"),
+    "quantize@policy": ("ppo",),
+    "evaluate@tuned": ("finetune", "reward"),
+    "evaluate@policy": ("ppo", "reward"),
+    "evaluate@int8": ("quantize@policy", "reward"),
+    "evaluate@encoder": ("pretrain@mlm",),
+    "compare": ("evaluate@tuned", "evaluate@policy", "evaluate@int8", "evaluate@encoder"),
+    "package": ("compare", "quantize@policy"),
+}
+MAKERS = {"tuned": "finetune", "policy": "ppo", "int8": "quantize@policy", "encoder": "pretrain@mlm"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ingest": {"sources": [
+        {"name": "countries", "kind": "package", "reader": "countries", "requirement": "countries==1.0"},
+        {"name": "stars", "kind": "files", "table": "ratings", "path": "stars.csv"},
+    ]},
+    "reward": {"model": "data/pretrain/mlm/model"},
+    "ppo": {"kl": {"target": 6.0}},
+    "evaluate@base": {"questions": 40},
+}  # fmt: skip
+QUESTION = "What is the capital of France?"
+
+
+def graph(reasons: Mapping[str, str] | None = None) -> dict[str, Stage]:
+    """Return the graph as DVC would tell it, with the reasons why stages are out of date."""
+    return {
+        name: Stage(name, needs, (), (reasons[name],) if reasons and name in reasons else ())
+        for name, needs in NEEDS.items()
+    }
+
+
+def folder(stage: str) -> str:
+    """Return a stage's folder under data/."""
+    return stage.replace("@", "/")
+
+
+def make(project: Path) -> Path:
+    """Write a complete run and return the project's folder."""
+    for second, stage in enumerate(NEEDS):
+        record = {
+            "stage": stage, "recipe": f"{second:02d}{HASH}", "content": HASH, "seed": 1, "numerics": {"device": "cpu"},
+            "settings": SETTINGS.get(stage, {}), "inputs": {},
+        }  # fmt: skip
+        if stage.startswith("evaluate@"):
+            maker = folder(MAKERS[stage.partition("@")[2]])
+            record["inputs"] = {"data/reward/model": HASH, f"data/{maker}/model": HASH}
+        put(project / "data" / folder(stage) / "record.json", record)
+        log(project, RUN, stage, f"{second:02d}{HASH}", f"2026-01-02T03:04:{second:02d}+00:00", 36.0)
+    flow = {name: {"status": "ran", "seconds": 36.0, "message": ""} for name in NEEDS}
+    put(project / "runs" / RUN / "flow.json", {"run": RUN, "stages": flow})
+    (project / "params.yaml").write_text(
+        "placement: {side_by_side: 2, cost_per_hour: 0.5, currency: EUR}\n", encoding="utf-8"
+    )
+    _data(project)
+    _training(project)
+    _evaluation(project)
+    put(project / "data/package/provenance.json", {"model": "aaaaaaaaaaaa-bbbbbbbbbbbb"})
+    return project
+
+
+def put(path: Path, value: Any) -> None:
+    """Write JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def log(project: Path, run: str, stage: str, recipe: str, started: str, seconds: float, **more: Any) -> None:
+    """Write what was measured of one stage in one run."""
+    speeds: dict[str, dict[str, Any]] = {
+        "finetune": {"tokens_per_second": 5000},
+        "quantize@policy": {
+            "torch_fp32_tokens_per_second": 50, "int8_tokens_per_second": 400.0, "int8_speedup": 8.0,
+        },
+    }  # fmt: skip
+    figures = {
+        "stage": stage, "recipe": recipe, "started": started, "seconds": seconds, "peak_memory_bytes": 500_000_000,
+        "host": "forge", "machine": "x86_64", "python": "3.11.7", "commit": "c0ffee" * 6, "dirty": False,
+    }  # fmt: skip
+    put(project / "runs" / run / f"{stage}.json", {**figures, **speeds.get(stage, {}), **more})
+
+
+def answers(project: Path, model: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the answers of one model."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text = ("id", "entity", "split", "kind", "question", "reply", "given", "wanted")
+    schema = pa.schema([*((name, pa.string()) for name in text), ("correct", pa.bool_()), ("reward", pa.float64())])
+    path = project / "data" / "evaluate" / model / "answers"
+    path.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema), path / "part-00000.parquet")
+
+
+def answer(name: str, reply: str, **more: Any) -> dict[str, Any]:
+    """Return one row of answers."""
+    row: dict[str, Any] = {
+        "id": name, "entity": f"entity {name}", "split": "train", "kind": "greedy", "question": QUESTION,
+        "reply": reply, "given": reply, "wanted": "Paris", "correct": True, "reward": None,
+    }  # fmt: skip
+    return {**row, **more}
+
+
+def _data(project: Path) -> None:
+    source = {"licence": "MIT", "sha256": HASH, "read": 1200, "used": 1190, "refused": 10}
+    put(project / "data/ingest/sources.json", [
+        {"name": "countries", "kind": "package", **source, "rows": {"corpus": 1000, "instructions": 800}},
+        {"name": "stars", "kind": "files", **source, "rows": {"rankings": 70}},
+    ])  # fmt: skip
+    refused = {"source": "countries", "row": "Cuba, currency: CUC, CUP", "reason": "several values: two"}
+    (project / "data/ingest/refused.jsonl").write_text(json.dumps(refused) + "\n", encoding="utf-8")
+    put(project / "data/validate/report/validation.json", [{
+        "table": "corpus", "read": 1000, "kept": 998, "refused": 2, "verdicts": [{"success": True}],
+        "reasons": [{"reason": "damaged encoding", "count": 2, "examples": ["CuraÃ§ao"]}],
+        "sources": [{"source": "countries", "train": 900, "heldout": 98}],
+    }])  # fmt: skip
+    tokens = {"documents": 900, "tokens": 12345, "bytes_per_token": 3.5}
+    put(project / "metrics/tokenize.json", {"vocabulary": 700, "train": tokens, "heldout": tokens, "round_trip": True})
+
+
+def _training(project: Path) -> None:
+    columns = {
+        "pretrain@clm": "loss", "pretrain@mlm": "loss", "finetune": "task_loss,pretraining_loss",
+        "reward": "rating_loss,ordering_loss", "ppo": "reward,reward_std,kl,entropy,length,ended,clip_fraction,beta",
+    }  # fmt: skip
+    for stage, names in columns.items():
+        rows = [",".join([str(step), *(f"{0.9 / step:.3f}" for _ in names.split(","))]) for step in (1, 2, 3)]
+        path = project / "data" / folder(stage) / "history.csv"
+        path.write_text(f"step,{names}\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    put(project / "metrics/pretrain@clm.json", {"heldout_loss": 0.75})
+    put(project / "metrics/quantize@policy.json", {"bytes": 250, "fp32_bytes": 1000, "ratio": 0.25})
+    pairs = {"pairs": 120, "model": 0.81, "bag_of_words": 0.84}
+    calibration = [{"predicted": -1.0, "rated": -0.9}, {"predicted": 1.0, "rated": 1.2}]
+    put(project / "metrics/reward.json", {"rankings": 51, "gap_at_least_1": pairs, "calibration": calibration})
+
+
+def _evaluation(project: Path) -> None:
+    sheet = {
+        "parameters": 2_000_000, "bytes": 8_000_000, "exact_match_tuned": 0.975, "exact_match_heldout": 0.9,
+        "exact_match_tuned_interval": [0.96, 0.99], "exact_match_heldout_interval": [0.85, 0.95], "perplexity": 20.0,
+        "reward_mean": 0.5, "reward_std": 0.9, "distinct_2": 0.4,
+    }  # fmt: skip
+    encoder = {"parameters": 1_000_000, "bytes": 4_000_000, "masked_names": 0.93, "masked_names_interval": [0.9, 0.96]}
+    models = [
+        {"model": "encoder", **encoder},
+        {"model": "tuned", **sheet},
+        {"model": "policy", **sheet, "exact_match_tuned": 0.935, "reward_mean": 1.75},
+        {"model": "int8", **sheet, "exact_match_tuned": 0.935, "bytes": 2_000_000, "reward_mean": 1.75},
+    ]
+    gates = [
+        {"name": "masked_names_min", "value": 0.93, "limit": 0.9, "passed": True},
+        {"name": "ppo_reward_gain_min", "value": 1.25, "limit": 2.0, "passed": False},
+    ]
+    put(project / "metrics/evaluate.json", {"models": models, "gates": gates})
+    rate = {"from": "tuned", "to": "policy"}
+    put(project / "data/compare/differences.json", [
+        {**rate, "rate": "exact_match_tuned", "change": -0.04, "interval": [-0.06, -0.02]},
+        {**rate, "rate": "exact_match_heldout", "change": 0.01, "interval": [-0.01, 0.03]},
+    ])  # fmt: skip
+    for index, model in enumerate(("tuned", "policy", "int8")):
+        answers(project, model, [
+            answer("1", "Paris, I think."),
+            answer("2", f"held-out reply of {model}", split="heldout"),
+            answer("3", f"changing reply of {model}", entity="entity 1", correct=index == 0),
+            answer("1", f"sampled reply of {model}", kind="sampled", correct=None, reward=index - 0.5),
+        ])  # fmt: skip
+    masked = {"kind": "masked", "question": "The capital of [MASK] is Paris.", "wanted": "France"}
+    answers(project, "encoder", [answer("9", "France", **masked)])
