@@ -29,8 +29,9 @@ def limits(run: Run) -> list[Note]:
     if people:
         rows = sum(used[name]["rows"].get("rankings", 0) for name in people)
         notes.append(("People ranked some of it.", f"{rows:,} rankings in {_and(people)} compare replies directly."))
-    elif "rankings" in {str(item.get("kind")) for item in used.values()}:
-        notes.append(("Nobody has ranked this model's own answers yet.", "The place for such rankings is still empty."))
+    elif empty := [str(item["name"]) for item in used.values() if item.get("kind") == "rankings"]:
+        says = f"The source {_and(empty)} is still empty: no preference in the data compares two of its replies."
+        notes.append(("Nobody has ranked this model’s own answers yet.", says))
     if facts:
         notes.append((
             "Held out means held out of the questions.",

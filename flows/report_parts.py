@@ -7,7 +7,7 @@ of have left nothing yet. Nothing here decides how it looks, apart from the char
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -26,7 +26,7 @@ LOSSES = (
     (
         "finetune",
         "Fine-tuning",
-        (("task_loss", "answers", "s1"), ("pretraining_loss", "statements mixed in", "s2")),
+        (("task_loss", "answers", "s1"), ("pretraining_loss", "pretraining text", "s2")),
         "nats a token",
     ),
     ("reward", "Reward model: ratings", (("rating_loss", "squared error", "s1"),), "squared rating points"),
@@ -40,7 +40,7 @@ PPO = (
     ("entropy", "Entropy of the policy", "nats a token", "s4"),
     ("clip_fraction", "Tokens held back by clipping", SHARE, "s5"),
     ("beta", "Price of KL (β)", "rating points a nat", "s2"),
-    ("ptx_loss", "Loss on statements mixed in", "nats a token", "s5"),
+    ("ptx_loss", "Loss on pretraining text", "nats a token", "s5"),
 )
 SECTIONS = {
     "ingest": "data", "validate": "data", "tokenize": "data", "pretrain": "training", "finetune": "training",
@@ -66,7 +66,7 @@ def headline(run: Run) -> Part:
         "stale": [step for step in steps if step.stale],
         "counts": [(status, count) for status, count in counts.most_common()],
         "place": _place(run),
-        "numerics": next((step.record["numerics"] for step in reversed(steps) if "numerics" in step.record), {}),
+        "numerics": _flat(next((step.record["numerics"] for step in reversed(steps) if "numerics" in step.record), {})),
         "seed": next((step.record["seed"] for step in reversed(steps) if "seed" in step.record), None),
     }
 
@@ -230,6 +230,17 @@ def _place(run: Run) -> Part:
         "commit": last.get("commit") or "",
         "dirty": last.get("dirty"),
     }
+
+
+def _flat(settings: Mapping[str, Any], before: str = "") -> list[str]:
+    """Return settings as words, nested ones with the name of their group: `dtype decoder bfloat16`."""
+    return [
+        words
+        for name, value in settings.items()
+        for words in (
+            _flat(value, f"{before}{name} ") if isinstance(value, Mapping) else [f"{before}{name} {value}".lower()]
+        )
+    ]
 
 
 def _moment(text: str) -> str:

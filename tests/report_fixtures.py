@@ -56,8 +56,9 @@ def make(project: Path) -> Path:
     """Write a complete run and return the project's folder."""
     for second, stage in enumerate(NEEDS):
         record = {
-            "stage": stage, "recipe": f"{second:02d}{HASH}", "content": HASH, "seed": 1, "numerics": {"device": "cpu"},
-            "settings": SETTINGS.get(stage, {}), "inputs": {},
+            "stage": stage, "recipe": f"{second:02d}{HASH}", "content": HASH, "seed": 1,
+            "numerics": {"device": "cpu", "dtype": {"decoder": "bfloat16"}}, "settings": SETTINGS.get(stage, {}),
+            "inputs": {},
         }  # fmt: skip
         if stage.startswith("evaluate@"):
             maker = folder(MAKERS[stage.partition("@")[2]])

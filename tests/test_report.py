@@ -91,7 +91,8 @@ class TestPage:
         assert "missing" not in written(project).partition("</style>")[2]
         for part in (
             "aaaaaaaaaaaa-bbbbbbbbbbbb", "1 of 2 gates passed", "15 stages ran", "2 January 2026, 03:04 UTC", "forge",
-            "c0ffeec0ffee", "countries==1.0", "several values", "damaged encoding", "12 345 tokens to train on",
+            "c0ffeec0ffee", "seed 1, device cpu, dtype decoder bfloat16",
+            "countries==1.0", "several values", "damaged encoding", "12 345 tokens to train on",
             "held out at the end: 0.750", "Mean reward gained by PPO", "≥ +2.00", "81.0 %", "84.0 %", "target: 6",
             "held-out reply of int8", "changing reply of policy", "sampled reply of tuned", "[MASK]", "0.250 ×",
             "INT8 is 8.0 times as fast", "0.0050", "EUR", "The ratings are about tone.",
