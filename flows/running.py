@@ -1,5 +1,6 @@
 """`bessemer run`, `plan` and `status`: what is to be done, doing it, and what came of it."""
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -55,7 +56,8 @@ def run(project: Path, names: Sequence[str]) -> None:
 
 def _flow(project: Path, names: Sequence[str], watcher: "Terminal") -> Any:
     """Call the Prefect flow in this process and return its final state."""
-    watcher.out.print("[dim]Starting Prefect ...[/]")
+    address = os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
+    watcher.out.print(f"[dim]Watch it at {address}[/]" if address else "[dim]Starting Prefect ...[/]")
     environment.connect()
     from flows import watch
     from flows.pipeline import chain

@@ -16,6 +16,7 @@ def serve_ui(project: Path, host: str, port: int) -> NoReturn:
     environment.prepare(project, console=True)
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
     os.environ.pop("PREFECT_API_URL", None)
+    os.environ["PREFECT_UI_API_URL"] = "/api"  # the page asks where it comes from; otherwise it asks port 4200
     environment.note_server(project, f"{url}/api")
     print(f"Prefect's page: {url}   (Ctrl-C ends it; runs of this project report to it while it is up)", flush=True)
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", host, "--port", str(port)]

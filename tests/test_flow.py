@@ -17,6 +17,7 @@ from flows import artifacts, graph, leash, records, runner
 from flows.records import Outcome
 from flows.runner import Runner, StageFailed, StageStopped
 from tasks.common.settings import BessemerError
+from tasks.common.stage import write_json
 from tests.conftest import ROOT, Project
 
 NAMES = ["source", "side@left", "side@right", "join"]
@@ -294,6 +295,13 @@ class TestFlow:
         assert "join" not in outcomes
         assert "join" not in toy.ran()
 
+    def test_the_stage_with_the_longest_way_ahead_goes_first(self, toy: Project) -> None:
+        toy.settings(placement={"side_by_side": 1})
+        log = {"stage": "side@right", "seconds": 100.0, "started": "2026-01-01"}
+        write_json(toy.path / "runs" / "run-earlier" / "side@right.json", log)
+        assert run_flow(toy).is_completed()
+        assert list(states_of(toy)) == ["source", "side@right", "side@left", "join"]
+
     def test_named_stages_run_with_what_they_need(self, toy: Project) -> None:
         assert run_flow(toy, stages=["side@right"]).is_completed()
         assert toy.ran() == ["right", "source"]
@@ -314,28 +322,6 @@ class TestFlow:
 def _dvc(project: Project, *arguments: str) -> str:
     command = [sys.executable, "-m", "dvc", *arguments]
     return subprocess.run(command, cwd=project.path, check=True, capture_output=True, text=True).stdout
-
-
-class TestSlots:
-    def test_the_one_with_the_longest_way_behind_it_goes_first(self) -> None:
-        from flows.pipeline import Slots
-
-        slots, order = Slots(1), []
-
-        def work(name: str, urgency: float) -> None:
-            with slots.take(urgency):
-                order.append(name)
-
-        with slots.take(0.0):
-            threads = [
-                threading.Thread(target=work, args=pair) for pair in (("low", 1.0), ("high", 9.0), ("middle", 5.0))
-            ]
-            for thread in threads:
-                thread.start()
-            wait_for(lambda: len(slots._waiting) == 3, "all three to wait")
-        for thread in threads:
-            thread.join()
-        assert order == ["high", "middle", "low"]
 
 
 class TestArtifacts:
