@@ -9,7 +9,7 @@ only the second term.
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,6 +41,9 @@ class Config(Settings):
     rating: float = Field(description="Weight of the mean squared error to the mean rating", ge=0)
     ordering: float = Field(description="Weight of the Bradley–Terry loss over the pairs of a ranking", ge=0)
     max_tokens: int = Field(description="Longest reply that is read; longer ones are cut", ge=8)
+    word_dropout: float = Field(
+        description="Share of the tokens that training hides, against learning replies by heart", ge=0, lt=1
+    )
     batch: int = Field(description="Rankings a step", ge=1)
     steps: int = Field(description="Optimizer steps", ge=1)
     optimizer: Optimizer
@@ -84,6 +87,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     def loss_at(step: int) -> tuple["torch.Tensor", Losses, int]:
         random = np.random.default_rng([job.seed, step])
         batch = [train_set[i] for i in random.integers(len(train_set), size=config.batch)]
+        batch = [hide_words(ranking, config.word_dropout, tokenizer.mask_token_id, random) for ranking in batch]
         return ranking_loss(model, tokenizer, batch, config, offset, job)
 
     history = train(model, loss_at, config.optimizer, config.steps, job)
@@ -106,6 +110,14 @@ def read_rankings(job: Job, tokenizer: "PreTrainedTokenizerFast", longest: int, 
         ids = [chat.encode_text(tokenizer, text)[:longest] for text in row["responses"]]
         result.append(Ranking(row["responses"], ids, ratings, pairs))
     return result
+
+
+def hide_words(ranking: Ranking, share: float, mask: int, random: np.random.Generator) -> Ranking:
+    """Return a ranking in which a share of the responses' tokens, chosen at random, is replaced by the mask token."""
+    if not share:
+        return ranking
+    hidden = [[ids[0], *(mask if random.random() < share else token for token in ids[1:])] for ids in ranking.ids]
+    return replace(ranking, ids=hidden)
 
 
 def ranking_loss(
