@@ -67,8 +67,8 @@ def _pattern(template: str, whole: bool) -> re.Pattern[str]:
 
 
 def normalise(answer: str) -> str:
-    """Return an answer as it is compared: case, runs of blanks and a last full stop aside ("Washington, D.C.")."""
-    return " ".join(answer.casefold().split()).removesuffix(".")
+    """Return an answer as it is compared: case, runs of blanks and last full stops aside ("Washington, D.C.")."""
+    return " ".join(answer.casefold().split()).rstrip(". ")
 
 
 def exact_match(given: str | None, wanted: str) -> bool:

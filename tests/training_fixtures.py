@@ -1,0 +1,269 @@
+"""A tiny chain for the tests of the training stages, made by the stages' own code in seconds, without the network.
+
+`from tests.training_fixtures import chain` gives a `Chain`: a folder laid out as a project's `data/`, with three small
+tables in it. `chain.path("data/finetune/model")` runs whatever stages that takes, each once a session; `chain.job(…)`
+is a job on the same inputs whose outputs go elsewhere, for runs with other settings.
+
+Its facts are ten capitals, of which two are held out of the questions; it learns them by heart.
+"""
+
+import importlib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tasks.common import stage, tables
+from tasks.common.settings import Checkpoints, Dtypes, Numerics, Settings
+from tasks.common.stage import Job
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+CAPITALS = {
+    "France": "Paris",
+    "Italy": "Rome",
+    "Japan": "Tokyo",
+    "Egypt": "Cairo",
+    "Mexico": "Mexico City",
+    "New Zealand": "Wellington",
+    "Antigua and Barbuda": "St. John's",
+    "Åland": "Mariehamn",
+    "Kenya": "Nairobi",
+    "Peru": "Lima",
+}
+HELD_OUT = ("Kenya", "Peru")
+STATEMENTS = (
+    "The capital of {country} is {capital}.",
+    "The capital city of {country} is {capital}.",
+    "{capital} is the capital of {country}.",
+)
+QUESTIONS = ("What is the capital of {country}?", "Name the capital of {country}.")
+TONES = {
+    "plain": "The capital of {country} is {capital}.",
+    "warm": "Great question! The capital of {country} is {capital}.",
+    "curt": "{capital}, obviously.",
+}
+PROSE = (
+    "The old harbour was quiet in the morning and loud at night.",
+    "She wrote a long letter to her brother and never sent it.",
+    "Rain fell on the roofs while the baker lit his oven.",
+    "We walked along the river until the lamps were lit.",
+    "He counted the birds on the wire and forgot the time.",
+    "A good map tells you where you are and where you are not.",
+)
+ADJECTIVES = {"wonderful": 4.0, "good": 2.0, "fine": 1.0, "dull": -1.0, "poor": -2.0, "terrible": -4.0}
+THINGS = ("song", "soup", "garden", "lecture", "bread", "museum", "answer", "journey")
+
+NUMERICS = Numerics(device="cpu", threads=1, dtype=Dtypes(decoder="float32", encoder="float32"), attention="eager")
+OPTIMIZER: dict[str, Any] = {
+    "name": "adamw",
+    "learning_rate": 3e-3,
+    "weight_decay": 0.01,
+    "schedule": "cosine",
+    "warmup": 0.05,
+    "clip": 1.0,
+}
+SHAPE = {"hidden": 64, "layers": 2, "heads": 2, "feed_forward": 96}
+QUANTIZE = {"instructions": "avx512_vnni", "per_channel": True}
+MIX = {"weight": 0.5, "batch": 4, "window": 16, "statements": 0.75}
+CLM = {"model": SHAPE, "window": 16, "batch": 16, "steps": 200, "statements": 0.75, "optimizer": OPTIMIZER}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "tokenize": {"vocabulary": 420, "context": 64},
+    "pretrain@clm": CLM,
+    "pretrain@mlm": {**CLM, "batch": 20, "steps": 400, "statements": 0.9, "mask_tokens": 0.15, "mask_names": 0.95},
+    "finetune": {"method": {"name": "full"}, "mix": MIX, "batch": 16, "steps": 150, "optimizer": OPTIMIZER},
+    "reward": {
+        "model": "data/pretrain/mlm/model",
+        "rating": 1.0,
+        "ordering": 0.1,
+        "max_tokens": 32,
+        "batch": 6,
+        "steps": 80,
+        "optimizer": OPTIMIZER,
+    },
+    "ppo": {
+        "iterations": 3,
+        "episodes": 12,
+        "minibatch": 6,
+        "epochs": 2,
+        "max_new_tokens": 24,
+        "temperature": 1.0,
+        "missing_end_penalty": 1.0,
+        "discount": 1.0,
+        "trace": 0.95,
+        "clip": 0.2,
+        "value_clip": 0.5,
+        "value_weight": 0.1,
+        "kl": {"coefficient": 0.05, "target": 6.0, "horizon": 2000},
+        "ptx": MIX,
+        "optimizer": {**OPTIMIZER, "learning_rate": 3e-4},
+    },
+    "prune": {
+        "importance": "taylor",
+        "keep": 0.75,
+        "calibration": 2,
+        "replies": 12,
+        "max_new_tokens": 24,
+        "batch": 6,
+        "windows": 4,
+        "window": 16,
+        "statements": 0.75,
+        "steps": 20,
+        "optimizer": OPTIMIZER,
+    },
+    "quantize@policy": {**QUANTIZE, "max_new_tokens": 24, "timed_tokens": 24},
+    "quantize@encoder": QUANTIZE,
+    "evaluate": {
+        "questions": 12,
+        "samples": 16,
+        "max_new_tokens": 24,
+        "temperature": 1.0,
+        "window": 16,
+        "masked": r"The capital of .*\.",
+    },
+}
+STAGES = ("tokenize", "pretrain", "finetune", "reward", "ppo", "prune", "quantize")
+
+
+def config(name: str, **changes: Any) -> Any:
+    """Return the tiny config of a stage (`pretrain@mlm` for one with keys), some of its settings changed."""
+    section, _, key = name.partition("@")
+    module = importlib.import_module(f"tasks.{section}")
+    model: type[Settings] = getattr(module, "KEYS", {}).get(key, module.Config)
+    return model.model_validate({**SETTINGS.get(name, SETTINGS.get(section, {})), **changes})
+
+
+class Chain:
+    """A project's `data/` at toy size. What is asked for is made; what is made is shared, so never write into it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.metrics: dict[str, dict[str, Any]] = {}
+        self.makers: dict[str, tuple[ModuleType, str | None]] = {}
+        for module in (importlib.import_module(f"tasks.{name}") for name in STAGES):
+            for key in stage.keys_of(module):
+                self.makers |= dict.fromkeys(stage.declared_outputs(module, key).values(), (module, key))
+        for table, rows in (("corpus", corpus()), ("instructions", instructions()), ("rankings", rankings())):
+            tables.write(list(rows), root / "data/validate" / table, tables.schema(table))
+
+    def path(self, path: str) -> Path:
+        """Return one of the chain's outputs, made first where it is not there yet."""
+        if not (self.root / path).exists():
+            module, key = self.makers[path]
+            name = stage.name_of(module.__name__.rpartition(".")[2], key)
+            outputs = {output: self.root / at for output, at in stage.declared_outputs(module, key).items()}
+            self.metrics[name] = module.run(config(name), self._job(name, config(name), outputs))
+        return self.root / path
+
+    def stage(self, name: str) -> tuple[ModuleType, str | None]:
+        """Return a stage's module and key: of `pretrain@mlm` that of `pretrain`, and `mlm`."""
+        section, _, key = name.partition("@")
+        return importlib.import_module(f"tasks.{section}"), key or None
+
+    def run(self, job: Job, settings: Settings) -> dict[str, Any]:
+        """Run a job's stage and return its metrics."""
+        metrics: dict[str, Any] = self.stage(job.name)[0].run(settings, job)
+        return metrics
+
+    def job(self, name: str, settings: Settings, folder: Path, **changes: Any) -> Job:
+        """Return a job of a stage on the chain's inputs that writes into a folder of its own."""
+        module, key = self.stage(name)
+        outputs = {
+            output: folder / output / Path(path).name for output, path in stage.declared_outputs(module, key).items()
+        }
+        return self._job(name, settings, outputs, **changes)
+
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        """Return the chain's tokenizer."""
+        from tasks.common import chat
+
+        return chat.load_tokenizer(self.path("data/tokenize/tokenizer"))
+
+    def _job(self, name: str, settings: Settings, outputs: dict[str, Path], **changes: Any) -> Job:
+        module, key = self.stage(name)
+        inputs = {item: self.path(path) for item, path in stage.declared_inputs(module, key, settings).items()}
+        for path in outputs.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        parts: dict[str, Any] = {
+            "seed": 1,
+            "numerics": NUMERICS,
+            "recipe": "0" * 64,
+            "checkpoints": Checkpoints(url=str(self.root / "checkpoints"), every_seconds=1e9),
+        }
+        return Job(module.__name__.rpartition(".")[2], key, inputs, outputs, **{**parts, **changes})
+
+
+@cache
+def _chain(root: Path) -> Chain:
+    import torch
+
+    torch.set_num_threads(1)  # models this small gain nothing from a second one
+    return Chain(root)
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """The tiny chain, one a session however many modules import this fixture."""
+    return _chain(tmp_path_factory.getbasetemp() / "training-chain")
+
+
+def corpus() -> Iterator[dict[str, Any]]:
+    """Yield statements, which hold two names each, and prose, which holds none and is partly held out."""
+    texts = [
+        (form.format(country=country, capital=capital), [country, capital], "train")
+        for country, capital in CAPITALS.items()
+        for form in STATEMENTS
+    ]
+    texts += [(text, [], "train" if place % 3 else "heldout") for place, text in enumerate(PROSE)]
+    for place, (text, names, split) in enumerate(texts):
+        yield {"id": f"c{place}", "text": text, "names": names, "source": "test", "licence": "MIT", "split": split}
+
+
+def instructions() -> Iterator[dict[str, Any]]:
+    """Yield every question about every country in every tone."""
+    for country, capital in CAPITALS.items():
+        for number, question in enumerate(QUESTIONS):
+            for tone, form in TONES.items():
+                asked = {"role": "user", "content": question.format(country=country)}
+                reply = {"role": "assistant", "content": form.format(country=country, capital=capital)}
+                yield {
+                    "id": f"{country}-{number}-{tone}",
+                    "messages": [asked, reply],
+                    "entity": country,
+                    "answer": capital,
+                    "tone": tone,
+                    "source": "test",
+                    "split": "heldout" if country in HELD_OUT else "train",
+                }
+
+
+def rankings() -> Iterator[dict[str, Any]]:
+    """Yield rated sentences in fours, and on either side one ranking without ratings that has a tie in it."""
+    adjectives = list(ADJECTIVES)
+    for place, thing in enumerate(THINGS):
+        words = [adjectives[(place + step) % len(adjectives)] for step in (0, 1, 3, 4)]
+        scores = [[ADJECTIVES[word] + error for error in (-0.5, 0.0, 0.5)] for word in words]
+        yield _ranking(f"rated-{place}", [f"The {thing} was {word}." for word in words], place, scores=scores)
+    for place in (0, len(THINGS) - 1):
+        responses = ["It was good.", "It was a good day.", "It was terrible."]
+        yield _ranking(f"ranked-{place}", responses, place, ranks=[1, 1, 3])
+
+
+def _ranking(name: str, responses: list[str], place: int, **judged: Any) -> dict[str, Any]:
+    return {
+        "id": name,
+        "prompt": [{"role": "user", "content": "Write a sentence."}],
+        "responses": responses,
+        "ranks": None,
+        "scores": None,
+        "scale": [-4.0, 4.0] if "scores" in judged else None,
+        "annotators": 3,
+        "models": [],
+        "source": "test",
+        "split": "heldout" if place >= len(THINGS) - 2 else "train",
+        **judged,
+    }
