@@ -81,6 +81,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "rating": 1.0,
         "ordering": 0.1,
         "max_tokens": 32,
+        "word_dropout": 0.1,
         "batch": 6,
         "steps": 80,
         "optimizer": OPTIMIZER,

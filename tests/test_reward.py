@@ -1,0 +1,261 @@
+"""The reward model: its two losses by hand, who beats whom, and scores that are the same alone and in company."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from tasks import reward
+from tasks.common import chat, models, tables
+from tasks.common.scoring import Scorer
+from tasks.common.stage import StageError
+from tasks.reward import Ranking
+from tests.training_fixtures import ADJECTIVES, NUMERICS, THINGS, Chain, chain, config, rankings
+
+__all__ = ["chain"]
+
+
+def ranking(ratings: list[float] | None = None, ranks: list[int] | None = None) -> dict[str, Any]:
+    """Return a row of the ranking table with one rater."""
+    row = next(rankings())
+    responses = [f"Reply {place}." for place in range(len(ratings or ranks or ()))]
+    scores = None if ratings is None else [[rating] for rating in ratings]
+    return {**row, "responses": responses, "scores": scores, "ranks": ranks}
+
+
+def read(rows: list[dict[str, Any]], chain: Chain, folder: Path, split: str = "train") -> list[Ranking]:
+    """Return rows as the stage reads them."""
+    job = chain.job("reward", config("reward"), folder)
+    job.inputs["rankings"] = folder / "rankings"
+    tables.write(rows, job.inputs["rankings"], tables.schema("rankings"))
+    return reward.read_rankings(job, chain.tokenizer(), 32, split)
+
+
+# Losses
+
+
+def test_the_ordering_loss_is_bradley_and_terrys() -> None:
+    """The mean of -log of the probability that the better one wins, by math.log and math.exp."""
+    import torch
+
+    scores, pairs = [1.5, -0.25, 3.0, 3.0], [(0, 1), (1, 2), (2, 3)]
+    naive = [-math.log(1 / (1 + math.exp(scores[worse] - scores[better]))) for better, worse in pairs]
+    loss = reward.ordering_loss(torch.tensor(scores), pairs)
+    assert loss.item() == pytest.approx(sum(naive) / 3, rel=1e-6)
+
+
+def test_the_rating_loss_is_the_mean_squared_error() -> None:
+    """In squared rating points, over the rated replies alone."""
+    import torch
+
+    loss = reward.rating_loss(torch.tensor([1.0, 9.0, -2.0]), [(0, 0.5), (2, 1.0)])
+    assert loss.item() == pytest.approx((0.5**2 + 3.0**2) / 2)
+
+
+@pytest.mark.parametrize("loss", [reward.ordering_loss, reward.rating_loss])
+def test_nothing_to_learn_from_is_no_loss(loss: Any) -> None:
+    """A batch without pairs, or without ratings, gives 0 that can be differentiated, not a division by 0."""
+    import torch
+
+    scores = torch.tensor([1.0, 2.0], requires_grad=True)
+    nothing = loss(scores, [])
+    nothing.backward()
+    assert nothing.item() == 0
+    assert scores.grad is not None
+    assert not scores.grad.any()
+
+
+def test_a_batch_of_rankings_weighs_both_losses(chain: Chain, tmp_path: Path) -> None:
+    """The whole loss of rankings of different sizes, rated and only ranked, against each reply scored by itself."""
+    import torch
+
+    settings = config("reward", rating=0.7, ordering=0.3)
+    rows = [ranking([2.0, -1.0, 0.5]), ranking(ranks=[2, 1]), ranking([1.0, 1.0])]
+    rows[0]["responses"][1] = "A reply that is a good deal longer than all of the others."
+    batch = read(rows, chain, tmp_path)
+    model = models.load_scorer(chain.path("data/reward/model"), NUMERICS).eval()
+    tokenizer, job = chain.tokenizer(), chain.job("reward", settings, tmp_path)
+    loss, parts, tokens = reward.ranking_loss(model, tokenizer, batch, settings, 0.25, job)
+
+    def score(text: str) -> float:
+        ids = torch.tensor([chat.encode_text(tokenizer, text)])
+        score: float = model(input_ids=ids).logits[0, 0].item()
+        return score + 0.25
+
+    scores = [[score(text) for text in row["responses"]] for row in rows]
+    rated = [(scores[0][i] - rating) ** 2 for i, rating in enumerate((2.0, -1.0, 0.5))]
+    rated += [(scores[2][i] - 1.0) ** 2 for i in (0, 1)]
+    wins = [(0, 0, 1), (0, 0, 2), (0, 2, 1), (1, 1, 0)]
+    ordered = [-math.log(1 / (1 + math.exp(scores[r][worse] - scores[r][better]))) for r, better, worse in wins]
+    expected = {"rating_loss": sum(rated) / 5, "ordering_loss": sum(ordered) / 4}
+    assert {name: part.item() for name, part in parts.items()} == pytest.approx(expected, rel=1e-4)
+    assert loss.item() == pytest.approx(0.7 * expected["rating_loss"] + 0.3 * expected["ordering_loss"], rel=1e-4)
+    assert tokens == sum(len(ids) for item in batch for ids in item.ids)
+
+
+# Rankings
+
+
+def test_ratings_order_pairs_and_ties_order_none(chain: Chain, tmp_path: Path) -> None:
+    """Who beats whom and by how much, from the means of the raters; equals are no pair."""
+    row = ranking([3.0, -1.0, 3.0])
+    row["scores"] = [[2.0, 4.0], [-1.0, -1.0], [3.0, 3.0]]
+    (found,) = read([row], chain, tmp_path)
+    assert found.ratings == [3.0, -1.0, 3.0]
+    assert found.pairs == [(0, 1, 4.0), (2, 1, 4.0)]
+
+
+def test_ranks_order_pairs_without_a_gap(chain: Chain, tmp_path: Path) -> None:
+    """1 is best, ties give no pair, and how far apart two replies are is not known."""
+    (found,) = read([ranking(ranks=[2, 1, 2, 4])], chain, tmp_path)
+    assert found.ratings is None
+    assert [(better, worse) for better, worse, _ in found.pairs] == [(0, 3), (1, 0), (1, 2), (1, 3), (2, 3)]
+    assert all(math.isnan(gap) for *_, gap in found.pairs)
+
+
+def test_long_replies_are_cut_and_splits_kept_apart(chain: Chain, tmp_path: Path) -> None:
+    """No reply is longer than the model reads, and held-out rankings are not trained on."""
+    rows = [ranking([1.0, 2.0]), {**ranking([0.0, 1.0]), "split": "heldout"}]
+    rows[0]["responses"][0] = "word " * 100
+    (kept,) = read(rows, chain, tmp_path)
+    assert list(map(len, kept.ids)) == [32, len(chat.encode_text(chain.tokenizer(), "Reply 1."))]
+
+
+def test_words_are_hidden_at_random() -> None:
+    """The asked share of the tokens becomes the mask, never the start, and the ranking itself is not changed."""
+    item = Ranking(["a", "b"], [[1, *range(10, 1010)], [1, *range(10, 1010)]], [1.0, 2.0], [(1, 0, 1.0)])
+    hidden = reward.hide_words(item, 0.3, 3, np.random.default_rng(0))
+    for ids in hidden.ids:
+        assert ids[0] == 1
+        assert all(token in (3, place + 9) for place, token in enumerate(ids) if place)
+        assert ids.count(3) / 1000 == pytest.approx(0.3, abs=0.06)  # four standard deviations
+    assert hidden.ids[0] != hidden.ids[1]
+    assert 3 not in item.ids[0]
+    assert reward.hide_words(item, 0.0, 3, np.random.default_rng(0)) == item
+
+
+# Judging
+
+
+class Known:
+    """A scorer whose scores are given."""
+
+    def __init__(self, scores: dict[str, float]) -> None:
+        self.scores = scores
+
+    def score(self, texts: list[str]) -> list[float]:
+        """Return the scores of texts."""
+        return [self.scores[text] for text in texts]
+
+
+def test_accuracy_is_the_share_of_pairs_in_peoples_order() -> None:
+    """By gap, and for what was only ranked; equal scores are not in order."""
+    ids = [[1]]
+    heldout = [
+        Ranking(["a", "b", "c"], ids * 3, [2.0, 1.7, -1.0], [(0, 1, 0.3), (0, 2, 3.0), (1, 2, 2.7)]),
+        Ranking(["d", "e"], ids * 2, None, [(0, 1, math.nan)]),
+        Ranking(["f", "g"], ids * 2, [1.0, 0.0], [(0, 1, 1.0)]),
+    ]
+    scorer: Any = Known({"a": 0.5, "b": 0.9, "c": -2.0, "d": 1.0, "e": 0.0, "f": 0.4, "g": 0.4})
+    found = reward.judge(scorer, heldout[:1], heldout)
+    shares = {gap: (found[f"gap_at_least_{gap}"]["pairs"], found[f"gap_at_least_{gap}"]["model"]) for gap in "12"}
+    assert (found["gap_at_least_0.2"]["pairs"], found["gap_at_least_0.2"]["model"]) == (4, 0.5)
+    assert shares == {"1": (3, 0.6667), "2": (2, 1.0)}
+    assert found["ranked_only"] == {"pairs": 1, "model": 1.0}
+    assert found["heldout_pairs"] == 5
+
+
+def test_nothing_held_out_gives_no_figures() -> None:
+    """Neither a division by nothing nor an accuracy of 0."""
+    scorer: Any = Known({})
+    assert reward.judge(scorer, [], []) == {"heldout_pairs": 0}
+
+
+def test_calibration_compares_predictions_with_people() -> None:
+    """Bins of equal size over all replies, in order of the prediction, with both means."""
+    rated = [(float(number), float(number) + 0.5) for number in range(20)]
+    bins = reward.calibration(rated[::-1], bins=4)
+    assert bins == [{"predicted": 5.0 * k + 2, "rated": 5.0 * k + 2.5} for k in range(4)]
+    assert len(reward.calibration(rated[:3], bins=10)) == 3
+
+
+def test_the_bag_of_words_learns_words() -> None:
+    """The baseline rates sentences by words and word pairs that it has seen rated, and unknown ones at the mean."""
+    texts = [f"The {thing} was {word}." for thing in THINGS for word in ADJECTIVES]
+    rated = [Ranking([text], [[1]], [ADJECTIVES[text.split()[-1].strip(".")]], []) for text in texts]
+    words = list(ADJECTIVES)
+    found = reward.bag_of_words(rated, [*(f"A day was {word}." for word in words), "Zzz"])
+    assert found is not None
+    assert [words[place] for place in np.argsort(-found[:-1])] == words
+    assert found[-1] == pytest.approx(sum(ADJECTIVES.values()) / len(ADJECTIVES), abs=0.2)
+    assert reward.bag_of_words([], ["anything"]) is None
+
+
+# Scores
+
+
+def test_a_score_is_the_same_alone_and_in_company(chain: Chain) -> None:
+    """Padding, batching and order change nothing; the mean rating is added back, to be on people's scale."""
+    import torch
+
+    scorer = Scorer.load(chain.path("data/reward/model"), NUMERICS)
+    texts = ["It was good.", "A very long reply about the garden, the song and the soup.", "", "It was terrible."]
+    together = scorer.score([*texts, *texts[::-1]], batch=3)
+    alone = [scorer.score([text])[0] for text in texts]
+    assert together == pytest.approx([*alone, *alone[::-1]], abs=1e-5)  # float32, sums in another order
+    ids = torch.tensor([chat.encode_text(scorer.tokenizer, texts[0])])
+    plain = scorer.model(input_ids=ids).logits[0, 0].item()
+    assert alone[0] == pytest.approx(plain + scorer.model.config.bessemer_reward_offset, abs=1e-5)
+
+
+def test_long_replies_are_scored_by_what_the_model_reads(chain: Chain) -> None:
+    """A reply longer than the model reads has the score of its beginning, and does not fail."""
+    scorer = Scorer.load(chain.path("data/reward/model"), NUMERICS)
+    long = scorer.score(["It was good. " * 30, "It was good. " * 40])
+    assert long[0] == long[1]
+
+
+# The stage
+
+
+@pytest.mark.parametrize("base", ["data/pretrain/mlm/model", "data/finetune/model"])
+def test_a_reward_model_learns_peoples_order(base: str, chain: Chain, tmp_path: Path) -> None:
+    """On the encoder and on the tuned decoder: held-out sentences in the order of their adjectives, on the scale."""
+    settings = config("reward", model=base)
+    job = chain.job("reward", settings, tmp_path)
+    metrics = chain.run(job, settings)
+    assert metrics["rankings"] == 7
+    assert metrics["heldout_pairs"] == 6 + 6 + 2
+    assert metrics["gap_at_least_1"]["model"] >= 0.9
+    scorer = Scorer.load(job.outputs["model"], NUMERICS)
+    good, bad = scorer.score(["The soup was wonderful.", "The soup was terrible."])
+    assert good == pytest.approx(4.0, abs=1.5)
+    assert bad == pytest.approx(-4.0, abs=1.5)
+
+
+def test_a_loss_that_learns_nothing_is_refused() -> None:
+    """Both weights at 0 is no setting."""
+    with pytest.raises(ValidationError, match="rating and ordering are both 0"):
+        config("reward", rating=0.0, ordering=0.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "sentence"),
+    [
+        ([], {}, "no ranking is left to train on"),
+        ([ranking(ranks=[1, 2])], {"ordering": 0.0}, "1 rankings hold ranks and no scores"),
+    ],
+)
+def test_rankings_that_cannot_be_learnt_from_are_told(
+    rows: list[dict[str, Any]], changes: dict[str, Any], sentence: str, chain: Chain, tmp_path: Path
+) -> None:
+    """An empty table, and ranks where only ratings would be learnt from."""
+    settings = config("reward", steps=1, **changes)
+    job = chain.job("reward", settings, tmp_path)
+    job.inputs["rankings"] = tmp_path / "table"
+    tables.write(rows, job.inputs["rankings"], tables.schema("rankings"))
+    with pytest.raises(StageError, match=sentence):
+        chain.run(job, settings)
