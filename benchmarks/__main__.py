@@ -1,0 +1,54 @@
+"""Measure against peers: `make bench` or `python -m benchmarks` runs all, `make bench-NAME` or a name behind it one.
+
+Each leaves `benchmarks/results/NAME.json`. `--trial` measures briefly and writes nothing: it is for trying the
+benchmarks themselves, or a busy machine, whose figures must not pass for a record.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from benchmarks import harness, machine
+from tasks.common.settings import BessemerError
+
+NAMES = ("pretrain", "serve", "pipeline", "data")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmarks that were named; return 1 where one of them could not be measured."""
+    options = _options(arguments)
+    failed = []
+    for name in options.names or NAMES:
+        try:
+            _run(name, trial=options.trial)
+        except BessemerError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            failed.append(name)
+    return 1 if failed else 0
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure against peers.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(NAMES)}; all where none is named")
+    parser.add_argument("--trial", action="store_true", help="measure briefly and write no result file")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.names if name not in NAMES]
+    if unknown:
+        parser.error(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    return options
+
+
+def _run(name: str, *, trial: bool) -> None:
+    module = importlib.import_module(f"benchmarks.{name}")
+    print(f"{name}: {(module.__doc__ or '').splitlines()[0]}", flush=True)
+    module.check()
+    around = machine.surroundings(module.threads())
+    measured: harness.Measured = module.measure(trial=trial)
+    harness.show(measured)
+    if not trial:
+        print(f"  -> {harness.write(name, measured, around).relative_to(harness.ROOT)}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""The machine under the figures: its ceiling, its hardware, the versions in use and the commit.
+
+The ceiling is what one matrix product reaches in GFLOP/s on the threads that a benchmark computes with; it is printed
+before anything is measured. `python -m benchmarks.machine FILE` is the process that measures it.
+"""
+
+import os
+import platform
+import statistics
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness
+from tasks.common.stage import write_json
+
+SIZE = 1024
+REPEATS = 15
+LEFT_BY_RUNS = ("benchmarks/results", "metrics", "dvc.lock", "docs")  # tracked, and no part of what is measured
+PACKAGES = (
+    "torch", "transformers", "accelerate", "tokenizers", "optimum-onnx", "onnxruntime", "onnxruntime-genai", "bentoml",
+    "prefect", "dvc", "great-expectations", "pyarrow", "numpy",
+)  # fmt: skip
+
+
+def surroundings(threads: int) -> dict[str, Any]:
+    """Measure the ceiling on a number of threads, print it, and return what a result says of its surroundings."""
+    load = os.getloadavg()[0]
+    ceiling = harness.in_process("benchmarks.machine", {"threads": threads})
+    hardware = {**_hardware(), "load_before": round(load, 2), "ceiling": {"threads": threads, **ceiling}}
+    rates = ", ".join(f"{ceiling[kind]:,.0f} GFLOP/s in {kind.removesuffix('_gflops')}" for kind in ceiling)
+    print(f"  {hardware['cpu']}, {hardware['cores']} cores; a matrix product on {threads} thread(s): {rates}")
+    if load > 0.5:
+        print(f"  The machine is busy (load {load:.1f}): take these figures for a trial, not for a record.")
+    return {"commit": commit(), "hardware": hardware, "versions": versions()}
+
+
+def _hardware() -> dict[str, Any]:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cores = len(os.sched_getaffinity(0))
+    return {"cpu": _processor(), "cores": cores, "memory_gb": round(memory / 1e9, 1), "system": platform.system()}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def versions() -> dict[str, str]:
+    """Return Python's version and those of the packages that bear on speed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """Return the commit that is checked out, with `-dirty` where code or settings differ from it."""
+    head = _git("rev-parse", "HEAD")
+    if head.returncode:
+        return "unknown (no git here)"
+    changed = _git("diff", "--quiet", "HEAD", "--", ".", *(f":!{path}" for path in LEFT_BY_RUNS))
+    return head.stdout.strip() + ("-dirty" if changed.returncode else "")
+
+
+def _git(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(["git", *arguments], cwd=harness.ROOT, capture_output=True, text=True, check=False)
+
+
+def _product(dtype: str) -> float:
+    """Return the median GFLOP/s of a square product, after three that warm up."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(SIZE, SIZE, generator=generator).to(getattr(torch, dtype)) for _ in range(2))
+    seconds = []
+    for _ in range(REPEATS + 3):
+        started = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - started)
+    return round(2 * SIZE**3 / statistics.median(seconds[3:]) / 1e9, 1)
+
+
+def main() -> None:
+    """Measure both types on the threads that were asked for."""
+    import torch
+
+    request = harness.read_request()
+    torch.set_num_threads(request["threads"])
+    figures = {f"{name}_gflops": _product(dtype) for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))}
+    write_json(Path(request["result"]), figures)
+
+
+if __name__ == "__main__":
+    main()

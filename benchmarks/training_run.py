@@ -1,0 +1,199 @@
+"""One training run in a process of its own: our loop, or Transformers' `Trainer` on the same model, tokens and seed.
+
+`benchmarks/pretrain.py` starts it as `python -m benchmarks.training_run FILE`. Both sides build the same model from the
+same seed, read the same windows and are timed by the same hook, which torch calls after every optimizer step. Sides:
+`ours`; `trainer`, which gets our arithmetic, optimizer, schedule and order of windows; `trainer-defaults`, which gets
+model, windows, batch size and learning rate and decides the rest (fp32, SDPA, linear schedule, shuffled order).
+"""
+
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness
+from tasks import pretrain
+from tasks.common import chat, models, training
+from tasks.common.identity import file_hash
+from tasks.common.settings import Checkpoints, Numerics
+from tasks.common.shards import Mixture, Split
+from tasks.common.stage import Job, write_json
+
+NEVER, ALWAYS = 1e9, 1e-9  # seconds between two checkpoints of our loop
+FIRST_STEPS = 5  # left out of the speed: allocators and caches are still warming up
+SEED = 1
+Moment = tuple[float, float]  # seconds by the clock, seconds of the processor
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run is to do; `scratch` is where a run that was interrupted left its checkpoints."""
+
+    config: pretrain.Config
+    numerics: Numerics
+    tokens: Path
+    scratch: Path
+    checkpoints: bool
+    resume: bool
+
+    @classmethod
+    def of(cls, request: dict[str, Any]) -> "Run":
+        """Read a request."""
+        config = pretrain.Config.model_validate(request["config"])
+        numerics = Numerics.model_validate(request["numerics"])
+        paths = Path(request["tokens"]), Path(request["scratch"])
+        return cls(config, numerics, *paths, request["checkpoints"], request["resume"])
+
+    def job(self) -> Job:
+        """Return the job that the stage would be given."""
+        inputs = {"tokenizer": self.tokens / "tokenizer", "shards": self.tokens / "shards"}
+        outputs = {"model": self.scratch / "model", "history": self.scratch / "history.csv"}
+        checkpoints = Checkpoints(
+            url=str(self.scratch / "checkpoints"), every_seconds=ALWAYS if self.checkpoints else NEVER
+        )
+        return Job(
+            stage="pretrain",
+            key="clm",
+            inputs=inputs,
+            outputs=outputs,
+            seed=SEED,
+            numerics=self.numerics,
+            recipe="benchmark",
+            checkpoints=checkpoints,
+        )
+
+
+def ours(run: Run) -> float | None:
+    """Run the stage itself and return its held-out loss."""
+    loss: float | None = pretrain.run(run.config, run.job())["heldout_loss"]
+    return loss
+
+
+def trainer(run: Run, *, defaults: bool) -> float | None:
+    """Run Transformers' `Trainer` and return the same held-out loss."""
+    from transformers import Trainer
+
+    job, numerics = run.job(), run.numerics
+    models.prepare_torch(numerics, SEED)
+    tokenizer = chat.load_tokenizer(job.inputs["tokenizer"])
+    splits = {name: Split.open(job.inputs["shards"] / name) for name in ("train", "heldout")}
+    model = models.new_decoder(run.config.model, tokenizer, tokenizer.model_max_length, numerics)
+    windows = _windows(run.config, splits["train"])
+    kind: Any = Trainer if defaults else _in_order()
+    made = kind(
+        model=model,
+        args=_arguments(run, defaults=defaults),
+        train_dataset=windows,
+        optimizers=(None, None) if defaults else _like_ours(run.config, model),
+    )
+    made.train(resume_from_checkpoint=run.resume or None)
+    models.save(model, tokenizer, job.outputs["model"])
+    return pretrain.heldout_loss(model, splits["heldout"], run.config.window)
+
+
+def _windows(config: pretrain.Config, split: Split) -> Any:
+    """Return the windows that our loop reads, one an item, in its order.
+
+    The first token of a window has no label: nothing predicts it, but `Trainer` would count it when it takes the mean.
+    """
+    import numpy as np
+
+    mixture = Mixture(split, config.window, config.batch, config.statements, SEED)
+    rows = np.concatenate([mixture.batch(step) for step in range(config.steps)])
+    labels = rows.copy()
+    labels[:, 0] = pretrain.IGNORED
+    return [{"input_ids": row, "labels": label} for row, label in zip(rows, labels, strict=True)]
+
+
+def _in_order() -> Any:
+    """Return a `Trainer` that reads the windows in their order; there is no setting for that."""
+    from torch.utils.data import SequentialSampler
+    from transformers import Trainer
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            return SequentialSampler(train_dataset)
+
+    return InOrder
+
+
+def _like_ours(config: pretrain.Config, model: Any) -> tuple[Any, Any]:
+    """Return our optimizer and our schedule in the form that `Trainer` takes."""
+    from torch.optim.lr_scheduler import LambdaLR
+
+    optimizer, peak = training.build_optimizer(config.optimizer, model), config.optimizer.learning_rate
+    return optimizer, LambdaLR(optimizer, lambda step: training.rate_at(config.optimizer, step, config.steps) / peak)
+
+
+def _arguments(run: Run, *, defaults: bool) -> Any:
+    """Return what `Trainer` is told: of saving as much as our loop does, and nothing of trackers that are installed."""
+    from transformers import TrainingArguments
+
+    settings: dict[str, Any] = {
+        "output_dir": str(run.scratch / "trainer"),
+        "per_device_train_batch_size": run.config.batch,
+        "max_steps": run.config.steps,
+        "learning_rate": run.config.optimizer.learning_rate,
+        "seed": SEED,
+        "use_cpu": True,
+        "report_to": "none",
+        "dataloader_pin_memory": False,
+        "save_strategy": "steps" if run.checkpoints else "no",
+        "save_steps": 1,
+        "save_total_limit": 1,
+    }
+    if not defaults:
+        settings |= {"bf16": run.numerics.dtype.decoder == "bfloat16", "max_grad_norm": run.config.optimizer.clip}
+    return TrainingArguments(**settings)
+
+
+def watch_steps(stop_at: int | None) -> list[Moment]:
+    """Return a list that gets the moment at which each optimizer step ends; kill this process outright at a step."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    moments: list[Moment] = []
+
+    def note(*_: Any) -> None:
+        moments.append((time.monotonic(), time.process_time()))
+        if len(moments) == stop_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    register_optimizer_step_post_hook(note)
+    return moments
+
+
+def main() -> None:
+    """Do one run and write its figures."""
+    request = harness.read_request()
+    run = Run.of(request)
+    sides: dict[str, Callable[[Run], float | None]] = {
+        "ours": ours,
+        "trainer": lambda run: trainer(run, defaults=False),
+        "trainer-defaults": lambda run: trainer(run, defaults=True),
+    }
+    moments = watch_steps(request["stop_at"])
+    loss = sides[request["side"]](run)
+    if loss is None:
+        raise SystemExit(f"the held-out tokens do not fill one window of {run.config.window}")
+    skip = min(FIRST_STEPS, len(moments) - 2)
+    tokens = (len(moments) - 1 - skip) * run.config.batch * run.config.window
+    seconds, busy = (late - early for early, late in zip(moments[skip], moments[-1], strict=True))
+    figures = {
+        "startup_seconds": moments[0][0] - request["started"],
+        "startup_cpu_seconds": moments[0][1],
+        "tokens_per_second": tokens / seconds,
+        "tokens_per_cpu_second": tokens / busy,
+        "heldout_loss": loss,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "steps": len(moments),
+        "weights": file_hash(run.scratch / "model" / "model.safetensors"),
+    }
+    write_json(Path(request["result"]), figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""What is promised of the benchmarks, without measuring: names, result files, verdicts, turns, reading of runs."""
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import endpoint, harness, machine, pipeline
+from benchmarks.harness import BenchmarkError, Measured, Row
+
+AROUND = {"commit": "0" * 40, "hardware": {"cpu": "none", "cores": 2}, "versions": {"python": "3.11"}}
+
+
+@pytest.mark.parametrize("path", sorted(harness.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_committed_results_are_complete(path: Path) -> None:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert harness.problems(result) == []
+    assert result["name"] in command.NAMES
+    assert path.stem.partition("-")[0] == result["name"]
+    assert "-dirty" not in result["commit"], "a record names a commit that holds all of its code"
+
+
+def test_written_result_obeys_its_own_schema(tmp_path: Path) -> None:
+    rows = [Row("speed", 812.34567, "tokens/s", 203.0, "peer", "ratio >= 4"), Row("chain", None, "s", target="<= 720")]
+    path = harness.write("serve", Measured(rows, ["a note"]), AROUND, tmp_path)
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert harness.problems(result) == []
+    assert result["command"] == "python -m benchmarks serve"
+    first, second = result["rows"]
+    assert first == {
+        "what": "speed", "ours": 812.3, "peer": 203.0, "peer_name": "peer", "unit": "tokens/s", "ratio": 4.002,
+        "target": "ratio >= 4", "met": True,
+    }  # fmt: skip
+    assert (second["ours"], second["met"]) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"rows": []}, "rows is empty"),
+        ({"commit": None}, "commit is no text"),
+        ({"rows": [{"what": "speed"}]}, "expected the keys"),
+        ({"rows": [{**Row("a", 1.0, "s", target="<= 5").plain(), "met": False}]}, "its figures say True"),
+        ({"rows": [{**Row("a", 1.0, "s", target="<= 5").plain(), "target": "fast"}]}, "is not like"),
+    ],
+)
+def test_a_damaged_result_is_told(change: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    path = harness.write("serve", Measured([Row("a", 1.0, "s")]), AROUND, tmp_path)
+    result = {**json.loads(path.read_text(encoding="utf-8")), **change}
+    assert problem in " ".join(harness.problems(result))
+
+
+@pytest.mark.parametrize(
+    ("row", "met"),
+    [
+        (Row("a", 5.0, "s", target="<= 5"), True),
+        (Row("a", 5.01, "s", target="<= 5"), False),
+        (Row("a", 0.9, "share", target=">= 0.9"), True),
+        (Row("a", 27.0, "bytes", 100.0, "peer", "ratio <= 0.28"), True),
+        (Row("a", 3.9, "1/s", 1.0, "peer", "ratio >= 4"), False),
+        (Row("a", 1.0, "s"), None),
+        (Row("a", None, "s", target="<= 5"), False),
+    ],
+)
+def test_verdicts(row: Row, met: bool | None) -> None:
+    assert row.met is met
+
+
+def test_a_peer_has_a_name_and_a_figure() -> None:
+    with pytest.raises(ValueError, match="a name and a figure"):
+        Row("a", 1.0, "s", 2.0)
+
+
+def test_every_name_is_a_benchmark() -> None:
+    for name in command.NAMES:
+        module = importlib.import_module(f"benchmarks.{name}")
+        assert all(callable(getattr(module, part)) for part in ("check", "threads", "measure")), name
+
+
+def test_a_wrong_name_lists_the_names(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["spede"])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert all(name in said for name in ("spede", *command.NAMES))
+
+
+def test_what_is_missing_is_a_sentence_and_exit_code_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check() -> None:
+        harness.needed(harness.ROOT / "data" / "no such folder", remedy="run `bessemer run` first.")
+
+    monkeypatch.setattr(pipeline, "check", check)
+    assert command.main(["pipeline"]) == 1
+    assert "data/no such folder is missing: run `bessemer run` first." in capsys.readouterr().err
+
+
+def test_sides_take_turns_and_the_median_counts() -> None:
+    order: list[str] = []
+
+    def side(name: str) -> harness.Figures:
+        order.append(name)
+        return {"speed": len(order)}
+
+    results = harness.alternate({"ours": lambda: side("ours"), "peer": lambda: side("peer")}, rounds=3)
+    assert order == ["ours", "peer"] * 3
+    assert (harness.median(results["ours"], "speed"), harness.median(results["peer"], "speed")) == (3, 4)
+
+
+def test_surroundings_name_commit_and_versions() -> None:
+    assert machine.commit()
+    assert {"python", "torch", "onnxruntime"} <= set(machine.versions())
+
+
+def log(stage: str, minute: int, seconds: float, peak: float) -> dict[str, Any]:
+    """Return a stage's log as the harness writes it."""
+    started = f"2026-01-01T12:{minute:02}:00+00:00"
+    return {
+        "stage": stage, "started": started, "seconds": seconds, "peak_memory_bytes": int(peak * 1e9), "commit": "c",
+        "dirty": False,
+    }  # fmt: skip
+
+
+def write_run(folder: Path, logs: list[dict[str, Any]], **statuses: str) -> None:
+    """Write a run's folder."""
+    folder.mkdir(parents=True)
+    stages = {entry["stage"]: {"status": "ran", "seconds": 1.0} for entry in logs}
+    stages |= {name: {"status": status, "seconds": 7.0} for name, status in statuses.items()}
+    (folder / "flow.json").write_text(json.dumps({"run": folder.name, "stages": stages}))
+    for entry in logs:
+        (folder / f"{entry['stage']}.json").write_text(json.dumps(entry))
+
+
+def test_the_chain_is_read_from_the_last_run_that_did_all_of_it(tmp_path: Path) -> None:
+    stages = [log("ingest", 1, 60, 1), log("left", 2, 120, 2), log("right", 3, 30, 0.5), log("package", 5, 3, 0.25)]
+    write_run(tmp_path / "run-20260101-120030-aaaa", stages, build="ran")
+    write_run(tmp_path / "run-20260102-120000-bbbb", stages[:2], right="up to date", package="ran")
+    whole = pipeline.last_complete(tmp_path)
+    assert whole is not None
+    assert whole.name == "run-20260101-120030-aaaa"
+    assert whole.seconds == 4 * 60 + 30 + 3 + 7  # from 12:00:30 to package's end at 12:05:03, and the build
+    rows = {row.what: row for row in pipeline.run_rows(whole)}
+    assert rows["stages one after the other would take"].ours == 213
+    assert rows["peak memory of the chain: peaks of stages at the same time, summed"].ours == 2.5
+    assert rows["peak memory of the largest stage, left"].ours == 2
+
+
+def test_no_complete_run_means_no_figure_and_a_target_missed(tmp_path: Path) -> None:
+    write_run(tmp_path / "run-20260101-120030-aaaa", [log("ingest", 1, 60, 1)], package="failed")
+    assert pipeline.last_complete(tmp_path) is None
+    assert {row.met for row in pipeline.run_rows(None)} == {False}
+
+
+def test_ppo_is_judged_in_points_in_deviations_and_by_what_it_cost() -> None:
+    tuned = {"reward_mean": 0.5, "reward_std": 0.8, "distinct_2": 0.4, "exact_match_tuned": 0.97}
+    policy = {"reward_mean": 1.2, "reward_std": 0.4, "distinct_2": 0.3, "exact_match_tuned": 0.93}
+    rows = pipeline.ppo_rows({**tuned, "exact_match_heldout": 0.7}, {**policy, "exact_match_heldout": 0.71})
+    verdicts = [(row.unit, round(row.ours or 0, 3), row.met) for row in rows]
+    assert verdicts == [
+        ("rating points", 0.7, True),
+        ("standard deviations", 0.875, False),
+        ("share", 0.04, False),
+        ("share", -0.01, True),
+        ("share", 0.3, True),
+    ]
+
+
+class Echo(BaseHTTPRequestHandler):
+    """Answers like the service, and refuses one question."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        asked = json.loads(body).get("input", "chat")
+        self.send_response(400 if asked == "no" else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: Any) -> None:
+        """Keep quiet."""
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """Serve `Echo` on a free port."""
+    with ThreadingHTTPServer((endpoint.HOST, 0), Echo) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+@pytest.mark.parametrize("route", [endpoint.GENERATE, endpoint.CHAT])
+def test_load_asks_from_many_clients(port: int, route: str) -> None:
+    figures = endpoint.load(port, route, ["a", "b"], clients=4, requests=40)
+    assert set(figures) == {"requests_per_second", "median_ms", "p95_ms"}
+    assert all(value > 0 for value in figures.values())
+
+
+def test_an_answer_that_is_an_error_stops_the_measurement(port: int) -> None:
+    with pytest.raises(BenchmarkError, match="/generate answered 400"):
+        endpoint.load(port, endpoint.GENERATE, ["yes", "no"], clients=2, requests=4)
+
+
+def test_a_run_that_does_something_is_no_idle_run() -> None:
+    assert pipeline.idle([sys.executable, "-c", "print('Nothing has changed: all is well.')"], 2)
+    assert pipeline.idle([sys.executable, "-c", "print('Starting Prefect ...')"], 1) is None
