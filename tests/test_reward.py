@@ -74,7 +74,7 @@ def test_a_batch_of_rankings_weighs_both_losses(chain: Chain, tmp_path: Path) ->
 
     settings = config("reward", rating=0.7, ordering=0.3)
     rows = [ranking([2.0, -1.0, 0.5]), ranking(ranks=[2, 1]), ranking([1.0, 1.0])]
-    rows[0]["responses"][1] = "A reply that is a good deal longer than all of the others."
+    rows[0]["responses"][1] = "A reply with far more words."
     batch = read(rows, chain, tmp_path)
     model = models.load_scorer(chain.path("data/reward/model"), NUMERICS).eval()
     tokenizer, job = chain.tokenizer(), chain.job("reward", settings, tmp_path)
@@ -82,8 +82,8 @@ def test_a_batch_of_rankings_weighs_both_losses(chain: Chain, tmp_path: Path) ->
 
     def score(text: str) -> float:
         ids = torch.tensor([chat.encode_text(tokenizer, text)])
-        score: float = model(input_ids=ids).logits[0, 0].item()
-        return score + 0.25
+        value: float = model(input_ids=ids).logits[0, 0].item()
+        return value + 0.25
 
     scores = [[score(text) for text in row["responses"]] for row in rows]
     rated = [(scores[0][i] - rating) ** 2 for i, rating in enumerate((2.0, -1.0, 0.5))]
