@@ -62,8 +62,11 @@ def _flow(project: Path, names: Sequence[str], watcher: "Terminal") -> Any:
     from flows import watch
     from flows.pipeline import chain
 
-    watch.WATCHER.set(watcher)
-    return chain(project=str(project), stages=list(names) or None, return_state=True)
+    token = watch.WATCHER.set(watcher)
+    try:
+        return chain(project=str(project), stages=list(names) or None, return_state=True)
+    finally:
+        watch.WATCHER.reset(token)
 
 
 def plan(project: Path, names: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from flows import cli, doctor, environment, profiles, records, running, server
+from flows import cli, doctor, environment, graph, profiles, records, running, server
 from flows.runner import Runner
 from tasks.common.settings import BessemerError
 from tasks.common.stage import write_json
@@ -54,11 +54,18 @@ def wait_for(condition: Callable[[], Any], what: str) -> Any:
 
 
 @pytest.fixture
-def inside(toy: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
+def inside(toy: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
     """The toy project as the current folder, its settings not checked."""
     monkeypatch.chdir(toy.path)
     monkeypatch.setattr(running, "check", lambda params: None)
-    return toy
+    before = signal.getsignal(signal.SIGTERM)
+    yield toy
+    signal.signal(signal.SIGTERM, before)
+
+
+def _locked(project: Project) -> str:
+    lock = project.path / "dvc.lock"
+    return lock.read_text() if lock.exists() else ""
 
 
 def make_all(project: Project) -> None:
@@ -68,36 +75,44 @@ def make_all(project: Project) -> None:
 
 
 class TestRun:
-    def test_a_run_tells_its_plan_its_stages_and_what_to_do_next(self, toy: Project) -> None:
-        code, output = ended(bessemer(toy, "run"))
-        assert code == 0, output
+    def test_a_run_tells_its_plan_its_stages_and_what_to_do_next(
+        self, inside: Project, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        running.run(Path(), [])
+        output = capsys.readouterr().out
         assert "4 of 4 stages to run" in output
         assert output.index("▸ source") < output.index("✓ source") < output.index("✓ join")
         assert "side@left │ side@left says two" in output
         assert "bessemer chat" in output
         (page,) = re.findall(r"Report: (runs/run-[\w-]+/report\.html)", output)
-        assert (toy.path / page).is_file()
+        assert (inside.path / page).is_file()
 
-        code, output = ended(bessemer(toy, "run"))
-        assert code == 0
-        assert "Nothing has changed: all 4 stages are up to date" in output
+        running.run(Path(), [])
+        assert "Nothing has changed: all 4 stages are up to date" in capsys.readouterr().out
 
-    def test_a_failure_is_a_sentence_and_exit_code_one(self, toy: Project) -> None:
-        toy.settings(right={"fail": "three lines of facts.csv have no capital"})
-        code, output = ended(bessemer(toy, "run"))
+    def test_a_failure_is_a_sentence(self, inside: Project) -> None:
+        inside.settings(right={"fail": "three lines of facts.csv have no capital"})
+        with pytest.raises(BessemerError) as failure:
+            running.run(Path(), [])
+        assert str(failure.value) == (
+            "side@right: three lines of facts.csv have no capital\n"
+            "Not done: side@right, join. `bessemer run` goes on from here."
+        )
+
+    def test_a_sentence_ends_the_command_with_code_one_and_no_traceback(self, toy: Project) -> None:
+        code, output = ended(bessemer(toy, "plan", "-s", "polish"))
         assert code == 1
-        assert "Error: side@right: three lines of facts.csv have no capital" in output
-        assert "Not done: side@right, join. `bessemer run` goes on from here." in output
-        assert "Traceback" not in output
+        assert output.startswith("Error: There is no stage 'polish'.")
 
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-    def test_an_interrupted_run_ends_its_stages_and_the_next_goes_on(
+    def test_an_interrupted_run_ends_its_stages_and_keeps_what_was_done(
         self, toy: Project, number: signal.Signals, code: int
     ) -> None:
         toy.settings(right={"hang": True})
         process = bessemer(toy, "run")
         noted = toy.path / "marks" / "right.pids"
         hanging = wait_for(lambda: noted.exists() and noted.read_text(), "the stage to hang").split()
+        wait_for(lambda: "side@left" in _locked(toy), "the stage beside it to be done")
         family = psutil.Process(process.pid).children(recursive=True)
         if number == signal.SIGINT:
             os.killpg(process.pid, number)  # as a terminal's Ctrl-C: Prefect's temporary server gets it too
@@ -110,10 +125,8 @@ class TestRun:
         assert not [child for child in family if child.is_running()]
         if number == signal.SIGINT:
             assert "Stopped. Nothing half-written was kept" in output
-        toy.settings(right={"hang": False})
-        toy.forget()
-        assert ended(bessemer(toy, "run", "-s", "side@right"))[0] == 0
-        assert "source" not in toy.ran()
+        assert not (toy.path / "data" / "right" / "out.txt").exists()
+        assert [name for name, stage in graph.read(toy.path).items() if stage.dirty] == ["side@right", "join"]
 
     def test_nothing_to_do_loads_no_prefect(self, inside: Project, capsys: pytest.CaptureFixture[str]) -> None:
         make_all(inside)

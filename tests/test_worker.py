@@ -1,6 +1,6 @@
 """The scheduled deployment for real: Prefect's server, a process work pool, a worker, and `prefect.yaml` as it stands.
 
-It runs on the toy project; `deploy` takes any project folder.
+The details are seen on the toy project, and once on the real chain under the profile `smoke`.
 """
 
 import os
@@ -20,7 +20,7 @@ import pytest
 from flows import graph, records
 from tests.conftest import ROOT, Project
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 POOL = "bessemer-pool"
 DEPLOYMENT = "bessemer/scheduled"
 
@@ -95,7 +95,7 @@ class Server:
 
 def wait_for(condition: Callable[[], Any], what: str) -> Any:
     """Return the condition's value once it is true."""
-    for _ in range(600):
+    for _ in range(2000):
         if found := condition():
             return found
         time.sleep(0.2)
@@ -165,7 +165,7 @@ def test_the_deployment_is_as_declared(server: Server, project: Project) -> None
 def test_a_worker_runs_it_in_a_worktree_and_leaves_the_lineage(server: Server, project: Project) -> None:
     run = server.run()
     assert server.ended(run) == "Completed"
-    assert server.tasks(run) == dict.fromkeys(("source", "side@left", "side@right", "join"), "Completed")
+    assert server.tasks(run) == dict.fromkeys(("source", "side@left", "side@right", "join", "report"), "Completed")
     lineage = server.artifacts(run)["lineage"]
     assert "flowchart LR" in lineage
     assert "| join | `aaaaaaaaaaaa` | `bbbbbbbbbbbb` | ran |" in lineage
@@ -173,6 +173,44 @@ def test_a_worker_runs_it_in_a_worktree_and_leaves_the_lineage(server: Server, p
     run_id = server.get(f"flow_runs/{run}")["name"]
     assert records.read_json(project.path / "runs" / run_id / "flow.json")["stages"]["join"]["status"] == "ran"
     assert run_id in project.git("for-each-ref", "refs/exps")
+
+
+def test_cancelling_the_real_chain_ends_its_training_and_the_next_run_completes_it(
+    server: Server, smoke: Project, tmp_path: Path
+) -> None:
+    project = Project(tmp_path / "chain")
+    shutil.copytree(smoke.path, project.path, symlinks=True)
+    with (project.path / "tasks" / "prune.py").open("a") as code:
+        code.write("# changed\n")
+    deploy(server, project.path)
+    run = server.run(worktree=False)
+    training = wait_for(lambda: working(project.path, "tasks.prune"), "the stage to train")
+    server.ask(f"flow_runs/{run}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
+    assert server.ended(run) == "Cancelled"
+    wait_for(lambda: not any(process.is_running() for process in training), "the training to end")
+    assert not (project.path / "data" / "prune" / "record.json").exists()
+    assert list((project.path / "data" / ".scratch").iterdir()) == []
+
+    again = server.run(worktree=False)
+    assert server.ended(again) == "Completed"
+    tasks = server.tasks(again)
+    assert {name for name, state in tasks.items() if state == "UpToDate"} >= {"ingest", "pretrain@clm", "ppo"}
+    assert tasks["prune"] == "Completed"
+    assert "| package | `" in server.artifacts(again)["lineage"]
+    assert "int8" in server.artifacts(again)["evaluation"]
+    assert not any(stage.dirty for stage in graph.read(project.path).values())
+
+
+def working(project: Path, module: str) -> list[psutil.Process]:
+    """Return the processes that run a stage's module in a project."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if module in process.cmdline() and process.cwd() == str(project):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
 
 
 def test_cancelling_ends_the_stage_and_leaves_nothing_half_written(server: Server, project: Project) -> None:
