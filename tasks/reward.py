@@ -30,6 +30,7 @@ INPUTS = {"model": "{config.model}", "rankings": "data/validate/rankings"}
 OUTPUTS = {"model": "data/reward/model", "history": "data/reward/history.csv"}
 
 GAPS = (0.2, 0.5, 1.0, 2.0)
+TOGETHER = 16  # responses in one forward pass
 
 
 class Config(Settings):
@@ -129,13 +130,8 @@ def ranking_loss(
     job: Job,
 ) -> tuple["torch.Tensor", Losses, int]:
     """Return the weighted loss over a batch of rankings, its parts, and the number of tokens read."""
-    import torch
-
     rows = [ids for ranking in batch for ids in ranking.ids]
-    ids = torch.tensor(chat.pad(rows, tokenizer.pad_token_id), device=model.device)  # (N, T)
-    mask = torch.tensor(chat.pad([[1] * len(row) for row in rows], 0), device=model.device)
-    with models.autocast(model, job.numerics):
-        scores = model(input_ids=ids, attention_mask=mask).logits[:, 0].float() + offset  # (N,)
+    scores = score_rows(model, tokenizer, rows, job) + offset  # (N,)
     starts = np.cumsum([0, *(len(ranking.ids) for ranking in batch)])
     rated = [
         (at + i, r) for at, ranking in zip(starts, batch, strict=False) for i, r in enumerate(ranking.ratings or ())
@@ -144,7 +140,25 @@ def ranking_loss(
     rating = rating_loss(scores, rated)
     ordering = ordering_loss(scores, ordered)
     loss = config.rating * rating + config.ordering * ordering
-    return loss, {"rating_loss": rating, "ordering_loss": ordering}, int(mask.sum())
+    return loss, {"rating_loss": rating, "ordering_loss": ordering}, sum(map(len, rows))
+
+
+def score_rows(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", rows: Sequence[list[int]], job: Job
+) -> "torch.Tensor":
+    """Return the model's number for each row, shape (N,); rows of like length go together to save padding."""
+    import torch
+
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    parts = []
+    for start in range(0, len(order), TOGETHER):
+        chosen = [rows[i] for i in order[start : start + TOGETHER]]
+        ids = torch.tensor(chat.pad(chosen, tokenizer.pad_token_id), device=model.device)  # (TOGETHER, T)
+        mask = torch.tensor(chat.pad([[1] * len(row) for row in chosen], 0), device=model.device)
+        with models.autocast(model, job.numerics):
+            parts.append(model(input_ids=ids, attention_mask=mask).logits[:, 0].float())
+    back = torch.tensor(order, device=model.device).argsort()
+    return torch.cat(parts)[back]
 
 
 def rating_loss(scores: "torch.Tensor", rated: Sequence[tuple[int, float]]) -> "torch.Tensor":
