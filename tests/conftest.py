@@ -1,5 +1,4 @@
-"""What the tests share: surroundings that touch nothing of the user's, a toy project for the orchestration's tests, and
-(from `chain_fixtures.py`) the whole chain run once.
+"""What the tests share: surroundings that touch nothing of the user's, and a toy project for the orchestration's tests.
 
 The toy is a DVC project of four stages (`source`, then `side@left` and `side@right`, then `join`) whose commands take a
 fraction of a second; `tests/toy/steps.py` says what can be asked of them.
@@ -16,6 +15,11 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+# What makes a project; the rest of the repository is about it.
+PARTS = (
+    "flows", "tasks", "serving", "profiles", "data/sources", ".dvc/config", ".dvc/.gitignore", ".dvcignore",
+    ".gitignore", "dvc.yaml", "params.yaml", "prefect.yaml", "bentofile.yaml", "pyproject.toml", "requirements.lock",
+)  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 TOY = Path(__file__).resolve().parent / "toy"
 
@@ -83,6 +87,32 @@ class Project:
         shutil.rmtree(self.path / "marks", ignore_errors=True)
 
 
+def copy_project(path: Path, profile: str) -> Project:
+    """Return a copy of this project under git, with a profile's settings and nothing run."""
+    for part in PARTS:
+        (path / part).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / part).is_dir():
+            shutil.copytree(ROOT / part, path / part, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / part, path / part)
+    shutil.copy(ROOT / "profiles" / f"{profile}.yaml", path / "params.yaml")
+    project = Project(path)
+    project.git("init", "--quiet", "--initial-branch", "main")
+    project.commit("new")
+    return project
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The whole chain under the profile `smoke`, run once by `bessemer run`. Copy it before changing anything in it."""
+    project = copy_project(tmp_path_factory.mktemp("smoke") / "project", "smoke")
+    command = [sys.executable, "-c", "from flows.cli import main; main()", "run"]
+    done = subprocess.run(command, cwd=project.path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    project.commit("the first run's locks and figures")
+    return project
+
+
 @pytest.fixture
 def toy(tmp_path: Path) -> Project:
     """A fresh copy of the toy project under git and DVC."""
@@ -99,7 +129,3 @@ def toy(tmp_path: Path) -> Project:
     project.git("init", "--quiet", "--initial-branch", "main")
     project.commit("toy")
     return project
-
-
-# Here, not in the modules that use it: each import of its own would run the chain once more.
-from tests.chain_fixtures import smoke  # noqa: E402, F401 - it needs the names above

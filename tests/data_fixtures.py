@@ -70,7 +70,9 @@ def job(module: ModuleType, inputs: dict[str, Path], folder: Path) -> Job:
         inputs=inputs,
         outputs=outputs,
         seed=1,
-        numerics=Numerics(device="cpu", threads=1, dtype=Dtypes(decoder="float32", encoder="float32"), attention="eager"),
+        numerics=Numerics(
+            device="cpu", threads=1, dtype=Dtypes(decoder="float32", encoder="float32"), attention="eager"
+        ),
         recipe="",
         checkpoints=Checkpoints(url="checkpoints", every_seconds=60.0),
     )

@@ -12,8 +12,8 @@ from openai import OpenAI
 from ruamel.yaml import YAML
 
 from tasks.common import identity, tables
-from tests.chain_fixtures import run
-from tests.conftest import Project
+from tests.chain_fixtures import environment, run
+from tests.conftest import Project, copy_project
 from tests.servers import free_port, serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
