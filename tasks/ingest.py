@@ -198,6 +198,8 @@ def group_rated(readings: list[Reading], config: Config) -> list[list[Rated]]:
 
 
 def _group_split(group: list[Rated], config: Config) -> str:
+    if group[0].word:
+        return "train"
     return draw.split(config.heldout.rankings, config.salt, "ranking", *(rated.text for rated in group))
 
 
@@ -212,7 +214,8 @@ def corpus(
             if row["id"] in rows:
                 reading.refuse(text, "the same text came before")
             rows.setdefault(row["id"], row)
-    training = (group for group in groups if _group_split(group, config) == "train")
+    sentences = (group for group in groups if not group[0].word)
+    training = (group for group in sentences if _group_split(group, config) == "train")
     for group in training:
         if draw.share(config.salt, "prose", group[0].text) < config.ratings.in_corpus:
             for rated in group:

@@ -14,7 +14,7 @@ import pytest
 from pydantic import ValidationError
 
 from tasks import ingest
-from tasks.common import archives, readers, tables
+from tasks.common import archives, facts, readers, tables
 from tasks.common.identity import tree_hash
 from tasks.common.reading import Reading
 from tasks.common.stage import StageError
@@ -497,21 +497,34 @@ def test_long_paragraphs_are_cut_at_ends_of_sentences() -> None:
 
 
 def test_ratings_join_texts_with_their_raters() -> None:
+    files: dict[str, bytes] = {readers.LEXICON: b"good\t1.9\t0.9\t[2, 1]\r\n:-\xde\t1.0\t0.1\t[1, 1]\r\n"}
+    for group in readers.RATED_FILES:
+        texts = "\ufeff1\t0.5\tSo &amp;amp; so.\r\n2\t1.0\tLost.\r\n" if group == "tweets" else ""
+        files[f"{group}_GroundTruth.txt"] = texts.encode()
+        files[f"{group}_anonDataRatings.txt"] = b"1\t0.5\t0.1\t[0, 1]\n"
     inner = io.BytesIO()
     with tarfile.open(fileobj=inner, mode="w:gz") as archive:
-        for group in readers.RATED_FILES:
-            texts = "\ufeff1\t0.5\tSo &amp;amp; so.\r\n2\t1.0\tLost.\r\n" if group == "tweets" else ""
-            for name, text in (
-                (f"{group}_GroundTruth.txt", texts),
-                (f"{group}_anonDataRatings.txt", "1\t0.5\t0.1\t[0, 1]\n"),
-            ):
-                member = tarfile.TarInfo(f"study/{name}")
-                member.size = len(text.encode())
-                archive.addfile(member, io.BytesIO(text.encode()))
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"study/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
     reading = read("ratings", {"study.tar.gz": inner.getvalue()})
-    assert [(rated.text, rated.scores, rated.group) for rated in reading.rated] == [("So & so.", [0.0, 1.0], "tweets")]
-    assert [refusal.row for refusal in reading.refused] == ["tweets 2: Lost."]
-    assert reading.read == 2
+    sentence, word = reading.rated
+    assert (sentence.text, sentence.scores, sentence.group, sentence.word) == ("So & so.", [0.0, 1.0], "tweets", False)
+    assert (word.text, word.scores, word.word) == ("good", [2.0, 1.0], True)
+    assert [refusal.row for refusal in reading.refused] == ["tweets 2: Lost.", f"{readers.LEXICON}: :-\ufffd"]
+    assert reading.read == 4
+
+
+def test_rated_words_are_trained_on_and_never_prose(sources: Path, tmp_path: Path) -> None:
+    config = ingest_config()
+    reading = Reading("study", "MIT", "0" * 64)
+    for word in ("good", "bad", "fine", "poor"):
+        reading.rate(word, [1.0, 2.0], "Write a word.", readers.LEXICON, word=True)
+    groups = ingest.group_rated([reading], config)
+    assert [row["split"] for row in ingest.rankings(config, [reading], groups)] == ["train"]
+    wordings = facts.load_wordings(sources / "wordings.yaml")
+    assert ingest.corpus(config, [reading], [], wordings, groups) == []
 
 
 def test_figures_are_the_rows_of_the_tables(sources: Path, tmp_path: Path) -> None:

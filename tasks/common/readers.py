@@ -32,6 +32,7 @@ CATEGORIES = {"Poor metals": "post-transition metal", "Noble gases": "noble gas"
 # Paragraphs of a transcript that somebody else spoke.
 CALLS = re.compile(r"(Audience members?|Rep\.|Representative) ?[^.]*\.|The President\.$")
 
+LEXICON = "vader_sentiment_lexicon.txt"
 RATED_FILES = {
     "amazonReviewSnippets": "Write a sentence from a product review.",
     "movieReviewSnippets": "Write a sentence from a film review.",
@@ -130,7 +131,8 @@ def paragraphs(text: str) -> Iterator[str]:
 def ratings(members: Mapping[str, bytes], reading: Reading) -> None:
     """Read the rated sentences of the VADER study: an archive within the archive, two files a collection.
 
-    `…_GroundTruth.txt` holds id, mean and text; `…_anonDataRatings.txt` holds id, mean, deviation and all ratings.
+    `…_GroundTruth.txt` holds id, mean and text; `…_anonDataRatings.txt` holds id, mean, deviation and all ratings. The
+    lexicon, with ten ratings a word, teaches a small reward model words that the sentences have too rarely.
     """
     for content in members.values():
         with tarfile.open(fileobj=io.BytesIO(content)) as inner:
@@ -139,11 +141,13 @@ def ratings(members: Mapping[str, bytes], reading: Reading) -> None:
                 texts = _lines(inner, files[f"{group}_GroundTruth.txt"])
                 rated = {line[0]: line[-1] for line in _lines(inner, files[f"{group}_anonDataRatings.txt"])}
                 _rated(texts, rated, prompt, group, reading)
+            _lexicon(_lines(inner, files[LEXICON]), reading)
 
 
 def _lines(archive: tarfile.TarFile, member: tarfile.TarInfo) -> list[list[str]]:
     opened = archive.extractfile(member)
-    text = opened.read().decode("utf-8-sig") if opened else ""
+    # Some emoticons of the lexicon are in another encoding; they become U+FFFD here and are refused as no plain words.
+    text = opened.read().decode("utf-8-sig", errors="replace") if opened else ""
     return [line.split("\t") for line in text.splitlines() if line]
 
 
@@ -155,6 +159,16 @@ def _rated(texts: list[list[str]], rated: Mapping[str, str], prompt: str, group:
             reading.refuse(f"{group} {number}: {text}", "no list of ratings with this id")
         else:
             reading.rate(clean(text), scores, prompt, group)
+
+
+def _lexicon(lines: list[list[str]], reading: Reading) -> None:
+    for word, *_, ratings in lines:
+        scores = _scores(ratings)
+        if scores is None or not re.fullmatch(r"[a-z][a-z'-]+", word):
+            reading.read += 1
+            reading.refuse(f"{LEXICON}: {word}", "no word with a list of ratings" if scores is None else "not a plain word")
+        else:
+            reading.rate(word, scores, "Write a word.", LEXICON, word=True)
 
 
 def _scores(text: str) -> list[float] | None:

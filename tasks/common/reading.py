@@ -17,7 +17,10 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Rated:
-    """A sentence that several people rated; `group` names the collection it is compared within."""
+    """A text that several people rated; `group` names the collection it is compared within.
+
+    A word by itself is always trained on and is never prose: what is held out, and what is read, are sentences.
+    """
 
     text: str
     scores: list[float]
@@ -25,6 +28,7 @@ class Rated:
     group: str
     source: str
     licence: str
+    word: bool = False
 
 
 @dataclass
@@ -55,7 +59,7 @@ class Reading:
         self.read += 1
         self.prose.append(text)
 
-    def rate(self, text: str, scores: list[float], prompt: str, group: str) -> None:
-        """Count and keep one rated sentence."""
+    def rate(self, text: str, scores: list[float], prompt: str, group: str, word: bool = False) -> None:
+        """Count and keep one rated text."""
         self.read += 1
-        self.rated.append(Rated(text, scores, prompt, group, self.source, self.licence))
+        self.rated.append(Rated(text, scores, prompt, group, self.source, self.licence, word))
