@@ -1,0 +1,71 @@
+"""The package: whole and true, or refused with a sentence."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks import package
+from tasks.common import identity, tables
+from tasks.common.settings import Checkpoints, Dtypes, Numerics
+from tasks.common.stage import Job, StageError
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> dict[str, Path]:
+    """Everything that the stage reads, in miniature; all gates passed."""
+    found: dict[str, Path] = {}
+    for name in ("policy", "encoder"):
+        found[name] = tmp_path / "in" / name
+        found[name].mkdir(parents=True)
+        (found[name] / "model.onnx").write_bytes(name.encode())
+    row = {"id": "1", "text": "The capital of France is Paris.", "names": ["France", "Paris"], "split": "train"}
+    found["corpus"] = tmp_path / "in" / "corpus"
+    tables.write([row], found["corpus"], tables.schema("corpus"))
+    found["sources"] = write(tmp_path / "in" / "sources.json", [{"name": "facts"}])
+    found["evaluation"] = write(tmp_path / "in" / "evaluate.json", evaluation(passed=True))
+    for name in package.RECORDS:
+        record = {"stage": name.replace("/", "@"), "recipe": f"r {name}", "content": f"c {name}"}
+        found[f"record of {name}"] = write(tmp_path / "in" / f"{name.replace('/', '-')}.json", record)
+    return found
+
+
+def write(path: Path, value: Any) -> Path:
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return path
+
+
+def evaluation(passed: bool) -> dict[str, Any]:
+    return {"models": [], "gates": [{"name": "masked_names_min", "value": 0.5, "limit": 0.9, "passed": passed}]}
+
+
+def run(inputs: dict[str, Path], out: Path, refuse: bool = True) -> dict[str, Any]:
+    out.mkdir(parents=True)
+    numerics = Numerics(device="cpu", threads=1, dtype=Dtypes(decoder="float32", encoder="float32"), attention="eager")
+    outputs = {name: out / name for name in package.OUTPUTS}
+    job = Job("package", None, inputs, outputs, 1, numerics, "", Checkpoints(url="checkpoints", every_seconds=60.0))
+    return package.run(package.Config(refuse_failed_gates=refuse), job)
+
+
+def test_it_holds_both_models_the_names_and_every_record(inputs: dict[str, Path], tmp_path: Path) -> None:
+    metrics = run(inputs, tmp_path / "out")
+    provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert [record["stage"] for record in provenance["stages"]] == [name.replace("/", "@") for name in package.RECORDS]
+    assert json.loads((tmp_path / "out" / "encoder" / "names.json").read_text()) == ["France", "Paris"]
+    assert (tmp_path / "out" / "policy" / "model.onnx").read_bytes() == b"policy"
+    assert provenance["model"] == metrics["model"] == identity.tag(provenance["recipe"], provenance["content"])
+
+
+def test_another_recipe_of_a_served_model_is_another_tag(inputs: dict[str, Path], tmp_path: Path) -> None:
+    first = run(inputs, tmp_path / "one")["model"]
+    changed = {"stage": "quantize@policy", "recipe": "another", "content": "c quantize/policy"}
+    write(inputs["record of quantize/policy"], changed)
+    assert run(inputs, tmp_path / "two")["model"] != first
+
+
+def test_a_failed_gate_refuses_with_name_value_and_limit(inputs: dict[str, Path], tmp_path: Path) -> None:
+    write(inputs["evaluation"], evaluation(passed=False))
+    with pytest.raises(StageError, match=r"1 of 1 gates failed.*masked_names_min: 0\.5 against a limit of 0\.9"):
+        run(inputs, tmp_path / "out")
+    assert run(inputs, tmp_path / "anyway", refuse=False)["gates_failed"] == 1
