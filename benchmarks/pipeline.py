@@ -169,13 +169,12 @@ def quality_rows(project: Path) -> list[Row]:
 
 def reward_rows(reward: dict[str, Any]) -> list[Row]:
     """Return the reward model's accuracy: high enough, and not below that of a bag of words."""
-    found = reward["gap_at_least_1"]
-    name = f"reward model, {found['pairs']} held-out pairs with a gap of 1 or more"
+    found = reward.get("gap_at_least_1", {"pairs": 0, "model": None, "bag_of_words": None})
+    name, words = f"reward model, {found['pairs']} held-out pairs with a gap of 1 or more", found["bag_of_words"]
+    peer = None if words is None else "bag of words"
     return [
         Row(name, found["model"], "share", target=">= 0.8"),
-        Row(
-            f"{name}, against words alone", found["model"], "share", found["bag_of_words"], "bag of words", "ratio >= 1"
-        ),
+        Row(f"{name}, against words alone", found["model"], "share", words, peer, "ratio >= 1"),
     ]
 
 

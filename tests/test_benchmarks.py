@@ -173,6 +173,12 @@ def test_ppo_is_judged_in_points_in_deviations_and_by_what_it_cost() -> None:
     ]
 
 
+def test_the_reward_model_must_not_be_below_a_bag_of_words() -> None:
+    found = {"pairs": 9, "model": 0.81, "bag_of_words": 0.84}
+    assert [row.met for row in pipeline.reward_rows({"gap_at_least_1": found})] == [True, False]
+    assert [row.met for row in pipeline.reward_rows({})] == [False, False]
+
+
 class Echo(BaseHTTPRequestHandler):
     """Answers like the service, and refuses one question."""
 

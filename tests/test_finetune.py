@@ -15,6 +15,8 @@ from tests.training_fixtures import MIX, NUMERICS, Chain, chain, config
 
 __all__ = ["chain"]
 
+pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
+
 TURNS = [
     {"role": "system", "content": "Be kind."},
     {"role": "user", "content": "What is the capital of Åland?"},

@@ -17,6 +17,8 @@ from tests.training_fixtures import MIX, NUMERICS, OPTIMIZER, Chain, chain, conf
 
 __all__ = ["chain"]
 
+pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
+
 QUIET = {"weight": 0.0, "batch": 1, "window": 16, "statements": 0.5}
 
 

@@ -15,6 +15,8 @@ from tests.training_fixtures import NUMERICS, SHAPE, Chain, chain, config
 
 __all__ = ["chain"]
 
+pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
+
 VOCABULARY, SPECIAL, MASK, PAD, BOS, END = 400, 7, 3, 0, 1, 2
 
 

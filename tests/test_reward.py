@@ -17,6 +17,8 @@ from tests.training_fixtures import ADJECTIVES, NUMERICS, THINGS, Chain, chain, 
 
 __all__ = ["chain"]
 
+pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
+
 
 def ranking(ratings: list[float] | None = None, ranks: list[int] | None = None) -> dict[str, Any]:
     """Return a row of the ranking table with one rater."""

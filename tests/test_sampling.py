@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 __all__ = ["chain"]
 
+pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
+
 MOST = 24
 
 

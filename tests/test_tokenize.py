@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["chain"]
 
+pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
+
 TEXTS = (
     "The capital of Åland is Mariehamn.",
     "  two spaces,\ttabs\nand\r\nlines  ",

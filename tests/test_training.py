@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["chain"]
 
+pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
+
 STEPS = 12
 
 

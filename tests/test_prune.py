@@ -1,0 +1,237 @@
+"""Pruning: the smaller model is the larger one without some neurons, the right ones, and recovery brings it back."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from tasks import prune
+from tasks.common import chat, models
+from tests.training_fixtures import NUMERICS, SHAPE, Chain, chain, config
+
+__all__ = ["chain"]
+
+pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
+
+NEURONS = SHAPE["feed_forward"]
+
+
+@pytest.fixture
+def model(chain: Chain) -> Any:
+    """A fresh copy of the policy."""
+    return models.load_decoder(chain.path("data/ppo/model"), NUMERICS).eval()
+
+
+@pytest.fixture(scope="module")
+def batch(chain: Chain) -> Any:
+    """Ids and mask of three conversations, padded."""
+    import torch
+
+    tokenizer = chain.tokenizer()
+    texts = ["The capital of Italy is Rome.", "Tokyo, obviously.", "Åland"]
+    rows = [chat.encode_text(tokenizer, text) for text in texts]
+    mask = chat.pad([[1] * len(row) for row in rows], 0)
+    return torch.tensor(chat.pad(rows, tokenizer.pad_token_id)), torch.tensor(mask)
+
+
+def logits(model: Any, batch: Any) -> Any:
+    """Return a model's logits on a batch."""
+    import torch
+
+    with torch.no_grad():
+        return model(input_ids=batch[0], attention_mask=batch[1]).logits
+
+
+def random_scores(seed: int = 0) -> list[Any]:
+    """Return made-up importances of both layers."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(NEURONS, generator=generator) for _ in range(SHAPE["layers"])]
+
+
+# Cutting
+
+
+def test_a_model_that_keeps_everything_is_the_model(model: Any, batch: Any) -> None:
+    """Nothing cut: the same function, to the bit."""
+    import torch
+
+    before = logits(model, batch)
+    assert torch.equal(logits(prune.cut(model, random_scores(), NEURONS), batch), before)
+
+
+def test_cutting_is_silencing(model: Any, batch: Any, chain: Chain) -> None:
+    """The smaller model computes what the whole one does with those neurons' output at 0."""
+    import torch
+
+    scores, keep = random_scores(), 40
+    silenced = models.load_decoder(chain.path("data/ppo/model"), NUMERICS).eval()
+    with torch.no_grad():
+        for layer, score in zip(silenced.model.layers, scores, strict=True):
+            layer.mlp.down_proj.weight[:, score.argsort()[: NEURONS - keep]] = 0
+    expected, whole = logits(silenced, batch), logits(model, batch)
+    found = logits(prune.cut(model, scores, keep), batch)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)  # float32 sums of 96 and of 40 products
+    assert (found - whole).abs().max() > 1.0
+
+
+def test_the_model_really_is_smaller(model: Any, tmp_path: Path, chain: Chain, batch: Any) -> None:
+    """Parameters, configuration and file shrink, and what is loaded again computes the same."""
+    import torch
+
+    before = models.parameters(model)
+    small = prune.cut(model, random_scores(), 40)
+    removed = SHAPE["layers"] * 3 * SHAPE["hidden"] * (NEURONS - 40)
+    assert models.parameters(small) == before - removed
+    models.save(small, chain.tokenizer(), tmp_path / "model")
+    loaded = models.load_decoder(tmp_path / "model", NUMERICS).eval()
+    assert loaded.config.intermediate_size == 40
+    assert models.parameters(loaded) == before - removed
+    assert torch.equal(logits(loaded, batch), logits(small, batch))
+
+
+def test_the_most_important_neurons_stay_in_their_order(model: Any) -> None:
+    """The rows of a pruned matrix are those of the best scores, not sorted by them."""
+    import torch
+
+    score = torch.zeros(NEURONS)
+    score[[70, 3, 41]] = torch.tensor([1.0, 2.0, 3.0])
+    before = [model.model.layers[0].mlp.up_proj.weight[place].clone() for place in (3, 41, 70)]
+    prune.cut(model, [score, score], 3)
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, torch.stack(before))
+
+
+# Importance
+
+
+def test_taylor_importance_is_the_squared_effect_on_the_loss(model: Any, batch: Any) -> None:
+    """Against finite differences: the loss with a neuron's output turned up and down, squared, summed over batches."""
+    import torch
+
+    model = model.double()
+    batches = [batch, (batch[0][:1, :5], batch[1][:1, :5])]
+    found = prune.importance(model, config("prune", importance="taylor", calibration=2), batches.__getitem__)
+
+    def loss(part: Any, layer: int, neuron: int, factor: float) -> float:
+        ids, mask = part
+        weight = model.model.layers[layer].mlp.down_proj.weight
+        with torch.no_grad():
+            kept = weight[:, neuron].clone()
+            weight[:, neuron] *= factor
+            logp = torch.log_softmax(model(input_ids=ids, attention_mask=mask).logits, -1)
+            weight[:, neuron] = kept
+        places = [(row, t) for row in range(len(ids)) for t in range(1, ids.shape[1]) if mask[row, t]]
+        return -sum(logp[row, t - 1, ids[row, t]].item() for row, t in places) / len(places)
+
+    for layer, neuron in ((0, 0), (0, 50), (1, 7), (1, NEURONS - 1)):
+        slopes = [(loss(b, layer, neuron, 1.01) - loss(b, layer, neuron, 0.99)) / 0.02 for b in batches]
+        naive = sum(slope**2 for slope in slopes)
+        assert found[layer][neuron].item() == pytest.approx(naive, rel=0.01)  # Llama's norms are float32
+
+
+def test_measuring_importance_leaves_the_model_alone(model: Any, batch: Any) -> None:
+    """Its function and its gradients are what they were."""
+    import torch
+
+    before = logits(model, batch)
+    prune.importance(model, config("prune", calibration=1), lambda step: batch)
+    assert torch.equal(logits(model, batch), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_magnitude_is_the_product_of_a_neurons_norms(model: Any) -> None:
+    """What flows in through both matrices and out through the third, by plain sums."""
+    found = prune.importance(model, config("prune", importance="magnitude"), lambda step: pytest.fail("reads no text"))
+    for layer, neuron in ((0, 0), (1, 95)):
+        mlp = model.model.layers[layer].mlp
+        inward = (mlp.gate_proj.weight[neuron].tolist(), mlp.up_proj.weight[neuron].tolist())
+        outward = mlp.down_proj.weight[:, neuron].tolist()
+        norms = [sum(value**2 for value in values) ** 0.5 for values in (*inward, outward)]
+        assert found[layer][neuron].item() == pytest.approx(float(np.prod(norms)), rel=1e-5)
+
+
+def test_an_unknown_importance_is_told_with_the_choices() -> None:
+    """A measure that does not exist is an error that names those that do."""
+    with pytest.raises(ValidationError, match="'taylor' or 'magnitude'"):
+        config("prune", importance="random")
+
+
+# Recovery
+
+
+def test_the_divergence_is_a_plain_sum(model: Any, batch: Any, chain: Chain, tmp_path: Path) -> None:
+    """KL of the pruned model from the policy, token by token over the vocabulary; 0 between a model and itself."""
+    import torch
+
+    policy = models.load_decoder(chain.path("data/ppo/model"), NUMERICS).eval()
+    job = chain.job("prune", config("prune"), tmp_path)
+    assert prune.divergence(policy, policy, batch[0], batch[1], job).item() == pytest.approx(0, abs=1e-6)
+    pruned = prune.cut(model, random_scores(), 40)
+    ours, theirs = (torch.softmax(logits(part, batch).double(), -1) for part in (pruned, policy))
+    ids, mask = batch
+    naive = [
+        float((theirs[row, t] * (theirs[row, t].log() - ours[row, t].log())).sum())
+        for row in range(len(ids))
+        for t in range(ids.shape[1] - 1)
+        if mask[row, t + 1]
+    ]
+    assert prune.divergence(pruned, policy, batch[0], batch[1], job).item() == pytest.approx(
+        sum(naive) / len(naive), rel=1e-4
+    )
+
+
+def test_batches_are_replies_and_pretraining_text(chain: Chain, model: Any, tmp_path: Path) -> None:
+    """A batch is a function of the step: replies to training questions, then windows, with a mask over both."""
+    settings = config("prune")
+    job, tokenizer = chain.job("prune", settings, tmp_path), chain.tokenizer()
+    first, second = (prune.Batches(settings, job, model, tokenizer) for _ in range(2))
+    asked = set()
+    for step in range(6):
+        ids, mask = first.at(step)
+        again, _ = second.at(step)
+        assert (ids == again).all()
+        assert ids.shape[0] == settings.batch + settings.windows
+        assert (mask[settings.batch :].sum(1) == settings.window).all()
+        assert ((ids == tokenizer.pad_token_id) == (mask == 0)).all()
+        for row in ids[: settings.batch].tolist():
+            text = tokenizer.decode(row)
+            assert text.startswith("<|bos|><|user|>")
+            assert "<|assistant|>" in text
+            asked.add(text.split("<|end|>")[0])
+    assert len(asked) > 6
+    assert not any("Kenya" in text or "Peru" in text for text in asked)
+
+
+def test_recovery_brings_the_model_back(chain: Chain, tmp_path: Path) -> None:
+    """Three quarters of the neurons gone, a few steps bring replies and text most of the way back to the policy's."""
+    policy = models.load_decoder(chain.path("data/ppo/model"), NUMERICS).eval()
+    far = {}
+    for steps in (0, 40):
+        settings = config("prune", keep=0.25, steps=steps)
+        job = chain.job("prune", settings, tmp_path / str(steps))
+        batch = prune.Batches(settings, job, policy, chain.tokenizer()).at(10_000)
+        metrics = chain.run(job, settings)
+        pruned = models.load_decoder(job.outputs["model"], NUMERICS).eval()
+        far[steps] = prune.divergence(pruned, policy, batch[0], batch[1], job).item()
+        assert metrics["feed_forward"] == NEURONS / 4
+        assert metrics["parameters"] == models.parameters(pruned)
+        assert metrics["removed"] == round(1 - models.parameters(pruned) / models.parameters(policy), 4)
+    assert far[40] < far[0] / 3
+
+
+def test_the_right_neurons_are_cut(chain: Chain, batch: Any, tmp_path: Path) -> None:
+    """Before any recovery, cutting by importance hurts less than cutting the most important ones."""
+    settings = config("prune")
+    policy = models.load_decoder(chain.path("data/ppo/model"), NUMERICS).eval()
+    job = chain.job("prune", settings, tmp_path)
+    scores = prune.importance(policy, settings, prune.Batches(settings, job, policy, chain.tokenizer()).at)
+    far = []
+    for sign in (1, -1):
+        cut = prune.cut(
+            models.load_decoder(chain.path("data/ppo/model"), NUMERICS), [sign * score for score in scores], 60
+        )
+        far.append(prune.divergence(cut.eval(), policy, batch[0], batch[1], job).item())
+    assert far[0] < far[1] / 2
