@@ -17,7 +17,7 @@ from tests.training_fixtures import CAPITALS, HELD_OUT, NUMERICS, TONES, Chain, 
 
 __all__ = ["chain"]
 
-pytestmark = pytest.mark.timeout(1500)  # whichever comes first makes the chain
+pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
 
 KEYS = [*evaluate.DECODERS, *evaluate.ENCODERS]
 

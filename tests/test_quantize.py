@@ -19,7 +19,7 @@ from tests.training_fixtures import CAPITALS, NUMERICS, QUESTIONS, SETTINGS, Cha
 
 __all__ = ["chain"]
 
-pytestmark = pytest.mark.timeout(1500)  # whichever comes first makes the chain
+pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
 
 KEYS = {"policy": "data/prune/model", "encoder": "data/pretrain/mlm/model"}
 
