@@ -1,91 +1,270 @@
-"""The joined table: intervals over entities, paired differences, and gates that tell the truth."""
+"""The table and its gates: intervals on known cases, verdicts at their limits, and a run that always ends well."""
 
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tasks import compare
+from tasks import compare, evaluate
+from tasks.common.settings import Checkpoints
+from tasks.common.stage import Job
+from tasks.compare import Gates, drop, interval, judge, paired
+from tests.training_fixtures import NUMERICS
 
-GATES = compare.Gates(
-    masked_names_min=0.9,
-    tuned_exact_match_min=0.95,
-    heldout_exact_match_min=0.6,
-    reward_accuracy_min=0.8,
-    ppo_reward_gain_min=0.5,
-    ppo_exact_match_drop_max=0.03,
-    ppo_distinct_2_kept_min=0.7,
-    prune_exact_match_drop_max=0.03,
-    int8_exact_match_drop_max=0.02,
-    int8_size_ratio_max=0.28,
-)
+GATES: dict[str, float] = {
+    "masked_names_min": 0.9,
+    "tuned_exact_match_min": 0.95,
+    "heldout_exact_match_min": 0.6,
+    "reward_accuracy_min": 0.8,
+    "ppo_reward_gain_min": 0.5,
+    "ppo_exact_match_drop_max": 0.03,
+    "ppo_distinct_2_kept_min": 0.7,
+    "prune_exact_match_drop_max": 0.03,
+    "int8_exact_match_drop_max": 0.02,
+    "int8_size_ratio_max": 0.28,
+}
+SHEETS: dict[str, dict[str, Any]] = {
+    "encoder": {"masked_names": 0.95},
+    "encoder-int8": {"masked_names": 0.94},
+    "base": {"exact_match_tuned": 0.0, "exact_match_heldout": 0.0, "reward_mean": -0.2, "distinct_2": 0.5},
+    "tuned": {"exact_match_tuned": 0.98, "exact_match_heldout": 0.7, "reward_mean": 0.1, "distinct_2": 0.4},
+    "policy": {"exact_match_tuned": 0.97, "exact_match_heldout": 0.68, "reward_mean": 1.2, "distinct_2": 0.3},
+    "pruned": {"exact_match_tuned": 0.96, "exact_match_heldout": 0.66, "reward_mean": 1.1, "distinct_2": 0.3},
+    "int8": {"exact_match_tuned": 0.96, "exact_match_heldout": 0.65, "reward_mean": 1.1, "distinct_2": 0.3},
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "reward": {"gap_at_least_1": {"model": 0.82}},
+    "prune": {"parameters": 1},
+    "quantize": {"ratio": 0.26},
+}
+
+Answers = dict[str, list[tuple[str, bool]]]
 
 
-def sheet(tuned: float, heldout: float, reward: float = 1.0, distinct: float = 0.4) -> dict[str, Any]:
-    return {"exact_match_tuned": tuned, "exact_match_heldout": heldout, "reward_mean": reward, "distinct_2": distinct}
+def answers(*by_entity: list[bool]) -> Answers:
+    """Return answers, right or wrong, entity by entity."""
+    return {f"e{e}": [(f"q{e}-{q}", right) for q, right in enumerate(row)] for e, row in enumerate(by_entity)}
 
 
-def sheets(**changed: dict[str, Any]) -> dict[str, Any]:
-    good = {
-        "encoder": {"masked_names": 0.95},
-        "tuned": sheet(0.97, 0.8),
-        "policy": sheet(0.96, 0.79, reward=2.0, distinct=0.3),
-        "pruned": sheet(0.95, 0.78),
-        "int8": sheet(0.95, 0.78),
+def verdicts(sheets: dict[str, Any] = SHEETS, others: dict[str, Any] = OTHERS, **gates: float) -> dict[str, Any]:
+    """Return the verdicts by name."""
+    return {gate["name"]: gate for gate in judge(sheets, others, Gates(**{**GATES, **gates}))}
+
+
+def changed(model: str, **figures: Any) -> dict[str, Any]:
+    """Return the sheets with some figures of one model changed."""
+    return {**SHEETS, model: {**SHEETS[model], **figures}}
+
+
+# Intervals
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_what_is_always_so_has_no_width(right: bool) -> None:
+    """All right, or all wrong: the interval is a point."""
+    assert interval(answers(*[[right] * 3] * 20), 500, 1) == [float(right)] * 2
+
+
+def test_a_rate_has_the_width_that_is_known() -> None:
+    """A hundred entities of one question, thirty right: the binomial's 95 % interval, 0.30 +- 1.96 x 0.0458."""
+    low, high = interval(answers(*[[number < 30] for number in range(100)]), 4000, 1)
+    assert [low, high] == pytest.approx([0.30 - 0.0898, 0.30 + 0.0898], abs=0.02)
+
+
+def test_entities_are_drawn_not_questions() -> None:
+    """Questions about one entity are right or wrong together: two entities of fifty are two cases, not a hundred."""
+    assert interval(answers([True] * 50, [False] * 50), 500, 1) == [0.0, 1.0]
+
+
+def test_entities_weigh_by_their_questions() -> None:
+    """The rate is over questions: an entity with nine of them weighs nine times as much as one with a single one."""
+    found = interval(answers(*[[True] * 9, [False]] * 200), 2000, 1)
+    assert found[0] < 0.9 < found[1]
+    assert found == pytest.approx([0.9, 0.9], abs=0.03)
+
+
+def test_an_interval_is_the_same_every_time() -> None:
+    """For the same seed, and whatever the order of the rows."""
+    case = answers(*[[bool(n % 3), bool(n % 2)] for n in range(30)])
+    shuffled = dict(reversed(case.items()))
+    assert interval(case, 200, 1) == interval(shuffled, 200, 1)
+    assert interval(case, 200, 1) != interval(case, 200, 2)
+
+
+def rows(right: list[bool], kind: str = "greedy", split: str = "train") -> list[dict[str, Any]]:
+    """Return rows of a sheet, one entity each."""
+    return [
+        {"id": f"q{n}", "entity": f"e{n}", "kind": kind, "split": split, "correct": value}
+        for n, value in enumerate(right)
+    ]
+
+
+def test_differences_are_paired() -> None:
+    """Two models with the same mistakes differ by nothing, exactly, however uncertain their rates are."""
+    right = [n % 2 == 0 for n in range(40)]
+    assert paired(rows(right), rows(right), ("greedy", "train"), 500, 1) == {"change": 0.0, "interval": [0.0, 0.0]}
+    worse = [value and n != 0 for n, value in enumerate(right)]
+    found = paired(rows(right), rows(worse), ("greedy", "train"), 2000, 1)
+    assert found["change"] == -0.025
+    assert found["interval"][0] <= -0.05
+    assert found["interval"][1] == 0.0
+
+
+def test_differences_compare_the_same_questions() -> None:
+    """Other kinds, the other side of the sheet, and what only one model was asked do not count."""
+    before = rows([True, False, True]) + rows([True] * 9, split="heldout") + rows([True] * 9, kind="sampled")
+    after = rows([True, True])
+    assert paired(before, after, ("greedy", "train"), 500, 1)["change"] == 0.5
+
+
+# Gates
+
+
+def test_a_good_chain_passes_every_gate() -> None:
+    """Each gate once, with its value and limit."""
+    found = verdicts()
+    assert list(found) == list(GATES)
+    assert all(gate["passed"] is True for gate in found.values())
+    assert {name: gate["limit"] for name, gate in found.items()} == GATES
+    values = {name: gate["value"] for name, gate in found.items()}
+    assert values == {
+        "masked_names_min": 0.95,
+        "tuned_exact_match_min": 0.98,
+        "heldout_exact_match_min": 0.7,
+        "reward_accuracy_min": 0.82,
+        "ppo_reward_gain_min": 1.1,
+        "ppo_exact_match_drop_max": 0.02,
+        "ppo_distinct_2_kept_min": 0.75,
+        "prune_exact_match_drop_max": 0.02,
+        "int8_exact_match_drop_max": 0.01,
+        "int8_size_ratio_max": 0.26,
     }
-    return {**good, **changed}
-
-
-OTHERS = {"reward": {"gap_at_least_1": {"model": 0.81}}, "quantize": {"ratio": 0.27}}
-
-
-def failed(of: dict[str, Any], others: dict[str, Any] = OTHERS) -> list[str]:
-    return [gate["name"] for gate in compare.judge(of, others, GATES) if not gate["passed"]]
-
-
-def test_every_gate_is_judged_and_good_models_pass() -> None:
-    verdicts = compare.judge(sheets(), OTHERS, GATES)
-    assert [gate["name"] for gate in verdicts] == list(GATES.model_dump())
-    assert all(gate["passed"] for gate in verdicts)
 
 
 @pytest.mark.parametrize(
-    ("changed", "gate"),
+    ("name", "sheets", "others"),
     [
-        ({"encoder": {"masked_names": 0.89}}, "masked_names_min"),
-        ({"encoder": {"masked_names": None}}, "masked_names_min"),
-        ({"tuned": sheet(0.94, 0.8)}, "tuned_exact_match_min"),
-        ({"policy": sheet(0.96, 0.79, reward=1.4, distinct=0.3)}, "ppo_reward_gain_min"),
-        ({"policy": sheet(0.96, 0.79, reward=2.0, distinct=0.2)}, "ppo_distinct_2_kept_min"),
-        ({"int8": sheet(0.95, 0.75)}, "int8_exact_match_drop_max"),
+        ("masked_names_min", changed("encoder", masked_names=0.89), {}),
+        ("tuned_exact_match_min", changed("tuned", exact_match_tuned=0.9499), {}),
+        ("heldout_exact_match_min", changed("tuned", exact_match_heldout=0.5), {}),
+        ("reward_accuracy_min", SHEETS, {"reward": {"gap_at_least_1": {"model": 0.79}}}),
+        ("ppo_reward_gain_min", changed("policy", reward_mean=0.59), {}),
+        ("ppo_exact_match_drop_max", changed("policy", exact_match_tuned=0.94), {}),
+        ("ppo_exact_match_drop_max", changed("policy", exact_match_heldout=0.66), {}),
+        ("ppo_distinct_2_kept_min", changed("policy", distinct_2=0.27), {}),
+        ("prune_exact_match_drop_max", changed("pruned", exact_match_heldout=0.64), {}),
+        ("int8_exact_match_drop_max", changed("int8", exact_match_tuned=0.93), {}),
+        ("int8_size_ratio_max", SHEETS, {"quantize": {"ratio": 0.281}}),
     ],
 )
-def test_a_gate_fails_alone(changed: dict[str, Any], gate: str) -> None:
-    assert failed(sheets(**changed)) == [gate]
+def test_each_gate_fails_by_its_own_figure(name: str, sheets: Any, others: dict[str, Any]) -> None:
+    """A figure just beyond its limit fails its gate; either side of the sheet counts."""
+    assert verdicts(sheets, {**OTHERS, **others})[name]["passed"] is False
 
 
-def test_a_figure_that_could_not_be_had_fails_its_gate() -> None:
-    assert failed(sheets(), {**OTHERS, "reward": {"heldout_pairs": 0}}) == ["reward_accuracy_min"]
+@pytest.mark.parametrize(
+    ("name", "sheets"),
+    [
+        ("masked_names_min", changed("encoder", masked_names=None)),
+        ("tuned_exact_match_min", changed("tuned", exact_match_tuned=None)),
+        ("heldout_exact_match_min", changed("tuned", exact_match_heldout=None)),
+        ("ppo_exact_match_drop_max", changed("policy", exact_match_tuned=None, exact_match_heldout=None)),
+        ("ppo_distinct_2_kept_min", changed("tuned", distinct_2=0.0)),
+    ],
+)
+def test_a_figure_that_could_not_be_had_fails(name: str, sheets: Any) -> None:
+    """`None` passes no gate, not even one with a limit of 0."""
+    lenient: dict[str, Any] = {name: 0.0 if name.endswith("_min") else 1.0}
+    found = verdicts(sheets, **lenient)[name]
+    assert found["value"] is None
+    assert found["passed"] is False
 
 
-def test_the_larger_loss_of_the_two_sides_counts() -> None:
-    assert compare.drop(sheet(0.9, 0.8), sheet(0.89, 0.7)) == pytest.approx(0.1)
-    assert compare.drop(sheet(0.9, 0.8), sheet(0.95, 0.81)) == pytest.approx(-0.01)
+def test_a_reward_model_without_pairs_fails() -> None:
+    """No held-out pairs is no accuracy."""
+    assert verdicts(others={**OTHERS, "reward": {"heldout_pairs": 0}})["reward_accuracy_min"]["passed"] is False
 
 
-def row(entity: str, number: int, correct: bool) -> dict[str, Any]:
-    return {"id": f"{entity}-{number}", "entity": entity, "kind": "greedy", "split": "train", "correct": correct}
+def test_a_limit_that_is_met_is_passed() -> None:
+    """Exactly 3 points, exactly half a rating point: floating point does not decide (0.97 - 0.94 > 0.03)."""
+    sheets = changed("tuned", exact_match_tuned=0.97, exact_match_heldout=0.68, reward_mean=0.9)
+    sheets["policy"] = {**SHEETS["policy"], "exact_match_tuned": 0.94, "reward_mean": 1.4}
+    found = verdicts(sheets)
+    assert 0.97 - 0.94 > 0.03
+    assert 1.4 - 0.9 < 0.5
+    assert found["ppo_exact_match_drop_max"] == {
+        "name": "ppo_exact_match_drop_max",
+        "value": 0.03,
+        "limit": 0.03,
+        "passed": True,
+    }
+    assert found["ppo_reward_gain_min"]["passed"] is True
 
 
-def test_intervals_resample_entities_not_questions() -> None:
-    # Ten entities, each all right or all wrong: 10 independent things, however many questions each has.
-    answers = [row(str(entity), n, entity < 5) for entity in range(10) for n in range(40)]
-    low, high = compare.interval(compare._correct(answers, "greedy", "train"), 4000, 1)
-    assert 0.15 <= low <= 0.25
-    assert 0.75 <= high <= 0.85
+def test_a_drop_is_the_larger_of_both_sides() -> None:
+    """A gain on one side does not make up for a loss on the other."""
+    assert drop(SHEETS["tuned"], SHEETS["policy"]) == pytest.approx(0.02)
+    gained = {"exact_match_tuned": 1.0, "exact_match_heldout": 0.4}
+    assert drop(SHEETS["tuned"], gained) == pytest.approx(0.3)
+    assert drop(SHEETS["tuned"], {"exact_match_tuned": 1.0, "exact_match_heldout": 0.9}) == pytest.approx(-0.02)
+    assert drop(SHEETS["tuned"], {"exact_match_tuned": None, "exact_match_heldout": 0.6}) == pytest.approx(0.1)
 
 
-def test_differences_are_paired_by_question() -> None:
-    before = [row(str(entity), n, n == 0) for entity in range(8) for n in range(2)]
-    after = [row(str(entity), n, True) for entity in range(8) for n in range(2)]
-    found = compare.paired(before, after, ("greedy", "train"), 500, 1)
-    assert found == {"change": 0.5, "interval": [0.5, 0.5]}
+# The stage
+
+
+def make_job(folder: Path, sheets: dict[str, dict[str, Any]]) -> Job:
+    """Write sheets and answers to a folder and return the job that compares them."""
+    inputs = {}
+    for name, path in compare.INPUTS.items():
+        inputs[name] = folder / path
+        inputs[name].parent.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    for key, figures in sheets.items():
+        kind = "masked" if "encoder" in key else "greedy"
+        rate = figures.get("masked_names") or figures.get("exact_match_tuned") or 0.0
+        found = [
+            {**row, "question": "?", "reply": "!", "given": None, "wanted": "!", "reward": None}
+            for split in ("train", "heldout")
+            for row in rows((random.random(50) < rate).tolist(), kind, split)
+        ]
+        evaluate._write_answers(found, inputs[f"answers of {key}"])
+        inputs[f"sheet of {key}"].write_text(json.dumps({"model": key, **figures}))
+    for name, figures in OTHERS.items():
+        inputs[name].write_text(json.dumps(figures))
+    outputs = {"differences": folder / "differences.json"}
+    return Job("compare", None, inputs, outputs, 1, NUMERICS, "r", Checkpoints(url="memory://", every_seconds=1e9))
+
+
+def test_the_table_shows_every_model_and_every_step(tmp_path: Path) -> None:
+    """Models in chain order with an interval beside each rate, `None` where a figure does not apply; paired steps."""
+    job = make_job(tmp_path, SHEETS)
+    found = compare.run(compare.Config(resamples=200, gates=Gates(**GATES)), job)
+    assert [row["model"] for row in found["models"]] == list(compare.CHAIN)
+    assert {tuple(row) for row in found["models"]} == {compare.COLUMNS}
+    for row in found["models"]:
+        for rate in compare.RATES:
+            between = row[f"{rate}_interval"]
+            assert (between is None) == (row[rate] is None)
+            assert between is None or 0 <= between[0] <= between[1] <= 1
+    steps = json.loads(job.outputs["differences"].read_text())
+    assert [(step["from"], step["to"]) for step in steps if step["rate"] == "exact_match_tuned"] == [
+        ("base", "tuned"),
+        ("tuned", "policy"),
+        ("policy", "pruned"),
+        ("pruned", "int8"),
+    ]
+    assert [(step["from"], step["to"]) for step in steps if step["rate"] == "masked_names"] == [
+        ("encoder", "encoder-int8")
+    ]
+    assert all(step["interval"][0] <= step["change"] <= step["interval"][1] for step in steps)
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_failed_gate_does_not_stop_the_comparison(tmp_path: Path) -> None:
+    """The figures of a chain that fails are there to be read; `package` is what refuses."""
+    job = make_job(tmp_path, changed("tuned", exact_match_tuned=0.1))
+    found = compare.run(compare.Config(resamples=100, gates=Gates(**GATES)), job)
+    assert [gate["name"] for gate in found["gates"] if not gate["passed"]] == ["tuned_exact_match_min"]

@@ -57,11 +57,50 @@ def test_it_holds_both_models_the_names_and_every_record(inputs: dict[str, Path]
     assert provenance["model"] == metrics["model"] == identity.tag(provenance["recipe"], provenance["content"])
 
 
-def test_another_recipe_of_a_served_model_is_another_tag(inputs: dict[str, Path], tmp_path: Path) -> None:
+def test_names_are_those_of_the_training_text_once_and_in_order(inputs: dict[str, Path], tmp_path: Path) -> None:
+    texts = [(["Rome", "Italy"], "train"), (["Italy"], "train"), (["Atlantis"], "heldout"), ([], "train")]
+    rows = [{"id": str(n), "text": "…", "names": names, "split": split} for n, (names, split) in enumerate(texts)]
+    (inputs["corpus"] / "part-00000.parquet").unlink()
+    tables.write(rows, inputs["corpus"], tables.schema("corpus"))
+    assert run(inputs, tmp_path / "out")["names"] == 2
+    assert json.loads((tmp_path / "out" / "encoder" / "names.json").read_text()) == ["Italy", "Rome"]
+
+
+@pytest.mark.parametrize("part", ["recipe", "content"])
+@pytest.mark.parametrize("served", ["quantize/policy", "quantize/encoder"])
+def test_recipe_and_bytes_of_both_served_models_are_in_the_tag(
+    served: str, part: str, inputs: dict[str, Path], tmp_path: Path
+) -> None:
     first = run(inputs, tmp_path / "one")["model"]
-    changed = {"stage": "quantize@policy", "recipe": "another", "content": "c quantize/policy"}
-    write(inputs["record of quantize/policy"], changed)
+    record = json.loads(inputs[f"record of {served}"].read_text())
+    write(inputs[f"record of {served}"], {**record, part: "another"})
     assert run(inputs, tmp_path / "two")["model"] != first
+
+
+def test_what_was_measured_is_told_and_is_not_in_the_tag(inputs: dict[str, Path], tmp_path: Path) -> None:
+    first = run(inputs, tmp_path / "one")["model"]
+    sheet = evaluation(passed=True) | {"models": [{"model": "int8", "perplexity": 3.0}]}
+    write(inputs["evaluation"], sheet)
+    write(inputs["sources"], [{"name": "facts"}, {"name": "more"}])
+    assert run(inputs, tmp_path / "two")["model"] == first
+    provenance = json.loads((tmp_path / "two" / "provenance.json").read_text())
+    assert provenance["evaluation"] == sheet
+    assert [source["name"] for source in provenance["sources"]] == ["facts", "more"]
+
+
+def test_a_refusal_names_every_failed_gate_and_writes_nothing(inputs: dict[str, Path], tmp_path: Path) -> None:
+    gates = [
+        {"name": "a_min", "value": 0.1, "limit": 0.2, "passed": False},
+        {"name": "b_min", "value": 0.9, "limit": 0.2, "passed": True},
+        {"name": "c_max", "value": None, "limit": 0.3, "passed": False},
+    ]
+    write(inputs["evaluation"], {"models": [], "gates": gates})
+    with pytest.raises(StageError) as told:
+        run(inputs, tmp_path / "out")
+    assert "2 of 3 gates failed" in str(told.value)
+    assert "a_min: 0.1 against a limit of 0.2; c_max: None against a limit of 0.3" in str(told.value)
+    assert "b_min" not in str(told.value)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_failed_gate_refuses_with_name_value_and_limit(inputs: dict[str, Path], tmp_path: Path) -> None:
