@@ -113,17 +113,6 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return project
 
 
-@pytest.fixture(scope="module")
-def chain(smoke: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A copy of the finished smoke chain with commands to type; a test puts back what it changes."""
-    from tests.chain_fixtures import environment
-
-    project = Project(tmp_path_factory.mktemp("chain") / "bessemer")
-    shutil.copytree(smoke.path, project.path, symlinks=True)
-    environment(project.path)
-    return project
-
-
 @pytest.fixture
 def toy(tmp_path: Path) -> Project:
     """A fresh copy of the toy project under git and DVC."""
