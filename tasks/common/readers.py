@@ -166,7 +166,7 @@ def _lexicon(lines: list[list[str]], reading: Reading) -> None:
         scores = _scores(ratings)
         if scores is None or not re.fullmatch(r"[a-z][a-z'-]+", word):
             reading.read += 1
-            reading.refuse(f"{LEXICON}: {word}", "no word with a list of ratings" if scores is None else "not a plain word")
+            reading.refuse(f"{LEXICON}: {word}", "no ratings" if scores is None else "not a plain word")
         else:
             reading.rate(word, scores, "Write a word.", LEXICON, word=True)
 
