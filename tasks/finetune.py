@@ -8,14 +8,13 @@ blocks and the head; `lora` trains low-rank updates (Hu et al. 2021) through PEF
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
 from pydantic import Field
 
 from tasks.common import chat, models, stage, tables
 from tasks.common.settings import Settings
 from tasks.common.shards import Mixture, Split
 from tasks.common.stage import Job, StageError
-from tasks.common.training import Losses, Optimizer, summary, train
+from tasks.common.training import Losses, Optimizer, batch_at, summary, train
 
 if TYPE_CHECKING:
     import torch
@@ -130,15 +129,6 @@ def merge(model: Any, method: Full | Top | Lora) -> "PreTrainedModel":
     """Return a plain Transformers model: low-rank updates are added to the weights that they belong to."""
     plain: PreTrainedModel = model.merge_and_unload() if isinstance(method, Lora) else model
     return plain
-
-
-def batch_at(items: Sequence[Encoded], size: int, seed: int, step: int) -> list[Encoded]:
-    """Return a step's conversations: an endless reshuffled reading of all, a pure function of seed and step."""
-    wanted = np.arange(step * size, (step + 1) * size)
-    orders = {
-        epoch: np.random.default_rng([seed, int(epoch)]).permutation(len(items)) for epoch in set(wanted // len(items))
-    }
-    return [items[orders[n // len(items)][n % len(items)]] for n in wanted]
 
 
 def answer_loss(

@@ -20,7 +20,7 @@ from tasks.common import chat, models, stage, tables
 from tasks.common.scoring import Scorer
 from tasks.common.settings import Settings
 from tasks.common.stage import Job, StageError
-from tasks.common.training import Losses, Optimizer, summary, train
+from tasks.common.training import Losses, Optimizer, batch_at, summary, train
 
 if TYPE_CHECKING:
     import torch
@@ -86,8 +86,8 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     model.config.bessemer_max_tokens = config.max_tokens
 
     def loss_at(step: int) -> tuple["torch.Tensor", Losses, int]:
-        random = np.random.default_rng([job.seed, step])
-        batch = [train_set[i] for i in random.integers(len(train_set), size=config.batch)]
+        random = np.random.default_rng([job.seed, step, 1])
+        batch = batch_at(train_set, config.batch, job.seed, step)
         batch = [hide_words(ranking, config.word_dropout, tokenizer.mask_token_id, random) for ranking in batch]
         return ranking_loss(model, tokenizer, batch, config, offset, job)
 

@@ -117,17 +117,6 @@ def test_the_pretraining_loss_is_that_of_pretraining(model: Any, chain: Chain, t
     assert read == ids.numel()
 
 
-def test_conversations_are_read_in_endless_epochs() -> None:
-    """Each epoch reads all of them once in an order of its own; a batch may straddle two epochs."""
-    items: Any = [([number], [True]) for number in range(10)]
-    read = [item[0][0] for step in range(10) for item in finetune.batch_at(items, 4, 7, step)]
-    epochs = [read[start : start + 10] for start in range(0, 40, 10)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert len(set(map(tuple, epochs))) == 4
-    assert [item[0][0] for item in finetune.batch_at(items, 4, 7, 5)] == read[20:24]
-    assert [item[0][0] for step in range(10) for item in finetune.batch_at(items, 4, 8, step)] != read
-
-
 # Methods
 
 

@@ -217,7 +217,7 @@ def test_long_replies_are_scored_by_what_the_model_reads(chain: Chain) -> None:
     """A reply longer than the model reads has the score of its beginning, and does not fail."""
     scorer = Scorer.load(chain.path("data/reward/model"), NUMERICS)
     long = scorer.score(["It was good. " * 30, "It was good. " * 40])
-    assert long[0] == long[1]
+    assert long[0] == pytest.approx(long[1], abs=1e-5)  # float32; a row's place in a batch changes the order of sums
 
 
 # The stage

@@ -14,7 +14,7 @@ from tasks.common.checkpoints import Store
 from tasks.common.models import Shape
 from tasks.common.settings import Checkpoints, Dtypes
 from tasks.common.stage import Job, StageError
-from tasks.common.training import History, Optimizer, build_optimizer, rate_at, train
+from tasks.common.training import History, Optimizer, batch_at, build_optimizer, rate_at, train
 from tests.training_fixtures import NUMERICS, OPTIMIZER, SHAPE, Chain, chain, config
 
 if TYPE_CHECKING:
@@ -394,3 +394,14 @@ def test_a_gpu_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(StageError, match=r"numerics\.device is cuda"):
         models.prepare_torch(NUMERICS.model_copy(update={"device": "cuda"}), 1)
+
+
+def test_items_are_read_in_endless_epochs() -> None:
+    """Each epoch reads all of them once in an order of its own; a batch may straddle two epochs."""
+    items = list(range(10))
+    read = [item for step in range(10) for item in batch_at(items, 4, 7, step)]
+    epochs = [read[start : start + 10] for start in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 4
+    assert batch_at(items, 4, 7, 5) == read[20:24]
+    assert [item for step in range(10) for item in batch_at(items, 4, 8, step)] != read

@@ -7,11 +7,12 @@ and the step, and a resumed run computes what an uninterrupted one would have.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import numpy as np
 from pydantic import Field
 
 from tasks.common.checkpoints import Store
@@ -21,6 +22,7 @@ from tasks.common.stage import Job, StageError
 if TYPE_CHECKING:
     import torch
 
+Item = TypeVar("Item")
 Losses = dict[str, "torch.Tensor"]
 LossAt = Callable[[int], tuple["torch.Tensor", Losses, int]]
 
@@ -112,7 +114,7 @@ def train(model: "torch.nn.Module", loss_at: LossAt, optimizer_config: Optimizer
     first = store.resume(model, optimizer, history)
     model.train()
     tokens, started = 0, time.perf_counter()
-    for step in tqdm(_steps(first, steps), desc=job.name, initial=first, total=steps, mininterval=2):
+    for step in tqdm(range(first, steps), desc=job.name, initial=first, total=steps, mininterval=2):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(optimizer_config, step, steps)
         loss, parts, read = loss_at(step)
@@ -137,8 +139,13 @@ def train(model: "torch.nn.Module", loss_at: LossAt, optimizer_config: Optimizer
     return history
 
 
-def _steps(first: int, steps: int) -> Iterator[int]:
-    yield from range(first, steps)
+def batch_at(items: Sequence[Item], size: int, seed: int, step: int) -> list[Item]:
+    """Return a step's items: an endless reshuffled reading of all, a pure function of seed and step."""
+    wanted = np.arange(step * size, (step + 1) * size)
+    orders = {
+        epoch: np.random.default_rng([seed, int(epoch)]).permutation(len(items)) for epoch in set(wanted // len(items))
+    }
+    return [items[orders[n // len(items)][n % len(items)]] for n in wanted]
 
 
 def summary(history: History) -> dict[str, Any]:
