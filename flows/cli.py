@@ -220,7 +220,7 @@ def ui(host: str, port: int) -> None:
 
 @cli.command()
 def doctor() -> None:
-    """Examine this machine and folder; every line is good or says what to do.
+    """Examine this machine and folder; every line is good, a note, or says what to do (then the exit code is 1).
 
     \b
     Example:
@@ -230,7 +230,6 @@ def doctor() -> None:
 
     findings = list(doctor.examine(Path()))
     for finding in findings:
-        click.echo(
-            f"{click.style('ok  ', fg='green') if finding.good else click.style('look', fg='yellow')} {finding.text}"
-        )
+        mark, colour = ("note", "cyan") if finding.note else ("ok  ", "green") if finding.good else ("look", "yellow")
+        click.echo(f"{click.style(mark, fg=colour)} {finding.text}")
     sys.exit(0 if all(finding.good for finding in findings) else 1)

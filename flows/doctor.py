@@ -1,4 +1,4 @@
-"""`bessemer doctor`: is this machine and this folder fit for a run? Every line is good, or says what to do."""
+"""`bessemer doctor`: is this machine and this folder fit for a run? Every line is good, a note, or says what to do."""
 
 import os
 import re
@@ -19,10 +19,11 @@ PORTS = {3000: "the endpoint (`bessemer serve --port` takes another)", 4200: "Pr
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the examination."""
+    """One line of the examination. A note is worth knowing and stands in nobody's way."""
 
     good: bool
     text: str
+    note: bool = False
 
 
 def examine(project: Path) -> Iterator[Finding]:
@@ -32,7 +33,8 @@ def examine(project: Path) -> Iterator[Finding]:
         yield one(project)
     for port, what in PORTS.items():
         taken = server.port_taken("127.0.0.1", port)
-        yield Finding(not taken, f"port {port} is taken; it is meant for {what}" if taken else f"port {port} is free")
+        text = f"port {port} is in use; it is meant for {what}" if taken else f"port {port} is free"
+        yield Finding(True, text, note=taken)
 
 
 def differing(lock: str) -> list[str]:
@@ -96,7 +98,8 @@ def _disk(project: Path) -> Finding:
 
 def _cores(project: Path) -> Finding:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Finding(cores >= 2, f"{cores} cores" + ("" if cores >= 2 else ": it works, at half the speed of two"))
+    few = cores < 2
+    return Finding(True, f"{cores} cores" + (": it works, at half the speed of two" if few else ""), note=few)
 
 
 def _memory(project: Path) -> Finding:
