@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 PARTS = (
     "flows", "tasks", "serving", "profiles", "data/sources", ".dvc/config", ".dvc/.gitignore", ".dvcignore",
     ".gitignore", "dvc.yaml", "params.yaml", "prefect.yaml", "bentofile.yaml", "pyproject.toml", "requirements.lock",
+    "requirements-dev.lock", "Makefile",
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 TOY = Path(__file__).resolve().parent / "toy"
@@ -110,6 +111,17 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Project:
     done = subprocess.run(command, cwd=project.path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     project.commit("the first run's locks and figures")
+    return project
+
+
+@pytest.fixture(scope="session")
+def chain(smoke: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A copy of the finished smoke chain with commands to type; a test puts back what it changes."""
+    from tests.chain_fixtures import environment
+
+    project = Project(tmp_path_factory.mktemp("chain") / "bessemer")
+    shutil.copytree(smoke.path, project.path, symlinks=True)
+    environment(project.path)
     return project
 
 

@@ -1,0 +1,131 @@
+"""The whole chain for real, at smoke scale: two commands, one result whoever runs it, and only what changed again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from openai import OpenAI
+from ruamel.yaml import YAML
+
+from tasks.common import identity, tables
+from tests.chain_fixtures import environment, run
+from tests.conftest import Project, copy_project
+from tests.servers import free_port, serving
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def lock(project: Project) -> dict[str, Any]:
+    stages: dict[str, Any] = YAML(typ="safe").load((project.path / "dvc.lock").read_text())["stages"]
+    return stages
+
+
+def provenance(project: Project) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((project.path / "data/package/provenance.json").read_text())
+    return content
+
+
+def planned(project: Project) -> set[str]:
+    """Return the stages that DVC says are to be run, by what they read alone."""
+    first_words = {line.split()[0] for line in run(project, ".venv/bin/bessemer", "plan").splitlines() if line.strip()}
+    return first_words & set(lock(project))
+
+
+def test_a_run_ends_in_a_package_a_report_and_a_bento(chain: Project) -> None:
+    assert provenance(chain)["model"] in run(chain, ".venv/bin/bessemer", "status")
+    assert (chain.path / "runs/latest.html").is_file()
+    assert "bessemer:" in run(chain, ".venv/bin/bessemer", "build")
+
+
+def test_make_run_again_says_that_nothing_changed_and_asks_the_model(chain: Project) -> None:
+    before = lock(chain)
+    said = run(chain, "make", "run")
+    assert "Nothing has changed" in said
+    assert "What is the capital of France?" in said
+    assert "Starting Prefect" not in said
+    assert lock(chain) == before
+
+
+def test_dvc_repro_says_that_nothing_changed(chain: Project) -> None:
+    before = lock(chain)
+    assert "up to date" in run(chain, ".venv/bin/dvc", "repro")
+    assert lock(chain) == before
+
+
+def test_dvc_repro_alone_gives_the_same_hashes_in_another_folder(chain: Project, tmp_path: Path) -> None:
+    other = copy_project(tmp_path / "elsewhere", "smoke")
+    environment(other.path)
+    run(other, ".venv/bin/dvc", "repro")
+    ours, theirs = lock(chain), lock(other)
+    assert set(ours) == set(theirs)
+    different = [name for name in ours if ours[name] != theirs[name]]
+    assert different == []
+
+
+def test_every_record_tells_the_truth_about_what_lies_there(chain: Project) -> None:
+    for record in provenance(chain)["stages"]:
+        for path, content in record["outputs"].items():
+            assert identity.tree_hash(chain.path / path) == content, path
+        for path, content in record["inputs"].items():
+            assert identity.tree_hash(chain.path / path) == content, path
+
+
+def test_the_endpoint_answers_with_curl_and_with_openai(chain: Project, tmp_path: Path) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with serving("serving.serve", str(port), package=chain.path / "data/package", port=port, log=tmp_path / "log"):
+        answer = httpx.post(f"{url}/generate", json={"input": "What is the capital of France?"}, timeout=60)
+        assert answer.status_code == 200
+        assert isinstance(answer.json()["output"], str)
+        names = httpx.post(f"{url}/fill-mask", json={"input": "The capital of [MASK] is Paris."}, timeout=60)
+        assert names.status_code == 200
+        assert httpx.get(f"{url}/provenance", timeout=60).json()["model"] == provenance(chain)["model"]
+        client = OpenAI(base_url=f"{url}/v1", api_key="none")
+        reply = client.chat.completions.create(
+            model="bessemer", messages=[{"role": "user", "content": "What is the capital of France?"}]
+        )
+        assert reply.choices[0].message.content == answer.json()["output"]
+
+
+def test_one_edited_fact_reruns_what_lies_downstream_and_changes_the_provenance(chain: Project) -> None:
+    facts = chain.path / "data/sources/smoke/facts.csv"
+    old, before = facts.read_text(), provenance(chain)
+    try:
+        facts.write_text(old.replace("Paris", "Lyon"))
+        assert "ingest" in planned(chain)
+        run(chain, ".venv/bin/dvc", "repro", "tokenize")
+        assert {"pretrain@clm", "pretrain@mlm", "finetune"} <= planned(chain)
+        record = json.loads((chain.path / "data/ingest/record.json").read_text())
+        assert record["recipe"] != next(r for r in before["stages"] if r["stage"] == "ingest")["recipe"]
+    finally:
+        facts.write_text(old)
+        run(chain, ".venv/bin/dvc", "repro", "tokenize")
+    assert planned(chain) == set()
+
+
+def test_one_new_ranking_reruns_reward_and_what_follows_and_no_pretraining(chain: Project) -> None:
+    folder = chain.path / "data/sources/rankings"
+    row = {
+        "id": "by-hand-1",
+        "prompt": [{"role": "user", "content": "How was the film?"}],
+        "responses": ["It was a delight from beginning to end.", "Dull."],
+        "ranks": [1, 2], "scores": None, "scale": None, "annotators": 1, "models": ["a", "b"], "source": "people",
+        "split": "train",
+    }  # fmt: skip
+    table = pa.Table.from_pylist([row], tables.schema("rankings"))
+    pq.write_table(table, folder / "00001.parquet")
+    try:
+        run(chain, ".venv/bin/dvc", "repro", "tokenize")
+        to_run = planned(chain)
+        assert "reward" in to_run
+        assert not {name for name in to_run if name.startswith(("pretrain", "finetune", "tokenize"))}
+        run(chain, ".venv/bin/dvc", "repro", "reward")
+        assert "ppo" in planned(chain)
+    finally:
+        (folder / "00001.parquet").unlink()
+        run(chain, ".venv/bin/dvc", "repro", "reward")
+    assert planned(chain) == set()
