@@ -7,6 +7,7 @@ last token, a penalty for replies that do not end).
 """
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ class Kl(Settings):
     coefficient: float = Field(description="beta: price of a nat of KL, in rating points", ge=0)
     target: float = Field(description="KL of a reply (nats) that the coefficient is steered to", gt=0)
     horizon: float = Field(description="Episodes over which it is steered; 0 keeps it fixed", ge=0)
+    limit: float = Field(description="KL of a reply (nats) beyond which the policy goes back a step and PPO ends", gt=0)
 
 
 class Ptx(Settings):
@@ -103,12 +105,17 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     mixture = Mixture(split, ptx.window, ptx.batch, ptx.statements, job.seed) if ptx.weight else None
     trainer = Trainer(config, job, tokenizer, policy, reference, head, scorer, prompts, mixture)
     history = History(every=1)
+    began = time.perf_counter()
     for iteration in tqdm(range(config.iterations), desc=job.name, mininterval=2):
-        history.add(iteration, trainer.iterate(iteration))
+        figures = trainer.iterate(iteration)
+        if figures is None:
+            break
+        history.add(iteration, figures)
+    job.measured(episodes_per_second=round(len(history.rows) * config.episodes / (time.perf_counter() - began), 2))
     models.save(policy, tokenizer, job.outputs["model"])
     history.write(job.outputs["history"])
     first, last = history.rows[0], history.rows[-1]
-    return {
+    return {"iterations": len(history.rows)} | {
         f"{name}_{when}": row[name]
         for when, row in (("first", first), ("last", last))
         for name in ("reward", "kl", "entropy")
@@ -142,10 +149,21 @@ class Trainer:
         self.optimizer = build_optimizer(self.config.optimizer, self.trained)
         self.beta = self.config.kl.coefficient
         self.updates = 0
+        self.within_limit: dict[str, torch.Tensor] = {}  # the last weights whose replies were within kl.limit
 
-    def iterate(self, iteration: int) -> dict[str, float]:
-        """Sample, score, estimate advantages, update; return the iteration's figures."""
+    def iterate(self, iteration: int) -> dict[str, float] | None:
+        """Sample, score, estimate advantages, update; return the iteration's figures.
+
+        None means that the policy had moved beyond `kl.limit`, where replies are good for the reward model alone (Gao
+        et al. 2023, "Scaling laws for reward model overoptimization"): it is then what it was an iteration before.
+        """
         rollout, figures = self.sample(iteration)
+        if figures["kl"] > self.config.kl.limit:
+            self.policy.load_state_dict(self.within_limit)
+            print(f"iteration {iteration + 1}: KL {figures['kl']:.1f} is beyond kl.limit ({self.config.kl.limit:g}); "
+                  "the policy goes back to the iteration before, and PPO ends", flush=True)  # fmt: skip
+            return None
+        self.within_limit = {name: value.clone() for name, value in self.policy.state_dict().items()}
         random = np.random.default_rng([self.job.seed, iteration, 2])
         for group in self.optimizer.param_groups:
             group["lr"] = rate_at(self.config.optimizer, iteration, self.config.iterations)

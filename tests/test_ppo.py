@@ -151,7 +151,9 @@ def test_the_reward_is_the_score_at_the_end_less_the_price_of_moving(trainer: Ca
     """Token by token: -beta (log p - log p of the tuned model), and at the last token the rating less the penalty."""
     import torch
 
-    ours = trainer(discount=1.0, trace=1.0, kl={"coefficient": 0.3, "target": 1.0, "horizon": 0}, max_new_tokens=6)
+    ours = trainer(
+        discount=1.0, trace=1.0, kl={"coefficient": 0.3, "target": 1.0, "horizon": 0, "limit": 50.0}, max_new_tokens=6
+    )
     disturb(ours.policy, 0.05)
     rollout, figures = ours.sample(3)
     total = 0.0
@@ -294,6 +296,7 @@ def test_every_reply_is_gone_through_in_every_epoch(trainer: Callable[..., ppo.T
     stub: Any = ours
     stub.update = update
     figures = ours.iterate(0)
+    assert figures is not None
     assert all(sorted(seen[at : at + 10]) == list(range(10)) for at in (0, 10, 20))
     assert figures["policy_loss"] == pytest.approx((4 + 4 + 2) / 3)
 
@@ -335,9 +338,29 @@ def test_the_coefficient_is_steered_to_the_target(
 
 def test_a_horizon_of_nothing_keeps_the_coefficient(trainer: Callable[..., ppo.Trainer]) -> None:
     """0 is a fixed price."""
-    ours = trainer(kl={"coefficient": 0.05, "target": 6.0, "horizon": 0})
+    ours = trainer(kl={"coefficient": 0.05, "target": 6.0, "horizon": 0, "limit": 50.0})
     ours.steer(100.0)
     assert ours.beta == 0.05
+
+
+def test_beyond_the_limit_the_policy_goes_back_an_iteration_and_ppo_ends(trainer: Callable[..., ppo.Trainer]) -> None:
+    """What is kept are the weights whose own replies were still within the limit."""
+    import torch
+
+    ours = trainer(
+        lambda text: 2.0 if "obviously" in text else -2.0,
+        kl={"coefficient": 0.0, "target": 6.0, "horizon": 0, "limit": 4.0},
+        optimizer={**OPTIMIZER, "learning_rate": 1e-3, "weight_decay": 0.0, "schedule": "constant"},
+    )
+    passed: list[tuple[float, dict[str, torch.Tensor]]] = []
+    for iteration in range(40):
+        weights = {name: value.clone() for name, value in ours.policy.state_dict().items()}
+        if not (figures := ours.iterate(iteration)):
+            break
+        passed.append((figures["kl"], weights))
+    assert 1 < len(passed) < 40
+    assert max(kl for kl, _ in passed) <= 4.0
+    assert all(torch.equal(value, passed[-1][1][name]) for name, value in ours.policy.state_dict().items())
 
 
 # Whole runs
@@ -352,7 +375,8 @@ def test_it_learns_what_is_rated(trainer: Callable[..., ppo.Trainer]) -> None:
         minibatch=16,
         optimizer={**OPTIMIZER, "learning_rate": 1e-3, "weight_decay": 0.0, "schedule": "constant"},
     )
-    rewards = [ours.iterate(iteration)["reward"] for iteration in range(10)]
+    rewards = [figures["reward"] for iteration in range(10) if (figures := ours.iterate(iteration))]
+    assert len(rewards) == 10
     assert rewards[0] < 0.5
     assert np.mean(rewards[-3:]) > rewards[0] + 1.0
 

@@ -101,7 +101,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "clip": 0.2,
         "value_clip": 0.5,
         "value_weight": 0.1,
-        "kl": {"coefficient": 0.05, "target": 6.0, "horizon": 2000},
+        "kl": {"coefficient": 0.05, "target": 6.0, "horizon": 2000, "limit": 50.0},
         "ptx": MIX,
         "optimizer": {**OPTIMIZER, "learning_rate": 3e-4},
     },
