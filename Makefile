@@ -54,7 +54,7 @@ $(VENV)/.dev: $(VENV)/.runtime requirements-dev.lock
 # the project itself, pip, and local build tags (`+cpu`), so that one lock serves every build of a package.
 FREEZE := freeze --all --exclude bessemer --exclude pip | sed -E 's/\+[A-Za-z0-9.]+$$//' | LC_ALL=C sort -f
 
-lock: ## make both lock files anew from pyproject.toml (a few minutes)
+lock: ## make the lock files anew from pyproject.toml (a few minutes)
 	@rm -rf .lock && $(PYTHON) -m venv .lock/venv
 	@echo "Resolving and installing the runtime packages ..."
 	@.lock/venv/bin/python -m pip install -qq --upgrade .
@@ -64,8 +64,9 @@ lock: ## make both lock files anew from pyproject.toml (a few minutes)
 	@{ echo "# Development tools, on top of requirements.lock. Made by 'make lock' from pyproject.toml."; \
 	   .lock/venv/bin/python -m pip $(FREEZE) | grep -vxFf .lock/runtime; } > .lock/dev
 	@mv .lock/runtime requirements.lock && mv .lock/dev requirements-dev.lock
+	@.lock/venv/bin/python -m serving.lock
 	@rm -rf .lock build bessemer.egg-info
-	@wc -l requirements.lock requirements-dev.lock
+	@wc -l requirements.lock requirements-dev.lock serving/requirements.txt
 
 clean: ## drop the environment and every cache that can be made again (results in data/ and DVC's cache stay)
 	@rm -rf $(VENV) .lock build bessemer.egg-info .mypy_cache .pytest_cache .ruff_cache data/.scratch
