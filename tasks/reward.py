@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from tasks.common import chat, models, stage, tables
-from tasks.common.scoring import Scorer
+from tasks.common.scoring import Scorer, encode
 from tasks.common.settings import Settings
 from tasks.common.stage import Job, StageError
 from tasks.common.training import Losses, Optimizer, batch_at, summary, train
@@ -108,7 +108,7 @@ def read_rankings(job: Job, tokenizer: "PreTrainedTokenizerFast", longest: int, 
             (i, j, ratings[i] - ratings[j] if ratings else math.nan)
             for i in range(len(places)) for j in range(len(places)) if places[i] < places[j]
         ]  # fmt: skip
-        ids = [chat.encode_text(tokenizer, text)[:longest] for text in row["responses"]]
+        ids = [encode(tokenizer, text, longest) for text in row["responses"]]
         result.append(Ranking(row["responses"], ids, ratings, pairs))
     return result
 
@@ -190,14 +190,19 @@ def judge(scorer: Scorer, train_set: Sequence[Ranking], heldout: Sequence[Rankin
     if not texts:
         return {"heldout_pairs": 0}
     ours = np.array(scorer.score(texts))
-    words = bag_of_words([r for r in train_set if r.ratings], texts)
+    rated_set = [ranking for ranking in train_set if ranking.ratings]
+    words, bigrams = bag_of_words(rated_set, texts), bag_of_words(rated_set, texts, bigrams=True)
     starts = np.cumsum([0, *(len(ranking.texts) for ranking in heldout)])
     pairs = [(at + i, at + j, gap) for at, ranking in zip(starts, heldout, strict=False) for i, j, gap in ranking.pairs]
     result: dict[str, Any] = {"heldout_pairs": len(pairs)}
     for gap in GAPS:
         chosen = [(i, j) for i, j, size in pairs if size >= gap]
-        figures = {"pairs": len(chosen), "model": _accuracy(ours, chosen), "bag_of_words": _accuracy(words, chosen)}
-        result[f"gap_at_least_{gap:g}"] = figures
+        result[f"gap_at_least_{gap:g}"] = {
+            "pairs": len(chosen),
+            "model": _accuracy(ours, chosen),
+            "bag_of_words": _accuracy(words, chosen),
+            "bag_of_words_and_bigrams": _accuracy(bigrams, chosen),
+        }
     unmeasured = [(i, j) for i, j, size in pairs if math.isnan(size)]
     if unmeasured:
         result["ranked_only"] = {"pairs": len(unmeasured), "model": _accuracy(ours, unmeasured)}
@@ -227,8 +232,10 @@ def calibration(rated: Sequence[tuple[float, float]], bins: int = 10) -> list[di
     ]
 
 
-def bag_of_words(rankings: Sequence[Ranking], texts: Sequence[str]) -> "np.ndarray[Any, Any] | None":
-    """Return a ridge regression's ratings of texts from their words and word pairs: the baseline to beat."""
+def bag_of_words(
+    rankings: Sequence[Ranking], texts: Sequence[str], *, bigrams: bool = False
+) -> "np.ndarray[Any, Any] | None":
+    """Return a ridge regression's ratings of texts from their words (and word pairs): the baselines to beat."""
     from scipy.sparse import csr_matrix
     from scipy.sparse.linalg import lsqr
 
@@ -239,12 +246,15 @@ def bag_of_words(rankings: Sequence[Ranking], texts: Sequence[str]) -> "np.ndarr
         return None
     columns: dict[str, int] = {}
     for text, _ in pairs:
-        for word in _words(text):
-            columns.setdefault(word, len(columns))
+        for term in _terms(text, bigrams):
+            columns.setdefault(term, len(columns))
 
     def counts(items: Sequence[str]) -> Any:
         cells = [
-            (row, columns[word]) for row, text in enumerate(items) for word in set(_words(text)) if word in columns
+            (row, columns[term])
+            for row, text in enumerate(items)
+            for term in set(_terms(text, bigrams))
+            if term in columns
         ]
         rows, places = zip(*cells, strict=True) if cells else ((), ())
         return csr_matrix((np.ones(len(cells)), (rows, places)), shape=(len(items), len(columns)))
@@ -254,9 +264,9 @@ def bag_of_words(rankings: Sequence[Ranking], texts: Sequence[str]) -> "np.ndarr
     return np.asarray(counts(texts) @ weights + values.mean())
 
 
-def _words(text: str) -> list[str]:
+def _terms(text: str, bigrams: bool) -> list[str]:
     words = re.findall(r"[a-z']+|[^\sa-z']", text.lower())
-    return [*words, *(f"{a} {b}" for a, b in pairwise(words))]
+    return [*words, *(f"{a} {b}" for a, b in pairwise(words))] if bigrams else words
 
 
 if __name__ == "__main__":

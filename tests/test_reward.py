@@ -9,8 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from tasks import reward
-from tasks.common import chat, models, tables
-from tasks.common.scoring import Scorer
+from tasks.common import models, tables
+from tasks.common.scoring import Scorer, encode
 from tasks.common.stage import StageError
 from tasks.reward import Ranking
 from tests.training_fixtures import ADJECTIVES, NUMERICS, THINGS, Chain, chain, config, rankings
@@ -83,7 +83,7 @@ def test_a_batch_of_rankings_weighs_both_losses(chain: Chain, tmp_path: Path) ->
     loss, parts, tokens = reward.ranking_loss(model, tokenizer, batch, settings, 0.25, job)
 
     def score(text: str) -> float:
-        ids = torch.tensor([chat.encode_text(tokenizer, text)])
+        ids = torch.tensor([encode(tokenizer, text, 64)])
         value: float = model(input_ids=ids).logits[0, 0].item()
         return value + 0.25
 
@@ -123,7 +123,7 @@ def test_long_replies_are_cut_and_splits_kept_apart(chain: Chain, tmp_path: Path
     rows = [ranking([1.0, 2.0]), {**ranking([0.0, 1.0]), "split": "heldout"}]
     rows[0]["responses"][0] = "word " * 100
     (kept,) = read(rows, chain, tmp_path)
-    assert list(map(len, kept.ids)) == [32, len(chat.encode_text(chain.tokenizer(), "Reply 1."))]
+    assert list(map(len, kept.ids)) == [32, len(encode(chain.tokenizer(), "Reply 1.", 32))]
 
 
 def test_words_are_hidden_at_random() -> None:
@@ -184,16 +184,28 @@ def test_calibration_compares_predictions_with_people() -> None:
     assert len(reward.calibration(rated[:3], bins=10)) == 3
 
 
-def test_the_bag_of_words_learns_words() -> None:
-    """The baseline rates sentences by words and word pairs that it has seen rated, and unknown ones at the mean."""
+@pytest.mark.parametrize("bigrams", [False, True])
+def test_the_bag_of_words_learns_words(bigrams: bool) -> None:
+    """The baselines rate sentences by words and word pairs that it has seen rated, and unknown ones at the mean."""
     texts = [f"The {thing} was {word}." for thing in THINGS for word in ADJECTIVES]
     rated = [Ranking([text], [[1]], [ADJECTIVES[text.split()[-1].strip(".")]], []) for text in texts]
     words = list(ADJECTIVES)
-    found = reward.bag_of_words(rated, [*(f"A day was {word}." for word in words), "Zzz"])
+    found = reward.bag_of_words(rated, [*(f"A day was {word}." for word in words), "Zzz"], bigrams=bigrams)
     assert found is not None
     assert [words[place] for place in np.argsort(-found[:-1])] == words
     assert found[-1] == pytest.approx(sum(ADJECTIVES.values()) / len(ADJECTIVES), abs=0.2)
-    assert reward.bag_of_words([], ["anything"]) is None
+    assert reward.bag_of_words([], ["anything"], bigrams=bigrams) is None
+
+
+def test_bigrams_see_what_words_alone_do_not() -> None:
+    """ "not good" and "good, not bad" hold the same words where the order alone tells."""
+    texts = {"It was good not bad": 2.0, "It was bad not good": -2.0}
+    rated = [Ranking([text], [[1]], [value], []) for text, value in texts.items() for _ in range(20)]
+    alone, paired = (reward.bag_of_words(rated, list(texts), bigrams=bigrams) for bigrams in (False, True))
+    assert alone is not None
+    assert paired is not None
+    assert alone[0] == pytest.approx(alone[1])
+    assert paired[0] > paired[1] + 1
 
 
 # Scores
@@ -208,7 +220,7 @@ def test_a_score_is_the_same_alone_and_in_company(chain: Chain) -> None:
     together = scorer.score([*texts, *texts[::-1]], batch=3)
     alone = [scorer.score([text])[0] for text in texts]
     assert together == pytest.approx([*alone, *alone[::-1]], abs=1e-5)  # float32, sums in another order
-    ids = torch.tensor([chat.encode_text(scorer.tokenizer, texts[0])])
+    ids = torch.tensor([encode(scorer.tokenizer, texts[0], 64)])
     plain = scorer.model(input_ids=ids).logits[0, 0].item()
     assert alone[0] == pytest.approx(plain + scorer.model.config.bessemer_reward_offset, abs=1e-5)
 

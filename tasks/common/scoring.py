@@ -12,6 +12,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
+def encode(tokenizer: "PreTrainedTokenizerFast", text: str, longest: int) -> list[int]:
+    """Return the ids of a reply as a reward model reads it, cut to `longest`.
+
+    It begins with a space, so that a word is the same token at a reply's start as within it (docs/decisions.md).
+    """
+    return chat.encode_text(tokenizer, f" {text.lstrip()}")[:longest]
+
+
 @dataclass(frozen=True)
 class Scorer:
     """A reward model with its own tokenizer: it reads text, so the policy may have another vocabulary."""
@@ -32,7 +40,7 @@ class Scorer:
         """Return the rating that people would give each text, as the model predicts it, on the raters' scale."""
         import torch
 
-        encoded = [chat.encode_text(self.tokenizer, text)[: self.max_tokens] for text in texts]
+        encoded = [encode(self.tokenizer, text, self.max_tokens) for text in texts]
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         scores = [0.0] * len(encoded)
         was_training = self.model.training
