@@ -44,7 +44,7 @@ def check() -> None:
 
 
 def threads() -> int:
-    """Return the threads that the service uses: one for every core that it may have."""
+    """Return the most threads that a side is measured on: one for every core that this process may use."""
     from serving.folders import available_cores
 
     return available_cores()
@@ -52,6 +52,8 @@ def threads() -> int:
 
 def measure(*, trial: bool) -> Measured:
     """Measure start, load and decoding."""
+    from serving.folders import useful_threads
+
     rounds = 1 if trial else 5
     starts, loads = serving(rounds, requests=32 if trial else 200)
     measured = Measured([*start_rows(starts), *load_rows(loads), size_row()])
@@ -61,7 +63,7 @@ def measure(*, trial: bool) -> Measured:
         sides = {side: partial(decoding, side, count) for side in ("int8", "torch")}
         decoded[count] = harness.alternate(sides, rounds)
         measured.notes.append(f"{count} thread(s): {harness.spread(decoded[count], 'tokens_per_second')}")
-    measured.rows += decoding_rows(decoded)
+    measured.rows += decoding_rows(decoded, useful_threads(endpoint.package_folder() / "policy" / "model.onnx"))
     return measured
 
 
@@ -152,7 +154,7 @@ def prompt(policy: Path) -> list[int]:
     return ids[:PROMPT_TOKENS]
 
 
-def decoding_rows(decoded: dict[int, dict[str, list[Figures]]]) -> list[Row]:
+def decoding_rows(decoded: dict[int, dict[str, list[Figures]]], served_on: int) -> list[Row]:
     """Return INT8 against FP32 on equal threads; the target is about INT8 as served and torch at its best."""
     middle = {
         (side, count, figure): harness.median(rounds, figure)
@@ -161,7 +163,7 @@ def decoding_rows(decoded: dict[int, dict[str, list[Figures]]]) -> list[Row]:
         for figure in ("tokens_per_second", "answers_per_second")
     }
     best = max(middle["torch", count, "tokens_per_second"] for count in decoded)
-    served = middle["int8", threads(), "tokens_per_second"]
+    served = middle["int8", served_on, "tokens_per_second"]
     found = [Row("decoding as served", served, "tokens/s", best, f"{TORCH} at its best", "ratio >= 4")]
     for count in decoded:
         for figure, what, unit in (

@@ -5,7 +5,7 @@ evaluation all use these classes, so what is measured is what answers.
 
 Every request has a generator of its own: with dynamic INT8 the activations of a whole batch share one scale, so that
 an answer worked out in a batch could depend on its neighbours. onnxruntime-genai keeps Python's lock during a step;
-requests that run at once therefore take turns, token by token, each step on all the cores it was given.
+requests that run at once therefore take turns, token by token, each step on all the threads that suit the model.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

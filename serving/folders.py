@@ -20,6 +20,15 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def useful_threads(model: Path) -> int:
+    """Return how many threads suit a model's file: one for each 16 MB of weights, up to the cores there are.
+
+    Below that a thread waits for the others longer than it computes: at 2 MB two threads decode as fast as one on a
+    quiet machine, and at a third of its speed on a busy one.
+    """
+    return min(available_cores(), max(1, required(model).stat().st_size // 2**24))
+
+
 def required(path: Path) -> Path:
     """Return the path of a file, or say that the package lacks it."""
     if not path.is_file():
@@ -64,11 +73,11 @@ def refuse_reserved(tokenizer: "Tokenizer", text: str, allowed: str | None = Non
 
 
 def load_onnx(path: Path, threads: int | None) -> "onnxruntime.InferenceSession":
-    """Load an ONNX model on the CPU, by default with every core that this process may use."""
+    """Load an ONNX model on the CPU, by default on as many threads as suit its size."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or available_cores()
+    options.intra_op_num_threads = threads or useful_threads(path)
     try:
         return onnxruntime.InferenceSession(str(required(path)), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # a class of its own for each kind of failure, and no common one above them
@@ -76,11 +85,11 @@ def load_onnx(path: Path, threads: int | None) -> "onnxruntime.InferenceSession"
 
 
 def load_genai(folder: Path, threads: int | None) -> "onnxruntime_genai.Model":
-    """Load a folder in onnxruntime-genai's format, by default with every core that this process may use."""
+    """Load a folder in onnxruntime-genai's format, by default on as many threads as suit the model's size."""
     import onnxruntime_genai
 
     required(folder / "genai_config.json")
-    options = {"intra_op_num_threads": threads or available_cores()}
+    options = {"intra_op_num_threads": threads or useful_threads(folder / "model.onnx")}
     try:
         config = onnxruntime_genai.Config(str(folder))
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))

@@ -5,6 +5,7 @@ Run as `python -m tasks.quantize policy` or `python -m tasks.quantize encoder`. 
 Dynamic INT8: weights are 8-bit, one scale a column; activations are scaled as they come.
 """
 
+import json
 import shutil
 import tempfile
 import time
@@ -65,7 +66,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         context = chat.load_tokenizer(source).model_max_length
         stage.write_json(target / "limits.json", {"context": context, "max_new_tokens": config.max_new_tokens})
         stage.write_json(target / "genai_config.json", engine_config(model, context))
-        job.measured(**speeds(model, target, config.timed_tokens))
+        job.measured(**speeds(model, target, config.timed_tokens, job.numerics.threads))
     return {"bytes": size, "fp32_bytes": fp32_bytes, "ratio": round(size / fp32_bytes, 4)}
 
 
@@ -127,15 +128,17 @@ def engine_config(model: "PreTrainedModel", context: int) -> dict[str, Any]:
     }
 
 
-def speeds(model: "PreTrainedModel", path: Path, tokens: int) -> dict[str, float]:
-    """Return decode tokens/s of torch in FP32 and of the INT8 engine on one prompt, taken in turn, best of three."""
+def speeds(model: "PreTrainedModel", path: Path, tokens: int, threads: int) -> dict[str, float]:
+    """Return decode tokens/s of torch in FP32 and of the INT8 engine, both on `threads`, in turn, best of three."""
     import onnxruntime_genai as og
     import torch
 
     prompt = np.random.default_rng(0).integers(len(chat.SPECIAL_TOKENS), model.config.vocab_size, size=(1, 16))
     ids = torch.from_numpy(prompt)
     length = prompt.shape[1] + tokens
-    engine = og.Model(str(path))
+    engine_settings = og.Config(str(path))
+    engine_settings.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+    engine = og.Model(engine_settings)
     parameters = og.GeneratorParams(engine)
     parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from serving import chat, names
+from serving import chat, folders, names
 from serving.decoding import Answer, Limits, Sampling
 from serving.engine import MaskEngine, TextEngine
 from serving.errors import InputError, PackageError
@@ -363,3 +363,16 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(
 
 def test_limits_of_the_tiny_package(text: TextEngine) -> None:
     assert text.limits == Limits(CONTEXT, MAX_NEW_TOKENS)
+
+
+def test_small_models_run_on_one_thread_and_larger_ones_on_all_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "available_cores", lambda: 4)
+    model = tmp_path / "model.onnx"
+    threads = []
+    for size in (1, 2**24, 3 * 2**24, 100 * 2**24):
+        with model.open("wb") as file:
+            file.truncate(size)
+        threads.append(folders.useful_threads(model))
+    assert threads == [1, 1, 3, 4]
