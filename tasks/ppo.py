@@ -106,8 +106,8 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     trainer = Trainer(config, job, tokenizer, policy, reference, head, scorer, prompts, mixture)
     history = History(every=1)
     began = time.perf_counter()
-    for iteration in tqdm(range(config.iterations), desc=job.name, mininterval=2):
-        figures = trainer.iterate(iteration)
+    for iteration in tqdm(range(config.iterations + 1), desc=job.name, mininterval=2):
+        figures = trainer.iterate(iteration, learn=iteration < config.iterations)  # the last one looks at what came out
         if figures is None:
             break
         history.add(iteration, figures)
@@ -115,7 +115,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     models.save(policy, tokenizer, job.outputs["model"])
     history.write(job.outputs["history"])
     first, last = history.rows[0], history.rows[-1]
-    return {"iterations": len(history.rows)} | {
+    return {"updates": trainer.updates} | {
         f"{name}_{when}": row[name]
         for when, row in (("first", first), ("last", last))
         for name in ("reward", "kl", "entropy")
@@ -151,19 +151,16 @@ class Trainer:
         self.updates = 0
         self.within_limit: dict[str, torch.Tensor] = {}  # the last weights whose replies were within kl.limit
 
-    def iterate(self, iteration: int) -> dict[str, float] | None:
-        """Sample, score, estimate advantages, update; return the iteration's figures.
+    def iterate(self, iteration: int, *, learn: bool = True) -> dict[str, float] | None:
+        """Sample, score, estimate advantages, update (unless it is only to look); return the iteration's figures.
 
-        None means that the policy had moved beyond `kl.limit`, where replies are good for the reward model alone (Gao
-        et al. 2023, "Scaling laws for reward model overoptimization"): it is then what it was an iteration before.
+        None means that the policy had moved beyond `kl.limit`; it is then what it was an iteration before.
         """
         rollout, figures = self.sample(iteration)
-        if figures["kl"] > self.config.kl.limit:
-            self.policy.load_state_dict(self.within_limit)
-            print(f"iteration {iteration + 1}: KL {figures['kl']:.1f} is beyond kl.limit ({self.config.kl.limit:g}); "
-                  "the policy goes back to the iteration before, and PPO ends", flush=True)  # fmt: skip
+        if not self.kept_within_limit(figures["kl"]):
             return None
-        self.within_limit = {name: value.clone() for name, value in self.policy.state_dict().items()}
+        if not learn:
+            return figures
         random = np.random.default_rng([self.job.seed, iteration, 2])
         for group in self.optimizer.param_groups:
             group["lr"] = rate_at(self.config.optimizer, iteration, self.config.iterations)
@@ -177,6 +174,23 @@ class Trainer:
         figures["beta"] = self.beta
         self.steer(figures["kl"])
         return figures
+
+    def kept_within_limit(self, kl: float) -> bool:
+        """Keep the policy whose replies have this KL, or go back to the one that was kept last where it is too high.
+
+        Far from the tuned model, replies are good for the reward model alone (Gao et al. 2023, "Scaling Laws for Reward
+        Model Overoptimization").
+        """
+        limit = self.config.kl.limit
+        if kl <= limit:
+            self.within_limit = {name: value.clone() for name, value in self.policy.state_dict().items()}
+            return True
+        self.policy.load_state_dict(self.within_limit)
+        print(
+            f"KL {kl:.1f} is beyond ppo.kl.limit ({limit:g}): the policy goes back an iteration, and PPO ends",
+            flush=True,
+        )
+        return False
 
     def sample(self, iteration: int) -> tuple[Rollout, dict[str, float]]:
         """Return an iteration's replies with all that the updates need, and the figures to watch."""

@@ -399,7 +399,8 @@ def test_the_stage_leaves_a_policy_and_its_curves(chain: Chain) -> None:
     assert models.parameters(policy) == models.parameters(tuned)
     with chain.path("data/ppo/history.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == config("ppo").iterations
+    assert len(rows) == config("ppo").iterations + 1  # the last one only looks at the policy that is saved
+    assert not rows[-1]["policy_loss"]
     metrics = chain.metrics["ppo"]
     assert metrics["kl_first"] == 0 < metrics["kl_last"]
     for name in ("reward", "kl", "entropy"):
