@@ -72,6 +72,29 @@ def test_a_prompt_is_a_conversation_up_to_the_reply(tokenizer: Any) -> None:
     assert all(answers[len(prompt) :])
 
 
+# transformers' own: its Trainer hands `tokenizer` to itself under the older name
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_answer_loss_is_that_of_trl(model: Any, tokenizer: Any, chain: Chain, tmp_path: Path) -> None:
+    """TRL's SFTTrainer, given the same questions and answers as text, encodes them as we do and finds the same loss."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    asked = [TURNS[:3], TURNS[1:3], [TURNS[3], TURNS[4]]]
+    rows = [{"prompt": messages[:-1], "completion": messages[-1:]} for messages in asked]
+    settings = SFTConfig(
+        output_dir=str(tmp_path / "trl"), per_device_train_batch_size=3, completion_only_loss=True, bf16=False,
+        use_cpu=True, report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = SFTTrainer(model, settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    [batch] = trainer.get_train_dataloader()
+    ours = [chat.encode_chat(tokenizer, messages) for messages in asked]
+    assert sorted(map(tuple, batch["input_ids"].tolist())) == sorted(
+        map(tuple, chat.pad([ids for ids, _ in ours], tokenizer.pad_token_id))
+    )
+    loss, _ = finetune.answer_loss(model.eval(), tokenizer, ours, chain.job("finetune", config("finetune"), tmp_path))
+    assert loss.item() == pytest.approx(trainer.compute_loss(model, batch).item(), rel=1e-5)
+
+
 def test_the_answer_loss_is_the_mean_over_all_answer_tokens(
     model: Any, tokenizer: Any, chain: Chain, tmp_path: Path
 ) -> None:

@@ -184,6 +184,29 @@ def test_calibration_compares_predictions_with_people() -> None:
     assert len(reward.calibration(rated[:3], bins=10)) == 3
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_ordering_loss_is_that_of_trl(chain: Chain, tmp_path: Path) -> None:
+    """TRL's RewardTrainer, given the same pairs, finds the same Bradley–Terry loss."""
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    pairs = [("It was good.", "It was terrible."), ("A kind song about the garden.", "No."), ("Fine.", "It was good.")]
+    tokenizer, model = chain.tokenizer(), models.load_scorer(chain.path("data/reward/model"), NUMERICS)
+    rows = [[encode(tokenizer, text, 32) for text in pair] for pair in pairs]
+    settings = RewardConfig(
+        output_dir=str(tmp_path / "trl"), per_device_train_batch_size=3, bf16=False, use_cpu=True, report_to="none",
+        disable_tqdm=True, disable_dropout=True,
+    )  # fmt: skip
+    given = Dataset.from_list([{"chosen_ids": better, "rejected_ids": worse} for better, worse in rows])
+    trainer = RewardTrainer(model, settings, train_dataset=given, processing_class=tokenizer)
+    [batch] = trainer.get_train_dataloader()
+    theirs = trainer.compute_loss(model.eval(), batch).item()
+    scores = reward.score_rows(
+        model, tokenizer, [ids for pair in rows for ids in pair], chain.job("reward", config("reward"), tmp_path)
+    )
+    assert reward.ordering_loss(scores, [(0, 1), (2, 3), (4, 5)]).item() == pytest.approx(theirs, rel=1e-5)
+
+
 @pytest.mark.parametrize("bigrams", [False, True])
 def test_the_bag_of_words_learns_words(bigrams: bool) -> None:
     """The baselines rate sentences by words and word pairs that it has seen rated, and unknown ones at the mean."""
