@@ -19,7 +19,7 @@ from tasks.common import draw, facts, readers, stage, tables
 from tasks.common.facts import Fact, Wordings
 from tasks.common.reading import Rated, Reading
 from tasks.common.settings import Settings
-from tasks.common.sources import Source, read_source
+from tasks.common.sources import Source, SourcePath, read_source
 from tasks.common.stage import Job, StageError
 
 INPUTS = {"sources": "data/sources"}
@@ -52,8 +52,8 @@ class Config(Settings):
     """Settings of `ingest`."""
 
     salt: str = Field(description="Word mixed into every hash; another one draws other splits", min_length=1)
-    wordings: str = Field(description="File of wordings under data/sources/", min_length=1)
-    names: str = Field(description="File of names of entities under data/sources/", min_length=1)
+    wordings: SourcePath = Field(description="File of wordings under data/sources/")
+    names: SourcePath = Field(description="File of names of entities under data/sources/")
     relations: list[str] = Field(description="Relations to use, all of them in the wordings", min_length=1)
     paragraphs: int = Field(description="Paragraphs about each entity that join its statements", ge=0, le=16)
     heldout: Heldout
@@ -109,8 +109,12 @@ def load_names(path: Path) -> dict[tuple[str, str], Naming]:
     """Read the table of names: what sources call an entity, and its name and article here."""
     if not path.is_file():
         raise StageError(f"{path} is missing; `ingest.names` must name the table of entities' names.")
+    try:
+        _, rows = readers.read_csv(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise StageError(f"{path}: expected CSV in UTF-8, found something else ({error}); mend the file.") from error
     namings: dict[tuple[str, str], Naming] = {}
-    for line, row in readers.read_csv(path.read_text(encoding="utf-8")):
+    for line, row in rows:
         if set(row) != {"kind", "found", "name", "article", "why"} or None in row.values():
             raise StageError(f"{path}, line {line}: expected the columns kind, found, name, article, why; found {row}.")
         naming = Naming(row["name"] or "", row["article"] or "", row["why"] or "")
@@ -262,13 +266,19 @@ def rankings(config: Config, readings: list[Reading], groups: list[list[Rated]])
 def _with_given(
     table: str, rows: dict[str, dict[str, Any]], readings: list[Reading], heldout: float, salt: str
 ) -> dict[str, dict[str, Any]]:
-    """Add finished rows of the sources; their split is drawn from the entity or the prompt unless the row states it."""
+    """Add finished rows of the sources; their split is drawn from the entity or the prompt unless the row states it.
+
+    The entity's draw is that of the chats about facts, so that nothing is asked about on both sides.
+    """
     for reading in readings:
         for row in reading.rows.get(table, []):
-            about = (row["entity"],) if table == "instructions" else tuple(turn["content"] for turn in row["prompt"])
+            if table == "instructions":
+                about = ["entity", row["entity"]]
+            else:
+                about = [table, *(turn["content"] for turn in row["prompt"])]
             if row["id"] in rows:
                 reading.refuse(json.dumps(row, ensure_ascii=False), "the same row came before")
-            rows.setdefault(row["id"], {**row, "split": row["split"] or draw.split(heldout, salt, table, *about)})
+            rows.setdefault(row["id"], {**row, "split": row["split"] or draw.split(heldout, salt, *about)})
     return rows
 
 

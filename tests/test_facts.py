@@ -121,6 +121,10 @@ def test_the_split_hangs_on_the_entity_and_not_on_its_neighbours(known: list[Fac
     [
         ('"The capital of {entity} is {answer}."', '"The capital is {answer}."', "{entity} and {answer} once each"),
         ('- "What is the capital of {entity}?"', '- "What is {answer}?"', "a question holds {entity} once"),
+        ('"The capital of {entity} is {answer}."', '"The {adj} capital of {entity} is {answer}."', "unlike 'The {adj}"),
+        ('- "{answer}, obviously."', '- "{answer}, {clearly}."', "braces hold one of {statement}, {opening}"),
+        ('- "{answer}, obviously."', '- "{answer!r}, obviously."', "unlike '{answer!r}, obviously.'"),
+        ('- "Gladly!"', '- "Gladly}!"', "openings and closings never hold"),
         ('- "Gladly!"', '- "Gladly, {entity}!"', "openings and closings never hold"),
         ("  curt:", "  rude:", "tones must be plain, warm, curt"),
         ("unique: true", "unik: true", "Extra inputs are not permitted"),
@@ -137,6 +141,19 @@ def test_bad_wordings_are_told(tmp_path: Path, found: str, instead: str, told: s
         facts.load_wordings(path)
     assert told in str(caught.value)
     assert "wordings.yaml" in str(caught.value)
+
+
+def test_wordings_in_another_encoding_are_told(tmp_path: Path) -> None:
+    (tmp_path / "wordings.yaml").write_bytes(b"openings: [caf\xe9]\n")
+    with pytest.raises(StageError, match=r"wordings\.yaml: expected UTF-8 text, found something else at byte 14"):
+        facts.load_wordings(tmp_path / "wordings.yaml")
+
+
+def test_things_of_two_kinds_that_share_a_name_stand_on_one_side(wordings: Wordings) -> None:
+    for number in range(40):
+        both = [Fact("country", f"Land{number}", "capital", "Rome", "test", "MIT"),
+                Fact("element", f"Land{number}", "symbol", "La", "test", "MIT")]  # fmt: skip
+        assert len({row["split"] for row in facts.instruction_rows(both, wordings, 0.5, SALT)}) == 1
 
 
 def test_a_reply_must_put_the_entity_first(tmp_path: Path) -> None:

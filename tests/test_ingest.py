@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import sqlite3
 import tarfile
 import zipfile
@@ -14,7 +15,7 @@ import pytest
 from pydantic import ValidationError
 
 from tasks import ingest
-from tasks.common import archives, facts, readers, tables
+from tasks.common import archives, facts, readers, rows, tables
 from tasks.common.identity import tree_hash
 from tasks.common.reading import Reading
 from tasks.common.stage import StageError
@@ -125,6 +126,17 @@ def test_stated_splits_hold_and_others_are_drawn(made: Path) -> None:
     assert {row["entity"] for row in chats if row["source"] == "smalltalk"} >= {"Hello!", "Thank you!"}
 
 
+def test_a_chat_that_a_source_brings_stands_on_the_side_of_its_entity(made: Path, tmp_path: Path) -> None:
+    sides = {row["entity"]: row["split"] for row in table(made, "instructions") if row["source"] == "facts"}
+    assert set(sides.values()) == {"train", "heldout"}
+    copied = copy_sources(tmp_path)
+    chats = [{"messages": [{"role": "user", "content": f"{name}?"}, CHAT[1]], "entity": name} for name in sides]
+    (copied / "mine.jsonl").write_text("\n".join(map(json.dumps, chats)), encoding="utf-8")
+    mine = {**FACTS, "name": "mine", "path": "mine.jsonl", "format": "jsonl", "table": "instructions"}
+    rows = table(ingest_into(tmp_path / "out", copied, sources=[FACTS, RATINGS, mine]), "instructions")
+    assert {row["entity"]: row["split"] for row in rows if row["source"] == "mine"} == sides
+
+
 # What a change touches
 
 
@@ -222,6 +234,7 @@ def test_a_relation_without_wordings_is_told(sources: Path, tmp_path: Path) -> N
         ("{}\n{}\n", {"format": "jsonl"}, "none of the 2 rows of"),
         ("not parquet", {"format": "parquet"}, "source mine: expected a Parquet file at"),
         (b"caf\xe9\n", {"format": "txt", "table": "corpus"}, "expected UTF-8 text in"),
+        ("kind,entity,relation,value\n" + "x" * 200_000, {}, "found something else (after line 1: field larger"),
     ],
 )
 def test_a_bad_file_is_told(tmp_path: Path, content: str | bytes | None, change: dict[str, str], told: str) -> None:
@@ -242,6 +255,17 @@ def test_a_bad_file_is_told(tmp_path: Path, content: str | bytes | None, change:
             {"prompt": [{"role": "user"}], "responses": ["b", "c"], "ranks": [1, 2]},
             "each of prompt needs role and content",
         ),
+        ({**RANKING, "responses": 5}, "responses must be a list, found 5"),
+        ({**RANKING, "responses": ["b", None]}, "responses must be text, found None"),
+        ({**RANKING, "prompt": [{"role": "user", "content": 5}]}, "content of prompt must be text, found 5"),
+        ({**RANKING, "prompt": "\ud800"}, "content of prompt holds half a character"),
+        ({**RANKING, "ranks": [1.5, 2]}, "ranks must be whole numbers from 0 to 2147483647, found 1.5"),
+        ({**RANKING, "ranks": [1, 10**20]}, "ranks must be whole numbers"),
+        ({"prompt": "a", "responses": ["b", "c"], "scores": [1, 2], "scale": [1, 2]}, "scores must be a list, found 1"),
+        ({"prompt": "a", "responses": ["b", "c"], "scores": [[1], ["2"]], "scale": [1, 2]}, "scores must be numbers"),
+        ({"prompt": "a", "responses": ["b", "c"], "scores": [[1], [2]], "scale": 5}, "scale must be a list"),
+        ({**RANKING, "annotators": "three"}, "annotators must be whole numbers"),
+        ({**RANKING, "models": "a"}, "models must be a list, found 'a'"),
     ],
 )
 def test_a_bad_ranking_is_refused_with_its_reason(tmp_path: Path, row: dict[str, Any], told: str) -> None:
@@ -251,6 +275,53 @@ def test_a_bad_ranking_is_refused_with_its_reason(tmp_path: Path, row: dict[str,
     folder = ingest_into(tmp_path / "out", copied, sources=[FACTS, mine])
     assert [told in refusal["reason"] for refusal in refusals(folder)] == [True]
     assert len(table(folder, "rankings")) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "told"),
+    [
+        ("instructions", {"messages": CHAT, "answer": 1}, "answer must be text, found 1"),
+        ("instructions", {"messages": CHAT, "entity": 5}, "entity must be text, found 5"),
+        ("instructions", {"messages": CHAT, "tone": ["plain"]}, "tone must be text, found ['plain']"),
+        ("instructions", {"messages": [CHAT[0], {**CHAT[1], "content": None}]}, "content of messages must be text"),
+        ("corpus", {"text": 5}, "text must be text, found 5"),
+        ("corpus", {"text": "\ud800"}, "text holds half a character"),
+        ("ratings", {"text": "a", "ratings": 5}, "ratings must be numbers"),
+        ("ratings", {"text": "a", "ratings": [1], "prompt": 5}, "prompt must be text, found 5"),
+        ("facts", {"kind": "country", "entity": "a", "relation": "capital", "value": 5}, "value must be text, found 5"),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_refused(name: str, row: dict[str, Any], told: str) -> None:
+    reading = Reading("mine", "MIT", "")
+    with pytest.raises(ValueError, match=re.escape(told)):
+        rows.add(name, row, reading)
+    assert reading == Reading("mine", "MIT", "")
+
+
+def test_quotes_and_spaces_in_a_header_and_separators_in_json_are_read(tmp_path: Path) -> None:
+    copied = copy_sources(tmp_path)
+    (copied / "mine.csv").write_text(
+        '"kind", entity , "relation",value\ncountry, "Peru", capital, Lima\n', encoding="utf-8"
+    )
+    text = "One line\u2028and \x85 another."
+    (copied / "mine.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False), encoding="utf-8")
+    told = {**FACTS, "name": "told", "path": "mine.csv"}
+    prose = {**FACTS, "name": "prose", "path": "mine.jsonl", "format": "jsonl", "table": "corpus"}
+    found = table(ingest_into(tmp_path / "out", copied, sources=[told, prose, RATINGS]), "corpus")
+    assert {"The capital of Peru is Lima.", text} <= {row["text"] for row in found}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"kind,found,name,article,why\ncountry,caf\xe9,,,\n", "expected CSV in UTF-8"),
+        (b"kind,found\ncountry,Peru\n", "expected the columns kind, found, name, article, why"),
+    ],
+)
+def test_bad_names_are_told(tmp_path: Path, content: bytes, told: str) -> None:
+    (tmp_path / "names.csv").write_bytes(content)
+    with pytest.raises(StageError, match=told):
+        ingest.load_names(tmp_path / "names.csv")
 
 
 DATASET = {
@@ -301,6 +372,19 @@ def test_a_dataset_without_a_wanted_column_is_told(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("builder", "content"), [("parquet", b"no parquet"), ("json", b'{"a": 1}\n{"a": ')])
+def test_a_broken_file_of_a_dataset_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builder: str, content: bytes, streaming: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    copied = copy_sources(tmp_path)
+    (copied / "broken").write_bytes(content)
+    source = {**DATASET, "path": builder, "data_files": ["broken"], "streaming": streaming}
+    with pytest.raises(StageError, match=rf"source hub: expected the dataset {builder} .*but it could not be read"):
+        ingest_into(tmp_path / "out", copied, sources=[FACTS, source])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_a_dataset_out_of_reach_is_told(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
 ) -> None:
@@ -317,6 +401,9 @@ def test_a_dataset_out_of_reach_is_told(
         ({**DATASET, "data_files": []}, "data_files belong to the builders"),
         ({**DATASET, "columns": {"entity": "about"}}, "columns must say where messages"),
         ({**FACTS, "path": "../secret.csv"}, "path must lie under data/sources/"),
+        ({**DATASET, "data_files": ["../secret.parquet"]}, "path must lie under data/sources/"),
+        ({**DATASET, "path": "./../secret", "data_files": []}, "path must lie under data/sources/"),
+        ({**PEOPLE, "path": "/secret"}, "path must lie under data/sources/"),
         ({**FACTS, "format": "txt"}, "a txt file holds paragraphs"),
         ({**FACTS, "colour": "red"}, "Extra inputs are not permitted"),
         ({**FACTS, "kind": "magic"}, "does not match any of the expected tags"),
@@ -326,6 +413,12 @@ def test_a_source_that_cannot_be_meant_is_refused_before_anything_runs(source: d
     with pytest.raises(ValidationError) as caught:
         ingest_config(sources=[source])
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["wordings", "names"])
+def test_wordings_and_names_lie_among_the_sources(key: str) -> None:
+    with pytest.raises(ValidationError, match="path must lie under data/sources/"):
+        ingest_config(**{key: "../elsewhere"})
 
 
 def test_two_sources_need_two_names() -> None:
@@ -415,11 +508,22 @@ def test_an_archive_that_cannot_be_had_is_told(index: Path) -> None:
     [
         ({"members": "made/*.json"}, "has no member like"),
         ({"reader": "countries"}, "the reader 'countries' understands"),
+        ({"reader": "elements"}, "the reader 'elements' understands"),
+        ({"reader": "ratings"}, "the reader 'ratings' understands"),
     ],
 )
 def test_members_that_do_not_fit_are_told(index: Path, tmp_path: Path, change: dict[str, str], told: str) -> None:
     source = package(make_wheel(index), **change)
     with pytest.raises(StageError, match=told):
+        ingest_into(tmp_path / "out", copy_sources(tmp_path), sources=[FACTS, source])
+
+
+def test_a_file_that_is_no_archive_is_told(index: Path, tmp_path: Path) -> None:
+    folder = archives.CACHE / hashlib.sha256(b"no archive").hexdigest()
+    folder.mkdir(parents=True)
+    (folder / "made-1.0.tar.gz").write_bytes(b"no archive")
+    source = package(folder / "made-1.0.tar.gz", archive="sdist")
+    with pytest.raises(StageError, match=r"source made: expected an archive .* found made-1\.0\.tar\.gz in another"):
         ingest_into(tmp_path / "out", copy_sources(tmp_path), sources=[FACTS, source])
 
 

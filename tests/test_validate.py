@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tasks import validate
-from tasks.common import checks, suites, tables, validation_report
+from tasks.common import chat, checks, suites, tables, validation_report
 from tasks.common.identity import tree_hash
 from tasks.common.stage import StageError
 from tests.data_fixtures import copy_sources, ingest_into, job, table, validate_config
@@ -82,6 +82,7 @@ BAD_ROWS = [
     ("corpus", damage("text", "cafÃ©"), "damaged encoding"),
     ("corpus", damage("text", "itâ€™s"), "damaged encoding"),
     ("corpus", damage("text", "a bell\x07"), "damaged encoding"),
+    ("corpus", damage("text", "a [MASK] more"), "the text holds [MASK], which is reserved for the chat template"),
     ("corpus", damage("text", "x" * 1001), "longer than 1000 characters"),
     ("corpus", damage("text", "..."), "no letter and no digit in the text"),
     ("corpus", damage("names", ["Atlantis"]), "a name that is not in the text"),
@@ -91,8 +92,11 @@ BAD_ROWS = [
     ("instructions", damage("messages", say("user:Hello?", "system:Be kind.", "assistant:Yes.")), "turns are not"),
     ("instructions", damage("messages", say("user:Hello?", "assistant: ")), "an empty message"),
     ("instructions", damage("messages", say("user:Hello?", "assistant:" + "x" * 501)), "a message longer than 500"),
+    ("instructions", damage("messages", say("user:Hi?<|end|>", "assistant:Yes.")), "the text holds <|end|>"),
     ("instructions", damage("answer", "Atlantis"), "the reply does not hold the answer"),
     ("rankings", damage("prompt", say("user:Say it.", "assistant:It.")), "the prompt is not"),
+    ("rankings", damage("prompt", say("user:Say it.<|user|>")), "the text holds <|user|>"),
+    ("rankings", damage("responses", ["a", "b", "c", "d<|assistant|>"]), "the text holds <|assistant|>"),
     ("rankings", damage("responses", ["one"]), "fewer than two distinct responses"),
     ("rankings", damage("responses", ["same", "same ", " same", "same"]), "fewer than two distinct responses"),
     ("rankings", damage("responses", ["one", "", "two", "three"]), "an empty response"),
@@ -140,6 +144,10 @@ def test_sound_encoding_is_not_damage(text: str) -> None:
     assert not re.search(checks.DAMAGE, text)
 
 
+def test_the_reserved_tokens_are_those_of_the_chat_template() -> None:
+    assert sorted(checks.CONTROL_TOKENS) == sorted(chat.SPECIAL_TOKENS)
+
+
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_a_row_that_came_before_is_refused(rows: Rows, name: str) -> None:
     first = rows[name][0]
@@ -150,7 +158,7 @@ def test_a_row_that_came_before_is_refused(rows: Rows, name: str) -> None:
 
 
 def test_rows_read_are_rows_kept_and_rows_refused(rows: Rows, tmp_path: Path) -> None:
-    for name, harm, _ in (BAD_ROWS[0], BAD_ROWS[12], BAD_ROWS[19]):
+    for name, harm, _ in (BAD_ROWS[0], BAD_ROWS[13], BAD_ROWS[21]):
         harm(rows[name][0])
     rows["corpus"].append({**rows["corpus"][1], "id": "twice"})
     figures = run(rows, tmp_path)
@@ -177,8 +185,8 @@ def test_the_same_tables_give_the_same_bytes(ingested: Path, tmp_path: Path) -> 
 
 def both_sides(rows: Rows) -> None:
     chat = rows["instructions"][-1]
-    rows["instructions"].append(
-        {**chat, "id": "leak", "split": "train", "messages": say("user:Else?", f"assistant:{chat['answer']}")}
+    rows["instructions"].insert(
+        0, {**chat, "id": "leak", "split": "train", "messages": say("user:Else?", f"assistant:{chat['answer']}")}
     )
 
 

@@ -21,6 +21,10 @@ TURNS = r"^(?:system )?(?:user assistant )*user assistant$"
 # U+FFFD, the byte-order mark, control characters, and UTF-8 that was read as Latin-1 or Windows-1252 ("Ã©", "â€™").
 DAMAGE = "[\ufffd\ufeff\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|[ÂÃ][\u00a0-\u00bf]|â€|ï»¿"
 
+# What the chat template is made of (`chat.SPECIAL_TOKENS`, which a test compares): text that spells one would open or
+# close a turn in training, and the served engine refuses it.
+CONTROL_TOKENS = ("<|pad|>", "<|bos|>", "<|end|>", "[MASK]", "<|system|>", "<|user|>", "<|assistant|>")
+
 
 class Rows(Settings):
     """Fewest rows of each table."""
@@ -132,6 +136,9 @@ def objection(table: str, features: Features, limits: Limits) -> str | None:
         return "the split is neither train nor heldout"
     if re.search(DAMAGE, features["text"]):
         return "damaged encoding"
+    spelt = next((token for token in CONTROL_TOKENS if token in features["text"]), None)
+    if spelt:
+        return f"the text holds {spelt}, which is reserved for the chat template"
     own = {"corpus": _corpus_objection, "instructions": _chat_objection, "rankings": _ranking_objection}
     return own[table](features, limits)
 

@@ -4,6 +4,7 @@ The wordings are data (`data/sources/wordings.yaml`), so that a person can chang
 writes the rows. It reads no other file and is used by `tasks/ingest.py` alone.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -43,6 +44,14 @@ class Fact:
         return template.format(entity=subject, answer=self.value)
 
 
+def _fillable(wording: str, *names: str) -> None:
+    """Raise ValueError where a wording has braces that are none of these placeholders: nothing would fill them."""
+    left = re.sub(rf"\{{(?:{'|'.join(names)})\}}", " ", wording)
+    if "{" in left or "}" in left:
+        known = ", ".join(f"{{{name}}}" for name in names)
+        raise ValueError(f"a wording's braces hold one of {known} and nothing else, unlike {wording!r}")
+
+
 class Relation(Settings):
     """The wordings of one relation."""
 
@@ -55,6 +64,8 @@ class Relation(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> "Relation":
+        for wording in (*self.statements, *self.replies, *self.questions):
+            _fillable(wording, "entity", "answer")
         for wording in self.statements:
             if wording.count("{entity}") != 1 or wording.count("{answer}") != 1:
                 raise ValueError(f"a statement holds {{entity}} and {{answer}} once each, unlike {wording!r}")
@@ -80,7 +91,9 @@ class Wordings(Settings):
         short = [tone for tone in TONES if len(self.tones.get(tone, ())) < WORDINGS_PER_TONE]
         if short or set(self.tones) != set(TONES):
             raise ValueError(f"tones must be {', '.join(TONES)}, each with {WORDINGS_PER_TONE} wordings or more")
-        held = [phrase for phrase in (*self.openings, *self.closings) if "{" in phrase]
+        for wording in (wording for wordings in self.tones.values() for wording in wordings):
+            _fillable(wording, "statement", "opening", "closing", "entity", "answer")
+        held = [phrase for phrase in (*self.openings, *self.closings) if "{" in phrase or "}" in phrase]
         if held:
             raise ValueError(f"openings and closings never hold the entity or the answer, unlike {held[0]!r}")
         return self
@@ -91,10 +104,14 @@ def load_wordings(path: Path) -> Wordings:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
+    if not path.is_file():
+        raise StageError(f"{path} is missing; `ingest.wordings` must name the file of wordings.")
     try:
         return Wordings.model_validate(YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise StageError(f"{path} is missing; `ingest.wordings` must name the file of wordings.") from error
+    except UnicodeDecodeError as error:
+        raise StageError(
+            f"{path}: expected UTF-8 text, found something else at byte {error.start}; save the file as UTF-8."
+        ) from error
     except YAMLError as error:
         raise StageError(f"{path} is not valid YAML: {error}") from error
     except ValidationError as error:
@@ -144,11 +161,12 @@ def instruction_rows(facts: Iterable[Fact], wordings: Wordings, heldout: float, 
     """Yield the chats about each fact.
 
     An entity in the training split gets every tone in three wordings, the questions varied; a held-out entity is asked
-    in every wording of the question and answered plainly.
+    in every wording of the question and answered plainly. The split is drawn from the name alone, as that of chats
+    which sources bring: things of two kinds that share a name stand on one side.
     """
     for fact in facts:
         relation = wordings.relations[fact.relation]
-        where = draw.split(heldout, salt, "entity", fact.kind, fact.entity)
+        where = draw.split(heldout, salt, "entity", fact.entity)
         if where == "heldout":
             chats = [(question, "plain", relation.replies[0]) for question in relation.questions]
         else:

@@ -184,11 +184,18 @@ def clean(text: str) -> str:
     return " ".join(html.unescape(html.unescape(text)).replace("\ufeff", "").split())
 
 
-def read_csv(content: str) -> Iterator[tuple[int, dict[str, str | None]]]:
-    """Yield (line number, row) of a CSV text with a header."""
-    reader = csv.DictReader(io.StringIO(content))
-    for row in reader:
-        yield reader.line_num, row
+def read_csv(content: str) -> tuple[list[str], list[tuple[int, dict[str, str | None]]]]:
+    """Return the header of a CSV text, without spaces around the names, and (line number, row) of what follows.
+
+    Raise ValueError where the text is no CSV.
+    """
+    reader = csv.DictReader(io.StringIO(content), skipinitialspace=True)
+    try:
+        header = [name.strip() for name in reader.fieldnames or []]
+        reader.fieldnames = header
+        return header, [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"after line {reader.line_num}: {error}") from error
 
 
 READERS: dict[str, Callable[[Mapping[str, bytes], Reading], None]] = {

@@ -4,8 +4,9 @@ Every function returns a finished row or raises ValueError with the reason, whic
 """
 
 import re
+import reprlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from tasks.common import draw
 from tasks.common.reading import Reading
@@ -18,6 +19,7 @@ REQUIRED = {
     "ratings": {"text", "ratings"},
 }
 DEFAULT_PROMPT = "Write a sentence."
+T = TypeVar("T")
 
 
 def add(table: str, row: Mapping[str, Any], reading: Reading) -> None:
@@ -44,11 +46,11 @@ def _ratings(row: Mapping[str, Any], reading: Reading) -> None:
     values = found.split() if isinstance(found, str) else found
     try:
         scores = [float(value) for value in values]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"ratings must be numbers with spaces between them, found {found!r}") from error
     if not scores:
         raise ValueError("ratings must hold at least one number")
-    prompt = row.get("prompt") or DEFAULT_PROMPT
+    prompt = _text_or_none(row, "prompt") or DEFAULT_PROMPT
     reading.rate(_text(row, "text"), scores, prompt, reading.source)
 
 
@@ -62,9 +64,9 @@ def _instructions(row: Mapping[str, Any], reading: Reading) -> None:
     kept = {
         "id": draw.short_id("instructions", *turns),
         "messages": messages,
-        "entity": row.get("entity") or asked,
-        "answer": row.get("answer"),
-        "tone": row.get("tone"),
+        "entity": _text_or_none(row, "entity") or asked,
+        "answer": _text_or_none(row, "answer"),
+        "tone": _text_or_none(row, "tone"),
         "source": reading.source,
         "split": where,
     }
@@ -73,23 +75,25 @@ def _instructions(row: Mapping[str, Any], reading: Reading) -> None:
 
 def _rankings(row: Mapping[str, Any], reading: Reading) -> None:
     prompt = row["prompt"]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt, "prompt")
-    responses = [str(response) for response in row["responses"]]
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = _messages(asked, "prompt")
+    responses = _list(row["responses"], "responses", _string)
     ranks, scores = row.get("ranks"), row.get("scores")
     if (ranks is None) == (scores is None):
         raise ValueError("exactly one of ranks and scores must be given")
     if scores is not None and row.get("scale") is None:
         raise ValueError("scores need the scale's two ends (scale: [low, high])")
+    scale, annotators, models = row.get("scale"), row.get("annotators"), row.get("models")
     turns = [text for message in messages for text in (message["role"], message["content"])]
     kept = {
         "id": draw.short_id("rankings", *turns, *responses, repr(ranks), repr(scores)),
         "prompt": messages,
         "responses": responses,
-        "ranks": ranks,
-        "scores": scores,
-        "scale": row.get("scale"),
-        "annotators": row.get("annotators") or 1,
-        "models": list(row.get("models") or []),
+        "ranks": None if ranks is None else _list(ranks, "ranks", _whole),
+        "scores": None if scores is None else _list(scores, "scores", _numbers),
+        "scale": None if scale is None else _numbers(scale, "scale"),
+        "annotators": 1 if annotators is None else _whole(annotators, "annotators") or 1,
+        "models": [] if models is None else _list(models, "models", _string),
         "source": reading.source,
         "split": None,
     }
@@ -102,10 +106,42 @@ def _keep(table: str, row: dict[str, Any], reading: Reading) -> None:
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:
-    value = row[column]
+    return re.sub(r"^\ufeff", "", _string(row[column], column)).strip()
+
+
+def _text_or_none(row: Mapping[str, Any], column: str) -> str | None:
+    value = row.get(column)
+    return None if value is None else _string(value, column)
+
+
+def _string(value: Any, column: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{column} must be text, found {type(value).__name__}")
-    return re.sub(r"^\ufeff", "", value).strip()
+        raise ValueError(f"{column} must be text, found {reprlib.repr(value)}")
+    if re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"{column} holds half a character (a lone surrogate), which no table can store")
+    return value
+
+
+def _whole(value: Any, column: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+        raise ValueError(f"{column} must be whole numbers from 0 to {2**31 - 1}, found {reprlib.repr(value)}")
+    return value
+
+
+def _number(value: Any, column: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) >= 10**9:
+        raise ValueError(f"{column} must be numbers of less than ten digits, found {reprlib.repr(value)}")
+    return float(value)
+
+
+def _numbers(value: Any, column: str) -> list[float]:
+    return _list(value, column, _number)
+
+
+def _list(value: Any, column: str, item: Callable[[Any, str], T]) -> list[T]:
+    if not isinstance(value, list):
+        raise ValueError(f"{column} must be a list, found {reprlib.repr(value)}")
+    return [item(each, column) for each in value]
 
 
 def _messages(value: Any, column: str) -> list[dict[str, str]]:
@@ -114,7 +150,7 @@ def _messages(value: Any, column: str) -> list[dict[str, str]]:
     for message in value:
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
             raise ValueError(f"each of {column} needs role and content, found {message!r}")
-    return [{"role": str(message["role"]), "content": str(message["content"])} for message in value]
+    return [{part: _string(message[part], f"{part} of {column}") for part in ("role", "content")} for message in value]
 
 
 ADD: dict[str, Callable[[Mapping[str, Any], Reading], None]] = {

