@@ -7,18 +7,16 @@ before anything is measured. `python -m benchmarks.machine FILE` is the process 
 import os
 import platform
 import statistics
-import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from tasks.common.stage import write_json
+from tasks.common import stage
 
 SIZE = 1024
 REPEATS = 15
-LEFT_BY_RUNS = ("benchmarks/results", "metrics", "dvc.lock", "docs")  # tracked, and no part of what is measured
 PACKAGES = (
     "torch", "transformers", "accelerate", "tokenizers", "optimum-onnx", "onnxruntime", "onnxruntime-genai", "bentoml",
     "prefect", "dvc", "great-expectations", "pyarrow", "numpy",
@@ -65,15 +63,8 @@ def versions() -> dict[str, str]:
 
 def commit() -> str:
     """Return the commit that is checked out, with `-dirty` where code or settings differ from it."""
-    head = _git("rev-parse", "HEAD")
-    if head.returncode:
-        return "unknown (no git here)"
-    changed = _git("diff", "--quiet", "HEAD", "--", ".", *(f":!{path}" for path in LEFT_BY_RUNS))
-    return head.stdout.strip() + ("-dirty" if changed.returncode else "")
-
-
-def _git(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(["git", *arguments], cwd=harness.ROOT, capture_output=True, text=True, check=False)
+    found = stage.commit(harness.ROOT)
+    return f"{found['commit'] or 'unknown (no git here)'}{'-dirty' if found['dirty'] else ''}"
 
 
 def _product(dtype: str) -> float:
@@ -97,7 +88,7 @@ def main() -> None:
     request = harness.read_request()
     torch.set_num_threads(request["threads"])
     figures = {f"{name}_gflops": _product(dtype) for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))}
-    write_json(Path(request["result"]), figures)
+    stage.write_json(Path(request["result"]), figures)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,6 @@ class TextEngine:
         ends = config["eos_token_id"]
         self.ends = tuple(ends) if isinstance(ends, list) else (ends,)
         self.begin: int = config["bos_token_id"]
-        self.padding: int = config["pad_token_id"]
         self._template = folders.required(folder / "chat_template.jinja").read_text(encoding="utf-8")
         self._model = folders.load_genai(folder, threads)
 
@@ -73,55 +72,23 @@ class TextEngine:
         """Answer a conversation and return when the answer is complete."""
         return self.start(messages, sampling).finish()
 
-    def generate_batch(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        max_new_tokens: int | None = None,
-        temperature: float = 0.0,
-        seed: int = 0,
-        batch: int = 16,
-    ) -> list[Answer]:
-        """Answer many conversations; the answers stand in the conversations' order.
-
-        Greedy answers come `batch` at a time. `batch=1` answers exactly as the service does; more is faster, and an
-        INT8 answer may then differ from the one that the same question gets alone (see the module's docstring). Drawn
-        answers come one by one, each with a seed of its own made from `seed` and its place.
-        """
-        if temperature > 0:
-            seeds = (seed * 1_000_003 + at for at in range(len(conversations)))
-            draws = [Sampling(max_new_tokens, temperature, seed=each) for each in seeds]
-            return [self.generate(messages, draw) for messages, draw in zip(conversations, draws, strict=True)]
-        prompts = [self.encode(messages) for messages in conversations]
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        answers: dict[int, Answer] = {}
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
-            room = self.limits.room(len(prompts[chosen[-1]]), max_new_tokens)
-            rows = self._greedy_rows([prompts[index] for index in chosen], room)
-            for index, row in zip(chosen, rows, strict=True):
-                answers[index] = Answer(self.tokenizer, self._until_end(iter(row)), room, len(prompts[index])).finish()
-        return [answers[index] for index in range(len(prompts))]
-
-    def _generator(self, prompts: Sequence[Sequence[int]], room: int) -> "onnxruntime_genai.Generator":
+    def _generator(self, prompt: Sequence[int], room: int) -> "onnxruntime_genai.Generator":
         import onnxruntime_genai
 
-        width = max(map(len, prompts))
-        # Padded on the right: onnxruntime-genai takes padding on the left for text, without a word.
-        padded = [[*prompt, *[self.padding] * (width - len(prompt))] for prompt in prompts]
         params = onnxruntime_genai.GeneratorParams(self._model)
-        params.set_search_options(batch_size=len(prompts), max_length=width + room, do_sample=False)
+        params.set_search_options(max_length=len(prompt) + room, do_sample=False)
         generator = onnxruntime_genai.Generator(self._model, params)
-        generator.append_tokens(np.array(padded, np.int32))
+        generator.append_tokens(np.array([prompt], np.int32))
         return generator
 
     def _greedy(self, prompt: Sequence[int], room: int) -> Iterator[int]:
-        generator = self._generator([prompt], room)
+        generator = self._generator(prompt, room)
         for _ in range(room):
             generator.generate_next_token()
             yield int(generator.get_next_tokens()[0])
 
     def _drawn(self, prompt: Sequence[int], room: int, sampling: Sampling) -> Iterator[int]:
-        generator, draw = self._generator([prompt], room), sampling.generator()
+        generator, draw = self._generator(prompt, room), sampling.generator()
         for left in range(room, 0, -1):
             logits = np.asarray(generator.get_logits())
             token = sampling.pick(logits.reshape(-1, logits.shape[-1])[-1], draw)
@@ -129,19 +96,10 @@ class TextEngine:
             if left > 1:
                 generator.append_tokens(np.array([token], np.int32))
 
-    def _greedy_rows(self, prompts: Sequence[Sequence[int]], room: int) -> list[list[int]]:
-        generator = self._generator(prompts, room)
-        width = max(map(len, prompts))
-        for _ in range(room):
-            if generator.is_done():
-                break
-            generator.generate_next_token()
-        return [[int(token) for token in generator.get_sequence(row)[width:]] for row in range(len(prompts))]
-
     def _until_end(self, tokens: Iterator[int]) -> Iterator[int]:
-        """Yield tokens up to the end of the answer; a row that ended before its batch goes on with padding."""
+        """Yield tokens up to the end of the answer."""
         for token in tokens:
-            if token in self.ends or token == self.padding:
+            if token in self.ends:
                 return
             yield token
 
@@ -184,22 +142,14 @@ class MaskEngine:
     def fill(self, text: str, top: int = 5) -> list[list[names.NameScore]]:
         """Return, for each [MASK] of a text in order, the `top` best names."""
         folders.refuse_reserved(self.tokenizer, text, allowed=names.MASK)
-        return self._best(names.slots(text, self.codec), self.candidates, top)
+        places = []
+        for place in names.slots(text, self.codec):
+            self._check_length(place)  # before the next one is made: each is as long as the text
+            places.append(place)
+        return names.best(names.log_scores(self.logits, self.codec, self.candidates, places), self.candidates, top)
 
-    def rank(self, texts: Sequence[str], among: Sequence[str] | None = None) -> list[list[names.NameScore]]:
-        """Order all names, best first, for many texts with one [MASK] each; `among` replaces the package's names."""
-        candidates = self.candidates if among is None else names.Candidates(among, self.codec)
-        return self._best([names.only_slot(text, self.codec) for text in texts], candidates, len(candidates.names))
-
-    def _best(
-        self, places: Sequence[names.Slot], candidates: names.Candidates, top: int
-    ) -> list[list[names.NameScore]]:
-        for place in places:
-            self._check_length(place, candidates.longest(place.spaced))
-        return names.best(names.log_scores(self.logits, self.codec, candidates, places), candidates, top)
-
-    def _check_length(self, place: names.Slot, longest: int) -> None:
-        found = len(place.row(self.codec, longest))
+    def _check_length(self, place: names.Slot) -> None:
+        found = len(place.row(self.codec, self.candidates.longest(place.spaced)))
         if found > self.context:
             raise InputError(
                 f"The input is too long: with room for the longest name it has {found} tokens, and {self.context} are "

@@ -98,36 +98,32 @@ def _by_length(names: Sequence[str], codec: Codec, spaced: bool) -> dict[int, tu
     }
 
 
-def slots(text: str, codec: Codec) -> list[Slot]:
-    """Return one slot for each [MASK] of a text, in order."""
+def slots(text: str, codec: Codec) -> Iterator[Slot]:
+    """Yield one slot for each [MASK] of a text, in order; the first tells already whether the text is too long."""
     pieces = text.split(MASK)
     if len(pieces) < 2:
         example = f"The capital of {MASK} is Paris."
         raise InputError(f'The input has no {MASK}: write one where the name belongs, as in "{example}"')
-    return [_slot(pieces, at, codec) for at in range(1, len(pieces))]
+    # The space before a mask goes into the name's first token, as it would in running text.
+    tokens = [codec.encode(piece.removesuffix(" ")) for piece in pieces[:-1]] + [codec.encode(pieces[-1])]
+    for at in range(1, len(pieces)):
+        yield Slot(_join(tokens[:at], codec), _join(tokens[at:], codec), pieces[at - 1].endswith(" "))
 
 
 def only_slot(text: str, codec: Codec) -> Slot:
     """Return the slot of a text that must have one [MASK]."""
-    found = slots(text, codec)
-    if len(found) > 1:
-        raise InputError(f"Ranking takes texts with one {MASK}; {text!r} has {len(found)}.")
-    return found[0]
+    first, *others = slots(text, codec)
+    if others:
+        raise InputError(f"A text with one {MASK} was expected; {text!r} has {1 + len(others)}.")
+    return first
 
 
-def _slot(pieces: Sequence[str], at: int, codec: Codec) -> Slot:
-    # The space before a mask goes into the name's first token, as it would in running text.
-    spaced = pieces[at - 1].endswith(" ")
-    before = [*pieces[: at - 1], pieces[at - 1].removesuffix(" ")]
-    return Slot(tuple(_join(before, codec)), tuple(_join(pieces[at:], codec)), spaced)
-
-
-def _join(pieces: Sequence[str], codec: Codec) -> Iterator[int]:
-    """Yield the tokens of the pieces with one mask token between each two; the space before it belongs to the name."""
-    for piece in pieces[:-1]:
-        yield from codec.encode(piece.removesuffix(" "))
-        yield codec.mask
-    yield from codec.encode(pieces[-1])
+def _join(pieces: Sequence[Sequence[int]], codec: Codec) -> tuple[int, ...]:
+    """Return the tokens of all pieces, with one mask token between each two."""
+    joined = [*pieces[0]]
+    for piece in pieces[1:]:
+        joined += [codec.mask, *piece]
+    return tuple(joined)
 
 
 def log_scores(logits: Logits, codec: Codec, candidates: Candidates, places: Sequence[Slot], batch: int = 64) -> Floats:

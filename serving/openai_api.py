@@ -102,8 +102,7 @@ async def model(request: Request) -> Response:
 
 
 def _model(name: str, package: "Package") -> dict[str, Any]:
-    created = int((package.folder / "provenance.json").stat().st_mtime)
-    return {"id": name, "object": "model", "created": created, "owned_by": "bessemer"}
+    return {"id": name, "object": "model", "created": package.created, "owned_by": "bessemer"}
 
 
 async def unknown(request: Request) -> Response:

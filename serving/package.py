@@ -27,6 +27,7 @@ class Package:
     folder: Path
     tag: str
     provenance: dict[str, Any]
+    created: int  # seconds since 1970; taken once, because the folder may be made anew while this package is served
 
     @cached_property
     def text(self) -> "TextEngine":
@@ -60,4 +61,5 @@ def open_package(folder: Path | None = None) -> Package:
     tag = folders.read_key(folder / "provenance.json", "model")
     for name in ("policy/model.onnx", "encoder/model.onnx"):
         folders.required(folder / name)
-    return Package(folder, tag, provenance)
+    created = int((folder / "provenance.json").stat().st_mtime)
+    return Package(folder, tag, provenance, created)

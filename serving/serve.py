@@ -1,5 +1,6 @@
 """Serve the package on a port of this machine: `make serve`, `bessemer serve`, or `python -m serving.serve [PORT]`."""
 
+import errno
 import os
 import socket
 import sys
@@ -15,7 +16,8 @@ SERVICE = "serving.service:Bessemer"
 
 def serve(port: int = PORT, host: str = HOST) -> NoReturn:
     """Turn this process into BentoML's server, once port and package are seen to be there."""
-    check_port(port, host)
+    other = another(port, PORT)
+    check_port(port, host, f"Choose another: `make serve PORT={other}` or `bessemer serve --port {other}`.")
     package = open_package()
     print(f"{package.tag} answers on http://{host}:{port}/ in a few seconds. Ctrl-C stops it.", flush=True)
     command = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--working-dir", str(ROOT)]
@@ -23,9 +25,8 @@ def serve(port: int = PORT, host: str = HOST) -> NoReturn:
     os.execve(sys.executable, [*command, "--host", host, "--port", str(port)], environment)
 
 
-def check_port(port: int, host: str = HOST) -> None:
-    """Say which port cannot be used and how to choose another."""
-    remedy = "Choose another: `make serve PORT=3001` or `bessemer serve --port 3001`."
+def check_port(port: int, host: str, remedy: str) -> None:
+    """Say why a port cannot be used and, in the words of `remedy`, how to choose another."""
     if not 0 < port < 2**16:
         raise ServingError(f"Port {port} does not exist: ports go from 1 to 65535. {remedy}")
     with socket.socket() as probe:
@@ -36,7 +37,17 @@ def check_port(port: int, host: str = HOST) -> None:
         except PermissionError:
             raise ServingError(f"Port {port} is reserved for the system's own services. {remedy}") from None
         except OSError as error:
-            raise ServingError(f"Port {port} on {host} cannot be used ({error.strerror}). {remedy}") from None
+            if error.errno == errno.EADDRINUSE:
+                raise ServingError(f"Port {port} on {host} is taken by another program. {remedy}") from None
+            raise ServingError(
+                f"{host!r} is no address of this machine ({error.strerror}). Use `--host 127.0.0.1` to be reached from "
+                "here alone, or `--host 0.0.0.0` to be reached from everywhere."
+            ) from None
+
+
+def another(port: int, usual: int) -> int:
+    """Return a port to advise instead of one that cannot be used: the one after the usual one, or the next."""
+    return usual + 1 if port != usual + 1 else usual + 2
 
 
 def main(arguments: list[str]) -> int:

@@ -56,6 +56,7 @@ class Gates(Settings):
         description="Exact match lost by PPO, on either side of the sheet", ge=0, le=1
     )
     ppo_distinct_2_kept_min: float = Field(description="Diversity kept by PPO, as a share of the tuned model's", ge=0)
+    prune_removed_min: float = Field(description="Parameters removed by pruning, as a share of all", ge=0, lt=1)
     prune_exact_match_drop_max: float = Field(description="Exact match lost by pruning, on either side", ge=0, le=1)
     int8_exact_match_drop_max: float = Field(description="Exact match lost by INT8, on either side", ge=0, le=1)
     int8_size_ratio_max: float = Field(description="INT8 file as a share of the FP32 file", gt=0, le=1)
@@ -102,6 +103,7 @@ def judge(sheets: dict[str, Any], others: dict[str, Any], gates: Gates) -> list[
         "ppo_reward_gain_min": policy["reward_mean"] - tuned["reward_mean"],
         "ppo_exact_match_drop_max": drop(tuned, policy),
         "ppo_distinct_2_kept_min": policy["distinct_2"] / tuned["distinct_2"] if tuned["distinct_2"] else None,
+        "prune_removed_min": others["prune"]["removed"],
         "prune_exact_match_drop_max": drop(policy, sheets["pruned"]),
         "int8_exact_match_drop_max": drop(sheets["pruned"], sheets["int8"]),
         "int8_size_ratio_max": others["quantize"]["ratio"],

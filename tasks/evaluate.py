@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from serving.names import MASK, Candidates, codec_of, log_scores, slots
+from serving.names import MASK, Candidates, codec_of, log_scores, only_slot
 from tasks.common import models, stage, tables
 from tasks.common.answers import Extractor, exact_match
-from tasks.common.candidates import Decoder, open_decoder, open_encoder
+from tasks.common.candidates import Decoder, Encoder, open_decoder, open_encoder
 from tasks.common.scoring import Scorer
 from tasks.common.settings import Settings
 from tasks.common.shards import Split
@@ -51,6 +51,15 @@ class Config(Settings):
     window: int = Field(description="Length of a window of held-out prose, in tokens", ge=16)
     masked: str = Field(description="Regular expression of the statements whose first name is masked", min_length=1)
 
+    @field_validator("masked")
+    @classmethod
+    def _is_a_regular_expression(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"it should be a regular expression of Python's ({error})") from None
+        return value
+
 
 def run(config: Config, job: Job) -> dict[str, Any]:
     """Fill in the sheet for the job's model: figures as metrics, every answer as a row."""
@@ -66,26 +75,27 @@ def _decoder_sheet(config: Config, job: Job, path: Path) -> tuple[list[dict[str,
     table = tables.read(job.inputs["instructions"]).to_pylist()
     extractor = Extractor.learn(row for row in table if row["split"] == "train")
     questions = [*choose(table, "train", config.questions), *choose(table, "heldout", config.questions)]
-    replies = decoder.reply([row["messages"][:-1] for row in questions], config.max_new_tokens, 0.0, job.seed)
+    asked = [row["messages"][:-1] for row in questions]
+    replies = decoder.reply(asked, config.max_new_tokens, 0.0, job.seed, f"{job.name} questions")
     rows = []
     for row, reply in zip(questions, replies, strict=True):
         given = extractor.extract(reply, row["entity"])
         correct = exact_match(given, row["answer"])
         rows.append(_row(row, "greedy", reply, given, row["answer"], correct, None))
     sampled = spread(questions, config.samples)
-    texts = decoder.reply(
-        [row["messages"][:-1] for row in sampled], config.max_new_tokens, config.temperature, job.seed
-    )
+    asked = [row["messages"][:-1] for row in sampled]
+    texts = decoder.reply(asked, config.max_new_tokens, config.temperature, job.seed, f"{job.name} samples")
     rewards = Scorer.load(job.inputs["reward"], job.numerics).score(texts)
     for row, text, reward in zip(sampled, texts, rewards, strict=True):
         rows.append(_row(row, "sampled", text, None, row["answer"], None, round(reward, 5)))
     mean = sum(rewards) / len(rewards)
+    heldout = Split.open(job.inputs["shards"] / "heldout")
     return rows, {
         "parameters": decoder.parameters,
         "bytes": decoder.bytes,
         "exact_match_tuned": _rate(rows, "train"),
         "exact_match_heldout": _rate(rows, "heldout"),
-        "perplexity": perplexity(decoder, Split.open(job.inputs["shards"] / "heldout"), config.window),
+        "perplexity": perplexity(decoder, heldout, config.window, f"{job.name} perplexity"),
         "reward_mean": round(mean, 4),
         "reward_std": round(math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - 1)), 4),
         "distinct_2": round(distinct(texts, 2), 4),
@@ -98,14 +108,12 @@ def _encoder_sheet(config: Config, job: Job, path: Path) -> tuple[list[dict[str,
     names = sorted({name for row in corpus for name in row["names"]})
     statements = [row for row in corpus if row["names"] and re.fullmatch(config.masked, row["text"])]
     masked = mask_first_name(statements)
-    codec = codec_of(encoder.tokenizer)
-    places = [slots(text, codec)[0] for _, text, _ in masked]
-    first = log_scores(encoder.logits, codec, Candidates(names, codec), places).argmax(1) if masked else ()
+    found = best_names(encoder, names, [text for _, text, _ in masked], job.name)
     rows = []
-    for (row, text, gold), best in zip(masked, first, strict=True):
+    for (row, text, gold), given in zip(masked, found, strict=True):
         rows.append({
             "id": row["id"], "entity": gold, "split": row["split"], "kind": "masked", "question": text,
-            "reply": names[best], "given": names[best], "wanted": gold, "correct": names[best] == gold, "reward": None,
+            "reply": given, "given": given, "wanted": gold, "correct": given == gold, "reward": None,
         })  # fmt: skip
     right = sum(row["correct"] for row in rows)
     return rows, {
@@ -115,6 +123,21 @@ def _encoder_sheet(config: Config, job: Job, path: Path) -> tuple[list[dict[str,
         "masked_statements": len(rows),
         "candidates": len(names),
     }
+
+
+def best_names(encoder: Encoder, names: Sequence[str], texts: Sequence[str], desc: str) -> list[str]:
+    """Return the likeliest name for the one [MASK] of each text.
+
+    Texts run one by one, as the service runs them: with INT8 a text's neighbours in a batch would bear on its scores.
+    """
+    from tqdm import tqdm
+
+    if not texts:
+        return []
+    codec = codec_of(encoder.tokenizer)
+    candidates = Candidates(names, codec)
+    places = (only_slot(text, codec) for text in tqdm(texts, desc=desc, mininterval=2))
+    return [names[log_scores(encoder.logits, codec, candidates, [place])[0].argmax()] for place in places]
 
 
 def mask_first_name(statements: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], str, str]]:
@@ -141,13 +164,13 @@ def spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     return [rows[int(i * step) % len(rows)] for i in range(count)]
 
 
-def perplexity(decoder: Decoder, split: Split, window: int) -> float | None:
+def perplexity(decoder: Decoder, split: Split, window: int, desc: str | None = None) -> float | None:
     """Return exp of the mean negative log-likelihood a token (nats) on held-out prose; None for less than a window."""
     count = len(split.tokens) // window
     if not count:
         return None
     rows = split.tokens[: count * window].reshape(count, window)
-    return round(math.exp(sum(decoder.negative_log_likelihood(rows)) / (count * (window - 1))), 4)
+    return round(math.exp(sum(decoder.negative_log_likelihood(rows, desc)) / (count * (window - 1))), 4)
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

@@ -16,7 +16,8 @@ from tasks.common.stage import Job, StageError
 
 RECORDS = (
     "ingest", "validate", "tokenize", "pretrain/clm", "pretrain/mlm", "finetune", "reward", "ppo", "prune",
-    "quantize/policy", "quantize/encoder", "compare",
+    "quantize/policy", "quantize/encoder", "evaluate/base", "evaluate/tuned", "evaluate/policy", "evaluate/pruned",
+    "evaluate/int8", "evaluate/encoder", "evaluate/encoder-int8", "compare",
 )  # fmt: skip
 INPUTS = {
     "policy": "data/quantize/policy/model",

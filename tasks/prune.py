@@ -93,6 +93,7 @@ class Batches:
             temperature=1.0,
             seed=job.seed,
             numerics=job.numerics,
+            desc=f"{job.name} replies",
         )
         self.rows = [[*prompt, *reply] for prompt, reply in zip(prompts, replies, strict=True)]
         split = Split.open(job.inputs["shards"] / "train")

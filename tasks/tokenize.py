@@ -1,7 +1,8 @@
-"""Train a byte-level BPE tokenizer on the clean corpus and pack the corpus into memory-mapped token shards.
+"""Train a byte-level BPE tokenizer on the clean corpus and the training chats; pack the corpus into token shards.
 
 Run as `python -m tasks.tokenize`. Byte-level BPE (Radford et al. 2019, "Language Models are Unsupervised Multitask
-Learners") can write any text, so every text round-trips; the stage proves it on the whole corpus before it ends.
+Learners") can write any text, so every text round-trips; the stage proves it on the whole corpus before it ends. The
+shards are memory-mapped.
 """
 
 import re
@@ -21,6 +22,7 @@ INPUTS = {"corpus": "data/validate/corpus", "instructions": "data/validate/instr
 OUTPUTS = {"tokenizer": "data/tokenize/tokenizer", "shards": "data/tokenize/shards"}
 
 BYTES = 256
+SLICE = 1000  # texts between two steps of a progress bar
 
 
 class Config(Settings):
@@ -79,19 +81,25 @@ def _train(config: Config, texts: list[str]) -> "PreTrainedTokenizerFast":
 
 
 def _check_round_trip(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> None:
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    for text, back in zip(texts, tokenizer.batch_decode(encoded), strict=True):
-        if text != back:
-            raise StageError(f"a text does not survive the tokenizer: {text[:80]!r} came back as {back[:80]!r}")
+    from tqdm import tqdm
+
+    for start in tqdm(range(0, len(texts), SLICE), desc="tokenize round trip", mininterval=2):
+        some = texts[start : start + SLICE]
+        encoded = tokenizer(some, add_special_tokens=False)["input_ids"]
+        for text, back in zip(some, tokenizer.batch_decode(encoded), strict=True):
+            if text != back:
+                raise StageError(f"a text does not survive the tokenizer: {text[:80]!r} came back as {back[:80]!r}")
 
 
 def _documents(tokenizer: "PreTrainedTokenizerFast", rows: list[dict[str, Any]]) -> Iterator[shards.Document]:
-    if not rows:
-        return
-    encoded = tokenizer([row["text"] for row in rows], add_special_tokens=False, return_offsets_mapping=True)
-    for row, ids, offsets in zip(rows, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        spans = [(start + 1, end + 1) for start, end in _name_spans(row["text"], row["names"], offsets)]
-        yield shards.Document([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], spans)
+    from tqdm import tqdm
+
+    for start in tqdm(range(0, len(rows), SLICE), desc="tokenize shards", mininterval=2):
+        some = rows[start : start + SLICE]
+        encoded = tokenizer([row["text"] for row in some], add_special_tokens=False, return_offsets_mapping=True)
+        for row, ids, offsets in zip(some, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            spans = [(start + 1, end + 1) for start, end in _name_spans(row["text"], row["names"], offsets)]
+            yield shards.Document([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], spans)
 
 
 def _name_spans(text: str, names: list[str], offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:

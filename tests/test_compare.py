@@ -21,6 +21,7 @@ GATES: dict[str, float] = {
     "ppo_reward_gain_min": 0.5,
     "ppo_exact_match_drop_max": 0.03,
     "ppo_distinct_2_kept_min": 0.7,
+    "prune_removed_min": 0.25,
     "prune_exact_match_drop_max": 0.03,
     "int8_exact_match_drop_max": 0.02,
     "int8_size_ratio_max": 0.28,
@@ -36,7 +37,7 @@ SHEETS: dict[str, dict[str, Any]] = {
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "reward": {"gap_at_least_1": {"model": 0.82}},
-    "prune": {"parameters": 1},
+    "prune": {"removed": 0.26},
     "quantize": {"ratio": 0.26},
 }
 
@@ -137,6 +138,7 @@ def test_a_good_chain_passes_every_gate() -> None:
         "ppo_reward_gain_min": 1.1,
         "ppo_exact_match_drop_max": 0.02,
         "ppo_distinct_2_kept_min": 0.75,
+        "prune_removed_min": 0.26,
         "prune_exact_match_drop_max": 0.02,
         "int8_exact_match_drop_max": 0.01,
         "int8_size_ratio_max": 0.26,
@@ -154,6 +156,7 @@ def test_a_good_chain_passes_every_gate() -> None:
         ("ppo_exact_match_drop_max", changed("policy", exact_match_tuned=0.94), {}),
         ("ppo_exact_match_drop_max", changed("policy", exact_match_heldout=0.66), {}),
         ("ppo_distinct_2_kept_min", changed("policy", distinct_2=0.27), {}),
+        ("prune_removed_min", SHEETS, {"prune": {"removed": 0.249}}),
         ("prune_exact_match_drop_max", changed("pruned", exact_match_heldout=0.64), {}),
         ("int8_exact_match_drop_max", changed("int8", exact_match_tuned=0.93), {}),
         ("int8_size_ratio_max", SHEETS, {"quantize": {"ratio": 0.281}}),

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def naive_score(before: str, name: str, after: str) -> float:
 def test_names_of_any_length_score_as_the_naive_loop_says() -> None:
     known = ["Chad", "Mali", "Peru", "New Zealand", "Saint Vincent and the Grenadines"]
     candidates = names.Candidates(known, CODEC)
-    places = names.slots("It is [MASK].", CODEC) + names.slots("[MASK] is big.", CODEC)
+    places = [names.only_slot(text, CODEC) for text in ("It is [MASK].", "[MASK] is big.")]
     scores = names.log_scores(fake_logits, CODEC, candidates, places)
     expected = [
         [naive_score("It is", f" {name}", ".") for name in known],
@@ -90,11 +91,9 @@ def test_candidates_must_differ() -> None:
 
 
 def test_a_trained_encoder_names_every_country(masks: MaskEngine) -> None:
-    texts = [f"The capital of [MASK] is {capital}." for capital in CAPITALS.values()]
-    ranked = masks.rank(texts)
+    ranked = [masks.fill(f"The capital of [MASK] is {capital}.", top=99)[0] for capital in CAPITALS.values()]
     assert [best[0].name for best in ranked] == list(CAPITALS)
     assert all(sum(score for _, score in best) == pytest.approx(1) for best in ranked)
-    assert [name for name, _ in masks.rank(texts[:1], among=["Japan", "France"])[0]] == ["France", "Japan"]
 
 
 def test_filling_names_the_best_for_each_mask(masks: MaskEngine) -> None:
@@ -104,6 +103,14 @@ def test_filling_names_the_best_for_each_mask(masks: MaskEngine) -> None:
     assert len(masks.fill("[MASK] or [MASK]")) == 2
 
 
+def test_too_many_masks_are_refused_without_work_for_each(masks: MaskEngine) -> None:
+    """A body of a megabyte holds 150,000 of them: a slot for each would be 150,000 times as long as the text."""
+    started = time.perf_counter()
+    with pytest.raises(InputError, match=rf"too long.* and {CONTEXT} are allowed"):
+        masks.fill("[MASK] " * 150_000)
+    assert time.perf_counter() - started < 10
+
+
 def test_masked_text_that_cannot_be_filled(masks: MaskEngine) -> None:
     with pytest.raises(InputError, match=r"no \[MASK\]"):
         masks.fill("The capital of France is Paris.")
@@ -111,8 +118,8 @@ def test_masked_text_that_cannot_be_filled(masks: MaskEngine) -> None:
         masks.fill("[MASK]" + " and" * CONTEXT)
     with pytest.raises(InputError, match="reserved"):
         masks.fill("[MASK]<|end|>")
-    with pytest.raises(InputError, match="one"):
-        masks.rank(["[MASK] and [MASK]"])
+    with pytest.raises(InputError, match=r"one \[MASK\] was expected.* has 2"):
+        names.only_slot("[MASK] and [MASK]", CODEC)
 
 
 @pytest.mark.parametrize("country", CAPITALS)
@@ -125,18 +132,9 @@ def test_answers_are_the_trained_ones_whole_and_in_pieces(text: TextEngine, coun
     assert len(pieces) > 3
 
 
-@pytest.mark.parametrize("batch", [1, 4, 16])
-def test_a_batch_answers_each_as_alone_and_in_order(text: TextEngine, batch: int) -> None:
-    countries = sorted(CAPITALS, key=len, reverse=True)
-    answers = text.generate_batch([ask(question(country)) for country in countries], batch=batch)
-    alone = [text.generate(ask(question(country))) for country in countries]
-    for field in ("text", "prompt_tokens", "completion_tokens", "finish_reason"):
-        assert [getattr(each, field) for each in answers] == [getattr(each, field) for each in alone]
-
-
-def test_a_batch_stops_at_the_tokens_it_was_given(text: TextEngine) -> None:
-    answers = text.generate_batch([ask(question(country)) for country in CAPITALS], max_new_tokens=3)
-    assert {(each.completion_tokens, each.finish_reason) for each in answers} == {(3, "length")}
+def test_an_answer_stops_at_the_tokens_it_was_given(text: TextEngine) -> None:
+    short = text.generate(ask(question("Japan")), Sampling(max_new_tokens=3))
+    assert (short.completion_tokens, short.finish_reason) == (3, "length")
 
 
 def test_drawn_answers_repeat_with_their_seed_and_differ_without(text: TextEngine) -> None:
@@ -146,11 +144,6 @@ def test_drawn_answers_repeat_with_their_seed_and_differ_without(text: TextEngin
     assert drawn(1) == drawn(1)
     assert len({drawn(seed) for seed in (1, 2, 3, None)}) == 4
     assert drawn(-1) == drawn(2**64 - 1)
-    batch = text.generate_batch([ask(question("Japan"))] * 3, temperature=2.0, seed=7)
-    assert [each.text for each in batch] == [
-        each.text for each in text.generate_batch([ask(question("Japan"))] * 3, None, 2.0, 7)
-    ]
-    assert len({each.text for each in batch}) == 3
 
 
 def test_drawing_follows_temperature_first_and_then_top_p() -> None:

@@ -1,18 +1,22 @@
 """The sheet: its figures follow from its rows, its questions are distinct, and learning shows in it."""
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
+from flows.runner import BAR
 from tasks import evaluate
 from tasks.common import models, tables
 from tasks.common.candidates import OnnxDecoder, TorchDecoder
 from tasks.common.scoring import Scorer
 from tasks.common.shards import Document, Split, write_split
+from tasks.common.stage import StageError
 from tests.training_fixtures import CAPITALS, HELD_OUT, NUMERICS, TONES, Chain, chain, config, instructions
 
 __all__ = ["chain"]
@@ -106,6 +110,27 @@ def test_a_corpus_without_names_gives_no_figure(chain: Chain, tmp_path: Path) ->
     assert chain.run(job, config("evaluate"))["masked_names"] is None
 
 
+@pytest.mark.parametrize("refused", ["Is <|end|> the end?", "Rome " * 200])
+def test_a_question_that_the_engine_refuses_is_told_as_such(refused: str, chain: Chain) -> None:
+    """In a sentence that names the question and says what to do, not in a traceback."""
+    decoder = OnnxDecoder.load(chain.path("data/quantize/policy/model"), NUMERICS)
+    with pytest.raises(StageError, match=rf"refuses the question '{re.escape(refused[:70])}.*params\.yaml"):
+        decoder.reply([[{"role": "user", "content": refused}]], 8, 0.0, 1)
+
+
+def test_an_expression_that_cannot_be_one_is_told_before_anything_runs() -> None:
+    with pytest.raises(ValidationError, match="should be a regular expression of Python's"):
+        config("evaluate", masked="The capital of (.*")
+
+
+@pytest.mark.parametrize("key", ["tuned", "int8"])
+def test_a_sheet_shows_its_progress(key: str, chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Questions, samples and perplexity, in bars that the runner reads."""
+    chain.run(chain.job(f"evaluate@{key}", config("evaluate"), tmp_path), config("evaluate"))
+    bars = [bar["what"] for text in re.split(r"[\r\n]+", capsys.readouterr().err) if (bar := BAR.match(text))]
+    assert list(dict.fromkeys(bars)) == [f"evaluate@{key} {part}" for part in ("questions", "samples", "perplexity")]
+
+
 # Questions
 
 
@@ -161,7 +186,7 @@ class Guess:
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = vocabulary
 
-    def negative_log_likelihood(self, rows: Any) -> list[float]:
+    def negative_log_likelihood(self, rows: Any, desc: str | None = None) -> list[float]:
         """Return each row's surprise."""
         return [(len(row) - 1) * math.log(self.vocabulary) for row in rows]
 
@@ -188,7 +213,7 @@ def test_the_surprise_of_a_text_is_a_plain_sum(chain: Chain) -> None:
     naive = [-sum(logp[row, t - 1, rows[row, t]].item() for t in range(1, 16)) for row in range(4)]
     ours = TorchDecoder.load(path, NUMERICS).negative_log_likelihood(rows)
     assert ours == pytest.approx(naive, rel=1e-5)
-    quantized = OnnxDecoder.load(chain.path("data/quantize/policy/model")).negative_log_likelihood(rows)
+    quantized = OnnxDecoder.load(chain.path("data/quantize/policy/model"), NUMERICS).negative_log_likelihood(rows)
     assert quantized == pytest.approx(naive, rel=0.05)
     assert quantized != pytest.approx(naive, rel=1e-6)
 

@@ -1,5 +1,6 @@
 """The package: whole and true, or refused with a sentence."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,8 @@ from typing import Any
 import pytest
 
 from tasks import package
-from tasks.common import identity, tables
-from tasks.common.settings import Checkpoints, Dtypes, Numerics
+from tasks.common import identity, stage, tables
+from tasks.common.settings import STAGES, Checkpoints, Dtypes, Numerics
 from tasks.common.stage import Job, StageError
 
 
@@ -55,6 +56,13 @@ def test_it_holds_both_models_the_names_and_every_record(inputs: dict[str, Path]
     assert json.loads((tmp_path / "out" / "encoder" / "names.json").read_text()) == ["France", "Paris"]
     assert (tmp_path / "out" / "policy" / "model.onnx").read_bytes() == b"policy"
     assert provenance["model"] == metrics["model"] == identity.tag(provenance["recipe"], provenance["content"])
+
+
+def test_the_records_are_those_of_every_stage_before_it() -> None:
+    modules = {name: importlib.import_module(f"tasks.{name}") for name in STAGES if name != "package"}
+    every = {stage.name_of(name, key) for name, module in modules.items() for key in stage.keys_of(module)}
+    assert {name.replace("/", "@") for name in package.RECORDS} == every
+    assert len(package.RECORDS) == len(every)
 
 
 def test_names_are_those_of_the_training_text_once_and_in_order(inputs: dict[str, Path], tmp_path: Path) -> None:

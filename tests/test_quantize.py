@@ -72,7 +72,7 @@ def test_logits_are_close_to_fp32(key: str, chain: Chain) -> None:
     with torch.no_grad():
         plain: Any = load(chain.path(KEYS[key]), NUMERICS).eval()
         expected = plain(input_ids=torch.from_numpy(ids)).logits.numpy()
-    engine = OnnxEncoder.load(path) if key == "encoder" else None
+    engine = OnnxEncoder.load(path, NUMERICS) if key == "encoder" else None
     found = engine.logits(ids, np.ones_like(ids)) if engine else decoder_logits(path, ids)
     error = (found - expected).std() / expected.std()
     assert 0 < error < 0.05
@@ -174,6 +174,13 @@ def test_unknown_settings_are_told(make: Callable[[], Any], sentence: str) -> No
     """Processor instructions that there is no scheme for, and settings of the other key."""
     with pytest.raises(ValidationError, match=sentence):
         make()
+
+
+def test_int8_runs_on_the_threads_of_the_settings(chain: Chain) -> None:
+    """Sums over several threads may round otherwise, so that their number is part of the identity."""
+    numerics = NUMERICS.model_copy(update={"threads": 2})
+    encoder = OnnxEncoder.load(chain.path("data/quantize/encoder/model"), numerics)
+    assert encoder.session.get_session_options().intra_op_num_threads == 2
 
 
 def test_a_torch_folder_is_opened_as_such(chain: Chain) -> None:

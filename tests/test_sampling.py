@@ -111,6 +111,16 @@ def test_the_model_is_given_back_as_it_was(
     assert model.training is training
 
 
+def test_a_bar_is_shown_only_where_it_is_named(
+    model: Any, tokenizer: Any, prompts: list[list[int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PPO samples within a bar of its own."""
+    say(model, tokenizer, prompts[:4], batch=2)
+    assert capsys.readouterr().err == ""
+    say(model, tokenizer, prompts[:4], batch=2, desc="prune replies")
+    assert "prune replies: 100%|" in capsys.readouterr().err
+
+
 def test_a_reply_is_text_without_special_tokens(tokenizer: Any) -> None:
     """What is scored and shown is neither padded nor marked."""
     ids = [*tokenizer.encode(" Paris, obviously.", add_special_tokens=False), tokenizer.eos_token_id]

@@ -1,6 +1,7 @@
 """The served service: a real `bentoml serve` process, asked with plain HTTP and with the `openai` client."""
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,8 +14,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
+from serving import openai_api
 from serving.intake import MAX_BODY_BYTES
+from serving.package import open_package
 from tests.servers import environment, free_port, serving
 from tests.serving_fixtures import CAPITALS, CONTEXT, MAX_NEW_TOKENS, ROOT, TAG, answer, package, question
 
@@ -145,6 +150,18 @@ def test_openai_client_lists_the_model(ai: openai.OpenAI) -> None:
     assert ai.models.retrieve(TAG).owned_by == "bessemer"
     with pytest.raises(openai.NotFoundError, match="gpt-9"):
         ai.models.retrieve("gpt-9")
+
+
+def test_models_are_listed_while_the_package_is_made_anew(package: Path, tmp_path: Path) -> None:
+    """`package` puts a new provenance.json in place of the old one while the server runs."""
+    shutil.copytree(package, tmp_path / "package")
+    opened = open_package(tmp_path / "package")
+    shutil.rmtree(tmp_path / "package")
+    app = Starlette(routes=openai_api.ROUTES)
+    app.state.package = opened
+    listed = TestClient(app).get("/v1/models").json()["data"]
+    assert {entry["created"] for entry in listed} == {opened.created}
+    assert opened.created == int((package / "provenance.json").stat().st_mtime)
 
 
 @pytest.mark.parametrize("model", [TAG, "bessemer"])

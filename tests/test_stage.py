@@ -235,6 +235,35 @@ class TestInterrupted:
                 assert identity.tree_hash(kitchen.path / path) == digest
 
 
+def test_stages_side_by_side_keep_their_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`evaluate@encoder` begins and ends while `evaluate@encoder-int8` writes, and leaves it alone."""
+    monkeypatch.chdir(tmp_path)
+    with stage._scratch("evaluate@encoder-int8", {"answers": Path("data/a")}) as longer:
+        longer["answers"].write_text("half")
+        with stage._scratch("evaluate@encoder", {"answers": Path("data/b")}) as shorter:
+            shorter["answers"].write_text("half")
+        assert longer["answers"].read_text() == "half"
+    assert list(stage.SCRATCH.iterdir()) == []
+
+
+def test_what_a_run_leaves_makes_no_checkout_dirty(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True)
+
+    assert stage.commit(tmp_path) == {"commit": None, "dirty": None}
+    for name in ("code.py", "dvc.lock", "metrics/cook.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("before")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "all")
+    for name in ("dvc.lock", "metrics/cook.json", "metrics/new.json"):
+        (tmp_path / name).write_text("after")
+    assert stage.commit(tmp_path)["dirty"] is False
+    (tmp_path / "code.py").write_text("after")
+    assert stage.commit(tmp_path)["dirty"] is True
+
+
 class TestFailed:
     @pytest.mark.parametrize(
         ("way", "words"),

@@ -1,7 +1,8 @@
 """Models as the sheet sees them: one face for a torch model and for the INT8 files that will be served."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -9,8 +10,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from serving import folders
+from serving.errors import ServingError
 from tasks.common import chat, models, sampling
 from tasks.common.settings import Dtypes, Numerics
+from tasks.common.stage import StageError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -19,20 +23,26 @@ if TYPE_CHECKING:
 Messages = Sequence[chat.Message]
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
+ROWS = 32  # of held-out prose at a time
 
 
 class Decoder(Protocol):
-    """A causal model that replies and scores text; its size is its parameters and the bytes of its weights' file."""
+    """A causal model that replies and scores text; its size is its parameters and the bytes of its weights' file.
+
+    `desc` names the progress bar of what it does; none is shown without it.
+    """
 
     @property
     def parameters(self) -> int: ...
     @property
     def bytes(self) -> int: ...
 
-    def reply(self, prompts: Sequence[Messages], max_new_tokens: int, temperature: float, seed: int) -> list[str]:
+    def reply(
+        self, prompts: Sequence[Messages], max_new_tokens: int, temperature: float, seed: int, desc: str | None = None
+    ) -> list[str]:
         """Return a reply to each conversation; temperature 0 is greedy."""
 
-    def negative_log_likelihood(self, rows: npt.NDArray[Any]) -> list[float]:
+    def negative_log_likelihood(self, rows: npt.NDArray[Any], desc: str | None = None) -> list[float]:
         """Return the summed negative log-likelihood (nats) of each row's tokens after its first; rows (N, T)."""
 
 
@@ -52,12 +62,12 @@ class Encoder(Protocol):
 
 def open_decoder(path: Path, numerics: Numerics) -> Decoder:
     """Open a decoder's folder: INT8 ONNX files where they are, else a Transformers model."""
-    return OnnxDecoder.load(path) if (path / "model.onnx").exists() else TorchDecoder.load(path, numerics)
+    return OnnxDecoder.load(path, numerics) if (path / "model.onnx").exists() else TorchDecoder.load(path, numerics)
 
 
 def open_encoder(path: Path, numerics: Numerics) -> Encoder:
     """Open an encoder's folder: INT8 ONNX files where they are, else a Transformers model."""
-    return OnnxEncoder.load(path) if (path / "model.onnx").exists() else TorchEncoder.load(path, numerics)
+    return OnnxEncoder.load(path, numerics) if (path / "model.onnx").exists() else TorchEncoder.load(path, numerics)
 
 
 @dataclass
@@ -80,7 +90,9 @@ class TorchDecoder:
         """Number of parameters."""
         return models.parameters(self.model)
 
-    def reply(self, prompts: Sequence[Messages], max_new_tokens: int, temperature: float, seed: int) -> list[str]:
+    def reply(
+        self, prompts: Sequence[Messages], max_new_tokens: int, temperature: float, seed: int, desc: str | None = None
+    ) -> list[str]:
         """Return a reply to each conversation; temperature 0 is greedy."""
         encoded = [chat.encode_prompt(self.tokenizer, messages) for messages in prompts]
         exact = self.numerics.model_copy(update={"dtype": Dtypes(decoder="float32", encoder="float32")})
@@ -92,18 +104,28 @@ class TorchDecoder:
             temperature=temperature,
             seed=seed,
             numerics=exact,
+            desc=desc,
         )
         return [sampling.decode(self.tokenizer, ids) for ids in replies]
 
-    def negative_log_likelihood(self, rows: npt.NDArray[Any]) -> list[float]:
+    def negative_log_likelihood(self, rows: npt.NDArray[Any], desc: str | None = None) -> list[float]:
         """Return the summed negative log-likelihood (nats) of each row's tokens after its first; rows (N, T)."""
         import torch
 
         sums: list[float] = []
         with torch.no_grad():
-            for ids in torch.from_numpy(rows.astype(np.int64)).to(self.model.device).split(32):
+            for part in _parts(rows, desc):
+                ids = torch.from_numpy(part).to(self.model.device)
                 sums += torch_nll(self.model(input_ids=ids).logits, ids)
         return sums
+
+
+def _parts(rows: npt.NDArray[Any], desc: str | None) -> Iterator[Ids]:
+    """Yield rows (N, T) some at a time, under a progress bar."""
+    from tqdm import tqdm
+
+    for start in tqdm(range(0, len(rows), ROWS), desc=desc, disable=desc is None, mininterval=2):
+        yield rows[start : start + ROWS].astype(np.int64)
 
 
 def torch_nll(logits: Any, ids: Any) -> list[float]:
@@ -117,48 +139,65 @@ def torch_nll(logits: Any, ids: Any) -> list[float]:
 
 @dataclass
 class OnnxDecoder:
-    """The INT8 decoder, run by the very engine that serves it."""
+    """The INT8 decoder, run by the very engine that serves it, one question after another as the service does."""
 
     path: Path
+    threads: int
     parameters: int
     bytes: int
 
     @classmethod
-    def load(cls, path: Path) -> "OnnxDecoder":
+    def load(cls, path: Path, numerics: Numerics) -> "OnnxDecoder":
         """Read a folder that `quantize` left."""
-        return cls(
-            path, json.loads((path / "size.json").read_text())["parameters"], (path / "model.onnx").stat().st_size
-        )
+        size = json.loads((path / "size.json").read_text())["parameters"]
+        return cls(path, numerics.threads, size, (path / "model.onnx").stat().st_size)
 
-    def reply(self, prompts: Sequence[Messages], max_new_tokens: int, temperature: float, seed: int) -> list[str]:
+    def reply(
+        self, prompts: Sequence[Messages], max_new_tokens: int, temperature: float, seed: int, desc: str | None = None
+    ) -> list[str]:
         """Return a reply to each conversation; temperature 0 is greedy."""
+        from tqdm import tqdm
+
+        from serving.decoding import Sampling
         from serving.engine import TextEngine
 
-        engine = TextEngine(self.path)
-        return [
-            reply.text.strip()
-            for reply in engine.generate_batch(
-                prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-            )
-        ]
+        with _told(f"the INT8 model in {self.path} cannot be opened"):
+            engine = TextEngine(self.path, self.threads)
+        replies = []
+        for at, messages in enumerate(tqdm(prompts, desc=desc, disable=desc is None, mininterval=2)):
+            with _told(
+                f"the INT8 model refuses the question {messages[-1]['content'][:80]!r}",
+                " Change evaluate.max_new_tokens or quantize.policy.max_new_tokens in params.yaml, or the row itself "
+                "in its source.",
+            ):
+                drawn = Sampling(max_new_tokens, temperature, seed=seed * 1_000_003 + at)
+                replies.append(engine.generate(messages, drawn).text.strip())
+        return replies
 
-    def negative_log_likelihood(self, rows: npt.NDArray[Any]) -> list[float]:
+    def negative_log_likelihood(self, rows: npt.NDArray[Any], desc: str | None = None) -> list[float]:
         """Return the summed negative log-likelihood (nats) of each row's tokens after its first; rows (N, T)."""
         import torch
 
-        session = _session(self.path)
+        session = _session(self.path, self.threads)
         sums: list[float] = []
-        for start in range(0, len(rows), 32):
-            ids = rows[start : start + 32].astype(np.int64)
+        for ids in _parts(rows, desc):
             logits = session.run(["logits"], _decoder_feed(session, ids))[0]
             sums += torch_nll(torch.from_numpy(logits), torch.from_numpy(ids))
         return sums
 
 
-def _session(path: Path) -> Any:
-    import onnxruntime
+def _session(path: Path, threads: int) -> Any:
+    with _told(f"the INT8 model in {path} cannot be opened"):
+        return folders.load_onnx(path / "model.onnx", threads)
 
-    return onnxruntime.InferenceSession(path / "model.onnx", providers=["CPUExecutionProvider"])
+
+@contextmanager
+def _told(what: str, remedy: str = "") -> Iterator[None]:
+    """Let what the service would tell its reader be told as this stage's failure."""
+    try:
+        yield
+    except ServingError as error:
+        raise StageError(f"{what}: {error}{remedy}") from error
 
 
 def _decoder_feed(session: Any, ids: Ids) -> dict[str, Any]:
@@ -214,13 +253,13 @@ class OnnxEncoder:
     bytes: int
 
     @classmethod
-    def load(cls, path: Path) -> "OnnxEncoder":
+    def load(cls, path: Path, numerics: Numerics) -> "OnnxEncoder":
         """Read a folder that `quantize` left."""
         from tokenizers import Tokenizer
 
         size = json.loads((path / "size.json").read_text())["parameters"]
         return cls(
-            _session(path),
+            _session(path, numerics.threads),
             Tokenizer.from_file(str(path / "tokenizer.json")),
             size,
             (path / "model.onnx").stat().st_size,

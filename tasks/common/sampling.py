@@ -20,13 +20,16 @@ def replies(
     seed: int,
     numerics: Numerics,
     batch: int = 128,
+    desc: str | None = None,
 ) -> list[list[int]]:
     """Return the reply of each prompt as token ids, the end token included where it was reached.
 
     `temperature` 0 is greedy. Prompts of like length share a batch, and torch's generator is seeded per batch and put
-    back afterwards, so that nothing else in the process changes a reply or is changed by it.
+    back afterwards, so that nothing else in the process changes a reply or is changed by it. A progress bar is shown
+    where `desc` names it.
     """
     import torch
+    from tqdm import tqdm
 
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     result: list[list[int]] = [[] for _ in prompts]
@@ -39,7 +42,7 @@ def replies(
     generate: Any = model.generate
     model.eval()
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), torch.no_grad():
-        for start in range(0, len(order), batch):
+        for start in tqdm(range(0, len(order), batch), desc=desc, disable=desc is None, mininterval=2):
             chosen = order[start : start + batch]
             rows = [list(prompts[i]) for i in chosen]
             ids = torch.tensor(chat.pad(rows, tokenizer.pad_token_id, left=True), device=model.device)  # (B, P)

@@ -10,12 +10,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 STAGES = (
     "ingest", "validate", "tokenize", "pretrain", "finetune", "reward", "ppo", "prune", "quantize", "evaluate",
     "compare", "package",
 )  # fmt: skip
+AT_MOST = {  # setting: the one of another section that it must not exceed, and why
+    "finetune.method.layers": ("pretrain.clm.model.layers", "the model has no more blocks to train"),
+    **dict.fromkeys(
+        ("ppo.max_new_tokens", "prune.max_new_tokens", "evaluate.max_new_tokens"),
+        ("quantize.policy.max_new_tokens", "the exported model says no more at once"),
+    ),
+}
 
 
 class BessemerError(Exception):
@@ -62,6 +69,20 @@ class Checkpoints(Settings):
     url: str = Field(description="Any fsspec address; a relative path lies in the project", min_length=1)
     every_seconds: float = Field(description="Seconds between two checkpoints of one stage", gt=0)
 
+    @field_validator("url")
+    @classmethod
+    def _known(cls, url: str) -> str:
+        """Refuse a scheme that would only be missed when the first checkpoint is due."""
+        from fsspec import available_protocols
+
+        for part in url.split("::") if "::" in url or "://" in url else ():
+            scheme = part.partition("://")[0]
+            if scheme not in available_protocols():
+                raise ValueError(
+                    f"fsspec knows no scheme {scheme!r}; give a path, or an address such as s3://bucket/folder"
+                )
+        return url
+
 
 class Placement(Settings):
     """Where things run. Neither tracked by DVC nor part of the identity."""
@@ -107,36 +128,51 @@ def config_of(module: ModuleType, params: dict[str, Any], key: str | None) -> tu
     return stage, module.Config.model_validate(params[stage])
 
 
-def check(params: dict[str, Any]) -> None:
-    """Raise SettingsError with every problem in the file, or return.
+def check(params: dict[str, Any], name: str = "params.yaml") -> None:
+    """Raise SettingsError with every problem in the file (which is called `name`), or return.
 
     Stage modules are imported by name, not statically: another stage's settings never change this stage's bytes,
     so its code must not enter this stage's recipe.
     """
     problems: list[str] = []
     expected = {"base", "numerics", "placement", *STAGES}
-    unknown = [name for name in params if name not in expected]
-    problems += [f"{name}: unknown section; there are {', '.join(sorted(expected))}" for name in unknown]
-    problems += [f"{name}: this section is missing" for name in sorted(expected) if name not in params]
+    unknown = [section for section in params if section not in expected]
+    problems += [f"{section}: unknown section; there are {', '.join(sorted(expected))}" for section in unknown]
+    problems += [f"{section}: this section is missing" for section in sorted(expected) if section not in params]
     shared: dict[str, type[Settings]] = {"base": Base, "numerics": Numerics, "placement": Placement}
-    for name, model in shared.items():
-        problems += _problems(model, params, (name,))
+    for section, model in shared.items():
+        problems += _problems(model, params, (section,))
     for stage in STAGES:
         module = importlib.import_module(f"tasks.{stage}")
         keys = stage_keys(module)
         if not keys:
             problems += _problems(module.Config, params, (stage,))
             continue
-        section = params.get(stage)
-        if isinstance(section, dict):
-            odd = [name for name in section if name not in keys]
-            problems += [f"{stage}.{name}: unknown key; there are {', '.join(keys)}" for name in odd]
+        content = params.get(stage)
+        if isinstance(content, dict):
+            odd = [key for key in content if key not in keys]
+            problems += [f"{stage}.{key}: unknown key; there are {', '.join(keys)}" for key in odd]
         for key, model in keys.items():
             problems += _problems(model, params, (stage, key))
+    problems += _across(params)
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
-        raise SettingsError(f"params.yaml has {count}; nothing was run.\n{listed}")
+        raise SettingsError(f"{name} has {count}; nothing was run.\n{listed}")
+
+
+def _across(params: dict[str, Any]) -> Iterator[str]:
+    """Tell of settings that are right by themselves and wrong together; what is no number is told elsewhere."""
+    for path, (limit, why) in AT_MOST.items():
+        value, most = _at(params, path), _at(params, limit)
+        if isinstance(value, int) and isinstance(most, int) and value > most:
+            yield f"{path}: found {value}, but it should be at most {limit}, which is {most}: {why}"
+
+
+def _at(params: Any, path: str) -> Any:
+    for name in path.split("."):
+        params = params.get(name) if isinstance(params, dict) else None
+    return params
 
 
 def _problems(model: type[Settings], params: dict[str, Any], path: tuple[str, ...]) -> Iterator[str]:

@@ -15,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +38,7 @@ from tasks.common.settings import (
 
 RUN_ID = "BESSEMER_RUN_ID"
 SCRATCH = Path("data/.scratch")
+LEFT_BY_RUNS = ("benchmarks/results", "docs", "dvc.lock", "metrics")  # tracked, and no part of what is run
 
 
 class StageError(BessemerError):
@@ -162,14 +162,15 @@ def execute(module: ModuleType, key: str | None) -> dict[str, Any]:
 @contextmanager
 def _scratch(name: str, targets: dict[str, Path]) -> Iterator[dict[str, Path]]:
     """Yield a scratch path for each output; drop what a run of this stage that was killed outright left behind."""
-    SCRATCH.mkdir(parents=True, exist_ok=True)
-    for left in SCRATCH.glob(f"{name}-*"):
-        shutil.rmtree(left)  # DVC lets no two runs of a stage go on at once
-    with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=SCRATCH) as scratch:
-        outputs = {output: Path(scratch, output, target.name) for output, target in targets.items()}
+    scratch = SCRATCH / name  # the stage's own: DVC lets no two runs of a stage go on at once
+    shutil.rmtree(scratch, ignore_errors=True)
+    outputs = {output: scratch / output / target.name for output, target in targets.items()}
+    try:
         for path in outputs.values():
             path.parent.mkdir(parents=True)
         yield outputs
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _finish(job: Job, targets: dict[str, Path], record: dict[str, Any], metrics: dict[str, Any]) -> None:
@@ -229,21 +230,25 @@ def _write_run(job: Job, started: datetime, seconds: float) -> None:
         "host": platform.node(),
         "python": platform.python_version(),
         "machine": platform.machine(),
-        **_commit(),
+        **commit(),
         **job.figures,
     }
     write_json(Path("runs", run_id, f"{job.name}.json"), log)
 
 
-def _commit() -> dict[str, Any]:
+def commit(folder: Path = Path()) -> dict[str, Any]:
+    """Return the commit checked out in a folder and whether code or settings differ from it; None without git."""
+
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=20, check=False)
+            done = subprocess.run(
+                ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=20, check=False
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    status = git("status", "--porcelain")
+    status = git("status", "--porcelain", "--", ".", *(f":!{path}" for path in LEFT_BY_RUNS))
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 
 
