@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
 
-from flows import records
+from flows import records, report_lineage
 from flows.graph import Graph
 from flows.records import Outcome
 
 VALIDATION = Path("data/validate/report/validation.md")
+REFUSED = Path("data/.failed/validate/validation.md")  # where the stage keeps it when it refuses the data
 UPDATE_S = 2.0
 COLOURS = {
     "ran": "#d7f5dd",
@@ -34,11 +35,12 @@ def lineage(project: Path, graph: Graph, outcomes: Mapping[str, Outcome], run_id
 
 def diagram(graph: Graph, outcomes: Mapping[str, Outcome]) -> str:
     """Return the stages as a mermaid flowchart, coloured by how each one ended."""
+    closest = report_lineage.closest({name: stage.needs for name, stage in graph.items()})
     number = {name: f"s{index}" for index, name in enumerate(graph)}
     status = {name: outcomes.get(name, Outcome("not run")).status for name in graph}
     lines = ["flowchart LR"]
     lines += [f'  {number[name]}["{name}"]:::{_css(status[name])}' for name in graph]
-    lines += [f"  {number[need]} --> {number[name]}" for name in graph for need in _closest(graph, name)]
+    lines += [f"  {number[need]} --> {number[name]}" for name, needs in closest.items() for need in needs]
     lines += [f"  classDef {_css(word)} fill:{colour},stroke:#888,color:#222" for word, colour in COLOURS.items()]
     return "\n".join(lines)
 
@@ -67,11 +69,10 @@ def publish(project: Path, graph: Graph, outcomes: Mapping[str, Outcome], run_id
         create_table_artifact(rows, key="evaluation", description="The held-out sheet after every step")
 
 
-def publish_validation(project: Path) -> None:
+def publish_validation(path: Path) -> None:
     """Hang the readable validation report on the task run, where the stage has left one."""
     from prefect.artifacts import create_markdown_artifact
 
-    path = project / VALIDATION
     if path.exists():
         text = path.read_text(encoding="utf-8")
         create_markdown_artifact(text, key="validation", description="What was checked, kept and refused")
@@ -108,18 +109,6 @@ class ProgressArtifact:
         if self._id is not None and self._next < math.inf:
             self._next = 0.0
             self.show(100.0, "done")
-
-
-def _closest(graph: Graph, name: str) -> list[str]:
-    """Return the needs of a stage that none of its other needs already stands for."""
-    needs = graph[name].needs
-    behind = {other for need in needs for other in _behind(graph, need)}
-    return [need for need in needs if need not in behind]
-
-
-def _behind(graph: Graph, name: str) -> set[str]:
-    needs = [need for need in graph[name].needs if need in graph]
-    return set(needs).union(*(_behind(graph, need) for need in needs))
 
 
 def _css(status: str) -> str:

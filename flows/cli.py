@@ -10,6 +10,7 @@ from serving.errors import ServingError
 from tasks.common.settings import BessemerError
 
 SAMPLES = ("What is the capital of France?", "Which continent is Kenya in?", "What is the symbol of gold?")
+PORT = click.IntRange(1, 65535)
 STAGES = click.option(
     "--stage", "-s", "stages", multiple=True, metavar="NAME", help="Only this stage and what it needs; may be repeated."
 )
@@ -64,9 +65,9 @@ def run(stages: tuple[str, ...]) -> None:
       bessemer run -s finetune            up to the tuned model
       bessemer run -s reward -s prune     two stages and what they need
     """
-    from flows import running
+    from flows import commands
 
-    running.run(Path(), stages)
+    commands.run(Path(), stages)
 
 
 @cli.command()
@@ -79,9 +80,9 @@ def plan(stages: tuple[str, ...]) -> None:
       bessemer plan
       bessemer plan -s ppo
     """
-    from flows import running
+    from flows import commands
 
-    running.plan(Path(), stages)
+    commands.plan(Path(), stages)
 
 
 @cli.command()
@@ -92,9 +93,9 @@ def status() -> None:
     Example:
       bessemer status
     """
-    from flows import running
+    from flows import commands
 
-    running.status(Path())
+    commands.status(Path())
 
 
 @cli.command()
@@ -139,7 +140,7 @@ def build() -> None:
 
 @cli.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
-@click.option("--port", "-p", default=3000, show_default=True, help="Port to listen on.")
+@click.option("--port", "-p", default=3000, type=PORT, show_default=True, help="Port to listen on.")
 def serve(host: str, port: int) -> None:
     """Answer on a port: POST /generate, POST /fill-mask, OpenAI's /v1, GET /provenance.
 
@@ -204,7 +205,7 @@ def report(as_json: bool) -> None:
 
 @cli.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=4200, show_default=True, help="Port to listen on.")
+@click.option("--port", default=4200, type=PORT, show_default=True, help="Port to listen on.")
 def ui(host: str, port: int) -> None:
     """Start Prefect's server with its web page: runs, their graphs, logs and artifacts.
 

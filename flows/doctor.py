@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from flows import graph, server
+from flows import graph
+from serving.errors import ServingError
+from serving.serve import HOST, check_port
 from tasks.common.settings import BessemerError, check, read_params
 
 NEEDED_DISK_GB = 3.0
@@ -32,9 +34,17 @@ def examine(project: Path) -> Iterator[Finding]:
     for one in checks:
         yield one(project)
     for port, what in PORTS.items():
-        taken = server.port_taken("127.0.0.1", port)
+        taken = _taken(port)
         text = f"port {port} is in use; it is meant for {what}" if taken else f"port {port} is free"
         yield Finding(True, text, note=taken)
+
+
+def _taken(port: int) -> bool:
+    try:
+        check_port(port, HOST, "")
+    except ServingError:
+        return True
+    return False
 
 
 def differing(lock: str) -> list[str]:

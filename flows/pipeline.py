@@ -92,10 +92,12 @@ def work_through(run: Run, plan: Graph) -> None:
             busy += 1
         if not busy:
             break
-        run.note_breakage(ended.get())
+        future = ended.get()
+        run.note_breakage(next(name for name, known in futures.items() if known is future), future.state)
         busy -= 1
     if "package" in plan and run.done("package"):
-        build(run.quoted, return_state=True, wait_for=[futures["package"]])
+        state = build(run.quoted, return_state=True, wait_for=[futures["package"]])
+        run.note_breakage("build", state)
 
 
 def verdict(outcomes: Mapping[str, Outcome], plan: Graph) -> State[Any]:

@@ -5,7 +5,7 @@ import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tasks.common.settings import BessemerError, check, read_params
+from tasks.common.settings import BessemerError, SettingsError, check, read_params
 
 KEPT = Path(".bessemer/params")
 
@@ -17,9 +17,10 @@ def names(project: Path) -> list[str]:
 
 def in_force(project: Path) -> str | None:
     """Return the profile whose values are those of `params.yaml`, or None where it was changed by hand."""
-    if not (project / "params.yaml").exists():
+    try:
+        params = read_params(project / "params.yaml")
+    except SettingsError:  # missing, or not even YAML: a profile is what mends it
         return None
-    params = read_params(project / "params.yaml")
     same = (name for name in names(project) if read_params(project / "profiles" / f"{name}.yaml") == params)
     return next(same, None)
 
@@ -29,7 +30,7 @@ def use(project: Path, name: str) -> Path | None:
     if name not in names(project):
         raise BessemerError(f"There is no profile {name!r}. There are: {', '.join(names(project))}.")
     source, target = project / "profiles" / f"{name}.yaml", project / "params.yaml"
-    check(read_params(source))
+    check(read_params(source), str(source))
     kept = None
     if target.exists() and in_force(project) is None:
         kept = project / KEPT / f"{datetime.now(UTC):%Y%m%d-%H%M%S}.yaml"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows import report_answers, report_limits, report_parts, report_sheet
-from flows.report_run import Run, last_run
+from flows.results import Results, last_run
 from tasks.common.settings import BessemerError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class ReportError(BessemerError):
 
 def write_report(project: Path, run_id: str) -> Path:
     """Write the page of a run and return where it lies."""
-    text = page(Run(project, run_id)).encode("utf-8", "replace")  # a model's reply may hold half a character
+    text = page(Results(project, run_id)).encode("utf-8", "replace")  # a model's reply may hold half a character
     path = project / "runs" / run_id / "report.html"
     for target in (path, project / LATEST):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -46,9 +46,9 @@ def write_last_report(project: Path) -> Path:
     return write_report(project, run_id)
 
 
-def page(run: Run) -> str:
+def page(run: Results) -> str:
     """Return the page of a run."""
-    parts: dict[str, Callable[[Run], Any]] = {
+    parts: dict[str, Callable[[Results], Any]] = {
         "headline": report_parts.headline,
         "tiles": report_sheet.tiles,
         "lineage": report_parts.lineage,
@@ -68,7 +68,7 @@ def page(run: Run) -> str:
     return template.render(run=run.id, problems=problems, written=datetime.now(UTC), **found)
 
 
-def _made(part: Callable[[Run], Any], run: Run, name: str, problems: dict[str, str]) -> Any:
+def _made(part: Callable[[Results], Any], run: Results, name: str, problems: dict[str, str]) -> Any:
     """Return a part of the page; files of another shape (an older run's, a half-edited one) cost that part alone."""
     try:
         return part(run)

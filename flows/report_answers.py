@@ -10,14 +10,14 @@ from markupsafe import Markup
 
 from flows import report_plots
 from flows.report_parts import Part
-from flows.report_run import Run
 from flows.report_sheet import COLOURS
+from flows.results import Results
 
 SIDES = (("Questions of the kind it was tuned on", "train"), ("About entities held out of the questions", "heldout"))
 QUESTIONS, TURNED, REPLIES, MASKED, LONGEST = 6, 6, 6, 10, 280
 
 
-def answers(run: Run) -> Part:
+def answers(run: Results) -> Part:
     """Return greedy answers, those whose verdict a step changed, sampled replies with rewards, and masked names."""
     sheets = {name: rows for name in _evaluated(run) if (rows := _answers(run, name))}
     greedy = {name: _of_kind(rows, "greedy") for name, rows in sheets.items()}
@@ -46,13 +46,13 @@ def answers(run: Run) -> Part:
     }
 
 
-def _evaluated(run: Run) -> list[str]:
+def _evaluated(run: Results) -> list[str]:
     """Return the models that may have answered, in chain order."""
     listed = [str(model["model"]) for model in run.sheet.get("models", [])]
     return listed or [name.partition("@")[2] for name in run.steps if name.startswith("evaluate@")]
 
 
-def _answers(run: Run, model: str) -> list[Part]:
+def _answers(run: Results, model: str) -> list[Part]:
     from tasks.common import tables
 
     try:

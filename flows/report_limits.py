@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from flows.report_run import Run
+from flows.results import Results
 
 Note = tuple[str, str]  # in a few words, and in full
 
 
-def limits(run: Run) -> list[Note]:
+def limits(run: Results) -> list[Note]:
     """Return the notes on the kinds of sources that the data came from, then those on the figures themselves."""
     notes: list[Note] = []
     used = {str(item["name"]): item for item in run.json("data/ingest/sources.json") or []}
@@ -48,7 +48,7 @@ def limits(run: Run) -> list[Note]:
     return notes
 
 
-def _modest(run: Run) -> list[Note]:
+def _modest(run: Results) -> list[Note]:
     """Return the limits that follow from the figures themselves."""
     notes = []
     gap = run.metrics("reward").get("gap_at_least_1") or {}

@@ -1,4 +1,4 @@
-"""The parts of the run report: what each section shows, made from what a `Run` finds.
+"""The parts of the run report: what each section shows, made from what `Results` finds.
 
 A part is a function of the run that returns what the template needs, or an empty dictionary where the stages it tells
 of have left nothing yet. Nothing here decides how it looks, apart from the charts.
@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from flows import report_lineage, report_plots
 from flows.report_plots import Level, Series
-from flows.report_run import DONE, Run, Step
+from flows.results import DONE, Results, Step
 
 Part = dict[str, Any]
 
@@ -49,7 +49,7 @@ SECTIONS = {
 }  # fmt: skip
 
 
-def headline(run: Run) -> Part:
+def headline(run: Results) -> Part:
     """Return the model's tag, the verdict of the gates, and when, where and from which commit it was made."""
     package = run.steps.get("package")
     provenance = run.json("data/package/provenance.json")
@@ -71,7 +71,7 @@ def headline(run: Run) -> Part:
     }
 
 
-def lineage(run: Run) -> Part:
+def lineage(run: Results) -> Part:
     """Return the diagram of the stages."""
     if not isinstance(run.graph, dict):
         return {"problem": str(run.graph)}
@@ -89,13 +89,13 @@ def section(stage: str) -> str:
     return SECTIONS.get(stage.partition("@")[0], "stages")
 
 
-def data(run: Run) -> Part:
+def data(run: Results) -> Part:
     """Return the sources, the rows of the tables, why rows were refused, and the tokens."""
     settings = {str(source.get("name")): source for source in run.settings("ingest").get("sources", [])}
     sources = run.json("data/ingest/sources.json") or []
     for source in sources:
         named = settings.get(source["name"], {})
-        source["from"] = named.get("requirement") or named.get("path") or named.get("dataset") or ""
+        source["from"] = named.get("requirement") or named.get("path") or ""
     return {
         "sources": sources,
         "tables": run.json("data/validate/report/validation.json") or [],
@@ -104,7 +104,7 @@ def data(run: Run) -> Part:
     }
 
 
-def training(run: Run) -> Part:
+def training(run: Results) -> Part:
     """Return the loss curves."""
     charts = []
     for stage, title, columns, unit in LOSSES:
@@ -122,7 +122,7 @@ def training(run: Run) -> Part:
     return {"charts": charts} if charts else {}
 
 
-def reward(run: Run) -> Part:
+def reward(run: Results) -> Part:
     """Return how often the reward model finds people's order, beside a bag of words, and its calibration."""
     figures = run.metrics("reward")
     if not figures:
@@ -142,7 +142,7 @@ def reward(run: Run) -> Part:
     }
 
 
-def ppo(run: Run) -> Part:
+def ppo(run: Results) -> Part:
     """Return PPO's curves, and the rewards of the sampled replies before and after it."""
     rows = run.history("ppo")
     if not rows:
@@ -158,7 +158,7 @@ def ppo(run: Run) -> Part:
     return {"charts": [(title, svg) for title, svg in charts if svg], "first": rows[0], "last": rows[-1]}
 
 
-def size(run: Run) -> Part:
+def size(run: Results) -> Part:
     """Return the models' sizes, INT8's against FP32's, and the speeds that were measured."""
     models = [model for model in run.sheet.get("models", []) if model.get("bytes")]
     largest = max((model["bytes"] for model in models), default=1)
@@ -185,7 +185,7 @@ def size(run: Run) -> Part:
     }
 
 
-def stages(run: Run) -> Part:
+def stages(run: Results) -> Part:
     """Return what each stage took and, by the machine's price, cost; and when in the run it was at work."""
     placement = run.params.get("placement") or {}
     price = float(placement.get("cost_per_hour") or 0.0)
@@ -214,7 +214,7 @@ def stages(run: Run) -> Part:
     }
 
 
-def _place(run: Run) -> Part:
+def _place(run: Results) -> Part:
     """Return when and where the run's stages ran, from their logs; empty where none of them did."""
     logs = [step.log for step in run.steps.values() if step.log]
     own = [log for log in logs if run.own(log)] or logs
@@ -267,7 +267,7 @@ def _told(step: Step) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def _refused(run: Run) -> list[Part]:
+def _refused(run: Results) -> list[Part]:
     """Return why `ingest` left rows of a source out, most frequent first, each with its count and some examples.
 
     What a reason says after a colon is about its row alone, so it goes to the example.

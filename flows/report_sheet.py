@@ -11,7 +11,7 @@ from markupsafe import Markup
 from flows import report_plots
 from flows.report_parts import Part
 from flows.report_plots import Whisker
-from flows.report_run import Run
+from flows.results import Results
 
 # (figure, heading, kind, 1 where more is better and -1 where less is)
 DECODER = (
@@ -36,7 +36,7 @@ COLOURS = {"base": "m1", "tuned": "m2", "policy": "m3", "pruned": "m4", "int8": 
 IN_POINTS = ("ppo_reward_gain_min",)  # every other gate is a share
 
 
-def evaluation(run: Run) -> Part:
+def evaluation(run: Results) -> Part:
     """Return the tables of decoders and encoders, the chart of exact match, and the gates."""
     models = run.sheet.get("models", [])
     if not models:
@@ -57,7 +57,7 @@ def evaluation(run: Run) -> Part:
     }
 
 
-def tiles(run: Run) -> list[Part]:
+def tiles(run: Results) -> list[Part]:
     """Return the few figures that stand at the top of the page."""
     models = {str(model["model"]): model for model in run.sheet.get("models", [])}
     served = [model for model in models.values() if model.get("exact_match_tuned") is not None][-1:]

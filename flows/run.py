@@ -55,13 +55,10 @@ class Run:
         """Whether a stage's results are there and up to date."""
         return name in self.outcomes and self.outcomes[name].done
 
-    def note_breakage(self, future: PrefectFuture[Any]) -> None:
+    def note_breakage(self, name: str, state: State[Any]) -> None:
         """Keep a task that broke before it could say how its stage ended: a mistake of ours, not of the stage's."""
-        state = future.state
-        if state.is_failed() or state.is_crashed():
-            name = next(name for name, known in self.futures.items() if known is future)
-            if name not in self.outcomes:
-                self.ended(name, Outcome("failed", message=f"{name}: {state.message}"))
+        if name not in self.outcomes and (state.is_failed() or state.is_crashed()):
+            self.ended(name, Outcome("failed", message=f"{name}: {state.message}"))
 
     def do(self, name: str, reasons: tuple[str, ...]) -> State[Any]:
         """Run one stage and follow it."""
@@ -81,13 +78,15 @@ class Run:
             self.runner.run(name, line, progress)
         except StageFailed as error:
             self.ended(name, Outcome("failed", time.perf_counter() - began, str(error)))
+            if str(artifacts.REFUSED.parent) in str(error):  # it says so only where it has just written the page
+                artifacts.publish_validation(self.place / artifacts.REFUSED)
             return Failed(message=str(error))
         except StageStopped as error:
             self.ended(name, Outcome("stopped", time.perf_counter() - began, str(error)))
             return Cancelled(message=str(error))
         bar.complete()
         if name == "validate":
-            artifacts.publish_validation(self.place)
+            artifacts.publish_validation(self.place / artifacts.VALIDATION)
         # The stage itself writes its log; where there is none, DVC has taken the results of such a run from its cache.
         ran = (self.place / "runs" / self.id / f"{name}.json").exists()
         self.ended(name, Outcome("ran" if ran else "restored", time.perf_counter() - began))

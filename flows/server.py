@@ -1,18 +1,20 @@
 """`bessemer ui`: Prefect's server with its web page; while it is up, runs of this project report to it."""
 
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 from flows import environment
-from tasks.common.settings import BessemerError
+
+PORT = 4200
 
 
 def serve_ui(project: Path, host: str, port: int) -> NoReturn:
     """Become Prefect's server, or say why not."""
-    refuse_taken(host, port, "bessemer ui --port")
+    from serving.serve import another, check_port
+
+    check_port(port, host, f"Choose another: `bessemer ui --port {another(port, PORT)}`.")
     environment.prepare(project, console=True)
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
     os.environ.pop("PREFECT_API_URL", None)
@@ -21,20 +23,3 @@ def serve_ui(project: Path, host: str, port: int) -> NoReturn:
     print(f"Prefect's page: {url}   (Ctrl-C ends it; runs of this project report to it while it is up)", flush=True)
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
     os.execv(sys.executable, command)
-
-
-def refuse_taken(host: str, port: int, option: str) -> None:
-    """Raise a sentence where a port is taken: which one, and how to choose another."""
-    if port_taken(host, port):
-        raise BessemerError(f"Port {port} is taken by another program. Choose another: `{option} {port + 1}`.")
-
-
-def port_taken(host: str, port: int) -> bool:
-    """Return whether something listens on a port already."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return True
-    return False

@@ -175,7 +175,8 @@ def show_sheet(out: Console, project: Path) -> None:
     failed = [gate for gate in sheet["gates"] if not gate["passed"]]
     out.print(f"{len(sheet['gates']) - len(failed)} of {len(sheet['gates'])} gates passed.")
     for gate in failed:
-        out.print(f"[red]✗[/] {escape(gate['name'])}: {gate['value']:.4g} against a limit of {gate['limit']:.4g}")
+        value = "no value" if gate["value"] is None else f"{gate['value']:.4g}"
+        out.print(f"[red]✗[/] {escape(gate['name'])}: {value} against a limit of {gate['limit']:.4g}")
 
 
 def show_commands(out: Console, lines: Iterable[tuple[str, str]]) -> None:

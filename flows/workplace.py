@@ -1,8 +1,9 @@
 """Where a run works: in the project itself or, if it is a scheduled one, in a git worktree of its own.
 
 There it neither sees nor disturbs what is being edited. The worktree holds what is committed (HEAD), shares DVC's
-cache, the checkpoint store and `runs/` with the project, and is removed afterwards. Its `dvc.lock` and metrics are
-kept as the DVC experiment named like the run: `dvc exp apply RUN-ID` brings them, and the data, into the project.
+cache, the checkpoint store, downloads, reports on refused data and `runs/` with the project, and is removed afterwards.
+Its `dvc.lock` and metrics are kept as the DVC experiment named like the run: `dvc exp apply RUN-ID` brings them, and
+the data, into the project.
 """
 
 import subprocess
@@ -11,21 +12,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tasks.common.settings import BessemerError, read_params
+from tasks.common import settings
+from tasks.common.settings import BessemerError, SettingsError, read_params
 
 RESULTS = ("dvc.lock", "metrics")
+SHARED = ("runs", "data/.cache", "data/.failed")  # logs, downloaded archives, reports on data that was refused
+CHECK = """
+import sys
+from tasks.common import settings
+
+try:
+    settings.check(settings.read_params())
+except settings.BessemerError as error:
+    sys.exit(str(error))
+"""
 
 
 @contextmanager
 def place(project: Path, run_id: str, *, worktree: bool) -> Iterator[Path]:
-    """Yield the folder that a run works in: the project itself, or a worktree that lives as long as the run."""
+    """Yield the folder that a run works in, its settings checked: the project, or a worktree that lives as long."""
     if not worktree:
+        settings.check(read_params(project / "params.yaml"))
         yield project
         return
     project = project.resolve()
     path = project / ".bessemer" / "worktrees" / run_id
     _git(project, "worktree", "add", "--quiet", "--detach", str(path), "HEAD")
     try:
+        _check(path)
         _share(project, path)
         yield path
     finally:
@@ -35,11 +49,18 @@ def place(project: Path, run_id: str, *, worktree: bool) -> Iterator[Path]:
             _git(project, "worktree", "remove", "--force", str(path))
 
 
+def _check(path: Path) -> None:
+    """Raise SettingsError where the worktree's settings are wrong, by its own code: the project's may be under edit."""
+    done = subprocess.run([sys.executable, "-c", CHECK], cwd=path, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SettingsError(done.stderr.strip())
+
+
 def _share(project: Path, path: Path) -> None:
     """Give the worktree the project's DVC cache, and its untracked stores as links."""
     _dvc(path, "cache", "dir", "--local", str(_cache(project)))
     store = str(read_params(path / "params.yaml")["placement"]["checkpoints"]["url"])
-    for name in ("runs", *([] if "://" in store or Path(store).is_absolute() else [store])):
+    for name in (*SHARED, *([] if "://" in store or Path(store).is_absolute() else [store])):
         (project / name).mkdir(parents=True, exist_ok=True)
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).symlink_to(project / name, target_is_directory=True)

@@ -169,3 +169,17 @@ def test_the_bento_answers_with_the_package_inside_it(
         answered = httpx.post(f"{address}/generate", json={"input": question("Japan")})
         assert answered.json() == {"output": answer("Japan")}
         assert httpx.get(f"{address}/provenance").json()["model"] == TAG
+
+
+def test_finding_it_loads_nothing_heavy(bento: Path, package: Path, store: Path) -> None:
+    """`bessemer run` looks for it each time, also where there is nothing to do."""
+    heavy = ("prefect", "torch", "transformers", "onnxruntime", "numpy")
+    code = f"""
+import sys
+from serving.build import build
+assert not build().made
+print([name for name in {heavy} if name in sys.modules])
+"""
+    env = {**os.environ, "BENTOML_HOME": str(store), "BESSEMER_PACKAGE": str(package)}
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,14 +16,18 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from flows import cli, doctor, environment, graph, profiles, records, running, server
+from flows import cli, commands, doctor, environment, graph, profiles, records, server
 from flows.runner import Runner
+from serving import build, serve
+from serving.build import Built
+from serving.errors import ServingError
+from tasks.common import settings
 from tasks.common.settings import BessemerError
 from tasks.common.stage import write_json
 from tests.conftest import ROOT, Project
 
 # The toy's params.yaml is none of Bessemer's, so its check is left out.
-DRIVER = "import flows.running as running; running.check = lambda params: None; from flows.cli import main; main()"
+DRIVER = "from tasks.common import settings; settings.check = lambda params: None; from flows.cli import main; main()"
 
 
 def bessemer(project: Project, *arguments: str) -> subprocess.Popen[str]:
@@ -57,7 +62,7 @@ def wait_for(condition: Callable[[], Any], what: str) -> Any:
 def inside(toy: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
     """The toy project as the current folder, its settings not checked."""
     monkeypatch.chdir(toy.path)
-    monkeypatch.setattr(running, "check", lambda params: None)
+    monkeypatch.setattr(settings, "check", lambda params: None)
     before = signal.getsignal(signal.SIGTERM)
     yield toy
     signal.signal(signal.SIGTERM, before)
@@ -68,9 +73,15 @@ def _locked(project: Project) -> str:
     return lock.read_text() if lock.exists() else ""
 
 
-def make_all(project: Project) -> None:
+def end_in_a_package(project: Project) -> None:
+    """Call the toy's last stage `package`, after which the Bento is built."""
+    stages = project.path / "dvc.yaml"
+    stages.write_text(stages.read_text().replace("  join:\n", "  package:\n"))
+
+
+def make_all(project: Project, last: str = "join") -> None:
     """Run all stages without Prefect."""
-    for name in ("source", "side@left", "side@right", "join"):
+    for name in ("source", "side@left", "side@right", last):
         Runner(project.path, "run-earlier").run(name, lambda text: None, lambda percent, text: None)
 
 
@@ -78,7 +89,7 @@ class TestRun:
     def test_a_run_tells_its_plan_its_stages_and_what_to_do_next(
         self, inside: Project, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        running.run(Path(), [])
+        commands.run(Path(), [])
         output = capsys.readouterr().out
         assert "4 of 4 stages to run" in output
         assert output.index("▸ source") < output.index("✓ source") < output.index("✓ join")
@@ -87,13 +98,13 @@ class TestRun:
         (page,) = re.findall(r"Report: (runs/run-[\w-]+/report\.html)", output)
         assert (inside.path / page).is_file()
 
-        running.run(Path(), [])
+        commands.run(Path(), [])
         assert "Nothing has changed: all 4 stages are up to date" in capsys.readouterr().out
 
     def test_a_failure_is_a_sentence(self, inside: Project) -> None:
         inside.settings(right={"fail": "three lines of facts.csv have no capital"})
         with pytest.raises(BessemerError) as failure:
-            running.run(Path(), [])
+            commands.run(Path(), [])
         assert str(failure.value) == (
             "side@right: three lines of facts.csv have no capital\n"
             "Not done: side@right, join. `bessemer run` goes on from here."
@@ -132,34 +143,66 @@ class TestRun:
         make_all(inside)
         loaded = """
 import sys
-import flows.running as running
 from pathlib import Path
-running.check = lambda params: None
-running.run(Path(), [])
+from flows import commands
+from serving import build, serve
+from serving.build import Built
+from serving.errors import ServingError
+from tasks.common import settings
+settings.check = lambda params: None
+commands.run(Path(), [])
 assert not [name for name in sys.modules if name.partition(".")[0] in ("prefect", "torch", "transformers")]
 """
         env = os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run([sys.executable, "-c", loaded], env=env, capture_output=True, text=True, check=True)
         assert "Nothing has changed" in done.stdout
 
+    def test_a_missing_bento_is_made_though_all_stages_are_up_to_date(
+        self, inside: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        end_in_a_package(inside)
+        write_json(inside.path / commands.PROVENANCE, {"model": "abc-def"})
+        found = [Built("bessemer:1", Path(), made=True), Built("bessemer:1", Path(), made=False)]
+        monkeypatch.setattr(build, "build", lambda folder, root: found.pop(0))
+        make_all(inside, last="package")
+        commands.run(Path(), [])
+        shown = capsys.readouterr().out
+        assert "Nothing has changed" in shown
+        assert "bessemer:1" in shown
+        commands.run(Path(), [])
+        assert "bessemer:1" not in capsys.readouterr().out
+        commands.run(Path(), ["side@left"])
+        assert not found
+
+    def test_a_bento_that_cannot_be_built_fails_the_run(self, inside: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(folder: Path, root: Path) -> Built:
+            raise OSError("No space left on device")
+
+        end_in_a_package(inside)
+        monkeypatch.setattr(build, "build", full)
+        with pytest.raises(
+            BessemerError, match=r"build: .*No space left on device.*\nNot done: build\. `bessemer run`"
+        ):
+            commands.run(Path(), [])
+
     def test_problems_in_params_are_told_before_anything_runs(
         self, toy: Project, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(toy.path)
         with pytest.raises(BessemerError, match="nothing was run"):
-            running.run(Path(), [])
+            commands.run(Path(), [])
         assert toy.ran() == []
 
     def test_an_unknown_stage_is_told_with_those_there_are(self, inside: Project) -> None:
         with pytest.raises(BessemerError, match=r"no stage 'polish'.*side@left"):
-            running.run(Path(), ["polish"])
+            commands.run(Path(), ["polish"])
 
 
 class TestPlanAndStatus:
     def test_plan_says_why_and_how_long_it_took(self, inside: Project, capsys: pytest.CaptureFixture[str]) -> None:
         make_all(inside)
         inside.settings(left={"text": "new"})
-        running.plan(Path(), [])
+        commands.plan(Path(), [])
         shown = capsys.readouterr().out
         assert "2 of 4 stages to run; 2 up to date." in shown
         assert re.search(r"side@left +2 s +params: left\.text two → new", shown)
@@ -168,29 +211,31 @@ class TestPlanAndStatus:
 
     def test_plan_with_nothing_to_do_says_so(self, inside: Project, capsys: pytest.CaptureFixture[str]) -> None:
         make_all(inside)
-        running.plan(Path(), ["side@left"])
+        commands.plan(Path(), ["side@left"])
         assert "Nothing to do: all 2 stages are up to date" in capsys.readouterr().out
 
     def test_status_shows_state_model_and_gates(self, inside: Project, capsys: pytest.CaptureFixture[str]) -> None:
         make_all(inside)
         inside.settings(join={"text": "new"})
-        write_json(inside.path / running.PROVENANCE, {"model": "abc-def"})
+        write_json(inside.path / commands.PROVENANCE, {"model": "abc-def"})
         models = [{"model": "tuned", "exact_match_tuned": 0.97, "perplexity": None, "parameters": 5_600_000}]
         gates = [{"name": "size", "value": 0.3, "limit": 0.28, "passed": False}]
+        gates.append({"name": "gain", "value": None, "limit": 0.5, "passed": False})
         write_json(inside.path / records.SHEET, {"models": models, "gates": gates})
-        running.status(Path())
+        commands.status(Path())
         shown = capsys.readouterr().out
         assert "3 of 4 stages are up to date; the packaged model is abc-def." in shown
         assert re.search(r"join +params: join\.text four → new", shown)
         assert re.search(r"tuned +5\.60 M +97\.0", shown)
-        assert "0 of 1 gates passed." in shown
+        assert "0 of 2 gates passed." in shown
+        assert "gain: no value against a limit of 0.5" in shown
         assert "size: 0.3 against a limit of 0.28" in shown
 
 
 class TestProfiles:
     @pytest.fixture
     def project(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        monkeypatch.setattr(profiles, "check", lambda params: None)
+        monkeypatch.setattr(profiles, "check", lambda params, name: None)
         (tmp_path / "profiles").mkdir()
         (tmp_path / "profiles" / "small.yaml").write_text("# Small and quick.\na: 1\n")
         (tmp_path / "profiles" / "large.yaml").write_text("# Large.\na: 2\n")
@@ -212,22 +257,51 @@ class TestProfiles:
         assert (project / "params.yaml").read_text() == "# Large.\na: 2\n"
         assert not list(project.glob(".params*"))
 
+    def test_a_file_that_is_no_yaml_is_replaced_and_kept_aside(self, project: Path) -> None:
+        (project / "params.yaml").write_text("a: [1")
+        assert profiles.in_force(project) is None
+        kept = profiles.use(project, "small")
+        assert kept is not None
+        assert kept.read_text() == "a: [1"
+        assert profiles.in_force(project) == "small"
+
+    def test_a_bad_profile_is_told_by_its_name(self, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(profiles, "check", settings.check)
+        with pytest.raises(BessemerError, match=r"^\S+profiles/small\.yaml has \d+ problems"):
+            profiles.use(project, "small")
+
     def test_an_unknown_name_is_told_with_those_there_are(self, project: Path) -> None:
         with pytest.raises(BessemerError, match=r"no profile 'huge'.*large, small"):
             profiles.use(project, "huge")
 
 
 class TestServerAndDoctor:
-    def test_a_taken_port_is_named_with_another(self) -> None:
-        import socket
-
+    def test_a_taken_port_is_named_with_another(self, tmp_path: Path) -> None:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
             port = taken.getsockname()[1]
-            with pytest.raises(BessemerError, match=f"Port {port} is taken.*--port {port + 1}"):
-                server.refuse_taken("127.0.0.1", port, "bessemer ui --port")
-        server.refuse_taken("127.0.0.1", port, "bessemer ui --port")
+            with pytest.raises(ServingError, match=f"Port {port} on 127.0.0.1 is taken.*ui --port 4201"):
+                server.serve_ui(tmp_path, "127.0.0.1", port)
+            with pytest.raises(ServingError, match=f"Port {port} on 127.0.0.1 is taken.*PORT=3001.*--port 3001"):
+                serve.serve(port)
+        serve.check_port(port, "127.0.0.1", "")
+
+    def test_the_port_that_is_advised_is_not_the_one_that_was_refused(self) -> None:
+        assert (serve.another(3000, 3000), serve.another(3001, 3000)) == (3001, 3002)
+
+    def test_an_unknown_host_is_not_taken_for_a_taken_port(self) -> None:
+        with pytest.raises(ServingError, match=r"'no\.such\.host\.invalid' is no address of this machine.*--host"):
+            serve.check_port(4200, "no.such.host.invalid", "")
+
+    @pytest.mark.parametrize("command", ["ui", "serve"])
+    def test_a_port_that_does_not_exist_is_a_wrong_option(
+        self, toy: Project, monkeypatch: pytest.MonkeyPatch, command: str
+    ) -> None:
+        monkeypatch.chdir(toy.path)
+        refused = CliRunner().invoke(cli.cli, [command, "--port", "99999"])
+        assert refused.exit_code == 2
+        assert "99999 is not in the range" in refused.output
 
     def test_a_server_that_is_gone_is_not_used(self, tmp_path: Path) -> None:
         assert environment.running_server(tmp_path) is None

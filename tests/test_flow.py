@@ -1,5 +1,6 @@
 """The orchestration on the toy project: what DVC finds changed, how a stage is run and ended, and the flow over all."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -13,10 +14,11 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
-from flows import artifacts, graph, leash, records, runner
+from flows import artifacts, graph, leash, records, runner, workplace
 from flows.records import Outcome
 from flows.runner import Runner, StageFailed, StageStopped
-from tasks.common.settings import BessemerError
+from tasks.common import settings
+from tasks.common.settings import BessemerError, SettingsError
 from tasks.common.stage import write_json
 from tests.conftest import ROOT, Project
 
@@ -244,6 +246,12 @@ def _ignore(percent: float, text: str) -> None:
 
 
 class TestFlow:
+    @pytest.fixture(autouse=True)
+    def unchecked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Leave the check of the settings out: the toy's params.yaml is none of Bessemer's."""
+        monkeypatch.setattr(settings, "check", lambda params: None)
+        monkeypatch.setattr(workplace, "_check", lambda path: None)
+
     def test_independent_stages_overlap_and_the_second_run_does_nothing(self, toy: Project) -> None:
         toy.settings(left={"meet": "right"}, right={"meet": "left"})
         state = run_flow(toy)
@@ -306,6 +314,25 @@ class TestFlow:
         assert run_flow(toy, stages=["side@right"]).is_completed()
         assert toy.ran() == ["right", "source"]
 
+    def test_problems_in_the_settings_are_told_before_anything_runs(
+        self, toy: Project, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.undo()
+        state = run_flow(toy)
+        assert state.is_failed()
+        assert "nothing was run" in state.message
+        assert toy.ran() == []
+
+    def test_a_worktree_checks_its_settings_and_shares_downloads_and_reports(self, toy: Project) -> None:
+        with workplace.place(toy.path, "run-x", worktree=True) as place:
+            for name in ("runs", "checkpoints", "data/.cache", "data/.failed"):
+                assert (place / name).resolve() == toy.path / name
+        (toy.path / ".gitignore").write_text((ROOT / ".gitignore").read_text())
+        toy.commit("ignored as in the project")
+        with workplace.place(toy.path, "run-y", worktree=True) as place:
+            assert subprocess.check_output(["git", "status", "--porcelain"], cwd=place, text=True) == ""
+        assert (toy.path / "data" / ".failed").is_dir()
+
     def test_a_worktree_of_its_own_shares_cache_and_keeps_the_result(self, toy: Project) -> None:
         (toy.path / "steps.py").write_text((toy.path / "steps.py").read_text() + "# being edited\n")
         assert run_flow(toy, worktree=True).is_completed()
@@ -324,7 +351,51 @@ def _dvc(project: Project, *arguments: str) -> str:
     return subprocess.run(command, cwd=project.path, check=True, capture_output=True, text=True).stdout
 
 
+class TestWorktreeSettings:
+    def test_they_are_checked_by_the_code_that_lies_there(self, toy: Project) -> None:
+        package = toy.path / "tasks" / "common"
+        package.mkdir(parents=True)
+        (package / "settings.py").write_text(
+            "class BessemerError(Exception): pass\n"
+            "def read_params(): return open('params.yaml').read()\n"
+            "def check(params): raise BessemerError('params.yaml has 1 problem')\n"
+        )
+        toy.commit("a check of its own")
+        with (
+            pytest.raises(SettingsError, match=r"^params\.yaml has 1 problem$"),
+            workplace.place(toy.path, "run-x", worktree=True),
+        ):
+            pytest.fail("it was entered")
+        assert list((toy.path / ".bessemer" / "worktrees").iterdir()) == []
+
+
 class TestArtifacts:
+    @pytest.mark.parametrize(
+        ("says", "shown"),
+        [
+            ("validate: too few rows.\nThe report is data/.failed/validate/index.html.", ["the page"]),
+            ("validate: the schema has changed.", []),
+        ],
+    )
+    def test_the_page_of_refused_data_is_published(
+        self, toy: Project, monkeypatch: pytest.MonkeyPatch, says: str, shown: list[str]
+    ) -> None:
+        from flows import run
+
+        def refuse(*arguments: Any) -> None:
+            raise StageFailed(says)
+
+        published: list[str] = []
+        monkeypatch.setattr("prefect.artifacts.create_markdown_artifact", lambda text, **more: published.append(text))
+        monkeypatch.setattr(run, "get_run_logger", lambda: logging.getLogger("test"))
+        page = toy.path / artifacts.REFUSED
+        page.parent.mkdir(parents=True)
+        page.write_text("the page")
+        work = run.Run("run-x", toy.path)
+        monkeypatch.setattr(work.runner, "run", refuse)
+        assert work.do("validate", ("never run",)).is_failed()
+        assert published == shown
+
     @pytest.fixture
     def lineage(self, toy: Project) -> str:
         run_stage(toy, "source")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from flows import cli, graph, records, report, report_lineage, report_plots, report_run
+from flows import cli, graph, records, report, report_lineage, report_plots, results
 from flows.graph import GraphError
 from flows.report_plots import Series
 from flows.runner import Runner
@@ -214,7 +214,7 @@ class TestFigures:
     def test_figures_of_another_recipe_are_not_this_models(self, project: Path) -> None:
         fixture.log(project, "run-later", "finetune", "another recipe", "2027-01-01T00:00:00+00:00", 9999.0)
         assert "9999" not in written(project)
-        assert report_run.Run(project, RUN).steps["finetune"].seconds == 36.0
+        assert results.Results(project, RUN).steps["finetune"].seconds == 36.0
 
     def test_limits_follow_from_the_sources(self, project: Path) -> None:
         page = Page(written(project))
@@ -265,11 +265,11 @@ class TestRows:
         assert all(row[figure] is None for row in records.rows(project) for figure in records.MEASURED)
 
     def test_the_last_run_is_the_one_whose_results_lie_here(self, project: Path) -> None:
-        assert report_run.last_run(project) == RUN
+        assert results.last_run(project) == RUN
         fixture.log(project, "run-in-a-worktree", "ppo", "another recipe", "2027-01-01T00:00:00+00:00", 1.0)
-        assert report_run.last_run(project) == RUN
+        assert results.last_run(project) == RUN
         put(project / "runs/run-that-did-nothing/flow.json", {"stages": {}})
-        assert report_run.last_run(project) == "run-that-did-nothing"
+        assert results.last_run(project) == "run-that-did-nothing"
         assert report.write_last_report(project).parent.name == "run-that-did-nothing"
 
     def test_without_a_run_one_is_told_what_to_do(self, tmp_path: Path) -> None:

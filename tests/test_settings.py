@@ -79,6 +79,36 @@ def test_the_placement_is_free_but_complete(params: dict[str, Any]) -> None:
     assert line.startswith("placement.checkpoints.url: found ''")
 
 
+@pytest.mark.parametrize(
+    ("url", "good"),
+    [
+        ("checkpoints", True),
+        ("/mnt/shared/checkpoints", True),
+        ("simplecache::s3://bucket/folder", True),
+        ("memory://", True),
+        ("s4://bucket/folder", False),
+        ("simplecash::s3://bucket/folder", False),
+    ],
+)
+def test_checkpoints_go_to_an_address_that_is_known(params: dict[str, Any], url: str, good: bool) -> None:
+    params["placement"]["checkpoints"]["url"] = url
+    if good:
+        check(params)
+    else:
+        (line,) = problems(params)
+        assert line.startswith(f"placement.checkpoints.url: found '{url}', but fsspec knows no scheme")
+
+
+def test_what_does_not_fit_between_sections_is_told(params: dict[str, Any]) -> None:
+    params["finetune"]["method"] = {"name": "top", "layers": 4}
+    params["quantize"]["policy"]["max_new_tokens"] = 39
+    found = problems(params)
+    assert [line.partition(": found ")[0] for line in found] == [
+        "finetune.method.layers", "ppo.max_new_tokens", "prune.max_new_tokens", "evaluate.max_new_tokens",
+    ]  # fmt: skip
+    assert found[0].endswith("at most pretrain.clm.model.layers, which is 3: the model has no more blocks to train")
+
+
 def test_nothing_is_converted_behind_ones_back() -> None:
     with pytest.raises(ValidationError):
         Example.model_validate({"rate": 0.1, "steps": "8"})

@@ -1,7 +1,7 @@
 """What the run report reads: a run's stages as DVC, the records and the logs tell of them, and the files they left.
 
-Everything is read once, when a `Run` is made or a file is asked for; nothing is written. A figure measured in a run is
-taken only from a log whose recipe is that of the results which lie in the project now: a newer or older run of other
+Everything is read once, when `Results` is made or a file is asked for; nothing is written. A figure measured in a run
+is taken only from a log whose recipe is that of the results which lie in the project now: a newer or older run of other
 settings says nothing about them.
 """
 
@@ -42,8 +42,8 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run of one project."""
+class Results:
+    """What one run of one project left."""
 
     project: Path
     id: str

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from flows import environment, graph, records
 from flows.graph import Graph
-from tasks.common.settings import BessemerError, check, read_params
+from tasks.common import settings
+from tasks.common.settings import BessemerError, read_params
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from flows.terminal import Terminal
 
 PROVENANCE = Path("data/package/provenance.json")
@@ -26,13 +29,15 @@ NEXT = (
 
 def run(project: Path, names: Sequence[str]) -> None:
     """Bring the chain (or `names` and what they need) up to date; raise BessemerError where that fails."""
-    check(read_params(project / "params.yaml"))
+    settings.check(read_params(project / "params.yaml"))
     stages = graph.select(graph.read(project), names)
     from flows import terminal
 
     out = terminal.console()
     if not any(stage.dirty for stage in stages.values()):
         out.print(f"Nothing has changed: all {len(stages)} stages are up to date{_model(project)}.")
+        if "package" in stages:
+            _build(out, project)
         terminal.show_commands(out, NEXT)
         return
     terminal.show_plan(out, project, stages)
@@ -45,13 +50,26 @@ def run(project: Path, names: Sequence[str]) -> None:
     if report.is_file():
         out.print(f"Report: {report}")
     if state.is_failed() or state.is_crashed():
-        left = [name for name in stages if name not in watcher.outcomes or not watcher.outcomes[name].done]
-        raise BessemerError(f"{state.message}\nNot done: {', '.join(left)}. `bessemer run` goes on from here.")
+        known = dict.fromkeys((*stages, *watcher.outcomes))  # the Bento's build is no stage
+        left = [name for name in known if name not in watcher.outcomes or not watcher.outcomes[name].done]
+        told = f"Not done: {', '.join(left)}. " if left else ""
+        raise BessemerError(f"{state.message}\n{told}`bessemer run` goes on from here.")
     if state.is_cancelled():
         raise BessemerError(str(state.message))
     if records.rows(project):
         terminal.show_sheet(out, project)
     terminal.show_commands(out, NEXT)
+
+
+def _build(out: "Console", project: Path) -> None:
+    """Make the Bento of the packaged model where there is none: its build failed, or the service has changed."""
+    if not (project / PROVENANCE).is_file():
+        return
+    from serving.build import build
+
+    built = build(project / PROVENANCE.parent, project)
+    if built.made:
+        out.print(f"Its Bento was missing and is made now: {built.tag}.")
 
 
 def _flow(project: Path, names: Sequence[str], watcher: "Terminal") -> Any:
@@ -71,7 +89,7 @@ def _flow(project: Path, names: Sequence[str], watcher: "Terminal") -> Any:
 
 def plan(project: Path, names: Sequence[str]) -> None:
     """Print what `run` would do."""
-    check(read_params(project / "params.yaml"))
+    settings.check(read_params(project / "params.yaml"))
     stages = graph.select(graph.read(project), names)
     from flows import terminal
 
