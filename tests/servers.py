@@ -51,9 +51,9 @@ def serving(
 
 
 def end(server: subprocess.Popen[bytes]) -> None:
-    """End a server as Ctrl-C would; then whatever is left of it and of its workers."""
-    with suppress(subprocess.TimeoutExpired):
-        server.send_signal(signal.SIGINT)
+    """End a server as Ctrl-C would, which reaches all of its group; then whatever is left of it and of its workers."""
+    with suppress(subprocess.TimeoutExpired, ProcessLookupError):
+        os.killpg(server.pid, signal.SIGINT)
         server.wait(20)
     with suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
