@@ -216,6 +216,7 @@ class TestRunner:
         parent.kill()
         parent.wait()
         wait_for(lambda: all(gone(pid) for pid in hanging), "the stage to end after its parent")
+        assert all(gone(pid) for pid in hanging)
 
     def test_a_process_that_does_not_listen_is_killed_after_the_grace(self) -> None:
         deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print('on', flush=True); time.sleep(600)"
