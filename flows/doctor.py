@@ -1,6 +1,5 @@
 """`bessemer doctor`: is this machine and this folder fit for a run? Every line is good, a note, or says what to do."""
 
-import os
 import re
 import shutil
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from flows import graph
 from serving.errors import ServingError
+from serving.folders import available_cores
 from serving.serve import HOST, check_port
 from tasks.common.settings import BessemerError, check, read_params
 
@@ -107,7 +107,7 @@ def _disk(project: Path) -> Finding:
 
 
 def _cores(project: Path) -> Finding:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     few = cores < 2
     return Finding(True, f"{cores} cores" + (": it works, at half the speed of two" if few else ""), note=few)
 

@@ -79,21 +79,25 @@ def work_through(run: Run, plan: Graph) -> None:
     logs = records.last_logs(run.place)
     ahead = graph.way_ahead(plan, lambda name: float(logs.get(name, {}).get("seconds", 1.0)))
     waiting, busy = sorted(plan, key=lambda name: -ahead[name]), 0
-    futures = run.futures
-    ended: SimpleQueue[PrefectFuture[Any]] = SimpleQueue()
+    futures: dict[str, PrefectFuture[Any]] = {}
+    ended: SimpleQueue[str] = SimpleQueue()
+
+    def start(name: str) -> None:
+        named = stage.with_options(name=name, task_run_name=name)
+        needs = [futures[need] for need in plan[name].needs]  # the arrows of the run's graph
+        futures[name] = named.submit(run.quoted, name, return_state=False, wait_for=needs)
+        futures[name].add_done_callback(lambda _: ended.put(name))
+
     while True:
         ready = [name for name in waiting if all(run.done(need) for need in plan[name].needs)]
         for name in ready[: run.places - busy]:
-            named = stage.with_options(name=name, task_run_name=name)
-            needs = [futures[need] for need in plan[name].needs]  # the arrows of the run's graph
-            futures[name] = named.submit(run.quoted, name, return_state=False, wait_for=needs)
-            futures[name].add_done_callback(ended.put)
+            start(name)
             waiting.remove(name)
             busy += 1
         if not busy:
             break
-        future = ended.get()
-        run.note_breakage(next(name for name, known in futures.items() if known is future), future.state)
+        name = ended.get()
+        run.note_breakage(name, futures[name].state)
         busy -= 1
     if "package" in plan and run.done("package"):
         state = build(run.quoted, return_state=True, wait_for=[futures["package"]])

@@ -8,7 +8,6 @@ from typing import Any
 
 from prefect import get_run_logger
 from prefect.client.schemas.objects import State
-from prefect.futures import PrefectFuture
 from prefect.states import Cancelled, Completed, Failed
 from prefect.utilities.annotations import quote
 
@@ -25,7 +24,6 @@ class Run:
 
     id: str
     place: Path
-    futures: dict[str, PrefectFuture[Any]] = field(default_factory=dict)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     watcher: Watcher = field(default_factory=WATCHER.get)
 

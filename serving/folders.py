@@ -17,7 +17,7 @@ REMEDY = "Run `bessemer run` to make the package again."
 
 def available_cores() -> int:
     """Return how many cores this process may use: containers and job schedulers often give fewer than there are."""
-    return len(os.sched_getaffinity(0))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def useful_threads(model: Path) -> int:

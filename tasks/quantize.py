@@ -5,7 +5,6 @@ Run as `python -m tasks.quantize policy` or `python -m tasks.quantize encoder`. 
 Dynamic INT8: weights are 8-bit, one scale a column; activations are scaled as they come.
 """
 
-import json
 import shutil
 import tempfile
 import time
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from serving.folders import load_genai
 from tasks.common import chat, models, stage
 from tasks.common.settings import Settings
 from tasks.common.stage import Job
@@ -137,9 +137,7 @@ def speeds(model: "PreTrainedModel", path: Path, tokens: int, threads: int) -> d
     prompt = np.random.default_rng(0).integers(len(chat.SPECIAL_TOKENS), model.config.vocab_size, size=(1, 16))
     ids = torch.from_numpy(prompt)
     length = prompt.shape[1] + tokens
-    engine_settings = og.Config(str(path))
-    engine_settings.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
-    engine = og.Model(engine_settings)
+    engine = load_genai(path, threads)
     parameters = og.GeneratorParams(engine)
     parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
 

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from tasks.common import chat, models, stage, tables
-from tasks.common.scoring import Scorer, encode
+from tasks.common.scoring import Scorer, encode, score_rows
 from tasks.common.settings import Settings
 from tasks.common.stage import Job, StageError
 from tasks.common.training import Losses, Optimizer, batch_at, summary, train
@@ -131,7 +131,7 @@ def ranking_loss(
 ) -> tuple["torch.Tensor", Losses, int]:
     """Return the weighted loss over a batch of rankings, its parts, and the number of tokens read."""
     rows = [ids for ranking in batch for ids in ranking.ids]
-    scores = score_rows(model, tokenizer, rows, job) + offset  # (N,)
+    scores = score_rows(model, tokenizer, rows, job.numerics, TOGETHER) + offset  # (N,)
     starts = np.cumsum([0, *(len(ranking.ids) for ranking in batch)])
     rated = [
         (at + i, r) for at, ranking in zip(starts, batch, strict=False) for i, r in enumerate(ranking.ratings or ())
@@ -141,24 +141,6 @@ def ranking_loss(
     ordering = ordering_loss(scores, ordered)
     loss = config.rating * rating + config.ordering * ordering
     return loss, {"rating_loss": rating, "ordering_loss": ordering}, sum(map(len, rows))
-
-
-def score_rows(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", rows: Sequence[list[int]], job: Job
-) -> "torch.Tensor":
-    """Return the model's number for each row, shape (N,); rows of like length go together to save padding."""
-    import torch
-
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    parts = []
-    for start in range(0, len(order), TOGETHER):
-        chosen = [rows[i] for i in order[start : start + TOGETHER]]
-        ids = torch.tensor(chat.pad(chosen, tokenizer.pad_token_id), device=model.device)  # (TOGETHER, T)
-        mask = torch.tensor(chat.pad([[1] * len(row) for row in chosen], 0), device=model.device)
-        with models.autocast(model, job.numerics):
-            parts.append(model(input_ids=ids, attention_mask=mask).logits[:, 0].float())
-    back = torch.tensor(order, device=model.device).argsort()
-    return torch.cat(parts)[back]
 
 
 def rating_loss(scores: "torch.Tensor", rated: Sequence[tuple[int, float]]) -> "torch.Tensor":

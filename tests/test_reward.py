@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from tasks import reward
 from tasks.common import models, tables
-from tasks.common.scoring import Scorer, encode
+from tasks.common.scoring import Scorer, encode, score_rows
 from tasks.common.stage import StageError
 from tasks.reward import Ranking
 from tests.training_fixtures import ADJECTIVES, NUMERICS, THINGS, Chain, chain, config, rankings
@@ -201,9 +201,8 @@ def test_the_ordering_loss_is_that_of_trl(chain: Chain, tmp_path: Path) -> None:
     trainer = RewardTrainer(model, settings, train_dataset=given, processing_class=tokenizer)
     [batch] = trainer.get_train_dataloader()
     theirs = trainer.compute_loss(model.eval(), batch).item()
-    scores = reward.score_rows(
-        model, tokenizer, [ids for pair in rows for ids in pair], chain.job("reward", config("reward"), tmp_path)
-    )
+    numerics = chain.job("reward", config("reward"), tmp_path).numerics
+    scores = score_rows(model, tokenizer, [ids for pair in rows for ids in pair], numerics, batch=6)
     assert reward.ordering_loss(scores, [(0, 1), (2, 3), (4, 5)]).item() == pytest.approx(theirs, rel=1e-5)
 
 

