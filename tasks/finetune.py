@@ -138,13 +138,20 @@ def answer_loss(
     import torch
 
     device = next(model.parameters()).device
-    ids = torch.tensor(chat.pad([item[0] for item in batch], tokenizer.pad_token_id), device=device)  # (B, T)
-    answers = torch.tensor(chat.pad([item[1] for item in batch], False), device=device)  # (B, T)
-    mask = torch.tensor(chat.pad([[1] * len(item[0]) for item in batch], 0), device=device)
-    with models.autocast(model, job.numerics):
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (B, T, V)
-    wanted = answers[:, 1:]
-    return torch.nn.functional.cross_entropy(logits[:, :-1][wanted].float(), ids[:, 1:][wanted]), int(mask.sum())
+    total, asked, read = torch.zeros((), device=device), 0, 0
+    for group in chat.alike([ids for ids, _ in batch]):
+        rows, answered = zip(*(batch[i] for i in group), strict=True)
+        ids = torch.tensor(chat.pad(rows, tokenizer.pad_token_id), device=device)  # (B, T)
+        wanted = torch.tensor(chat.pad(answered, False), device=device)[:, 1:]  # (B, T - 1)
+        mask = torch.tensor(chat.pad([[1] * len(row) for row in rows], 0), device=device)
+        with models.autocast(model, job.numerics):
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (B, T, V)
+        total = total + torch.nn.functional.cross_entropy(
+            logits[:, :-1][wanted].float(), ids[:, 1:][wanted], reduction="sum"
+        )
+        asked += int(wanted.sum())
+        read += sum(map(len, rows))
+    return total / asked, read
 
 
 def window_loss(model: Any, mixture: Mixture, step: int, job: Job) -> tuple["torch.Tensor", int]:

@@ -100,7 +100,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
     scorer = Scorer.load(job.inputs["reward"], job.numerics)
-    prompts = _prompts(job, tokenizer)
+    prompts = chat.questions(tokenizer, tables.read(job.inputs["instructions"], "train").column("messages").to_pylist())
     ptx, split = config.ptx, Split.open(job.inputs["shards"] / "train")
     mixture = Mixture(split, ptx.window, ptx.batch, ptx.statements, job.seed) if ptx.weight else None
     trainer = Trainer(config, job, tokenizer, policy, reference, head, scorer, prompts, mixture)
@@ -120,12 +120,6 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         for when, row in (("first", first), ("last", last))
         for name in ("reward", "kl", "entropy")
     }
-
-
-def _prompts(job: Job, tokenizer: "PreTrainedTokenizerFast") -> list[list[int]]:
-    rows = tables.read(job.inputs["instructions"], "train").column("messages").to_pylist()
-    unique = {tuple(chat.encode_prompt(tokenizer, messages[:-1])) for messages in rows}
-    return sorted(map(list, unique))
 
 
 @dataclass
@@ -248,18 +242,28 @@ class Trainer:
         """Return log-probability, value and entropy (nats) of the last `width` tokens, each (N, width).
 
         The token at position t is predicted, and valued, from the state at t - 1. The temperature is the sampler's.
+        Replies of like length go together, without the padding that none of them needs; there, all three are 0.
         """
         import torch
 
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-        with models.autocast(model, self.job.numerics):
-            states = model.model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
-            states = states.last_hidden_state[:, -width - 1 : -1]  # (N, R, H)
-            logits = model.lm_head(states)  # (N, R, V)
-        distribution = torch.log_softmax(logits.float() / self.config.temperature, dim=-1)
-        logp = distribution.gather(2, ids[:, -width:, None])[..., 0]
-        entropy = -(distribution.exp() * distribution).sum(-1)
-        return logp, self.head(states.float())[..., 0], entropy
+        found = [torch.zeros(len(ids), width, device=ids.device) for _ in range(3)]
+        ends = mask.shape[1] - mask.flip(1).long().argmax(1)  # (N,) where each reply ends
+        for rows in ends.argsort(stable=True).split(chat.TOGETHER):
+            first, end = int(mask[rows].any(0).long().argmax()), int(ends[rows].max())
+            given, seen = ids[rows, first:end], mask[rows, first:end]
+            positions = (seen.long().cumsum(1) - 1).clamp(min=0)
+            long = end - (ids.shape[1] - width)  # tokens of the longest of these replies
+            with models.autocast(model, self.job.numerics):
+                states = model.model(
+                    input_ids=given, attention_mask=seen.long(), position_ids=positions, use_cache=False
+                ).last_hidden_state[:, -long - 1 : -1]  # (B, long, H)
+                logits = model.lm_head(states)  # (B, long, V)
+            distribution = torch.log_softmax(logits.float() / self.config.temperature, dim=-1)
+            logp = distribution.gather(2, given[:, -long:, None])[..., 0]
+            entropy = -(distribution.exp() * distribution).sum(-1)
+            for whole, part in zip(found, (logp, self.head(states.float())[..., 0], entropy), strict=True):
+                whole[rows, :long] = part
+        return found[0], found[1], found[2]
 
     def update(self, rollout: Rollout, rows: "np.ndarray[Any, Any]") -> dict[str, float]:
         """Take one gradient step on some of the replies and return its figures."""

@@ -2,11 +2,13 @@
 
 Run as `python -m tasks.prune`. A neuron's importance is the expected squared effect on the loss of taking it away, to
 first order (Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning", equation 8), or the norm of its
-weights. Neurons are cut out of the matrices, so the model really is smaller. Recovery is distillation (Hinton et al.
-2015): the pruned model learns the policy's own next-token distribution on the policy's replies and on statements.
+weights. Neurons are cut out of the matrices, so the model really is smaller; those that stay take over what they can of
+the others' work by least squares (He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", eq. 1).
+Recovery is distillation (Hinton et al. 2015): the pruned model learns the policy's next-token distribution, on the
+policy's own replies and on statements.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -29,7 +31,8 @@ INPUTS = {
 }
 OUTPUTS = {"model": "data/prune/model", "history": "data/prune/history.csv"}
 
-Batch = tuple["torch.Tensor", "torch.Tensor"]  # token ids and attention mask, each (B, T)
+RIDGE = 1e-3  # of a neuron's mean square; keeps the least squares well-posed where neurons say the same
+Part = tuple["torch.Tensor", "torch.Tensor"]  # token ids and attention mask, each (B, T)
 
 
 class Config(Settings):
@@ -56,11 +59,15 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     batches = Batches(config, job, policy, tokenizer)
     keep = max(1, round(config.keep * policy.config.intermediate_size))
     before = models.parameters(policy)
-    pruned = cut(models.load_decoder(job.inputs["model"], job.numerics), importance(policy, config, batches.at), keep)
+    calibration = [part for step in range(config.calibration) for part in batches.at(step)]
+    kept = most_important(importance(policy, config.importance, calibration), keep)
+    pruned = models.load_decoder(job.inputs["model"], job.numerics)
+    hand_over(pruned, kept, activations(policy, calibration))
+    cut(pruned, kept)
 
     def loss_at(step: int) -> tuple["torch.Tensor", Losses, int]:
-        ids, mask = batches.at(step)
-        return divergence(pruned, policy, ids, mask, job), {}, int(mask.sum())
+        batch = batches.at(step)
+        return divergence(pruned, policy, batch, job), {}, sum(int(mask.sum()) for _, mask in batch)
 
     history = train(pruned, loss_at, config.optimizer, config.steps, job)
     models.save(pruned, tokenizer, job.outputs["model"])
@@ -82,9 +89,9 @@ class Batches:
         self, config: Config, job: Job, policy: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast"
     ) -> None:
         rows = tables.read(job.inputs["instructions"], "train").column("messages").to_pylist()
-        unique = sorted({tuple(chat.encode_prompt(tokenizer, messages[:-1])) for messages in rows})
-        chosen = np.random.default_rng([job.seed, 3]).choice(len(unique), config.replies)
-        prompts = [list(unique[i]) for i in chosen]
+        questions = chat.questions(tokenizer, rows)
+        chosen = np.random.default_rng([job.seed, 3]).choice(len(questions), config.replies)
+        prompts = [questions[i] for i in chosen]
         replies = sampling.replies(
             policy,
             tokenizer,
@@ -98,25 +105,28 @@ class Batches:
         self.rows = [[*prompt, *reply] for prompt, reply in zip(prompts, replies, strict=True)]
         split = Split.open(job.inputs["shards"] / "train")
         self.mixture = Mixture(split, config.window, config.windows, config.statements, job.seed)
-        self.config, self.seed, self.pad = config, job.seed, tokenizer.pad_token_id
+        self.config, self.seed, self.pad, self.device = config, job.seed, tokenizer.pad_token_id, policy.device
 
-    def at(self, step: int) -> Batch:
-        """Return a step's ids and mask: replies first, then windows of pretraining text."""
+    def at(self, step: int) -> list[Part]:
+        """Return a step's replies, in parts of like length, and its windows of pretraining text."""
+        chosen = np.random.default_rng([self.seed, step, 4]).integers(len(self.rows), size=self.config.batch)
+        replies = [self.rows[i] for i in chosen]
+        parts = [[replies[i] for i in group] for group in chat.alike(replies)]
+        return [self._padded(rows) for rows in (*parts, self.mixture.batch(step).tolist())]
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> Part:
         import torch
 
-        chosen = np.random.default_rng([self.seed, step, 4]).integers(len(self.rows), size=self.config.batch)
-        windows = self.mixture.batch(step).tolist()
-        rows: Sequence[list[int]] = [*(self.rows[i] for i in chosen), *windows]
         mask = chat.pad([[1] * len(row) for row in rows], 0)
-        return torch.tensor(chat.pad(rows, self.pad)), torch.tensor(mask)
+        return torch.tensor(chat.pad(rows, self.pad), device=self.device), torch.tensor(mask, device=self.device)
 
 
-def importance(policy: "PreTrainedModel", config: Config, batch_at: Callable[[int], Batch]) -> list["torch.Tensor"]:
+def importance(policy: "PreTrainedModel", measure: str, calibration: Sequence[Part]) -> list["torch.Tensor"]:
     """Return, for each layer, the importance of its feed-forward neurons, shape (feed_forward,)."""
     import torch
 
     layers = [layer.mlp for layer in policy.model.layers]
-    if config.importance == "magnitude":
+    if measure == "magnitude":
         weights = [
             (m.gate_proj.weight.norm(dim=1), m.up_proj.weight.norm(dim=1), m.down_proj.weight.norm(dim=0))
             for m in layers
@@ -128,8 +138,7 @@ def importance(policy: "PreTrainedModel", config: Config, batch_at: Callable[[in
         for mlp, gate in zip(layers, gates, strict=True)
     ]
     scores = [torch.zeros_like(gate) for gate in gates]
-    for step in range(config.calibration):
-        ids, mask = (tensor.to(policy.device) for tensor in batch_at(step))
+    for ids, mask in calibration:
         labels = ids.masked_fill(mask == 0, -100)
         loss = policy(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
         for score, gradient in zip(scores, torch.autograd.grad(loss, gates), strict=True):
@@ -139,35 +148,78 @@ def importance(policy: "PreTrainedModel", config: Config, batch_at: Callable[[in
     return scores
 
 
-def cut(model: "PreTrainedModel", scores: Sequence["torch.Tensor"], keep: int) -> "PreTrainedModel":
-    """Keep the `keep` most important neurons of every layer, in their old order, and return the smaller model."""
+def activations(policy: "PreTrainedModel", calibration: Sequence[Part]) -> list["torch.Tensor"]:
+    """Return, for each layer, the second moments of its feed-forward neurons, summed over tokens: (F, F) in float64."""
     import torch
 
-    for layer, score in zip(model.model.layers, scores, strict=True):
-        stay = score.topk(keep).indices.sort().values
+    layers = [layer.mlp.down_proj for layer in policy.model.layers]
+    moments = [torch.zeros(layer.in_features, layer.in_features, device=policy.device) for layer in layers]
+
+    def watch(moment: "torch.Tensor", states: "torch.Tensor") -> None:
+        seen = states[mask.bool()]  # (tokens, F)
+        moment += seen.T @ seen
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, moment=moment: watch(moment, args[0]))
+        for layer, moment in zip(layers, moments, strict=True)
+    ]
+    with torch.no_grad():
+        for ids, mask in calibration:
+            policy(input_ids=ids, attention_mask=mask, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return [moment.double() for moment in moments]
+
+
+def most_important(scores: Sequence["torch.Tensor"], keep: int) -> list["torch.Tensor"]:
+    """Return, for each layer, the places of its `keep` most important neurons, in their old order."""
+    return [score.topk(keep).indices.sort().values for score in scores]
+
+
+def hand_over(model: "PreTrainedModel", kept: Sequence["torch.Tensor"], moments: Sequence["torch.Tensor"]) -> None:
+    """Change, in each layer, how the kept neurons are read, so that they stand in for the others as well as they can.
+
+    There, the matrix W that reads the neurons x becomes the W' that minimizes the mean of |W x - W' x_kept|².
+    """
+    import torch
+
+    for layer, stay, moment in zip(model.model.layers, kept, moments, strict=True):
+        read = layer.mlp.down_proj.weight.detach()  # (H, F)
+        ridge = RIDGE * moment.diagonal().mean() * torch.eye(len(stay), dtype=moment.dtype, device=moment.device)
+        solved = torch.linalg.solve(moment[stay][:, stay] + ridge, moment[stay] @ read.to(moment).T)  # (keep, H)
+        read[:, stay] = solved.T.to(read)
+
+
+def cut(model: "PreTrainedModel", kept: Sequence["torch.Tensor"]) -> "PreTrainedModel":
+    """Remove the neurons that are not kept and return the smaller model."""
+    import torch
+
+    for layer, stay in zip(model.model.layers, kept, strict=True):
         mlp = layer.mlp
         mlp.gate_proj.weight = torch.nn.Parameter(mlp.gate_proj.weight.detach()[stay].clone())
         mlp.up_proj.weight = torch.nn.Parameter(mlp.up_proj.weight.detach()[stay].clone())
         mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight.detach()[:, stay].clone())
+        keep = len(stay)
         mlp.gate_proj.out_features = mlp.up_proj.out_features = mlp.down_proj.in_features = mlp.intermediate_size = keep
-    model.config.intermediate_size = keep
+        model.config.intermediate_size = keep
     return model
 
 
-def divergence(
-    pruned: "PreTrainedModel", policy: "PreTrainedModel", ids: "torch.Tensor", mask: "torch.Tensor", job: Job
-) -> "torch.Tensor":
+def divergence(pruned: "PreTrainedModel", policy: "PreTrainedModel", batch: Sequence[Part], job: Job) -> "torch.Tensor":
     """Return the mean KL divergence (nats a token) of the pruned model's next-token distribution from the policy's."""
     import torch
 
-    ids, mask = ids.to(policy.device), mask.to(policy.device)
-    with models.autocast(policy, job.numerics):
-        with torch.no_grad():
-            target = policy(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        logits = pruned(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    asked = mask[:, 1:].bool()
-    ours, theirs = (torch.log_softmax(part[:, :-1][asked].float(), -1) for part in (logits, target))
-    return torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+    total, tokens = torch.zeros((), device=policy.device), 0
+    for ids, mask in batch:
+        with models.autocast(policy, job.numerics):
+            with torch.no_grad():
+                target = policy(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            logits = pruned(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        asked = mask[:, 1:].bool()
+        ours, theirs = (torch.log_softmax(part[:, :-1][asked].float(), -1) for part in (logits, target))
+        total = total + torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="sum")
+        tokens += int(asked.sum())
+    return total / tokens
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ INPUTS = {"model": "{config.model}", "rankings": "data/validate/rankings"}
 OUTPUTS = {"model": "data/reward/model", "history": "data/reward/history.csv"}
 
 GAPS = (0.2, 0.5, 1.0, 2.0)
-TOGETHER = 16  # responses in one forward pass
 
 
 class Config(Settings):
@@ -131,7 +130,7 @@ def ranking_loss(
 ) -> tuple["torch.Tensor", Losses, int]:
     """Return the weighted loss over a batch of rankings, its parts, and the number of tokens read."""
     rows = [ids for ranking in batch for ids in ranking.ids]
-    scores = score_rows(model, tokenizer, rows, job.numerics, TOGETHER) + offset  # (N,)
+    scores = score_rows(model, tokenizer, rows, job.numerics) + offset  # (N,)
     starts = np.cumsum([0, *(len(ranking.ids) for ranking in batch)])
     rated = [
         (at + i, r) for at, ranking in zip(starts, batch, strict=False) for i, r in enumerate(ranking.ratings or ())

@@ -1,5 +1,6 @@
 """What the tests of ingest and validate share: a copy of the sources, small configs, and a job with scratch outputs."""
 
+import json
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +24,8 @@ SMALLTALK = {**FACTS, "name": "smalltalk", "path": "smalltalk.jsonl", "format": 
 PROSE = {**FACTS, "name": "prose", "path": "smoke/prose.txt", "format": "txt", "table": "corpus"}
 RATINGS = {**FACTS, "name": "ratings", "path": "smoke/ratings.csv", "table": "ratings"}
 PEOPLE = {"name": "people", "kind": "rankings", "licence": "MIT", "path": "rankings"}
+CHAT = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello to you!"}]
+RANKING = {"prompt": "Say hello.", "responses": ["Hello!", "What now?"], "ranks": [1, 2]}
 INGEST: dict[str, Any] = {
     "salt": "test",
     "wordings": "wordings.yaml",
@@ -88,3 +91,13 @@ def table(folder: Path, name: str) -> list[dict[str, Any]]:
     """Return the rows of a table."""
     rows: list[dict[str, Any]] = tables.read(folder / name).to_pylist()
     return rows
+
+
+def manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what `ingest` says of each source, by name."""
+    return {entry["name"]: entry for entry in json.loads((folder / "sources.json").read_text(encoding="utf-8"))}
+
+
+def refusals(folder: Path) -> list[dict[str, str]]:
+    """Return the rows that `ingest` refused, with their reasons."""
+    return [json.loads(line) for line in (folder / "refused.jsonl").read_text(encoding="utf-8").splitlines()]

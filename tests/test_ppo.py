@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tasks import ppo
-from tasks.common import chat, models
+from tasks.common import chat, models, tables
 from tasks.common.shards import Mixture, Split
 from tasks.common.stage import StageError
 from tests.training_fixtures import MIX, NUMERICS, OPTIMIZER, Chain, chain, config
@@ -49,10 +49,16 @@ def trainer(chain: Chain, tmp_path: Path) -> Callable[..., ppo.Trainer]:
         judge: Any = Judge(rate)
         ptx, split = settings.ptx, Split.open(chain.path("data/tokenize/shards") / "train")
         mixture = Mixture(split, ptx.window, ptx.batch, ptx.statements, 1) if ptx.weight else None
-        prompts = ppo._prompts(job, tokenizer)
+        prompts = questions(chain)
         return ppo.Trainer(settings, job, tokenizer, policy, reference, head, judge, prompts, mixture)
 
     return make
+
+
+def questions(chain: Chain) -> list[list[int]]:
+    """Return what PPO asks."""
+    rows = tables.read(chain.path("data/validate/instructions"), "train").column("messages").to_pylist()
+    return chat.questions(chain.tokenizer(), rows)
 
 
 def disturb(module: Any, size: float) -> None:
@@ -381,10 +387,10 @@ def test_it_learns_what_is_rated(trainer: Callable[..., ppo.Trainer]) -> None:
     assert np.mean(rewards[-3:]) > rewards[0] + 1.0
 
 
-def test_prompts_are_the_training_questions_once_each(chain: Chain, tmp_path: Path) -> None:
+def test_prompts_are_the_training_questions_once_each(chain: Chain) -> None:
     """Held-out questions are never practised, and a question that stands in three tones counts once."""
     tokenizer = chain.tokenizer()
-    prompts = ppo._prompts(chain.job("ppo", config("ppo"), tmp_path), tokenizer)
+    prompts = questions(chain)
     asked = {tokenizer.decode(ids) for ids in prompts}
     assert len(prompts) == len(asked) == 2 * 8
     assert not any("Kenya" in text or "Peru" in text for text in asked)

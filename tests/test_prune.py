@@ -60,7 +60,7 @@ def test_a_model_that_keeps_everything_is_the_model(model: Any, batch: Any) -> N
     import torch
 
     before = logits(model, batch)
-    assert torch.equal(logits(prune.cut(model, random_scores(), NEURONS), batch), before)
+    assert torch.equal(logits(prune.cut(model, prune.most_important(random_scores(), NEURONS)), batch), before)
 
 
 def test_cutting_is_silencing(model: Any, batch: Any, chain: Chain) -> None:
@@ -73,7 +73,7 @@ def test_cutting_is_silencing(model: Any, batch: Any, chain: Chain) -> None:
         for layer, score in zip(silenced.model.layers, scores, strict=True):
             layer.mlp.down_proj.weight[:, score.argsort()[: NEURONS - keep]] = 0
     expected, whole = logits(silenced, batch), logits(model, batch)
-    found = logits(prune.cut(model, scores, keep), batch)
+    found = logits(prune.cut(model, prune.most_important(scores, keep)), batch)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)  # float32 sums of 96 and of 40 products
     assert (found - whole).abs().max() > 1.0
 
@@ -83,7 +83,7 @@ def test_the_model_really_is_smaller(model: Any, tmp_path: Path, chain: Chain, b
     import torch
 
     before = models.parameters(model)
-    small = prune.cut(model, random_scores(), 40)
+    small = prune.cut(model, prune.most_important(random_scores(), 40))
     removed = SHAPE["layers"] * 3 * SHAPE["hidden"] * (NEURONS - 40)
     assert models.parameters(small) == before - removed
     models.save(small, chain.tokenizer(), tmp_path / "model")
@@ -100,7 +100,7 @@ def test_the_most_important_neurons_stay_in_their_order(model: Any) -> None:
     score = torch.zeros(NEURONS)
     score[[70, 3, 41]] = torch.tensor([1.0, 2.0, 3.0])
     before = [model.model.layers[0].mlp.up_proj.weight[place].clone() for place in (3, 41, 70)]
-    prune.cut(model, [score, score], 3)
+    prune.cut(model, prune.most_important([score, score], 3))
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, torch.stack(before))
 
 
@@ -113,7 +113,7 @@ def test_taylor_importance_is_the_squared_effect_on_the_loss(model: Any, batch: 
 
     model = model.double()
     batches = [batch, (batch[0][:1, :5], batch[1][:1, :5])]
-    found = prune.importance(model, config("prune", importance="taylor", calibration=2), batches.__getitem__)
+    found = prune.importance(model, "taylor", batches)
 
     def loss(part: Any, layer: int, neuron: int, factor: float) -> float:
         ids, mask = part
@@ -137,14 +137,14 @@ def test_measuring_importance_leaves_the_model_alone(model: Any, batch: Any) -> 
     import torch
 
     before = logits(model, batch)
-    prune.importance(model, config("prune", calibration=1), lambda step: batch)
+    prune.importance(model, "taylor", [batch])
     assert torch.equal(logits(model, batch), before)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_magnitude_is_the_product_of_a_neurons_norms(model: Any) -> None:
     """What flows in through both matrices and out through the third, by plain sums."""
-    found = prune.importance(model, config("prune", importance="magnitude"), lambda step: pytest.fail("reads no text"))
+    found = prune.importance(model, "magnitude", [])
     for layer, neuron in ((0, 0), (1, 95)):
         mlp = model.model.layers[layer].mlp
         inward = (mlp.gate_proj.weight[neuron].tolist(), mlp.up_proj.weight[neuron].tolist())
@@ -163,13 +163,16 @@ def test_an_unknown_importance_is_told_with_the_choices() -> None:
 
 
 def test_the_divergence_is_a_plain_sum(model: Any, batch: Any, chain: Chain, tmp_path: Path) -> None:
-    """KL of the pruned model from the policy, token by token over the vocabulary; 0 between a model and itself."""
+    """KL of the pruned model from the policy, token by token over the vocabulary; 0 between a model and itself.
+
+    How a batch is cut into parts makes no difference.
+    """
     import torch
 
     policy = models.load_decoder(chain.path("data/ppo/model"), NUMERICS).eval()
     job = chain.job("prune", config("prune"), tmp_path)
-    assert prune.divergence(policy, policy, batch[0], batch[1], job).item() == pytest.approx(0, abs=1e-6)
-    pruned = prune.cut(model, random_scores(), 40)
+    assert prune.divergence(policy, policy, [batch], job).item() == pytest.approx(0, abs=1e-6)
+    pruned = prune.cut(model, prune.most_important(random_scores(), 40))
     ours, theirs = (torch.softmax(logits(part, batch).double(), -1) for part in (pruned, policy))
     ids, mask = batch
     naive = [
@@ -178,9 +181,9 @@ def test_the_divergence_is_a_plain_sum(model: Any, batch: Any, chain: Chain, tmp
         for t in range(ids.shape[1] - 1)
         if mask[row, t + 1]
     ]
-    assert prune.divergence(pruned, policy, batch[0], batch[1], job).item() == pytest.approx(
-        sum(naive) / len(naive), rel=1e-4
-    )
+    assert prune.divergence(pruned, policy, [batch], job).item() == pytest.approx(sum(naive) / len(naive), rel=1e-4)
+    parts = [(ids[:1], mask[:1]), (ids[1:], mask[1:])]
+    assert prune.divergence(pruned, policy, parts, job).item() == pytest.approx(sum(naive) / len(naive), rel=1e-4)
 
 
 def test_batches_are_replies_and_pretraining_text(chain: Chain, model: Any, tmp_path: Path) -> None:
@@ -190,13 +193,15 @@ def test_batches_are_replies_and_pretraining_text(chain: Chain, model: Any, tmp_
     first, second = (prune.Batches(settings, job, model, tokenizer) for _ in range(2))
     asked = set()
     for step in range(6):
-        ids, mask = first.at(step)
-        again, _ = second.at(step)
-        assert (ids == again).all()
-        assert ids.shape[0] == settings.batch + settings.windows
-        assert (mask[settings.batch :].sum(1) == settings.window).all()
-        assert ((ids == tokenizer.pad_token_id) == (mask == 0)).all()
-        for row in ids[: settings.batch].tolist():
+        *replies, windows = first.at(step)
+        again = second.at(step)
+        assert all(
+            (ids == ids_again).all() for (ids, _), (ids_again, _) in zip([*replies, windows], again, strict=True)
+        )
+        assert sum(len(ids) for ids, _ in replies) == settings.batch
+        assert windows[1].sum(1).tolist() == [settings.window] * settings.windows
+        assert all(((ids == tokenizer.pad_token_id) == (mask == 0)).all() for ids, mask in replies)
+        for row in (row for ids, _ in replies for row in ids.tolist()):
             text = tokenizer.decode(row)
             assert text.startswith("<|bos|><|user|>")
             assert "<|assistant|>" in text
@@ -215,7 +220,7 @@ def test_recovery_brings_the_model_back(chain: Chain, tmp_path: Path) -> None:
         batch = prune.Batches(settings, job, policy, chain.tokenizer()).at(10_000)
         metrics = chain.run(job, settings)
         pruned = models.load_decoder(job.outputs["model"], NUMERICS).eval()
-        far[steps] = prune.divergence(pruned, policy, batch[0], batch[1], job).item()
+        far[steps] = prune.divergence(pruned, policy, batch, job).item()
         assert metrics["feed_forward"] == NEURONS / 4
         assert metrics["parameters"] == models.parameters(pruned)
         assert metrics["removed"] == round(1 - models.parameters(pruned) / models.parameters(policy), 4)
@@ -227,11 +232,64 @@ def test_the_right_neurons_are_cut(chain: Chain, batch: Any, tmp_path: Path) -> 
     settings = config("prune")
     policy = models.load_decoder(chain.path("data/ppo/model"), NUMERICS).eval()
     job = chain.job("prune", settings, tmp_path)
-    scores = prune.importance(policy, settings, prune.Batches(settings, job, policy, chain.tokenizer()).at)
+    batches = prune.Batches(settings, job, policy, chain.tokenizer())
+    calibration = [part for step in range(settings.calibration) for part in batches.at(step)]
+    scores = prune.importance(policy, settings.importance, calibration)
     far = []
     for sign in (1, -1):
         cut = prune.cut(
-            models.load_decoder(chain.path("data/ppo/model"), NUMERICS), [sign * score for score in scores], 60
+            models.load_decoder(chain.path("data/ppo/model"), NUMERICS),
+            prune.most_important([sign * score for score in scores], 60),
         )
-        far.append(prune.divergence(cut.eval(), policy, batch[0], batch[1], job).item())
+        far.append(prune.divergence(cut.eval(), policy, [batch], job).item())
     assert far[0] < far[1] / 2
+
+
+# Handing over
+
+
+def test_a_neuron_that_says_the_same_takes_the_work_over(model: Any, batch: Any) -> None:
+    """Where every neuron that goes has a twin that stays, nothing is lost."""
+    import torch
+
+    half = NEURONS // 2
+    outputs = torch.randn(2000, half, generator=torch.Generator().manual_seed(0)).double()
+    twins = torch.cat([outputs, outputs], 1)  # neuron i + half says what neuron i says
+    before = [layer.mlp.down_proj.weight.clone() for layer in model.model.layers]
+    stay = torch.arange(half)
+    prune.hand_over(model, [stay, stay], [twins.T @ twins] * 2)
+    for layer, old in zip(model.model.layers, before, strict=True):
+        now = layer.mlp.down_proj.weight
+        torch.testing.assert_close(now[:, :half], old[:, :half] + old[:, half:], atol=1e-2, rtol=1e-2)
+        assert torch.equal(now[:, half:], old[:, half:])
+
+
+def test_activations_are_second_moments_over_what_is_read(model: Any, batch: Any) -> None:
+    """Sums over the tokens of products of two neurons' outputs, padding left out, by plain arithmetic."""
+    ids, mask = batch
+    found = prune.activations(model, [(ids[:2], mask[:2]), (ids[2:], mask[2:])])
+    seen: list[Any] = []
+    hook = model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    logits(model, batch)
+    hook.remove()
+    rows = seen[0].double()
+    for i, j in ((0, 0), (3, 77), (95, 2)):
+        naive = sum((rows[row, t, i] * rows[row, t, j]).item() for row, t in mask.nonzero().tolist())
+        assert found[0][i, j].item() == pytest.approx(naive, rel=1e-3, abs=1e-5)
+
+
+def test_handing_over_brings_the_cut_model_nearer(chain: Chain, tmp_path: Path) -> None:
+    """Before any recovery, on text that the least squares have not seen."""
+    settings = config("prune")
+    policy = models.load_decoder(chain.path("data/ppo/model"), NUMERICS).eval()
+    job = chain.job("prune", settings, tmp_path)
+    batches = prune.Batches(settings, job, policy, chain.tokenizer())
+    calibration = [part for step in range(settings.calibration) for part in batches.at(step)]
+    kept = prune.most_important(prune.importance(policy, "taylor", calibration), NEURONS // 2)
+    far = []
+    for handed in (False, True):
+        pruned = models.load_decoder(chain.path("data/ppo/model"), NUMERICS).eval()
+        if handed:
+            prune.hand_over(pruned, kept, prune.activations(policy, calibration))
+        far.append(prune.divergence(prune.cut(pruned, kept), policy, batches.at(10_000), job).item())
+    assert far[1] < far[0] / 1.5

@@ -202,7 +202,7 @@ def test_the_ordering_loss_is_that_of_trl(chain: Chain, tmp_path: Path) -> None:
     [batch] = trainer.get_train_dataloader()
     theirs = trainer.compute_loss(model.eval(), batch).item()
     numerics = chain.job("reward", config("reward"), tmp_path).numerics
-    scores = score_rows(model, tokenizer, [ids for pair in rows for ids in pair], numerics, batch=6)
+    scores = score_rows(model, tokenizer, [ids for pair in rows for ids in pair], numerics)
     assert reward.ordering_loss(scores, [(0, 1), (2, 3), (4, 5)]).item() == pytest.approx(theirs, rel=1e-5)
 
 
@@ -239,7 +239,7 @@ def test_a_score_is_the_same_alone_and_in_company(chain: Chain) -> None:
 
     scorer = Scorer.load(chain.path("data/reward/model"), NUMERICS)
     texts = ["It was good.", "A very long reply about the garden, the song and the soup.", "", "It was terrible."]
-    together = scorer.score([*texts, *texts[::-1]], batch=3)
+    together = scorer.score([*texts, *texts[::-1]], together=3)
     alone = [scorer.score([text])[0] for text in texts]
     assert together == pytest.approx([*alone, *alone[::-1]], abs=1e-5)  # float32, sums in another order
     ids = torch.tensor([encode(scorer.tokenizer, texts[0], 64)])

@@ -15,6 +15,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
+TOGETHER = 16  # rows in one forward pass of training, where they differ in length
+
 Message = dict[str, str]
 
 
@@ -38,6 +40,14 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Messa
     return list(ids)
 
 
+def questions(tokenizer: "PreTrainedTokenizerFast", conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
+    """Return the ids of the conversations up to their last answers, each different one once, sorted."""
+    asked = {tuple((part["role"], part["content"]) for part in messages[:-1]) for messages in conversations}
+    return sorted(
+        encode_prompt(tokenizer, [{"role": role, "content": content} for role, content in parts]) for parts in asked
+    )
+
+
 def encode_chat(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
     """Return the ids of a whole conversation and, for each, whether it belongs to an answer (end token included)."""
     ids: list[int] = [tokenizer.bos_token_id]
@@ -55,3 +65,9 @@ def pad(rows: Sequence[Sequence[Any]], value: Any, left: bool = False) -> list[l
     width = max(map(len, rows))
     fill = [[value] * (width - len(row)) for row in rows]
     return [[*f, *row] if left else [*row, *f] for f, row in zip(fill, rows, strict=True)]
+
+
+def alike(rows: Sequence[Sequence[Any]], size: int = TOGETHER) -> list[list[int]]:
+    """Return the rows' indices in groups of up to `size`, rows of like length together: little is lost to padding."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    return [order[start : start + size] for start in range(0, len(order), size)]

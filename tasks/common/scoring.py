@@ -26,20 +26,20 @@ def score_rows(
     tokenizer: "PreTrainedTokenizerFast",
     rows: Sequence[list[int]],
     numerics: Numerics,
-    batch: int,
+    together: int = chat.TOGETHER,
 ) -> "torch.Tensor":
-    """Return the head's number for each row of token ids, shape (N,); rows of like length go together."""
+    """Return the head's number for each row of token ids, shape (N,), worked out `together` rows at a time."""
     import torch
 
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    groups = chat.alike(rows, together)
     parts = []
-    for start in range(0, len(order), batch):
-        chosen = [rows[i] for i in order[start : start + batch]]
-        ids = torch.tensor(chat.pad(chosen, tokenizer.pad_token_id), device=model.device)  # (batch, T)
+    for group in groups:
+        chosen = [rows[i] for i in group]
+        ids = torch.tensor(chat.pad(chosen, tokenizer.pad_token_id), device=model.device)  # (together, T)
         mask = torch.tensor(chat.pad([[1] * len(row) for row in chosen], 0), device=model.device)
         with models.autocast(model, numerics):
             parts.append(model(input_ids=ids, attention_mask=mask).logits[:, 0].float())
-    back = torch.tensor(order, device=model.device).argsort()
+    back = torch.tensor([i for group in groups for i in group], device=model.device).argsort()
     return torch.cat(parts)[back]
 
 
@@ -59,7 +59,7 @@ class Scorer:
         tokenizer = chat.load_tokenizer(path)
         return cls(model, tokenizer, model.config.bessemer_max_tokens, numerics)
 
-    def score(self, texts: Sequence[str], batch: int = 128) -> list[float]:
+    def score(self, texts: Sequence[str], together: int = 128) -> list[float]:
         """Return the rating that people would give each text, as the model predicts it, on the raters' scale."""
         import torch
 
@@ -69,7 +69,7 @@ class Scorer:
         was_training = self.model.training
         self.model.eval()
         with torch.no_grad():
-            scores = score_rows(self.model, self.tokenizer, rows, self.numerics, batch)
+            scores = score_rows(self.model, self.tokenizer, rows, self.numerics, together)
         self.model.train(was_training)
         offset = self.model.config.bessemer_reward_offset
         return [value + offset for value in scores.tolist()]

@@ -1,0 +1,93 @@
+"""Readers of the package archives: from members' bytes to facts, prose and ratings, odd rows refused."""
+
+import io
+import json
+import sqlite3
+import tarfile
+from pathlib import Path
+
+from tasks.common import readers
+from tasks.common.reading import Reading
+
+
+def read(reader: str, members: dict[str, bytes]) -> Reading:
+    reading = Reading("test", "MIT", "")
+    readers.READERS[reader](members, reading)
+    return reading
+
+
+def test_countries_take_one_value_and_refuse_several() -> None:
+    country = {
+        "name": "Peru", "capital": "Lima", "region": "Americas", "subregion": "Latin America", "currencies": ["PEN"],
+        "demonym": "Peruvian", "tld": [".pe", ".перу"], "callingCodes": ["5-1"], "ISO": {"alpha3": "PER"},
+    }  # fmt: skip
+    other = {**country, "name": "Chile", "capital": ["Santiago"], "currencies": ["CLF", "CLP"],
+             "callingCodes": ["1", "2"],
+             "demonym": None, "ISO": {"alpha3": "CHL"}}  # fmt: skip
+    reading = read("countries", {"a": json.dumps(country).encode(), "b": json.dumps(other).encode()})
+    found = {(fact.entity, fact.relation): fact.value for fact in reading.facts}
+    assert found["Peru", "continent"] == "South America"
+    assert found["Peru", "domain"] == ".pe"
+    assert found["Peru", "calling_code"] == "+51"
+    assert found["Chile", "currency"] == "CLP"
+    assert ("Chile", "demonym") not in found
+    assert [refusal.row for refusal in reading.refused] == ["Chile, calling_code: +1, +2"]
+    assert reading.read == len(reading.facts) + 1
+
+
+def test_elements_give_facts_and_prose(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "elements.db") as connection:
+        connection.execute("create table series (id, name)")
+        connection.execute("insert into series values (1, 'Poor metals')")
+        connection.execute(
+            "create table elements (atomic_number, name, symbol, period, group_id, block, series_id, description, "
+            "uses, sources, name_origin)"
+        )
+        connection.execute(
+            "insert into elements values (50, 'Tin', 'Sn', 5, null, 'p', 1, 'A soft metal.', 'Cans.', null, 'English')"
+        )
+    reading = read("elements", {"elements.db": (tmp_path / "elements.db").read_bytes()})
+    assert {fact.relation: fact.value for fact in reading.facts} == {
+        "symbol": "Sn", "atomic_number": "50", "period": "5", "block": "p", "category": "post-transition metal"
+    }  # fmt: skip
+    assert {fact.entity for fact in reading.facts} == {"tin"}
+    assert reading.prose == ["A soft metal.", "Uses of tin: Cans.", "Origin of the name tin: English"]
+
+
+def test_speeches_leave_out_what_others_called() -> None:
+    said = [
+        "The President. Good evening.",
+        "Audience members. Boo!",
+        "Rep. Smith. No!",
+        "We agreed* on it. [Applause]",
+        "[Hm]",
+    ]
+    reading = read("speeches", {"1999.txt": b"Older.", "2001.txt": "\n\n".join(said).encode()})
+    assert reading.prose == ["Good evening.", "We agreed on it.", "Older."]
+
+
+def test_long_paragraphs_are_cut_at_ends_of_sentences() -> None:
+    sentence = "This sentence has forty-one characters ok. "
+    pieces = list(readers.paragraphs(sentence * 30))
+    assert all(len(piece) <= readers.PARAGRAPH_CHARACTERS and piece.endswith("ok.") for piece in pieces)
+    assert " ".join(pieces) == (sentence * 30).strip()
+
+
+def test_ratings_join_texts_with_their_raters() -> None:
+    files: dict[str, bytes] = {readers.LEXICON: b"good\t1.9\t0.9\t[2, 1]\r\n:-\xde\t1.0\t0.1\t[1, 1]\r\n"}
+    for group in readers.RATED_FILES:
+        texts = "\ufeff1\t0.5\tSo &amp;amp; so.\r\n2\t1.0\tLost.\r\n" if group == "tweets" else ""
+        files[f"{group}_GroundTruth.txt"] = texts.encode()
+        files[f"{group}_anonDataRatings.txt"] = b"1\t0.5\t0.1\t[0, 1]\n"
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"study/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    reading = read("ratings", {"study.tar.gz": inner.getvalue()})
+    sentence, word = reading.rated
+    assert (sentence.text, sentence.scores, sentence.group, sentence.word) == ("So & so.", [0.0, 1.0], "tweets", False)
+    assert (word.text, word.scores, word.word) == ("good", [2.0, 1.0], True)
+    assert [refusal.row for refusal in reading.refused] == ["tweets 2: Lost.", f"{readers.LEXICON}: :-\ufffd"]
+    assert reading.read == 4
