@@ -9,7 +9,7 @@ import click
 from serving.errors import ServingError
 from tasks.common.settings import BessemerError
 
-SAMPLES = ("What is the capital of France?", "Which continent is Kenya in?", "What is the symbol of gold?")
+SAMPLES = ("What is the capital of Peru?", "What is the capital of Germany?", "What is the symbol of gold?")
 PORT = click.IntRange(1, 65535)
 STAGES = click.option(
     "--stage", "-s", "stages", multiple=True, metavar="NAME", help="Only this stage and what it needs; may be repeated."

@@ -66,7 +66,7 @@ class Body(BaseModel):
 class GenerateRequest(Body):
     """One question for the policy."""
 
-    input: Text = Field(description="What to answer", examples=["What is the capital of France?"])
+    input: Text = Field(description="What to answer", examples=["What is the capital of Peru?"])
     max_new_tokens: int | None = Field(None, description="Most tokens of the answer; by default all that are allowed")
     temperature: float = Field(0.0, description="0 takes the likeliest token each time; up to 2 for more variety")
     top_p: float = Field(1.0, description="Draw from the likeliest tokens that make up this share of probability")
