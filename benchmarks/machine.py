@@ -17,6 +17,8 @@ from tasks.common import stage
 
 SIZE = 1024
 REPEATS = 15
+SAMPLED_SECONDS = 2.0
+BUSY_PERCENT = 15.0
 PACKAGES = (
     "torch", "transformers", "accelerate", "tokenizers", "optimum-onnx", "onnxruntime", "onnxruntime-genai", "bentoml",
     "prefect", "dvc", "great-expectations", "pyarrow", "numpy",
@@ -25,14 +27,21 @@ PACKAGES = (
 
 def surroundings(threads: int) -> dict[str, Any]:
     """Measure the ceiling on a number of threads, print it, and return what a result says of its surroundings."""
-    load = os.getloadavg()[0]
+    busy = _busy_percent()
     ceiling = harness.in_process("benchmarks.machine", {"threads": threads})
-    hardware = {**_hardware(), "load_before": round(load, 2), "ceiling": {"threads": threads, **ceiling}}
+    hardware = {**_hardware(), "busy_before_percent": busy, "ceiling": {"threads": threads, **ceiling}}
     rates = ", ".join(f"{ceiling[kind]:,.0f} GFLOP/s in {kind.removesuffix('_gflops')}" for kind in ceiling)
     print(f"  {hardware['cpu']}, {hardware['cores']} cores; a matrix product on {threads} thread(s): {rates}")
-    if load > 0.5:
-        print(f"  The machine is busy (load {load:.1f}): take these figures for a trial, not for a record.")
+    if busy > BUSY_PERCENT:
+        print(f"  Others keep {busy:.0f} % of the cores busy: take these figures for a trial, not for a record.")
     return {"commit": commit(), "hardware": hardware, "versions": versions()}
+
+
+def _busy_percent() -> float:
+    """Return what share of the cores others use just now; the load average would tell of the benchmark before, too."""
+    import psutil
+
+    return round(psutil.cpu_percent(interval=SAMPLED_SECONDS), 1)
 
 
 def _hardware() -> dict[str, Any]:
