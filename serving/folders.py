@@ -23,8 +23,8 @@ def available_cores() -> int:
 def useful_threads(model: Path) -> int:
     """Return how many threads suit a model's file: one for each 16 MB of weights, up to the cores there are.
 
-    Below that a thread waits for the others longer than it computes: at 2 MB two threads decode as fast as one on a
-    quiet machine, and at a third of its speed on a busy one.
+    Below that a thread waits for the others about as long as it computes: at 2 MB two threads answer a quarter faster
+    than one on a quiet machine, and at a third of its speed on a busy one (benchmarks/LOG.md).
     """
     return min(available_cores(), max(1, required(model).stat().st_size // 2**24))
 
