@@ -41,7 +41,8 @@ def _busy_percent() -> float:
     """Return what share of the cores others use just now; the load average would tell of the benchmark before, too."""
     import psutil
 
-    return round(psutil.cpu_percent(interval=SAMPLED_SECONDS), 1)
+    busy: float = psutil.cpu_percent(interval=SAMPLED_SECONDS)
+    return round(busy, 1)
 
 
 def _hardware() -> dict[str, Any]:
