@@ -12,13 +12,7 @@ import pytest
 from tasks.common import archives
 from tasks.common.identity import tree_hash
 from tasks.common.stage import StageError
-from tests.data_fixtures import (
-    FACTS,
-    copy_sources,
-    ingest_into,
-    manifest,
-    table,
-)
+from tests.data_fixtures import FACTS, copy_sources, ingest_into, manifest, table
 
 
 def package(path: Path, **changes: Any) -> dict[str, Any]:

@@ -27,11 +27,6 @@ from tests.data_fixtures import (
 )
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copy_sources(tmp_path_factory.mktemp("data"))
-
-
 @pytest.mark.parametrize(
     ("content", "change", "told"),
     [
@@ -191,13 +186,11 @@ def test_a_broken_file_of_a_dataset_is_told(
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_dataset_out_of_reach_is_told(
-    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
-) -> None:
+def test_a_dataset_out_of_reach_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool) -> None:
     monkeypatch.chdir(tmp_path)  # the tests' surroundings keep the hub's client offline
     away = {**DATASET, "path": "someone/chats", "data_files": [], "revision": "0" * 40, "streaming": streaming}
     with pytest.raises(StageError, match=r"source hub: expected the dataset someone/chats .*but it could not be read"):
-        ingest_into(tmp_path / "out", sources, sources=[FACTS, away])
+        ingest_into(tmp_path / "out", copy_sources(tmp_path), sources=[FACTS, away])
 
 
 @pytest.mark.parametrize(
