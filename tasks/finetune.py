@@ -141,9 +141,8 @@ def answer_loss(
     total, asked, read = torch.zeros((), device=device), 0, 0
     for group in chat.alike([ids for ids, _ in batch]):
         rows, answered = zip(*(batch[i] for i in group), strict=True)
-        ids = torch.tensor(chat.pad(rows, tokenizer.pad_token_id), device=device)  # (B, T)
+        ids, mask = chat.padded(rows, tokenizer.pad_token_id, device)  # (B, T)
         wanted = torch.tensor(chat.pad(answered, False), device=device)[:, 1:]  # (B, T - 1)
-        mask = torch.tensor(chat.pad([[1] * len(row) for row in rows], 0), device=device)
         with models.autocast(model, job.numerics):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (B, T, V)
         total = total + torch.nn.functional.cross_entropy(

@@ -230,11 +230,9 @@ class Trainer:
         import torch
 
         fill = self.tokenizer.pad_token_id
-        left, right = chat.pad(prompts, fill, left=True), chat.pad(replies, fill)
-        ids = torch.tensor([[*a, *b] for a, b in zip(left, right, strict=True)], device=self.policy.device)
-        replied = torch.tensor(chat.pad([[True] * len(r) for r in replies], False), device=ids.device)
-        prompted = torch.tensor(chat.pad([[True] * len(p) for p in prompts], False, left=True), device=ids.device)
-        return ids, torch.cat([prompted, replied], 1), replied
+        asked, prompted = chat.padded(prompts, fill, self.policy.device, left=True)
+        said, replied = chat.padded(replies, fill, self.policy.device)
+        return torch.cat([asked, said], 1), torch.cat([prompted, replied], 1).bool(), replied.bool()
 
     def evaluate(
         self, model: "PreTrainedModel", ids: "torch.Tensor", mask: "torch.Tensor", width: int

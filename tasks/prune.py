@@ -52,7 +52,7 @@ class Config(Settings):
 
 
 def run(config: Config, job: Job) -> dict[str, Any]:
-    """Prune, recover and return sizes and the divergence from the policy before and after recovery."""
+    """Prune, recover and return sizes and the divergence from the policy that is left."""
     models.prepare_torch(job.numerics, job.seed)
     tokenizer = chat.load_tokenizer(job.inputs["model"])
     policy = models.load_decoder(job.inputs["model"], job.numerics).eval()
@@ -112,13 +112,7 @@ class Batches:
         chosen = np.random.default_rng([self.seed, step, 4]).integers(len(self.rows), size=self.config.batch)
         replies = [self.rows[i] for i in chosen]
         parts = [[replies[i] for i in group] for group in chat.alike(replies)]
-        return [self._padded(rows) for rows in (*parts, self.mixture.batch(step).tolist())]
-
-    def _padded(self, rows: Sequence[Sequence[int]]) -> Part:
-        import torch
-
-        mask = chat.pad([[1] * len(row) for row in rows], 0)
-        return torch.tensor(chat.pad(rows, self.pad), device=self.device), torch.tensor(mask, device=self.device)
+        return [chat.padded(rows, self.pad, self.device) for rows in (*parts, self.mixture.batch(step).tolist())]
 
 
 def importance(policy: "PreTrainedModel", measure: str, calibration: Sequence[Part]) -> list["torch.Tensor"]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerFast
 
 BOS, END, PAD, MASK = "<|bos|>", "<|end|>", "<|pad|>", "[MASK]"
@@ -65,6 +66,16 @@ def pad(rows: Sequence[Sequence[Any]], value: Any, left: bool = False) -> list[l
     width = max(map(len, rows))
     fill = [[value] * (width - len(row)) for row in rows]
     return [[*f, *row] if left else [*row, *f] for f, row in zip(fill, rows, strict=True)]
+
+
+def padded(
+    rows: Sequence[Sequence[int]], value: int, device: Any, left: bool = False
+) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Return rows of token ids, filled up with `value`, and the mask, 1 where they are their own: both (N, T)."""
+    import torch
+
+    mask = [[1] * len(row) for row in rows]
+    return torch.tensor(pad(rows, value, left), device=device), torch.tensor(pad(mask, 0, left), device=device)
 
 
 def alike(rows: Sequence[Sequence[Any]], size: int = TOGETHER) -> list[list[int]]:

@@ -31,7 +31,6 @@ def replies(
     import torch
     from tqdm import tqdm
 
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     result: list[list[int]] = [[] for _ in prompts]
     sample = (
         {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -42,12 +41,11 @@ def replies(
     generate: Any = model.generate
     model.eval()
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), torch.no_grad():
-        for start in tqdm(range(0, len(order), batch), desc=desc, disable=desc is None, mininterval=2):
-            chosen = order[start : start + batch]
-            rows = [list(prompts[i]) for i in chosen]
-            ids = torch.tensor(chat.pad(rows, tokenizer.pad_token_id, left=True), device=model.device)  # (B, P)
-            mask = torch.tensor(chat.pad([[1] * len(row) for row in rows], 0, left=True), device=model.device)
-            torch.manual_seed(seed * 1_000_003 + start)
+        groups = chat.alike(prompts, batch)
+        for number, group in enumerate(tqdm(groups, desc=desc, disable=desc is None, mininterval=2)):
+            rows = [prompts[i] for i in group]
+            ids, mask = chat.padded(rows, tokenizer.pad_token_id, model.device, left=True)  # (B, P)
+            torch.manual_seed(seed * 1_000_003 + number)
             with models.autocast(model, numerics):
                 out = generate(
                     input_ids=ids,
@@ -57,7 +55,7 @@ def replies(
                     eos_token_id=tokenizer.eos_token_id,
                     **sample,
                 )
-            for i, row in zip(chosen, out[:, ids.shape[1] :].tolist(), strict=True):
+            for i, row in zip(group, out[:, ids.shape[1] :].tolist(), strict=True):
                 result[i] = _until(row, tokenizer.eos_token_id)
     model.train(was_training)
     return result
