@@ -52,12 +52,14 @@ def _modest(run: Results) -> list[Note]:
     """Return the limits that follow from the figures themselves."""
     notes = []
     gap = run.metrics("reward").get("gap_at_least_1") or {}
-    ours, words = gap.get("model"), gap.get("bag_of_words")
-    if ours is not None and words is not None and ours <= words:
+    ours, peers = gap.get("model"), {"words": "bag_of_words", "words and their pairs": "bag_of_words_and_bigrams"}
+    shares = {name: gap[key] for name, key in peers.items() if gap.get(key) is not None}
+    if ours is not None and shares and ours <= max(shares.values()):
+        name = max(shares, key=lambda name: shares[name])
         notes.append((
-            "A bag of words judges better." if ours < words else "A bag of words judges as well.",
-            f"It orders {100 * words:.1f} % of the held-out pairs as people did, the reward model {100 * ours:.1f} %: "
-            "on these ratings, words alone tell the tone.",
+            f"A bag of {name} judges {'better' if ours < shares[name] else 'as well'}.",
+            f"It orders {100 * shares[name]:.1f} % of the held-out pairs as people did, the reward model "
+            f"{100 * ours:.1f} %: on these ratings, words alone tell the tone.",
         ))  # fmt: skip
     tokens = (run.metrics("tokenize").get("train") or {}).get("tokens")
     parameters = [model["parameters"] for model in run.sheet.get("models", []) if model.get("parameters")]

@@ -139,6 +139,7 @@ def reward(run: Results) -> Part:
         "gaps": gaps + ([{"gap": "", **ranked}] if ranked else []),
         "calibration": report_plots.calibration(points, "predicted rating, points", "people's rating, points"),
         "base": run.settings("reward").get("model", ""),
+        "words": run.settings("reward").get("words", False),
     }
 
 

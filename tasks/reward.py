@@ -4,19 +4,22 @@ Run as `python -m tasks.reward`. The model reads a reply and returns one number 
 `rating x mean squared error to the mean rating + ordering x Bradley–Terry loss over the pairs of a ranking` (Stiennon
 et al. 2020, "Learning to summarize from human feedback", equation 1); a ranking that holds ranks and no scores has
 only the second term.
+
+With `words`, the number is the sum of a linear rating of the reply's whole words and of what the model adds to it, as
+in Cheng et al. 2016, "Wide & Deep Learning for Recommender Systems". The words are solved for first.
 """
 
 import math
-import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from tasks.common import chat, models, stage, tables
+from tasks.common.lexicon import Lexicon
 from tasks.common.scoring import Scorer, encode, score_rows
 from tasks.common.settings import Settings
 from tasks.common.stage import Job, StageError
@@ -30,6 +33,7 @@ INPUTS = {"model": "{config.model}", "rankings": "data/validate/rankings"}
 OUTPUTS = {"model": "data/reward/model", "history": "data/reward/history.csv"}
 
 GAPS = (0.2, 0.5, 1.0, 2.0)
+FOLDS = 5  # of the rankings, so that each can be rated by words without being among those learnt from
 
 
 class Config(Settings):
@@ -40,7 +44,8 @@ class Config(Settings):
     )
     rating: float = Field(description="Weight of the mean squared error to the mean rating", ge=0)
     ordering: float = Field(description="Weight of the Bradley–Terry loss over the pairs of a ranking", ge=0)
-    max_tokens: int = Field(description="Longest reply that is read; longer ones are cut", ge=8)
+    words: bool = Field(description="Add a linear rating of whole words, of which the model learns what is missing")
+    max_tokens: int = Field(description="Tokens of a reply that the model reads; words count over all of it", ge=8)
     word_dropout: float = Field(
         description="Share of the tokens that training hides, against learning replies by heart", ge=0, lt=1
     )
@@ -63,12 +68,14 @@ class Ranking:
     ids: list[list[int]]
     ratings: list[float] | None
     pairs: list[tuple[int, int, float]]  # better, worse, gap in rating points (NaN where people only ranked)
+    base: list[float]  # what the model's number is added to: the rating by words, or the mean
 
 
 def run(config: Config, job: Job) -> dict[str, Any]:
     """Train the reward model and return its held-out ordering accuracy beside a bag-of-words baseline's."""
     models.prepare_torch(job.numerics, job.seed)
     tokenizer = chat.load_tokenizer(job.inputs["model"])
+    scale = raters_scale(job)
     train_set, heldout = (read_rankings(job, tokenizer, config.max_tokens, split) for split in ("train", "heldout"))
     if not train_set:
         raise StageError(
@@ -81,20 +88,33 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         )
     model = models.load_scorer(job.inputs["model"], job.numerics)
     model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.bessemer_reward_offset = offset = _mean_rating(train_set)
-    model.config.bessemer_max_tokens = config.max_tokens
+    model.config.bessemer_max_tokens, model.config.bessemer_scale = config.max_tokens, scale
+    lexicon, train_set = with_base(train_set, config.words)
 
     def loss_at(step: int) -> tuple["torch.Tensor", Losses, int]:
         random = np.random.default_rng([job.seed, step, 1])
         batch = batch_at(train_set, config.batch, job.seed, step)
         batch = [hide_words(ranking, config.word_dropout, tokenizer.mask_token_id, random) for ranking in batch]
-        return ranking_loss(model, tokenizer, batch, config, offset, job)
+        return ranking_loss(model, tokenizer, batch, config, job)
 
     history = train(model, loss_at, config.optimizer, config.steps, job)
-    models.save(model, tokenizer, job.outputs["model"])
+    scorer = Scorer(model, tokenizer, lexicon, scale, config.max_tokens, job.numerics)
+    scorer.save(job.outputs["model"])
     history.write(job.outputs["history"])
-    scorer = Scorer(model, tokenizer, config.max_tokens, job.numerics)
     return {"rankings": len(train_set), **summary(history), **judge(scorer, train_set, heldout)}
+
+
+def raters_scale(job: Job) -> list[float] | None:
+    """Return the ends of the one scale that all scores are on, None without scores; raise StageError for several."""
+    rows = tables.read(job.inputs["rankings"]).to_pylist()
+    scales = Counter(tuple(row["scale"]) for row in rows if row["scores"] is not None)
+    if len(scales) > 1:
+        found = "; ".join(f"{low:g} to {high:g} in {count}" for (low, high), count in scales.most_common())
+        raise StageError(
+            f"the rankings' scores are on different scales ({found} rankings), and cannot be compared: bring them onto "
+            "one scale in their sources, or give ranks instead."
+        )
+    return list(next(iter(scales))) if scales else None
 
 
 def read_rankings(job: Job, tokenizer: "PreTrainedTokenizerFast", longest: int, split: str) -> list[Ranking]:
@@ -108,8 +128,33 @@ def read_rankings(job: Job, tokenizer: "PreTrainedTokenizerFast", longest: int, 
             for i in range(len(places)) for j in range(len(places)) if places[i] < places[j]
         ]  # fmt: skip
         ids = [encode(tokenizer, text, longest) for text in row["responses"]]
-        result.append(Ranking(row["responses"], ids, ratings, pairs))
+        result.append(Ranking(row["responses"], ids, ratings, pairs, [0.0] * len(ids)))
     return result
+
+
+def fit_lexicon(rankings: Sequence[Ranking], *, words: bool = True, bigrams: bool = False) -> Lexicon:
+    """Return the lexicon of the rankings that hold ratings."""
+    rated = [item for ranking in rankings for item in zip(ranking.texts, ranking.ratings or (), strict=False)]
+    return Lexicon.fit([text for text, _ in rated], [value for _, value in rated], words=words, bigrams=bigrams)
+
+
+def with_base(rankings: Sequence[Ranking], words: bool) -> tuple[Lexicon, list[Ranking]]:
+    """Return the lexicon of all rankings, and the rankings with the base that the model is trained on.
+
+    A ranking's base comes from a lexicon that has not seen it (out of fold, Wolpert 1992, "Stacked generalization"):
+    of what it has seen a lexicon knows too much, and the model would learn to correct too little.
+    """
+    lexicon = fit_lexicon(rankings, words=words)
+    if not words:
+        return lexicon, [replace(ranking, base=[lexicon.mean] * len(ranking.texts)) for ranking in rankings]
+    folds = []
+    for fold in range(FOLDS):
+        others = [ranking for number, ranking in enumerate(rankings) if number % FOLDS != fold]
+        known = any(ranking.ratings for ranking in others)
+        folds.append(fit_lexicon(others) if known else Lexicon(lexicon.mean, {}))
+    return lexicon, [
+        replace(ranking, base=folds[number % FOLDS].score(ranking.texts)) for number, ranking in enumerate(rankings)
+    ]
 
 
 def hide_words(ranking: Ranking, share: float, mask: int, random: np.random.Generator) -> Ranking:
@@ -125,12 +170,12 @@ def ranking_loss(
     tokenizer: "PreTrainedTokenizerFast",
     batch: Sequence[Ranking],
     config: Config,
-    offset: float,
     job: Job,
 ) -> tuple["torch.Tensor", Losses, int]:
     """Return the weighted loss over a batch of rankings, its parts, and the number of tokens read."""
     rows = [ids for ranking in batch for ids in ranking.ids]
-    scores = score_rows(model, tokenizer, rows, job.numerics) + offset  # (N,)
+    scores = score_rows(model, tokenizer, rows, job.numerics)  # (N,)
+    scores = scores + scores.new_tensor([value for ranking in batch for value in ranking.base])
     starts = np.cumsum([0, *(len(ranking.ids) for ranking in batch)])
     rated = [
         (at + i, r) for at, ranking in zip(starts, batch, strict=False) for i, r in enumerate(ranking.ratings or ())
@@ -160,19 +205,16 @@ def ordering_loss(scores: "torch.Tensor", pairs: Sequence[tuple[int, int]]) -> "
     return -torch.nn.functional.logsigmoid(scores[better] - scores[worse]).mean()
 
 
-def _mean_rating(rankings: Sequence[Ranking]) -> float:
-    ratings = [value for ranking in rankings for value in ranking.ratings or ()]
-    return round(sum(ratings) / len(ratings), 6) if ratings else 0.0
-
-
 def judge(scorer: Scorer, train_set: Sequence[Ranking], heldout: Sequence[Ranking]) -> dict[str, Any]:
-    """Return held-out ordering accuracy by rating gap of model and bag of words, and the model's calibration."""
+    """Return held-out ordering accuracy by rating gap, with that of lexicons alone, and the calibration."""
     texts = [text for ranking in heldout for text in ranking.texts]
     if not texts:
         return {"heldout_pairs": 0}
     ours = np.array(scorer.score(texts))
-    rated_set = [ranking for ranking in train_set if ranking.ratings]
-    words, bigrams = bag_of_words(rated_set, texts), bag_of_words(rated_set, texts, bigrams=True)
+    rated = any(ranking.ratings for ranking in train_set)
+    words, bigrams = (
+        np.array(fit_lexicon(train_set, bigrams=pairs).score(texts)) if rated else None for pairs in (False, True)
+    )
     starts = np.cumsum([0, *(len(ranking.texts) for ranking in heldout)])
     pairs = [(at + i, at + j, gap) for at, ranking in zip(starts, heldout, strict=False) for i, j, gap in ranking.pairs]
     result: dict[str, Any] = {"heldout_pairs": len(pairs)}
@@ -187,10 +229,10 @@ def judge(scorer: Scorer, train_set: Sequence[Ranking], heldout: Sequence[Rankin
     unmeasured = [(i, j) for i, j, size in pairs if math.isnan(size)]
     if unmeasured:
         result["ranked_only"] = {"pairs": len(unmeasured), "model": _accuracy(ours, unmeasured)}
-    rated = [
+    predicted = [
         (ours[at + i], value) for at, r in zip(starts, heldout, strict=False) for i, value in enumerate(r.ratings or ())
     ]
-    return result | {"calibration": calibration(rated)}
+    return result | {"calibration": calibration(predicted)}
 
 
 def _accuracy(scores: "np.ndarray[Any, Any] | None", pairs: Sequence[tuple[int, int]]) -> float | None:
@@ -211,43 +253,6 @@ def calibration(rated: Sequence[tuple[float, float]], bins: int = 10) -> list[di
         for chunk in chunks
         if chunk
     ]
-
-
-def bag_of_words(
-    rankings: Sequence[Ranking], texts: Sequence[str], *, bigrams: bool = False
-) -> "np.ndarray[Any, Any] | None":
-    """Return a ridge regression's ratings of texts from their words (and word pairs): the baselines to beat."""
-    from scipy.sparse import csr_matrix
-    from scipy.sparse.linalg import lsqr
-
-    pairs = [
-        (text, value) for ranking in rankings for text, value in zip(ranking.texts, ranking.ratings or (), strict=True)
-    ]
-    if not pairs:
-        return None
-    columns: dict[str, int] = {}
-    for text, _ in pairs:
-        for term in _terms(text, bigrams):
-            columns.setdefault(term, len(columns))
-
-    def counts(items: Sequence[str]) -> Any:
-        cells = [
-            (row, columns[term])
-            for row, text in enumerate(items)
-            for term in set(_terms(text, bigrams))
-            if term in columns
-        ]
-        rows, places = zip(*cells, strict=True) if cells else ((), ())
-        return csr_matrix((np.ones(len(cells)), (rows, places)), shape=(len(items), len(columns)))
-
-    values = np.array([value for _, value in pairs])
-    weights = lsqr(counts([text for text, _ in pairs]), values - values.mean(), damp=3.0, iter_lim=200)[0]
-    return np.asarray(counts(texts) @ weights + values.mean())
-
-
-def _terms(text: str, bigrams: bool) -> list[str]:
-    words = re.findall(r"[a-z']+|[^\sa-z']", text.lower())
-    return [*words, *(f"{a} {b}" for a, b in pairwise(words))] if bigrams else words
 
 
 if __name__ == "__main__":

@@ -229,6 +229,25 @@ class TestFigures:
         assert "held-out documents of countries" in page.text
 
     @pytest.mark.parametrize(
+        ("words", "pairs", "note"),
+        [
+            (0.84, 0.80, "A bag of words judges better."),
+            (0.80, 0.81, "A bag of words and their pairs judges as well."),
+            (0.80, None, None),
+        ],
+    )
+    def test_a_bag_of_words_that_judges_better_is_a_limit(
+        self, words: float, pairs: float | None, note: str | None, project: Path
+    ) -> None:
+        gap = {"pairs": 120, "model": 0.81, "bag_of_words": words, "bag_of_words_and_bigrams": pairs}
+        put(project / "metrics/reward.json", {"rankings": 51, "gap_at_least_1": gap})
+        page = Page(written(project))
+        shown = [label for label in ("words alone", "words and their pairs") if label in page.text]
+        assert shown == ["words alone", "words and their pairs"][: 1 if pairs is None else 2]
+        assert (note is None) == ("A bag of words" not in page.text)
+        assert note is None or note in page.text
+
+    @pytest.mark.parametrize(
         ("value", "kind", "shown"),
         [
             (None, "share", "–"), (0.9751, "share", "97.5 %"), (-0.001, "points", "0.00"), (1.5, "points", "+1.50"),

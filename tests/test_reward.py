@@ -1,6 +1,7 @@
 """The reward model: its two losses by hand, who beats whom, and scores that are the same alone and in company."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from pydantic import ValidationError
 
 from tasks import reward
 from tasks.common import models, tables
+from tasks.common.lexicon import Lexicon
 from tasks.common.scoring import Scorer, encode, score_rows
 from tasks.common.stage import StageError
 from tasks.reward import Ranking
-from tests.training_fixtures import ADJECTIVES, NUMERICS, THINGS, Chain, chain, config, rankings
+from tests.training_fixtures import NUMERICS, Chain, chain, config, rankings
 
 __all__ = ["chain"]
 
@@ -80,14 +82,15 @@ def test_a_batch_of_rankings_weighs_both_losses(chain: Chain, tmp_path: Path) ->
     batch = read(rows, chain, tmp_path)
     model = models.load_scorer(chain.path("data/reward/model"), NUMERICS).eval()
     tokenizer, job = chain.tokenizer(), chain.job("reward", settings, tmp_path)
-    loss, parts, tokens = reward.ranking_loss(model, tokenizer, batch, settings, 0.25, job)
+    batch = [replace(item, base=[0.25 + place for place in range(len(item.texts))]) for item in batch]
+    loss, parts, tokens = reward.ranking_loss(model, tokenizer, batch, settings, job)
 
     def score(text: str) -> float:
         ids = torch.tensor([encode(tokenizer, text, 64)])
         value: float = model(input_ids=ids).logits[0, 0].item()
-        return value + 0.25
+        return value
 
-    scores = [[score(text) for text in row["responses"]] for row in rows]
+    scores = [[score(text) + 0.25 + place for place, text in enumerate(row["responses"])] for row in rows]
     rated = [(scores[0][i] - rating) ** 2 for i, rating in enumerate((2.0, -1.0, 0.5))]
     rated += [(scores[2][i] - 1.0) ** 2 for i in (0, 1)]
     wins = [(0, 0, 1), (0, 0, 2), (0, 2, 1), (1, 1, 0)]
@@ -128,7 +131,7 @@ def test_long_replies_are_cut_and_splits_kept_apart(chain: Chain, tmp_path: Path
 
 def test_words_are_hidden_at_random() -> None:
     """The asked share of the tokens becomes the mask, never the start, and the ranking itself is not changed."""
-    item = Ranking(["a", "b"], [[1, *range(10, 1010)], [1, *range(10, 1010)]], [1.0, 2.0], [(1, 0, 1.0)])
+    item = Ranking(["a", "b"], [[1, *range(10, 1010)], [1, *range(10, 1010)]], [1.0, 2.0], [(1, 0, 1.0)], [0.0] * 2)
     hidden = reward.hide_words(item, 0.3, 3, np.random.default_rng(0))
     for ids in hidden.ids:
         assert ids[0] == 1
@@ -137,6 +140,37 @@ def test_words_are_hidden_at_random() -> None:
     assert hidden.ids[0] != hidden.ids[1]
     assert 3 not in item.ids[0]
     assert reward.hide_words(item, 0.0, 3, np.random.default_rng(0)) == item
+
+
+def test_a_base_comes_from_a_lexicon_that_has_not_seen_the_ranking() -> None:
+    """A word of one ranking alone adds nothing to its own base, and does to what a new reply is given."""
+    rated = [Ranking([f"word{n} here"], [[1]], [float(n)], [], [0.0]) for n in range(10)]
+    lexicon, based = reward.with_base(rated, words=True)
+    for number, ranking in enumerate(based):
+        others = [float(n) for n in range(10) if n % reward.FOLDS != number % reward.FOLDS]
+        (base,) = ranking.base
+        assert base == pytest.approx(sum(others) / len(others), abs=0.05)  # "here" holds what rounding leaves it
+    told = lexicon.score(["word9 here", "word0 here"])
+    assert told[0] > told[1] + 0.5
+
+
+def test_without_words_the_base_is_the_mean_rating() -> None:
+    """Of all that is rated; what was only ranked has the same base, and nothing rated at all gives 0."""
+    rated = [Ranking(["a", "b"], [[1]] * 2, [3.0, 0.0], [], [0.0] * 2), Ranking(["c"], [[1]], None, [], [0.0])]
+    lexicon, based = reward.with_base(rated, words=False)
+    assert (lexicon.mean, lexicon.words) == (1.5, {})
+    assert [ranking.base for ranking in based] == [[1.5, 1.5], [1.5]]
+    for words in (True, False):
+        assert [ranking.base for ranking in reward.with_base(rated[1:], words)[1]] == [[0.0]]
+
+
+def test_where_only_one_ranking_is_rated_the_base_of_all_is_its_mean() -> None:
+    """Nothing else is known of it, and a base of 0 would let the model learn the mean twice."""
+    rankings = [Ranking(["a", "b"], [[1]] * 2, None, [], [0.0] * 2) for _ in range(7)]
+    rankings[3] = replace(rankings[3], ratings=[3.0, 3.0])
+    lexicon, based = reward.with_base(rankings, words=True)
+    assert {value for ranking in based for value in ranking.base} == {3.0}
+    assert lexicon.score(["a", "z"]) == [3.0, 3.0]
 
 
 # Judging
@@ -157,9 +191,9 @@ def test_accuracy_is_the_share_of_pairs_in_peoples_order() -> None:
     """By gap, and for what was only ranked; equal scores are not in order."""
     ids = [[1]]
     heldout = [
-        Ranking(["a", "b", "c"], ids * 3, [2.0, 1.7, -1.0], [(0, 1, 0.3), (0, 2, 3.0), (1, 2, 2.7)]),
-        Ranking(["d", "e"], ids * 2, None, [(0, 1, math.nan)]),
-        Ranking(["f", "g"], ids * 2, [1.0, 0.0], [(0, 1, 1.0)]),
+        Ranking(["a", "b", "c"], ids * 3, [2.0, 1.7, -1.0], [(0, 1, 0.3), (0, 2, 3.0), (1, 2, 2.7)], [0.0] * 3),
+        Ranking(["d", "e"], ids * 2, None, [(0, 1, math.nan)], [0.0] * 2),
+        Ranking(["f", "g"], ids * 2, [1.0, 0.0], [(0, 1, 1.0)], [0.0] * 2),
     ]
     scorer: Any = Known({"a": 0.5, "b": 0.9, "c": -2.0, "d": 1.0, "e": 0.0, "f": 0.4, "g": 0.4})
     found = reward.judge(scorer, heldout[:1], heldout)
@@ -206,35 +240,11 @@ def test_the_ordering_loss_is_that_of_trl(chain: Chain, tmp_path: Path) -> None:
     assert reward.ordering_loss(scores, [(0, 1), (2, 3), (4, 5)]).item() == pytest.approx(theirs, rel=1e-5)
 
 
-@pytest.mark.parametrize("bigrams", [False, True])
-def test_the_bag_of_words_learns_words(bigrams: bool) -> None:
-    """The baselines rate sentences by words and word pairs that it has seen rated, and unknown ones at the mean."""
-    texts = [f"The {thing} was {word}." for thing in THINGS for word in ADJECTIVES]
-    rated = [Ranking([text], [[1]], [ADJECTIVES[text.split()[-1].strip(".")]], []) for text in texts]
-    words = list(ADJECTIVES)
-    found = reward.bag_of_words(rated, [*(f"A day was {word}." for word in words), "Zzz"], bigrams=bigrams)
-    assert found is not None
-    assert [words[place] for place in np.argsort(-found[:-1])] == words
-    assert found[-1] == pytest.approx(sum(ADJECTIVES.values()) / len(ADJECTIVES), abs=0.2)
-    assert reward.bag_of_words([], ["anything"], bigrams=bigrams) is None
-
-
-def test_bigrams_see_what_words_alone_do_not() -> None:
-    """ "not good" and "good, not bad" hold the same words where the order alone tells."""
-    texts = {"It was good not bad": 2.0, "It was bad not good": -2.0}
-    rated = [Ranking([text], [[1]], [value], []) for text, value in texts.items() for _ in range(20)]
-    alone, paired = (reward.bag_of_words(rated, list(texts), bigrams=bigrams) for bigrams in (False, True))
-    assert alone is not None
-    assert paired is not None
-    assert alone[0] == pytest.approx(alone[1])
-    assert paired[0] > paired[1] + 1
-
-
 # Scores
 
 
 def test_a_score_is_the_same_alone_and_in_company(chain: Chain) -> None:
-    """Padding, batching and order change nothing; the mean rating is added back, to be on people's scale."""
+    """Padding, batching and order change nothing; the rating by words is added, to be on people's scale."""
     import torch
 
     scorer = Scorer.load(chain.path("data/reward/model"), NUMERICS)
@@ -244,28 +254,40 @@ def test_a_score_is_the_same_alone_and_in_company(chain: Chain) -> None:
     assert together == pytest.approx([*alone, *alone[::-1]], abs=1e-5)  # float32, sums in another order
     ids = torch.tensor([encode(scorer.tokenizer, texts[0], 64)])
     plain = scorer.model(input_ids=ids).logits[0, 0].item()
-    assert alone[0] == pytest.approx(plain + scorer.model.config.bessemer_reward_offset, abs=1e-5)
+    assert alone[0] == pytest.approx(plain + scorer.lexicon.score(texts[:1])[0], abs=1e-5)
+    assert scorer.lexicon.words
 
 
 def test_long_replies_are_scored_by_what_the_model_reads(chain: Chain) -> None:
-    """A reply longer than the model reads has the score of its beginning, and does not fail."""
-    scorer = Scorer.load(chain.path("data/reward/model"), NUMERICS)
-    long = scorer.score(["It was good. " * 30, "It was good. " * 40])
+    """A reply longer than the model reads has its number for the beginning, and does not fail."""
+    scorer = replace(Scorer.load(chain.path("data/reward/model"), NUMERICS), lexicon=Lexicon(0.0, {}))
+    long = scorer.score(["It was good. " * 30, "It was good. " * 30 + "It was terrible. " * 10])
     assert long[0] == pytest.approx(long[1], abs=1e-5)  # float32; a row's place in a batch changes the order of sums
+
+
+def test_no_score_leaves_the_raters_scale(chain: Chain) -> None:
+    """Kind words have no limit together, ratings have one; where people only ranked there is none."""
+    scorer = Scorer.load(chain.path("data/reward/model"), NUMERICS)
+    assert scorer.scale == [-4.0, 4.0]
+    gushing = replace(scorer, lexicon=Lexicon(0.0, {"kind": 50.0, "vile": -50.0}))
+    assert gushing.score(["kind", "vile"]) == [4.0, -4.0]
+    assert replace(gushing, scale=None).score(["kind"])[0] > 40
 
 
 # The stage
 
 
+@pytest.mark.parametrize("words", [False, True])
 @pytest.mark.parametrize("base", ["data/pretrain/mlm/model", "data/finetune/model"])
-def test_a_reward_model_learns_peoples_order(base: str, chain: Chain, tmp_path: Path) -> None:
+def test_a_reward_model_learns_peoples_order(base: str, words: bool, chain: Chain, tmp_path: Path) -> None:
     """On the encoder and on the tuned decoder: held-out sentences in the order of their adjectives, on the scale."""
-    settings = config("reward", model=base)
+    settings = config("reward", model=base, words=words)
     job = chain.job("reward", settings, tmp_path)
     metrics = chain.run(job, settings)
     assert metrics["rankings"] == 7
     assert metrics["heldout_pairs"] == 6 + 6 + 2
     assert metrics["gap_at_least_1"]["model"] >= 0.9
+    assert metrics["gap_at_least_1"]["bag_of_words"] >= 0.9
     scorer = Scorer.load(job.outputs["model"], NUMERICS)
     good, bad = scorer.score(["The soup was wonderful.", "The soup was terrible."])
     assert good == pytest.approx(4.0, abs=1.5)
@@ -283,6 +305,11 @@ def test_a_loss_that_learns_nothing_is_refused() -> None:
     [
         ([], {}, "no ranking is left to train on"),
         ([ranking(ranks=[1, 2])], {"ordering": 0.0}, "1 rankings hold ranks and no scores"),
+        (
+            [ranking([1.0, 2.0]), ranking([1.0, 2.0]), {**ranking([1.0, 2.0]), "scale": [0.0, 5.0]}],
+            {},
+            r"different scales \(-4 to 4 in 2; 0 to 5 in 1 rankings\)",
+        ),
     ],
 )
 def test_rankings_that_cannot_be_learnt_from_are_told(

@@ -82,6 +82,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model": "data/pretrain/mlm/model",
         "rating": 1.0,
         "ordering": 0.1,
+        "words": True,
         "max_tokens": 32,
         "word_dropout": 0.1,
         "batch": 6,

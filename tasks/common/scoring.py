@@ -1,16 +1,23 @@
-"""Scores from a reward model: what PPO learns from and what the sheet's mean reward is."""
+"""Scores from a reward model: what PPO learns from and what the sheet's mean reward is.
 
+A score is a model's number for the reply's tokens plus a lexicon's for its words, on the raters' scale.
+"""
+
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.common import chat, models
+from tasks.common.lexicon import Lexicon
 from tasks.common.settings import Numerics
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+LEXICON = "lexicon.json"
 
 
 def encode(tokenizer: "PreTrainedTokenizerFast", text: str, longest: int) -> list[int]:
@@ -34,9 +41,7 @@ def score_rows(
     groups = chat.alike(rows, together)
     parts = []
     for group in groups:
-        chosen = [rows[i] for i in group]
-        ids = torch.tensor(chat.pad(chosen, tokenizer.pad_token_id), device=model.device)  # (together, T)
-        mask = torch.tensor(chat.pad([[1] * len(row) for row in chosen], 0), device=model.device)
+        ids, mask = chat.padded([rows[i] for i in group], tokenizer.pad_token_id, model.device)  # (together, T)
         with models.autocast(model, numerics):
             parts.append(model(input_ids=ids, attention_mask=mask).logits[:, 0].float())
     back = torch.tensor([i for group in groups for i in group], device=model.device).argsort()
@@ -49,6 +54,8 @@ class Scorer:
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerFast"
+    lexicon: Lexicon  # its rating of the reply's words is a part of the score
+    scale: list[float] | None  # the ends of the raters' scale, which no score leaves; None where people only ranked
     max_tokens: int
     numerics: Numerics
 
@@ -57,10 +64,19 @@ class Scorer:
         """Load the reward model of a folder that `reward` left, ready to score."""
         model = models.load_scorer(path, numerics).eval()
         tokenizer = chat.load_tokenizer(path)
-        return cls(model, tokenizer, model.config.bessemer_max_tokens, numerics)
+        lexicon, settings = Lexicon.load(path / LEXICON), model.config
+        return cls(model, tokenizer, lexicon, settings.bessemer_scale, settings.bessemer_max_tokens, numerics)
+
+    def save(self, path: Path) -> None:
+        """Save all of it for `load`; the weights are a Transformers folder, whose number the lexicon's is added to."""
+        models.save(self.model, self.tokenizer, path)
+        self.lexicon.save(path / LEXICON)
 
     def score(self, texts: Sequence[str], together: int = 128) -> list[float]:
-        """Return the rating that people would give each text, as the model predicts it, on the raters' scale."""
+        """Return the rating that people would give each text, as the model predicts it.
+
+        A sum over words has no end of its own: beyond the raters' scale it is cut off, lest PPO count kind words.
+        """
         import torch
 
         if not texts:
@@ -71,5 +87,6 @@ class Scorer:
         with torch.no_grad():
             scores = score_rows(self.model, self.tokenizer, rows, self.numerics, together)
         self.model.train(was_training)
-        offset = self.model.config.bessemer_reward_offset
-        return [value + offset for value in scores.tolist()]
+        low, high = self.scale or (-math.inf, math.inf)
+        sums = (base + value for base, value in zip(self.lexicon.score(texts), scores.tolist(), strict=True))
+        return [min(max(value, low), high) for value in sums]

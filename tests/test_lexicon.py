@@ -1,0 +1,62 @@
+"""The ratings of whole words: what ridge regression gives, by the normal equations, and the same bytes every time."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tasks.common.lexicon import RIDGE, Lexicon
+from tests.training_fixtures import ADJECTIVES, THINGS
+
+
+def test_words_are_rated_by_ridge_regression() -> None:
+    """The solution of the normal equations, a word counted once a text whatever its case; unknown words add nothing."""
+    texts, ratings = ["Good good soup", "bad soup", "GOOD!", "plain"], [3.0, -2.0, 2.0, 0.5]
+    words = ["good", "soup", "bad", "!", "plain"]
+    present = np.array([[1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [1, 0, 0, 1, 0], [0, 0, 0, 0, 1]], float)
+    centred = np.array(ratings) - np.mean(ratings)
+    expected = np.linalg.solve(present.T @ present + RIDGE * np.eye(5), present.T @ centred)
+    lexicon = Lexicon.fit(texts, ratings)
+    assert list(lexicon.words) == words
+    assert list(lexicon.words.values()) == pytest.approx(expected, abs=2e-6)  # the solver's tolerance is 1e-6
+    assert lexicon.score(["a good, good day"]) == pytest.approx([0.875 + expected[0]], abs=2e-6)
+
+
+def test_words_are_whole_in_any_alphabet() -> None:
+    """Letters with marks, numbers and contractions stay together; marks stand by themselves."""
+    lexicon = Lexicon.fit(["Schön, don’t: naïve 1990's 3.5 很好!"], [1.0], bigrams=False)
+    assert list(lexicon.words) == ["schön", ",", "don’t", ":", "naïve", "1990's", "3", ".", "5", "很好", "!"]
+
+
+@pytest.mark.parametrize("bigrams", [False, True])
+def test_sentences_are_ordered_by_their_words(bigrams: bool) -> None:
+    """Sentences about a new thing in the order of adjectives that were rated elsewhere."""
+    texts = [f"The {thing} was {word}." for thing in THINGS for word in ADJECTIVES]
+    lexicon = Lexicon.fit(texts, [ADJECTIVES[text.split()[-1].strip(".")] for text in texts], bigrams=bigrams)
+    found = lexicon.score([f"A day was {word}." for word in ADJECTIVES])
+    assert found == sorted(found, reverse=True)
+    assert lexicon.score(["Zzz"]) == [pytest.approx(sum(ADJECTIVES.values()) / len(ADJECTIVES))]
+
+
+def test_bigrams_see_what_words_alone_do_not() -> None:
+    """ "good not bad" and "bad not good" hold the same words; only their order tells."""
+    texts, ratings = ["It was good not bad", "It was bad not good"] * 20, [2.0, -2.0] * 20
+    alone, paired = (Lexicon.fit(texts, ratings, bigrams=bigrams).score(texts[:2]) for bigrams in (False, True))
+    assert alone[0] == pytest.approx(alone[1])
+    assert paired[0] > paired[1] + 1
+
+
+def test_a_lexicon_without_words_is_the_mean() -> None:
+    """Where words are not asked for, where texts hold none, and where there are no texts at all."""
+    assert Lexicon.fit(["a b", "c"], [1.0, 2.0], words=False) == Lexicon(1.5, {})
+    assert Lexicon.fit([" ", ""], [1.0, 2.0]) == Lexicon(1.5, {})
+    assert Lexicon.fit([], []).score(["anything"]) == [0.0]
+
+
+def test_a_lexicon_is_saved_as_text(tmp_path: Path) -> None:
+    """What is read is what was written, to the last digit, and two fits give the same bytes."""
+    texts, ratings = ["schön, 很好", 'a "quote"'], [1.234567, -2.5]
+    for name in ("one", "two"):
+        Lexicon.fit(texts, ratings, bigrams=True).save(tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert Lexicon.load(tmp_path / "one") == Lexicon.fit(texts, ratings, bigrams=True)
