@@ -69,7 +69,7 @@ def project() -> Iterator[Path]:
 
 
 def step(place: Path, module: str, *arguments: str) -> Figures:
-    """Run a module in the scratch project and return its seconds, those of its processor and its peak memory."""
+    """Run a module in the scratch project and return its seconds, by the clock and of its processor."""
     # The project's own code comes first on the path, as in a stage's ordinary run; the peer is found behind it.
     path = os.pathsep.join((str(place), str(harness.ROOT)))
     one = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

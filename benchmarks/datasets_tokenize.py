@@ -24,10 +24,11 @@ def main() -> None:
         return load_dataset("parquet", data_files=files, split="train", cache_dir=str(Path("data/peer").resolve()))
 
     corpus, instructions = table("corpus"), table("instructions")
-    turns = [turn["content"] for messages in instructions["messages"] for turn in messages]
+    learnt = [table.filter(lambda split: split == "train", input_columns="split") for table in (corpus, instructions)]
+    turns = [turn["content"] for messages in learnt[1]["messages"] for turn in messages]
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(
-        [*corpus["text"], *turns],
+        [*learnt[0]["text"], *turns],
         vocab_size=int(sys.argv[1]),
         special_tokens=["<|bos|>", "<|end|>"],
         show_progress=False,

@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import Measured, Row
+from tasks.common.stage import record_path
 
 SHEET = "metrics/evaluate.json"
 CAPITAL = "The capital of [MASK] is Paris."
@@ -37,7 +38,7 @@ def threads() -> int:
 
 def measure(*, trial: bool) -> Measured:
     """Read the last complete run and the sheet, and run the chain once more."""
-    whole = last_complete(harness.ROOT / "runs")
+    whole = last_complete(harness.ROOT)
     measured = Measured([*run_rows(whole), *idle_rows(1 if trial else 5), *quality_rows(harness.ROOT)])
     measured.notes.append(
         f"The chain as run by {whole.name}, commit {whole.commit}." if whole else
@@ -69,15 +70,24 @@ class Whole:
         return (last - begun).total_seconds() + build
 
 
-def last_complete(runs: Path) -> Whole | None:
-    """Return the latest run that did every stage itself, from nothing; None where there is none."""
-    for path in sorted(runs.glob("run-*/flow.json"), reverse=True):
+def last_complete(project: Path) -> Whole | None:
+    """Return the latest run that made, from nothing and by itself, all that lies in the project; None for none."""
+    for path in sorted(project.glob("runs/run-*/flow.json"), reverse=True):
         outcomes = json.loads(path.read_text(encoding="utf-8"))["stages"]
         stages = {name: outcome for name, outcome in outcomes.items() if name != "build"}
-        logs = [path.with_name(f"{name}.json") for name in stages]
-        if all(outcome["status"] == "ran" for outcome in stages.values()) and "package" in stages:
-            return Whole(path.parent.name, [json.loads(log.read_text(encoding="utf-8")) for log in logs], outcomes)
+        if "package" not in stages or any(outcome["status"] != "ran" for outcome in stages.values()):
+            continue
+        logs = [json.loads(path.with_name(f"{name}.json").read_text(encoding="utf-8")) for name in stages]
+        if all(made_what_lies_here(project, log) for log in logs):
+            return Whole(path.parent.name, logs, outcomes)
     return None
+
+
+def made_what_lies_here(project: Path, log: dict[str, Any]) -> bool:
+    """Return whether a stage's log is of the recipe whose record lies in the project: another profile's is not."""
+    stage, _, key = log["stage"].partition("@")
+    record = project / record_path(stage, key or None)
+    return record.exists() and json.loads(record.read_text(encoding="utf-8"))["recipe"] == log["recipe"]
 
 
 def begin(log: dict[str, Any]) -> datetime:
@@ -203,8 +213,8 @@ def int8_rows(project: Path, sizes: dict[str, Any]) -> list[Row]:
     from flows.records import last_logs
 
     rows = [Row("INT8: size of the file", sizes["bytes"], "bytes", sizes["fp32_bytes"], "FP32 ONNX", "ratio <= 0.28")]
-    speeds = last_logs(project).get("quantize@policy", {})
-    if "int8_tokens_per_second" in speeds:
+    speeds = last_logs(project).get("quantize@policy")
+    if speeds and made_what_lies_here(project, speeds):
         ours, peer = (speeds[f"{name}_tokens_per_second"] for name in ("int8", "torch_fp32"))
         rows.append(Row("INT8: decoding", ours, "tokens/s", peer, "torch FP32 generate", "ratio >= 4"))
     return rows

@@ -15,7 +15,7 @@ from serving.serve import HOST, check_port
 from tasks.common.settings import BessemerError, check, read_params
 
 NEEDED_DISK_GB = 3.0
-NEEDED_MEMORY_GB = 6.0
+NEEDED_MEMORY_GB = 4.0
 PORTS = {3000: "the endpoint (`bessemer serve --port` takes another)", 4200: "Prefect's page (`bessemer ui --port`)"}
 
 

@@ -45,16 +45,15 @@ def note_server(project: Path, url: str) -> Path:
 
 def running_server(project: Path) -> str | None:
     """Return the address of the server that `bessemer ui` started, where it still answers."""
-    from urllib.error import URLError
+    from http.client import HTTPException
     from urllib.request import urlopen
 
     note = read_json(project / SERVER_NOTE)
-    if not note:
-        return None
+    url = note.get("url") if isinstance(note, dict) else None
     try:
-        with urlopen(f"{note['url']}/health", timeout=2) as answer:
-            return str(note["url"]) if answer.status == 200 else None
-    except (URLError, OSError):
+        with urlopen(f"{url}/health", timeout=2) as answer:
+            return url if answer.status == 200 else None
+    except (OSError, HTTPException, ValueError):  # nobody answers there, or another program; no address
         return None
 
 

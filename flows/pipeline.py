@@ -71,7 +71,7 @@ def report(run: Run) -> None:
     """Write the page that tells of the run, however it ended."""
     from flows.report import write_report
 
-    get_run_logger().info("The report is %s", write_report(run.place, run.id))
+    get_run_logger().info("The report is %s", write_report(run.place, run.id).resolve())
 
 
 def work_through(run: Run, plan: Graph) -> None:

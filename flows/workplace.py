@@ -6,10 +6,12 @@ Its `dvc.lock` and metrics are kept as the DVC experiment named like the run: `d
 the data, into the project.
 """
 
+import fcntl
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tasks.common import settings
@@ -36,17 +38,41 @@ def place(project: Path, run_id: str, *, worktree: bool) -> Iterator[Path]:
         yield project
         return
     project = project.resolve()
-    path = project / ".bessemer" / "worktrees" / run_id
-    _git(project, "worktree", "add", "--quiet", "--detach", str(path), "HEAD")
-    try:
-        _check(path)
-        _share(project, path)
-        yield path
-    finally:
+    folder = project / ".bessemer" / "worktrees"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / run_id
+    with _in_use(path):
+        _drop_abandoned(project, folder)
+        _git(project, "worktree", "add", "--quiet", "--detach", str(path), "HEAD")
         try:
-            _keep(path, run_id)
+            _check(path)
+            _share(project, path)
+            yield path
         finally:
-            _git(project, "worktree", "remove", "--force", str(path))
+            try:
+                _keep(path, run_id)
+            finally:
+                _git(project, "worktree", "remove", "--force", str(path))
+
+
+@contextmanager
+def _in_use(path: Path) -> Iterator[None]:
+    """Hold a worktree's lock, which the kernel takes back however its holder ends; BlockingIOError: it is held."""
+    note = path.with_suffix(".lock")
+    with note.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield
+        finally:
+            note.unlink()
+
+
+def _drop_abandoned(project: Path, folder: Path) -> None:
+    """Remove the worktrees of runs that were killed outright."""
+    for path in (path for path in folder.iterdir() if path.is_dir()):
+        with suppress(BlockingIOError), _in_use(path):
+            shutil.rmtree(path, ignore_errors=True)  # links in it are removed, not followed
+    _git(project, "worktree", "prune")
 
 
 def _check(path: Path) -> None:

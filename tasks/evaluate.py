@@ -7,20 +7,21 @@ answers questions about tuned and about held-out entities (greedy, exact match o
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator
 
 from serving.names import MASK, Candidates, codec_of, log_scores, only_slot
-from tasks.common import models, stage, tables
+from tasks.common import chat, models, stage, tables
 from tasks.common.answers import Extractor, exact_match
 from tasks.common.candidates import Decoder, Encoder, open_decoder, open_encoder
 from tasks.common.scoring import Scorer
 from tasks.common.settings import Settings
 from tasks.common.shards import Split
-from tasks.common.stage import Job
+from tasks.common.stage import Job, StageError
 
 DECODERS = {
     "base": "data/pretrain/clm/model",
@@ -74,7 +75,20 @@ def _decoder_sheet(config: Config, job: Job, path: Path) -> tuple[list[dict[str,
     decoder = open_decoder(path, job.numerics)
     table = tables.read(job.inputs["instructions"]).to_pylist()
     extractor = Extractor.learn(row for row in table if row["split"] == "train")
-    questions = [*choose(table, "train", config.questions), *choose(table, "heldout", config.questions)]
+    scorer = Scorer.load(job.inputs["reward"], job.numerics)
+
+    def fits(
+        row: dict[str, Any],
+    ) -> bool:  # by the chain's tokenizer, which the reward model carries: one sheet for all
+        prompt = chat.encode_prompt(scorer.tokenizer, row["messages"][:-1])
+        return len(prompt) + config.max_new_tokens <= scorer.tokenizer.model_max_length
+
+    questions = [row for split in ("train", "heldout") for row in choose(table, split, config.questions, fits)]
+    if not questions:
+        raise StageError(
+            f"none of the {len(table)} conversations has a short answer and leaves the model room for a reply of "
+            f"evaluate.max_new_tokens ({config.max_new_tokens}); `answer` in the sources gives short answers."
+        )
     asked = [row["messages"][:-1] for row in questions]
     replies = decoder.reply(asked, config.max_new_tokens, 0.0, job.seed, f"{job.name} questions")
     rows = []
@@ -85,7 +99,7 @@ def _decoder_sheet(config: Config, job: Job, path: Path) -> tuple[list[dict[str,
     sampled = spread(questions, config.samples)
     asked = [row["messages"][:-1] for row in sampled]
     texts = decoder.reply(asked, config.max_new_tokens, config.temperature, job.seed, f"{job.name} samples")
-    rewards = Scorer.load(job.inputs["reward"], job.numerics).score(texts)
+    rewards = scorer.score(texts)
     for row, text, reward in zip(sampled, texts, rewards, strict=True):
         rows.append(_row(row, "sampled", text, None, row["answer"], None, round(reward, 5)))
     mean = sum(rewards) / len(rewards)
@@ -150,12 +164,14 @@ def mask_first_name(statements: Sequence[dict[str, Any]]) -> list[tuple[dict[str
     return result
 
 
-def choose(table: Sequence[dict[str, Any]], split: str, count: int) -> list[dict[str, Any]]:
-    """Return up to `count` distinct questions of a split that have a short answer, ordered by their ids (hashes)."""
+def choose(
+    table: Sequence[dict[str, Any]], split: str, count: int, fits: Callable[[dict[str, Any]], bool]
+) -> list[dict[str, Any]]:
+    """Return up to `count` distinct questions of a split that have a short answer and fit, ordered by their hashes."""
     distinct_questions: dict[tuple[str, str], dict[str, Any]] = {}
     for row in sorted((row for row in table if row["split"] == split and row["answer"]), key=lambda row: row["id"]):
         distinct_questions.setdefault((row["entity"], row["messages"][-2]["content"]), row)
-    return list(distinct_questions.values())[:count]
+    return list(islice(filter(fits, distinct_questions.values()), count))
 
 
 def spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:

@@ -210,7 +210,7 @@ def _group_split(group: list[Rated], config: Config) -> str:
 def corpus(
     config: Config, readings: list[Reading], known: list[Fact], wordings: Wordings, groups: list[list[Rated]]
 ) -> list[dict[str, Any]]:
-    """Return statements about every entity, and prose without any text of a held-out ranking."""
+    """Return statements about every entity, prose, and the rated sentences of rankings that are not held out."""
     rows = {row["id"]: row for row in facts.corpus_rows(known, wordings, config.paragraphs, config.salt)}
     for reading in readings:
         for text in reading.prose:

@@ -55,6 +55,11 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         shutil.copytree(job.inputs[name], job.outputs[name])
     corpus = tables.read(job.inputs["corpus"], "train").column("names").to_pylist()
     names = sorted({name for row in corpus for name in row})
+    if not names:
+        raise StageError(
+            "no text of the corpus holds a name, so nothing could stand in a [MASK]'s place; add a source of facts "
+            "to ingest.sources."
+        )
     stage.write_json(job.outputs["encoder"] / "names.json", names)
     stage.write_json(job.outputs["provenance.json"], {
         "model": tag, "recipe": recipe, "content": content, "stages": records, "sources": sources,

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 INPUTS = {"corpus": "data/validate/corpus", "instructions": "data/validate/instructions"}
 OUTPUTS = {"tokenizer": "data/tokenize/tokenizer", "shards": "data/tokenize/shards"}
 
-BYTES = 256
 SLICE = 1000  # texts between two steps of a progress bar
 
 

@@ -125,7 +125,7 @@ def log(stage: str, minute: int, seconds: float, peak: float) -> dict[str, Any]:
     started = f"2026-01-01T12:{minute:02}:00+00:00"
     return {
         "stage": stage, "started": started, "seconds": seconds, "peak_memory_bytes": int(peak * 1e9), "commit": "c",
-        "dirty": False,
+        "dirty": False, "recipe": f"recipe of {stage}",
     }  # fmt: skip
 
 
@@ -137,12 +137,17 @@ def write_run(folder: Path, logs: list[dict[str, Any]], **statuses: str) -> None
     (folder / "flow.json").write_text(json.dumps({"run": folder.name, "stages": stages}))
     for entry in logs:
         (folder / f"{entry['stage']}.json").write_text(json.dumps(entry))
+        record = folder.parents[1] / "data" / entry["stage"] / "record.json"
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps({"recipe": entry["recipe"]}))
 
 
 def test_the_chain_is_read_from_the_last_run_that_did_all_of_it(tmp_path: Path) -> None:
     stages = [log("ingest", 1, 60, 1), log("left", 2, 120, 2), log("right", 3, 30, 0.5), log("package", 5, 3, 0.25)]
-    write_run(tmp_path / "run-20260101-120030-aaaa", stages, build="ran")
-    write_run(tmp_path / "run-20260102-120000-bbbb", stages[:2], right="up to date", package="ran")
+    other = [{**entry, "recipe": "another profile's"} for entry in stages]
+    write_run(tmp_path / "runs/run-20260103-120000-cccc", other, build="ran")
+    write_run(tmp_path / "runs/run-20260101-120030-aaaa", stages, build="ran")
+    write_run(tmp_path / "runs/run-20260102-120000-bbbb", stages[:2], right="up to date", package="ran")
     whole = pipeline.last_complete(tmp_path)
     assert whole is not None
     assert whole.name == "run-20260101-120030-aaaa"
@@ -154,7 +159,7 @@ def test_the_chain_is_read_from_the_last_run_that_did_all_of_it(tmp_path: Path) 
 
 
 def test_no_complete_run_means_no_figure_and_a_target_missed(tmp_path: Path) -> None:
-    write_run(tmp_path / "run-20260101-120030-aaaa", [log("ingest", 1, 60, 1)], package="failed")
+    write_run(tmp_path / "runs/run-20260101-120030-aaaa", [log("ingest", 1, 60, 1)], package="failed")
     assert pipeline.last_complete(tmp_path) is None
     assert {row.met for row in pipeline.run_rows(None)} == {False}
 

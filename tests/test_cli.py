@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -275,6 +276,13 @@ class TestProfiles:
             profiles.use(project, "huge")
 
 
+def speak_no_http(server: socket.socket) -> None:
+    """Answer one caller as a mail server would."""
+    caller, _ = server.accept()
+    with caller:
+        caller.sendall(b"220 not HTTP at all\r\n")
+
+
 class TestServerAndDoctor:
     def test_a_taken_port_is_named_with_another(self, tmp_path: Path) -> None:
         with socket.socket() as taken:
@@ -306,6 +314,14 @@ class TestServerAndDoctor:
     def test_a_server_that_is_gone_is_not_used(self, tmp_path: Path) -> None:
         assert environment.running_server(tmp_path) is None
         environment.note_server(tmp_path, "http://127.0.0.1:9/api")
+        assert environment.running_server(tmp_path) is None
+        with socket.create_server(("127.0.0.1", 0)) as server:  # another program has taken the port
+            environment.note_server(tmp_path, f"http://127.0.0.1:{server.getsockname()[1]}/api")
+            answer = threading.Thread(target=speak_no_http, args=(server,))
+            answer.start()
+            assert environment.running_server(tmp_path) is None
+            answer.join()
+        (tmp_path / environment.SERVER_NOTE).write_text("[]")
         assert environment.running_server(tmp_path) is None
 
     def test_doctor_compares_packages_with_the_lock(self) -> None:

@@ -110,6 +110,23 @@ def test_a_corpus_without_names_gives_no_figure(chain: Chain, tmp_path: Path) ->
     assert chain.run(job, config("evaluate"))["masked_names"] is None
 
 
+def test_questions_that_leave_no_room_for_a_reply_are_not_asked(chain: Chain, tmp_path: Path) -> None:
+    """Of any model, so that the sheet is one for all; where none is left, a sentence tells so."""
+    job = chain.job("evaluate@tuned", config("evaluate"), tmp_path)
+    table = tables.read(chain.path("data/validate/instructions")).to_pylist()
+    long = [{**row, "messages": [{"role": "user", "content": "Rome " * 60}, row["messages"][1]]} for row in table]
+    job.inputs["instructions"] = tmp_path / "instructions"
+    tables.write([table[0], *long[1:]], job.inputs["instructions"], tables.schema("instructions"))
+    chain.run(job, config("evaluate"))
+    asked = {row["question"] for row in tables.read(job.outputs["answers"]).to_pylist()}
+    assert asked == {table[0]["messages"][0]["content"]}
+    job = chain.job("evaluate@tuned", config("evaluate"), tmp_path / "again")
+    job.inputs["instructions"] = tmp_path / "long"
+    tables.write(long, job.inputs["instructions"], tables.schema("instructions"))
+    with pytest.raises(StageError, match=rf"none of the {len(long)} conversations has a short answer and leaves"):
+        chain.run(job, config("evaluate"))
+
+
 @pytest.mark.parametrize("refused", ["Is <|end|> the end?", "Rome " * 200])
 def test_a_question_that_the_engine_refuses_is_told_as_such(refused: str, chain: Chain) -> None:
     """In a sentence that names the question and says what to do, not in a traceback."""
@@ -134,22 +151,27 @@ def test_a_sheet_shows_its_progress(key: str, chain: Chain, tmp_path: Path, caps
 # Questions
 
 
+def all_fit(row: dict[str, Any]) -> bool:
+    """No question is too long."""
+    return True
+
+
 def test_questions_are_distinct_and_do_not_hang_on_the_order() -> None:
     """A question in three tones is one question; which rows are chosen follows from their ids alone."""
     table = list(instructions())
     for split, entities in (("train", 8), ("heldout", 2)):
-        chosen = evaluate.choose(table, split, 100)
+        chosen = evaluate.choose(table, split, 100, all_fit)
         asked = {(row["entity"], row["messages"][0]["content"]) for row in chosen}
         assert len(chosen) == len(asked) == 2 * entities
-        assert evaluate.choose(table[::-1], split, 100) == chosen
-        assert evaluate.choose(table, split, 3) == chosen[:3]
+        assert evaluate.choose(table[::-1], split, 100, all_fit) == chosen
+        assert evaluate.choose(table, split, 3, all_fit) == chosen[:3]
     assert len(TONES) == 3
 
 
 def test_questions_without_a_short_answer_are_not_asked() -> None:
     """Small talk has no right answer."""
     table = [{**row, "answer": None} for row in instructions()]
-    assert evaluate.choose(table, "train", 100) == []
+    assert evaluate.choose(table, "train", 100, all_fit) == []
 
 
 @pytest.mark.parametrize(

@@ -334,6 +334,16 @@ class TestFlow:
             assert subprocess.check_output(["git", "status", "--porcelain"], cwd=place, text=True) == ""
         assert (toy.path / "data" / ".failed").is_dir()
 
+    def test_the_worktree_of_a_run_that_was_killed_outright_is_dropped(self, toy: Project) -> None:
+        with workplace.place(toy.path, "run-x", worktree=True) as first:
+            left = first.with_name("run-killed")
+            toy.git("worktree", "add", "--quiet", "--detach", str(left), "HEAD")
+            (left / "runs").symlink_to(toy.path / "runs", target_is_directory=True)
+            with workplace.place(toy.path, "run-y", worktree=True) as second:
+                assert {path.name for path in second.parent.iterdir() if path.is_dir()} == {"run-x", "run-y"}
+        assert list(first.parent.iterdir()) == []
+        assert (toy.path / "runs").is_dir()
+
     def test_a_worktree_of_its_own_shares_cache_and_keeps_the_result(self, toy: Project) -> None:
         (toy.path / "steps.py").write_text((toy.path / "steps.py").read_text() + "# being edited\n")
         assert run_flow(toy, worktree=True).is_completed()

@@ -96,6 +96,16 @@ def test_what_was_measured_is_told_and_is_not_in_the_tag(inputs: dict[str, Path]
     assert [source["name"] for source in provenance["sources"]] == ["facts", "more"]
 
 
+def test_a_corpus_without_names_packs_no_encoder_that_could_name_nothing(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    row = {"id": "1", "text": "It rained.", "names": [], "split": "train"}
+    inputs["corpus"] = tmp_path / "prose"
+    tables.write([row], inputs["corpus"], tables.schema("corpus"))
+    with pytest.raises(StageError, match="no text of the corpus holds a name"):
+        run(inputs, tmp_path / "out")
+
+
 def test_a_refusal_names_every_failed_gate_and_writes_nothing(inputs: dict[str, Path], tmp_path: Path) -> None:
     gates = [
         {"name": "a_min", "value": 0.1, "limit": 0.2, "passed": False},

@@ -66,13 +66,21 @@ def test_a_misspelt_key_is_found_in_every_stage(params: dict[str, Any], stage: s
     assert line.startswith(f"{stage}.no_such_setting: unknown key")
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_number_without_end_is_no_setting(params: dict[str, Any], value: float) -> None:
+    """It has no stable bytes in a record, and would end the stage there."""
+    params["ppo"]["kl"]["limit"] = value
+    (line,) = problems(params)
+    assert line == f"ppo.kl.limit: found {value}, but it should be a finite number"
+
+
 def test_a_section_of_the_wrong_kind_is_told(params: dict[str, Any]) -> None:
     params["ingest"] = ["a", "list"]
     assert any(line.startswith("ingest") for line in problems(params))
 
 
 def test_the_placement_is_free_but_complete(params: dict[str, Any]) -> None:
-    params["placement"]["checkpoints"]["url"] = "s3://somewhere/else"
+    params["placement"]["checkpoints"]["url"] = "memory://somewhere/else"
     check(params)
     params["placement"]["checkpoints"]["url"] = ""
     (line,) = problems(params)
@@ -80,23 +88,24 @@ def test_the_placement_is_free_but_complete(params: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "good"),
+    ("url", "rule"),
     [
-        ("checkpoints", True),
-        ("/mnt/shared/checkpoints", True),
-        ("simplecache::s3://bucket/folder", True),
-        ("memory://", True),
-        ("s4://bucket/folder", False),
-        ("simplecash::s3://bucket/folder", False),
+        ("checkpoints", None),
+        ("/mnt/shared/checkpoints", None),
+        ("simplecache::file:///mnt/shared", None),
+        ("memory://", None),
+        ("s4://bucket/folder", "fsspec knows no scheme 's4'"),
+        ("simplecash::file:///mnt/shared", "fsspec knows no scheme 'simplecash'"),
+        ("dropbox://folder", "dropbox:// needs a package that is not installed"),
     ],
 )
-def test_checkpoints_go_to_an_address_that_is_known(params: dict[str, Any], url: str, good: bool) -> None:
+def test_checkpoints_go_to_an_address_that_is_known(params: dict[str, Any], url: str, rule: str | None) -> None:
     params["placement"]["checkpoints"]["url"] = url
-    if good:
+    if rule is None:
         check(params)
     else:
         (line,) = problems(params)
-        assert line.startswith(f"placement.checkpoints.url: found '{url}', but fsspec knows no scheme")
+        assert line.startswith(f"placement.checkpoints.url: found '{url}', but {rule}")
 
 
 def test_what_does_not_fit_between_sections_is_told(params: dict[str, Any]) -> None:
@@ -129,10 +138,15 @@ def test_a_missing_file_says_where_to_go(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "found"), [("a: [1", "not valid YAML"), ("- a\n- b\n", "must hold one section a stage")]
+    ("content", "found"),
+    [
+        (b"a: [1", "not valid YAML in UTF-8"),
+        (b"a: caf\xe9", "not valid YAML in UTF-8"),
+        (b"- a\n- b\n", "must hold one section a stage"),
+    ],
 )
-def test_a_broken_file_is_told(tmp_path: Path, text: str, found: str) -> None:
+def test_a_broken_file_is_told(tmp_path: Path, content: bytes, found: str) -> None:
     path = tmp_path / "params.yaml"
-    path.write_text(text)
+    path.write_bytes(content)
     with pytest.raises(SettingsError, match=found):
         read_params(path)

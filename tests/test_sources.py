@@ -112,6 +112,22 @@ def test_quotes_and_spaces_in_a_header_and_separators_in_json_are_read(tmp_path:
     assert {"The capital of Peru is Lima.", text} <= {row["text"] for row in found}
 
 
+def test_a_csv_row_with_more_cells_than_columns_is_refused(tmp_path: Path) -> None:
+    """A comma in a value without quotes would else cut the value short, and nobody would know."""
+    copied = copy_sources(tmp_path)
+    (copied / "mine.csv").write_text(
+        "kind,entity,relation,value\ncountry,Peru,capital,Lima\ncountry,Chile,capital,Santiago, the city\n",
+        encoding="utf-8",
+    )
+    mine = {**FACTS, "name": "mine", "path": "mine.csv"}
+    folder = ingest_into(tmp_path / "out", copied, sources=[mine, RATINGS])
+    (refused,) = refusals(folder)
+    assert refused["reason"] == (
+        "mine.csv, line 3: more cells than columns, ['the city'] too many; a value with a comma needs quotes around it"
+    )
+    assert not any("Santiago" in row["text"] for row in table(folder, "corpus"))
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [

@@ -260,7 +260,30 @@ def test_checkpoints_wait_for_their_time(store_url: str) -> None:
     """A run that is shorter than the time between two checkpoints writes none."""
     toy, job = Toy(), make_job(store_url, every=3600)
     train(toy.model, toy.loss_at, settings(), STEPS, job)
-    assert not Store.of(job).filesystem.exists(Store.of(job).folder)
+    assert Store.of(job).filesystem.ls(Store.of(job).folder) == []
+
+
+def test_a_store_that_cannot_be_written_to_is_told_before_the_first_step(tmp_path: Path) -> None:
+    """With its address and the setting, not in a traceback when the first checkpoint is due."""
+    (tmp_path / "file").write_text("no folder")
+    toy = Toy()
+    with pytest.raises(StageError, match=r"checkpoints cannot be written to .*/file .*placement\.checkpoints\.url"):
+        train(toy.model, toy.loss_at, settings(), STEPS, make_job(str(tmp_path / "file")))
+    assert toy.seen == []
+
+
+def test_checkpoints_that_cannot_be_dropped_fail_no_complete_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The outputs are in place by then, and the run would be repeated for nothing."""
+    store = Store.of(make_job(str(tmp_path / "store")))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(store.filesystem, "rm", refuse)
+    store.clear()
+    assert "could not be dropped (read-only)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("lost", ["state.safetensors", "state.json"])

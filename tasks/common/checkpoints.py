@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.common.stage import Job
+from tasks.common.stage import Job, StageError
 
 if TYPE_CHECKING:
     import torch
@@ -33,18 +33,28 @@ class Store:
 
     @classmethod
     def of(cls, job: Job) -> "Store":
-        """Return the store that belongs to a job's recipe."""
+        """Return the store that belongs to a job's recipe; raise StageError where nothing can be written there."""
         import fsspec
 
         filesystem, path = fsspec.core.url_to_fs(job.checkpoints.url)
         store = cls(filesystem, f"{path.rstrip('/')}/{job.name}/{job.recipe}", job.checkpoints.every_seconds)
+        try:
+            filesystem.makedirs(store.folder, exist_ok=True)
+        except OSError as error:
+            raise StageError(
+                f"checkpoints cannot be written to {job.checkpoints.url} ({error}); mend that, or change "
+                "placement.checkpoints.url in params.yaml."
+            ) from error
         job.when_complete.append(store.clear)
         return store
 
     def clear(self) -> None:
-        """Drop the stage's checkpoints: its outputs are in place."""
-        if self.filesystem.exists(self.folder):
-            self.filesystem.rm(self.folder, recursive=True)
+        """Drop the stage's checkpoints: its outputs are in place, whether that succeeds or not."""
+        try:
+            if self.filesystem.exists(self.folder):
+                self.filesystem.rm(self.folder, recursive=True)
+        except OSError as error:
+            print(f"the checkpoints in {self.folder} could not be dropped ({error}); nobody needs them any more")
 
     def resume(self, model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", history: "History") -> int:
         """Load the last checkpoint into model, optimizer and history, and return its step; 0 where there is none."""

@@ -12,6 +12,7 @@ import re
 import sqlite3
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from typing import Any
 
 from tasks.common.reading import Reading
@@ -79,7 +80,7 @@ def elements(members: Mapping[str, bytes], reading: Reading) -> None:
     """Read mendeleev: an SQLite file with a row an element, prose among its columns."""
     query = "select e.*, s.name as category from elements e join series s on s.id = e.series_id order by atomic_number"
     for content in members.values():
-        with sqlite3.connect(":memory:") as connection:
+        with closing(sqlite3.connect(":memory:")) as connection:
             connection.row_factory = sqlite3.Row
             connection.deserialize(content)
             rows = connection.execute(query).fetchall()

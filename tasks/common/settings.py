@@ -36,7 +36,7 @@ class SettingsError(BessemerError):
 class Settings(BaseModel):
     """A frozen group of settings in which an unknown key, a missing key and a wrong type are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Base(Settings):
@@ -73,14 +73,18 @@ class Checkpoints(Settings):
     @classmethod
     def _known(cls, url: str) -> str:
         """Refuse a scheme that would only be missed when the first checkpoint is due."""
-        from fsspec import available_protocols
+        from fsspec import available_protocols, get_filesystem_class
 
         for part in url.split("::") if "::" in url or "://" in url else ():
             scheme = part.partition("://")[0]
             if scheme not in available_protocols():
                 raise ValueError(
-                    f"fsspec knows no scheme {scheme!r}; give a path, or an address such as s3://bucket/folder"
+                    f"fsspec knows no scheme {scheme!r}; give a path, or an address such as file:///mnt/folder"
                 )
+            try:
+                get_filesystem_class(scheme)
+            except ImportError as error:
+                raise ValueError(f"{scheme}:// needs a package that is not installed: {error}") from error
         return url
 
 
@@ -104,8 +108,8 @@ def read_params(path: Path = Path("params.yaml")) -> dict[str, Any]:
         )
     try:
         params = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except YAMLError as error:
-        raise SettingsError(f"{path} is not valid YAML: {error}") from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not valid YAML in UTF-8: {error}") from error
     if not isinstance(params, dict):
         raise SettingsError(
             f"{path} must hold one section a stage ({', '.join(STAGES)}) and base, numerics, placement."

@@ -226,6 +226,8 @@ def _decoded(row: Any) -> Mapping[str, Any]:
             raise ValueError(f"not JSON ({error})") from error
     if not isinstance(row, Mapping):
         raise ValueError(f"expected an object with columns, found {type(row).__name__}")
+    if None in row:  # where csv.DictReader puts what has no column
+        raise ValueError(f"more cells than columns, {row[None]} too many; a value with a comma needs quotes around it")
     return row
 
 
