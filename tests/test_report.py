@@ -242,8 +242,8 @@ class TestFigures:
         gap = {"pairs": 120, "model": 0.81, "bag_of_words": words, "bag_of_words_and_bigrams": pairs}
         put(project / "metrics/reward.json", {"rankings": 51, "gap_at_least_1": gap})
         page = Page(written(project))
-        shown = [label for label in ("words alone", "words and their pairs") if label in page.text]
-        assert shown == ["words alone", "words and their pairs"][: 1 if pairs is None else 2]
+        assert f"{100 * words:.1f} % words" in page.text
+        assert ("% word pairs" in page.text) == (pairs is not None)
         assert (note is None) == ("A bag of words" not in page.text)
         assert note is None or note in page.text
 
