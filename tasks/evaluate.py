@@ -76,12 +76,15 @@ def _decoder_sheet(config: Config, job: Job, path: Path) -> tuple[list[dict[str,
     table = tables.read(job.inputs["instructions"]).to_pylist()
     extractor = Extractor.learn(row for row in table if row["split"] == "train")
     scorer = Scorer.load(job.inputs["reward"], job.numerics)
+    too_long = 0
 
-    def fits(
-        row: dict[str, Any],
-    ) -> bool:  # by the chain's tokenizer, which the reward model carries: one sheet for all
+    def fits(row: dict[str, Any]) -> bool:
+        """Return whether a reply has room, by the tokenizer that the reward model carries: alike for every model."""
+        nonlocal too_long
         prompt = chat.encode_prompt(scorer.tokenizer, row["messages"][:-1])
-        return len(prompt) + config.max_new_tokens <= scorer.tokenizer.model_max_length
+        room = len(prompt) + config.max_new_tokens <= scorer.tokenizer.model_max_length
+        too_long += not room
+        return room
 
     questions = [row for split in ("train", "heldout") for row in choose(table, split, config.questions, fits)]
     if not questions:
@@ -89,6 +92,8 @@ def _decoder_sheet(config: Config, job: Job, path: Path) -> tuple[list[dict[str,
             f"none of the {len(table)} conversations has a short answer and leaves the model room for a reply of "
             f"evaluate.max_new_tokens ({config.max_new_tokens}); `answer` in the sources gives short answers."
         )
+    if too_long:
+        print(f"{too_long} questions are not asked: they leave no room for a reply of {config.max_new_tokens} tokens")
     asked = [row["messages"][:-1] for row in questions]
     replies = decoder.reply(asked, config.max_new_tokens, 0.0, job.seed, f"{job.name} questions")
     rows = []

@@ -76,7 +76,8 @@ def export(source: Path, scratch: Path, *, decoder: bool) -> Path:
     from optimum.onnxruntime import ORTModelForCausalLM, ORTModelForMaskedLM
 
     kind = ORTModelForCausalLM if decoder else ORTModelForMaskedLM
-    with warnings.catch_warnings(record=True):  # pages of the tracer's; what they warn of, the INT8 sheet would show
+    # Pages of the tracer's, and notes on what Optimum itself calls; what they warn of, the INT8 sheet would show.
+    with warnings.catch_warnings(record=True), models.quiet("transformers", "optimum"):
         kind.from_pretrained(source, export=True).save_pretrained(scratch)
     return scratch / "model.onnx"
 

@@ -86,7 +86,8 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         raise StageError(
             f"{unrated} rankings hold ranks and no scores, which only reward.ordering can learn from; it is 0."
         )
-    model = models.load_scorer(job.inputs["model"], job.numerics)
+    with models.quiet("transformers"):  # the head is fresh, and is about to be trained
+        model = models.load_scorer(job.inputs["model"], job.numerics)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.bessemer_max_tokens, model.config.bessemer_scale = config.max_tokens, scale
     lexicon, train_set = with_base(train_set, config.words)

@@ -110,7 +110,9 @@ def test_a_corpus_without_names_gives_no_figure(chain: Chain, tmp_path: Path) ->
     assert chain.run(job, config("evaluate"))["masked_names"] is None
 
 
-def test_questions_that_leave_no_room_for_a_reply_are_not_asked(chain: Chain, tmp_path: Path) -> None:
+def test_questions_that_leave_no_room_for_a_reply_are_not_asked(
+    chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of any model, so that the sheet is one for all; where none is left, a sentence tells so."""
     job = chain.job("evaluate@tuned", config("evaluate"), tmp_path)
     table = tables.read(chain.path("data/validate/instructions")).to_pylist()
@@ -120,6 +122,7 @@ def test_questions_that_leave_no_room_for_a_reply_are_not_asked(chain: Chain, tm
     chain.run(job, config("evaluate"))
     asked = {row["question"] for row in tables.read(job.outputs["answers"]).to_pylist()}
     assert asked == {table[0]["messages"][0]["content"]}
+    assert f"{len({row['entity'] for row in table})} questions are not asked" in capsys.readouterr().out
     job = chain.job("evaluate@tuned", config("evaluate"), tmp_path / "again")
     job.inputs["instructions"] = tmp_path / "long"
     tables.write(long, job.inputs["instructions"], tables.schema("instructions"))

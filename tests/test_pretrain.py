@@ -1,6 +1,8 @@
 """Pretraining: what is masked and what is asked, both losses against plain sums, models that learnt their text."""
 
 import csv
+import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +206,15 @@ def test_models_have_the_shape_that_was_asked_for(key: str, kind: str, chain: Ch
     assert len(tokenizer) == shape.vocab_size
     assert shape.max_position_embeddings == config("tokenize").context
     assert tokenizer.decode(tokenizer.encode("Åland", add_special_tokens=False)) == "Åland"
+
+
+def test_a_library_is_quiet_only_as_long_as_it_is_told_to(caplog: pytest.LogCaptureFixture) -> None:
+    """Its warnings are kept back, its errors and those of others are not, and a failure within ends it too."""
+    ours, other = logging.getLogger("library.part"), logging.getLogger("another")
+    with suppress(KeyError), models.quiet("library"):
+        ours.warning("expected")
+        ours.error("not expected")
+        other.warning("of another")
+        raise KeyError
+    ours.warning("afterwards")
+    assert [record.message for record in caplog.records] == ["not expected", "of another", "afterwards"]

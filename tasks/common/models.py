@@ -1,5 +1,8 @@
 """Models: building the chain's small decoder and encoder, loading and saving, and setting torch up for a stage."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +133,20 @@ def _common(shape: Shape, tokenizer: "PreTrainedTokenizerFast", context: int) ->
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+
+
+@contextmanager
+def quiet(*libraries: str) -> Iterator[None]:
+    """Keep back the warnings that libraries, already imported, log of what is meant to be so; errors pass."""
+    loggers = [logging.getLogger(library) for library in libraries]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def load_decoder(path: Path, numerics: Numerics) -> "PreTrainedModel":
