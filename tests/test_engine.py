@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,9 +105,13 @@ def test_filling_names_the_best_for_each_mask(masks: MaskEngine) -> None:
 
 def test_too_many_masks_are_refused_without_work_for_each(masks: MaskEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A body of a megabyte holds 150,000 of them: a slot for each would be 150,000 times as long as the text."""
-    made: list[names.Slot] = []
-    kind = names.Slot
-    monkeypatch.setattr(names, "Slot", lambda *parts: made.append(kind(*parts)) or made[-1])
+    made, kind = [], names.Slot
+
+    def counted(*parts: Any) -> names.Slot:
+        made.append(kind(*parts))
+        return made[-1]
+
+    monkeypatch.setattr(names, "Slot", counted)
     with pytest.raises(InputError, match=rf"too long.* and {CONTEXT} are allowed"):
         masks.fill("[MASK] " * 150_000)
     assert len(made) == 1
