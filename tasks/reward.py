@@ -143,10 +143,12 @@ def with_base(rankings: Sequence[Ranking], words: bool) -> tuple[Lexicon, list[R
     """Return the lexicon of all rankings, and the rankings with the base that the model is trained on.
 
     A ranking's base comes from a lexicon that has not seen it (out of fold, Wolpert 1992, "Stacked generalization"):
-    of what it has seen a lexicon knows too much, and the model would learn to correct too little.
+    of what it has seen a lexicon knows too much, and the model would learn to correct too little. Of fewer rated
+    rankings than there are folds nothing is known by words: the base is their mean.
     """
-    lexicon = fit_lexicon(rankings, words=words)
-    if not words:
+    enough = sum(ranking.ratings is not None for ranking in rankings) >= FOLDS
+    lexicon = fit_lexicon(rankings, words=words and enough)
+    if not lexicon.words:
         return lexicon, [replace(ranking, base=[lexicon.mean] * len(ranking.texts)) for ranking in rankings]
     folds = []
     for fold in range(FOLDS):

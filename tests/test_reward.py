@@ -164,13 +164,23 @@ def test_without_words_the_base_is_the_mean_rating() -> None:
         assert [ranking.base for ranking in reward.with_base(rated[1:], words)[1]] == [[0.0]]
 
 
-def test_where_only_one_ranking_is_rated_the_base_of_all_is_its_mean() -> None:
-    """Nothing else is known of it, and a base of 0 would let the model learn the mean twice."""
+@pytest.mark.parametrize("rated", [1, 4])
+def test_where_few_rankings_are_rated_the_base_of_all_is_their_mean(rated: int) -> None:
+    """By words, too little would be known of each of them from the others."""
     rankings = [Ranking(["a", "b"], [[1]] * 2, None, [], [0.0] * 2) for _ in range(7)]
-    rankings[3] = replace(rankings[3], ratings=[3.0, 3.0])
+    rankings[:rated] = [replace(ranking, ratings=[3.0, 2.0]) for ranking in rankings[:rated]]
     lexicon, based = reward.with_base(rankings, words=True)
-    assert {value for ranking in based for value in ranking.base} == {3.0}
-    assert lexicon.score(["a", "z"]) == [3.0, 3.0]
+    assert {value for ranking in based for value in ranking.base} == {2.5}
+    assert lexicon.score(["a", "z"]) == [2.5, 2.5]
+
+
+def test_a_fold_without_ratings_elsewhere_falls_back_to_the_mean() -> None:
+    """A base of 0 would let the model learn the mean, and the lexicon add it once more."""
+    rankings = [Ranking(["a", "b"], [[1]] * 2, None, [], [0.0] * 2) for _ in range(5 * reward.FOLDS)]
+    rankings[:: reward.FOLDS] = [replace(ranking, ratings=[3.0, 2.0]) for ranking in rankings[:: reward.FOLDS]]
+    lexicon, based = reward.with_base(rankings, words=True)
+    assert based[0].base == [lexicon.mean] * 2 == [2.5, 2.5]
+    assert lexicon.words["a"] > 0 > lexicon.words["b"]
 
 
 # Judging
