@@ -89,7 +89,8 @@ def quantize(fp32: Path, target: Path, config: Config) -> None:
 
     scheme = getattr(AutoQuantizationConfig, config.instructions)(is_static=False, per_channel=config.per_channel)
     quantizer = ORTQuantizer.from_pretrained(fp32.parent, file_name=fp32.name)
-    quantizer.quantize(save_dir=fp32.parent / "int8", quantization_config=scheme)
+    with models.quiet("transformers"):  # it reads a tokenizer that nobody uses here
+        quantizer.quantize(save_dir=fp32.parent / "int8", quantization_config=scheme)
     shutil.move(fp32.parent / "int8" / "model_quantized.onnx", target)
 
 
