@@ -6,6 +6,7 @@ fraction of a second; `tests/toy/steps.py` says what can be asked of them.
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,11 @@ os.environ.update(
 )
 for name in ("PREFECT_API_URL", "PREFECT_PROFILE", "BESSEMER_RUN_ID"):
     os.environ.pop(name, None)
+
+
+# `make test &` and `nohup` have SIGINT ignored, and what the tests start would inherit that and never hear of Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionfinish() -> None:
