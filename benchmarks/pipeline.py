@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import Measured, Row
-from tasks.common.stage import record_path
+from flows.results import agrees
 
 SHEET = "metrics/evaluate.json"
 CAPITAL = "The capital of [MASK] is Paris."
@@ -78,16 +78,9 @@ def last_complete(project: Path) -> Whole | None:
         if "package" not in stages or any(outcome["status"] != "ran" for outcome in stages.values()):
             continue
         logs = [json.loads(path.with_name(f"{name}.json").read_text(encoding="utf-8")) for name in stages]
-        if all(made_what_lies_here(project, log) for log in logs):
+        if all(agrees(project, log) for log in logs):
             return Whole(path.parent.name, logs, outcomes)
     return None
-
-
-def made_what_lies_here(project: Path, log: dict[str, Any]) -> bool:
-    """Return whether a stage's log is of the recipe whose record lies in the project: another profile's is not."""
-    stage, _, key = log["stage"].partition("@")
-    record = project / record_path(stage, key or None)
-    return record.exists() and json.loads(record.read_text(encoding="utf-8"))["recipe"] == log["recipe"]
 
 
 def begin(log: dict[str, Any]) -> datetime:
@@ -214,7 +207,7 @@ def int8_rows(project: Path, sizes: dict[str, Any]) -> list[Row]:
 
     rows = [Row("INT8: size of the file", sizes["bytes"], "bytes", sizes["fp32_bytes"], "FP32 ONNX", "ratio <= 0.28")]
     speeds = last_logs(project).get("quantize@policy")
-    if speeds and made_what_lies_here(project, speeds):
+    if speeds and agrees(project, speeds):
         ours, peer = (speeds[f"{name}_tokens_per_second"] for name in ("int8", "torch_fp32"))
         rows.append(Row("INT8: decoding", ours, "tokens/s", peer, "torch FP32 generate", "ratio >= 4"))
     return rows

@@ -149,12 +149,13 @@ def last_run(project: Path) -> str:
     for path in project.glob("runs/*/*.json"):
         newest[path.parent.name] = max(newest.get(path.parent.name, 0.0), path.stat().st_mtime)
     for run in sorted(newest, key=lambda name: (newest[name], name), reverse=True):
-        if all(_agrees(project, log) for log in logs.get(run, ())):
+        if all(agrees(project, log) for log in logs.get(run, ())):
             return run
     return ""
 
 
-def _agrees(project: Path, log: dict[str, Any]) -> bool:
+def agrees(project: Path, log: dict[str, Any]) -> bool:
+    """Return whether a stage's log is of the recipe whose record lies in the project: another profile's is not."""
     record = records.read_json(project / record_path(*_split(str(log["stage"]))))
     return isinstance(record, dict) and record.get("recipe") == log.get("recipe")
 
