@@ -17,8 +17,9 @@ from typing import Any
 
 from benchmarks import harness
 from tasks import pretrain
-from tasks.common import chat, models, training
+from tasks.common import chat, models, optimizers
 from tasks.common.identity import file_hash
+from tasks.common.losses import IGNORED
 from tasks.common.settings import Checkpoints, Numerics
 from tasks.common.shards import Mixture, Split
 from tasks.common.stage import Job, write_json
@@ -105,7 +106,7 @@ def _windows(config: pretrain.Config, split: Split) -> Any:
     mixture = Mixture(split, config.window, config.batch, config.statements, SEED)
     rows = np.concatenate([mixture.batch(step) for step in range(config.steps)])
     labels = rows.copy()
-    labels[:, 0] = pretrain.IGNORED
+    labels[:, 0] = IGNORED
     return [{"input_ids": row, "labels": label} for row, label in zip(rows, labels, strict=True)]
 
 
@@ -125,8 +126,8 @@ def _like_ours(config: pretrain.Config, model: Any) -> tuple[Any, Any]:
     """Return our optimizer and our schedule in the form that `Trainer` takes."""
     from torch.optim.lr_scheduler import LambdaLR
 
-    optimizer, peak = training.build_optimizer(config.optimizer, model), config.optimizer.learning_rate
-    return optimizer, LambdaLR(optimizer, lambda step: training.rate_at(config.optimizer, step, config.steps) / peak)
+    (optimizer,), peak = optimizers.build(config.optimizer, model), config.optimizer.learning_rate
+    return optimizer, LambdaLR(optimizer, lambda step: optimizers.rate_at(config.optimizer, step, config.steps) / peak)
 
 
 def _arguments(run: Run, *, defaults: bool) -> Any:

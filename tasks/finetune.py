@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from tasks.common import chat, models, stage, tables
+from tasks.common import chat, losses, models, stage, tables
 from tasks.common.settings import Settings
 from tasks.common.shards import Mixture, Split
 from tasks.common.stage import Job, StageError
-from tasks.common.training import Losses, Optimizer, batch_at, summary, train
+from tasks.common.training import Drawn, Share, Training, batch_at, summary, train
 
 if TYPE_CHECKING:
     import torch
@@ -58,14 +58,12 @@ class Mix(Settings):
     statements: float = Field(description="Share of the windows that is statements of facts", ge=0, le=1)
 
 
-class Config(Settings):
+class Config(Training):
     """Settings of fine-tuning."""
 
     method: Annotated[Full | Top | Lora, Field(discriminator="name")]
     mix: Mix
     batch: int = Field(description="Conversations a step", ge=1)
-    steps: int = Field(description="Optimizer steps", ge=1)
-    optimizer: Optimizer
 
 
 Encoded = tuple[list[int], list[bool]]
@@ -85,17 +83,8 @@ def run(config: Config, job: Job) -> dict[str, Any]:
             "raise tokenize.context."
         )
     trained = apply_method(model, config.method)
-    mix, split = config.mix, Split.open(job.inputs["shards"] / "train")
-    mixture = Mixture(split, mix.window, mix.batch, mix.statements, job.seed) if mix.weight else None
-
-    def loss_at(step: int) -> tuple["torch.Tensor", Losses, int]:
-        task, read = answer_loss(trained, tokenizer, batch_at(usable, config.batch, job.seed, step), job)
-        if mixture is None:
-            return task, {"task_loss": task}, read
-        pretraining, more = window_loss(trained, mixture, step, job)
-        return task + mix.weight * pretraining, {"task_loss": task, "pretraining_loss": pretraining}, read + more
-
-    history = train(trained, loss_at, config.optimizer, config.steps, job)
+    split = Split.open(job.inputs["shards"] / "train")
+    history = train(trained, Answers(config, job, trained, tokenizer, usable, split), config, job)
     models.save(merge(trained, config.method), tokenizer, job.outputs["model"])
     history.write(job.outputs["history"])
     return {
@@ -104,6 +93,61 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         "epochs": round(config.steps * config.batch / len(usable), 3),
         **summary(history),
     }
+
+
+class Answers:
+    """The answers of conversations, and pretraining text beside them."""
+
+    def __init__(
+        self, config: Config, job: Job, model: Any, tokenizer: "PreTrainedTokenizerFast", encoded: Sequence[Encoded],
+        split: Split,
+    ) -> None:  # fmt: skip
+        mix = config.mix
+        self.weights = {"task": 1.0, **({"pretraining": mix.weight} if mix.weight else {})}
+        self.mixture = Mixture(split, mix.window, mix.batch, mix.statements, job.seed) if mix.weight else None
+        self.config, self.job, self.model, self.encoded = config, job, model, encoded
+        self.pad = tokenizer.pad_token_id
+
+    def draw(self, step: int, share: Share) -> Drawn:
+        """Return a part of a step's conversations, in groups of like length, and of its windows."""
+        import torch
+
+        batch = batch_at(list(enumerate(self.encoded)), self.config.batch, self.job.seed, step)[share.rows]
+        rows = [encoded for _, encoded in batch]
+        groups = [[rows[i] for i in group] for group in chat.alike([ids for ids, _ in rows])]
+        windows = torch.empty(0, 0, dtype=torch.int64)
+        if self.mixture is not None:
+            windows = torch.from_numpy(self.mixture.batch(step)[share.rows])
+        targets = {"task": sum(sum(answered) for _, answered in rows), "pretraining": windows[:, 1:].numel()}
+        names = [f"conversation {number}" for number, _ in batch]
+        return Drawn((groups, windows), targets, sum(len(ids) for ids, _ in rows) + windows.numel(), names)
+
+    def sums(self, drawn: Drawn) -> dict[str, "torch.Tensor"]:
+        """Return the summed surprise (nats) of the answers' tokens and of the windows'."""
+        groups, windows = drawn.content
+        device = next(self.model.parameters()).device
+        found = {"task": self.answers(groups)}
+        if self.mixture is not None:
+            ids = windows.to(device)  # (B, T)
+            with models.autocast(self.model, self.job.numerics):
+                logits = self.model(input_ids=ids, use_cache=False).logits  # (B, T, V)
+            found["pretraining"] = losses.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        return found
+
+    def answers(self, groups: Sequence[Sequence[Encoded]]) -> "torch.Tensor":
+        """Return the summed cross-entropy (nats) over the answers' tokens."""
+        import torch
+
+        device = next(self.model.parameters()).device
+        total = torch.zeros((), device=device)
+        for group in groups:
+            rows, answered = zip(*group, strict=True)
+            ids, mask = chat.padded(rows, self.pad, device)  # (B, T)
+            wanted = torch.tensor(chat.pad(answered, False), device=device)[:, 1:]  # (B, T - 1)
+            with models.autocast(self.model, self.job.numerics):
+                logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (B, T, V)
+            total = total + losses.cross_entropy(logits[:, :-1][wanted], ids[:, 1:][wanted])
+        return total
 
 
 def apply_method(model: "PreTrainedModel", method: Full | Top | Lora) -> "torch.nn.Module":
@@ -129,38 +173,6 @@ def merge(model: Any, method: Full | Top | Lora) -> "PreTrainedModel":
     """Return a plain Transformers model: low-rank updates are added to the weights that they belong to."""
     plain: PreTrainedModel = model.merge_and_unload() if isinstance(method, Lora) else model
     return plain
-
-
-def answer_loss(
-    model: Any, tokenizer: "PreTrainedTokenizerFast", batch: Sequence[Encoded], job: Job
-) -> tuple["torch.Tensor", int]:
-    """Return the mean cross-entropy over the answers' tokens (nats) and the number of tokens read."""
-    import torch
-
-    device = next(model.parameters()).device
-    total, asked, read = torch.zeros((), device=device), 0, 0
-    for group in chat.alike([ids for ids, _ in batch]):
-        rows, answered = zip(*(batch[i] for i in group), strict=True)
-        ids, mask = chat.padded(rows, tokenizer.pad_token_id, device)  # (B, T)
-        wanted = torch.tensor(chat.pad(answered, False), device=device)[:, 1:]  # (B, T - 1)
-        with models.autocast(model, job.numerics):
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (B, T, V)
-        total = total + torch.nn.functional.cross_entropy(
-            logits[:, :-1][wanted].float(), ids[:, 1:][wanted], reduction="sum"
-        )
-        asked += int(wanted.sum())
-        read += sum(map(len, rows))
-    return total / asked, read
-
-
-def window_loss(model: Any, mixture: Mixture, step: int, job: Job) -> tuple["torch.Tensor", int]:
-    """Return the causal pretraining loss (nats a token) on a step's windows and the number of tokens read."""
-    import torch
-
-    ids = torch.from_numpy(mixture.batch(step)).to(next(model.parameters()).device)  # (B, T)
-    with models.autocast(model, job.numerics):
-        logits = model(input_ids=ids, use_cache=False).logits  # (B, T, V)
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()), ids.numel()
 
 
 if __name__ == "__main__":

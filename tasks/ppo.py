@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
-from tasks.common import chat, models, sampling, stage, tables
+from tasks.common import chat, models, optimizers, sampling, stage, tables
+from tasks.common.optimizers import Optimizer, rate_at
 from tasks.common.scoring import Scorer
 from tasks.common.settings import Settings
 from tasks.common.shards import Mixture, Split
 from tasks.common.stage import Job, StageError
-from tasks.common.training import History, Optimizer, build_optimizer, rate_at
+from tasks.common.training import History
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +141,7 @@ class Trainer:
         import torch
 
         self.trained = torch.nn.ModuleList([self.policy, self.head])
-        self.optimizer = build_optimizer(self.config.optimizer, self.trained)
+        self.optimizers = optimizers.build(self.config.optimizer, self.trained)
         self.beta = self.config.kl.coefficient
         self.updates = 0
         self.within_limit: dict[str, torch.Tensor] = {}  # the last weights whose replies were within kl.limit
@@ -156,7 +157,7 @@ class Trainer:
         if not learn:
             return figures
         random = np.random.default_rng([self.job.seed, iteration, 2])
-        for group in self.optimizer.param_groups:
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = rate_at(self.config.optimizer, iteration, self.config.iterations)
         parts: list[dict[str, float]] = []
         for _ in range(self.config.epochs):
@@ -294,8 +295,9 @@ class Trainer:
                 f"update {self.updates + 1} has no finite loss ({dict(zip(names, figures, strict=True))}); lower "
                 f"ppo.optimizer.learning_rate (now {config.optimizer.learning_rate})."
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         self.updates += 1
         return dict(zip(names, figures, strict=True))
 

@@ -9,16 +9,15 @@ policy's own replies and on statements.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from tasks.common import chat, models, sampling, stage, tables
-from tasks.common.settings import Settings
 from tasks.common.shards import Mixture, Split
 from tasks.common.stage import Job
-from tasks.common.training import Losses, Optimizer, summary, train
+from tasks.common.training import WHOLE, Drawn, Share, Training, summary, train
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +34,7 @@ RIDGE = 1e-3  # of a neuron's mean square; keeps the least squares well-posed wh
 Part = tuple["torch.Tensor", "torch.Tensor"]  # token ids and attention mask, each (B, T)
 
 
-class Config(Settings):
+class Config(Training):
     """Settings of pruning."""
 
     importance: Literal["taylor", "magnitude"] = Field(description="How neurons are ranked")
@@ -48,7 +47,6 @@ class Config(Settings):
     window: int = Field(description="Length of such a window, in tokens", ge=16)
     statements: float = Field(description="Share of the windows that is statements of facts", ge=0, le=1)
     steps: int = Field(description="Optimizer steps of the recovery", ge=0)
-    optimizer: Optimizer
 
 
 def run(config: Config, job: Job) -> dict[str, Any]:
@@ -65,11 +63,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     hand_over(pruned, kept, activations(policy, calibration))
     cut(pruned, kept)
 
-    def loss_at(step: int) -> tuple["torch.Tensor", Losses, int]:
-        batch = batches.at(step)
-        return divergence(pruned, policy, batch, job), {}, sum(int(mask.sum()) for _, mask in batch)
-
-    history = train(pruned, loss_at, config.optimizer, config.steps, job)
+    history = train(pruned, Recovery(pruned, policy, batches, job), config, job)
     models.save(pruned, tokenizer, job.outputs["model"])
     history.write(job.outputs["history"])
     after = models.parameters(pruned)
@@ -107,12 +101,32 @@ class Batches:
         self.mixture = Mixture(split, config.window, config.windows, config.statements, job.seed)
         self.config, self.seed, self.pad, self.device = config, job.seed, tokenizer.pad_token_id, policy.device
 
-    def at(self, step: int) -> list[Part]:
-        """Return a step's replies, in parts of like length, and its windows of pretraining text."""
+    def at(self, step: int, share: Share = WHOLE) -> list[Part]:
+        """Return a share of a step's replies, in groups of like length, and of its windows of pretraining text."""
         chosen = np.random.default_rng([self.seed, step, 4]).integers(len(self.rows), size=self.config.batch)
-        replies = [self.rows[i] for i in chosen]
-        parts = [[replies[i] for i in group] for group in chat.alike(replies)]
-        return [chat.padded(rows, self.pad, self.device) for rows in (*parts, self.mixture.batch(step).tolist())]
+        replies = [self.rows[i] for i in chosen][share.rows]
+        groups = [[replies[i] for i in group] for group in chat.alike(replies)]
+        windows = self.mixture.batch(step).tolist()[share.rows]
+        return [chat.padded(rows, self.pad, self.device) for rows in (*groups, windows) if rows]
+
+
+class Recovery:
+    """The policy's next-token distribution, as the objective of the pruned model."""
+
+    weights: ClassVar = {"divergence": 1.0}
+
+    def __init__(self, pruned: "PreTrainedModel", policy: "PreTrainedModel", batches: Batches, job: Job) -> None:
+        self.pruned, self.policy, self.batches, self.job = pruned, policy, batches, job
+
+    def draw(self, step: int, share: Share) -> Drawn:
+        """Return a part of a step's replies and windows."""
+        groups = self.batches.at(step, share)
+        asked = sum(int(mask[:, 1:].sum()) for _, mask in groups)
+        return Drawn(groups, {"divergence": asked}, sum(int(mask.sum()) for _, mask in groups), [f"recovery {step}"])
+
+    def sums(self, drawn: Drawn) -> dict[str, "torch.Tensor"]:
+        """Return the summed KL divergence from the policy's distribution."""
+        return {"divergence": divergence(self.pruned, self.policy, drawn.content, self.job)}
 
 
 def importance(policy: "PreTrainedModel", measure: str, calibration: Sequence[Part]) -> list["torch.Tensor"]:
@@ -200,10 +214,10 @@ def cut(model: "PreTrainedModel", kept: Sequence["torch.Tensor"]) -> "PreTrained
 
 
 def divergence(pruned: "PreTrainedModel", policy: "PreTrainedModel", batch: Sequence[Part], job: Job) -> "torch.Tensor":
-    """Return the mean KL divergence (nats a token) of the pruned model's next-token distribution from the policy's."""
+    """Return the KL divergence (nats) of the pruned model's next-token distribution from the policy's, summed."""
     import torch
 
-    total, tokens = torch.zeros((), device=policy.device), 0
+    total = torch.zeros((), device=policy.device)
     for ids, mask in batch:
         with models.autocast(policy, job.numerics):
             with torch.no_grad():
@@ -212,8 +226,7 @@ def divergence(pruned: "PreTrainedModel", policy: "PreTrainedModel", batch: Sequ
         asked = mask[:, 1:].bool()
         ours, theirs = (torch.log_softmax(part[:, :-1][asked].float(), -1) for part in (logits, target))
         total = total + torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="sum")
-        tokens += int(asked.sum())
-    return total / tokens
+    return total
 
 
 if __name__ == "__main__":

@@ -11,19 +11,19 @@ in Cheng et al. 2016, "Wide & Deep Learning for Recommender Systems". The words 
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from tasks.common import chat, models, stage, tables
+from tasks.common import chat, losses, models, stage, tables
 from tasks.common.lexicon import Lexicon
 from tasks.common.scoring import Scorer, encode, score_rows
 from tasks.common.settings import Settings
 from tasks.common.stage import Job, StageError
-from tasks.common.training import Losses, Optimizer, batch_at, summary, train
+from tasks.common.training import Drawn, Share, Training, batch_at, summary, train
 
 if TYPE_CHECKING:
     import torch
@@ -36,27 +36,42 @@ GAPS = (0.2, 0.5, 1.0, 2.0)
 FOLDS = 5  # of the rankings, so that each can be rated by words without being among those learnt from
 
 
-class Config(Settings):
+class Pairwise(Settings):
+    """Bradley–Terry: every pair of a ranking that people ordered."""
+
+    name: Literal["bradley_terry"] = Field(description="Loss over a ranking's order")
+    weight: float = Field(description="Weight of the loss", ge=0)
+    margin: float = Field(description="Distance asked between two scores, for each rating point between them", ge=0)
+
+
+class Listwise(Settings):
+    """Plackett–Luce: a ranking as one choice after another of the best that is left."""
+
+    name: Literal["plackett_luce"] = Field(description="Loss over a ranking's order")
+    weight: float = Field(description="Weight of the loss", ge=0)
+
+
+class Config(Training):
     """Settings of the reward model."""
 
     model: Literal["data/pretrain/mlm/model", "data/finetune/model"] = Field(
         description="Model that the head is put on"
     )
     rating: float = Field(description="Weight of the mean squared error to the mean rating", ge=0)
-    ordering: float = Field(description="Weight of the Bradley–Terry loss over the pairs of a ranking", ge=0)
+    ordering: Annotated[Pairwise | Listwise, Field(discriminator="name")]
     words: bool = Field(description="Add a linear rating of whole words, of which the model learns what is missing")
     max_tokens: int = Field(description="Tokens of a reply that the model reads; words count over all of it", ge=8)
     word_dropout: float = Field(
         description="Share of the tokens that training hides, against learning replies by heart", ge=0, lt=1
     )
     batch: int = Field(description="Rankings a step", ge=1)
-    steps: int = Field(description="Optimizer steps", ge=1)
-    optimizer: Optimizer
 
     @model_validator(mode="after")
     def _some_loss(self) -> "Config":
-        if not self.rating and not self.ordering:
-            raise ValueError("rating and ordering are both 0, so nothing would be learnt; give one of them a weight")
+        if not self.rating and not self.ordering.weight:
+            raise ValueError(
+                "rating and ordering.weight are both 0, so nothing would be learnt; give one of them a weight"
+            )
         return self
 
 
@@ -64,50 +79,101 @@ class Config(Settings):
 class Ranking:
     """One prompt's responses: token ids, mean ratings (None where people only ranked), and who beats whom."""
 
+    id: str
     texts: list[str]
     ids: list[list[int]]
     ratings: list[float] | None
     pairs: list[tuple[int, int, float]]  # better, worse, gap in rating points (NaN where people only ranked)
-    base: list[float]  # what the model's number is added to: the rating by words, or the mean
+    order: list[list[int]]  # the responses, best first; those in one group are tied
 
 
 def run(config: Config, job: Job) -> dict[str, Any]:
     """Train the reward model and return its held-out ordering accuracy beside a bag-of-words baseline's."""
     models.prepare_torch(job.numerics, job.seed)
     tokenizer = chat.load_tokenizer(job.inputs["model"])
-    scale = raters_scale(job)
-    train_set, heldout = (read_rankings(job, tokenizer, config.max_tokens, split) for split in ("train", "heldout"))
+    rows = tables.read(job.inputs["rankings"]).to_pylist()
+    scale = raters_scale(rows)
+    train_set, heldout = (
+        [read_ranking(row, tokenizer, config.max_tokens) for row in rows if row["split"] == split]
+        for split in ("train", "heldout")
+    )
     if not train_set:
         raise StageError(
             "no ranking is left to train on; see data/validate/refused/rankings for why rows were refused."
         )
     unrated = sum(ranking.ratings is None for ranking in train_set)
-    if unrated and not config.ordering:
+    if unrated and not config.ordering.weight:
         raise StageError(
-            f"{unrated} rankings hold ranks and no scores, which only reward.ordering can learn from; it is 0."
+            f"{unrated} rankings hold ranks and no scores, which only reward.ordering can learn from; its weight is 0."
         )
     with models.quiet("transformers"):  # the head is fresh, and is about to be trained
         model = models.load_scorer(job.inputs["model"], job.numerics)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.bessemer_max_tokens, model.config.bessemer_scale = config.max_tokens, scale
-    lexicon, train_set = with_base(train_set, config.words)
-
-    def loss_at(step: int) -> tuple["torch.Tensor", Losses, int]:
-        random = np.random.default_rng([job.seed, step, 1])
-        batch = batch_at(train_set, config.batch, job.seed, step)
-        batch = [hide_words(ranking, config.word_dropout, tokenizer.mask_token_id, random) for ranking in batch]
-        return ranking_loss(model, tokenizer, batch, config, job)
-
-    history = train(model, loss_at, config.optimizer, config.steps, job)
+    lexicon, bases = with_bases(train_set, config.words)
+    history = train(model, Judgements(config, job, model, tokenizer, train_set, bases), config, job)
     scorer = Scorer(model, tokenizer, lexicon, scale, config.max_tokens, job.numerics)
     scorer.save(job.outputs["model"])
     history.write(job.outputs["history"])
     return {"rankings": len(train_set), **summary(history), **judge(scorer, train_set, heldout)}
 
 
-def raters_scale(job: Job) -> list[float] | None:
+class Judgements:
+    """What people said of replies, as the objective of the model."""
+
+    def __init__(
+        self, config: Config, job: Job, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast",
+        rankings: Sequence[Ranking], bases: Sequence[list[float]],
+    ) -> None:  # fmt: skip
+        terms = {"rating": config.rating, "ordering": config.ordering.weight}
+        self.weights = {name: weight for name, weight in terms.items() if weight}
+        self.config, self.job, self.model, self.tokenizer = config, job, model, tokenizer
+        self.items = list(zip(rankings, bases, strict=True))
+
+    def draw(self, step: int, share: Share) -> Drawn:
+        """Return a part of a step's rankings with their bases, some of their tokens hidden."""
+        random = np.random.default_rng([self.job.seed, step, 1])
+        hide, mask = self.config.word_dropout, self.tokenizer.mask_token_id
+        batch = batch_at(self.items, self.config.batch, self.job.seed, step)
+        part = [(hide_words(ranking, hide, mask, random), base) for ranking, base in batch][share.rows]
+        targets = {
+            "rating": sum(len(ranking.ratings or ()) for ranking, _ in part),
+            "ordering": sum(self._choices(ranking) for ranking, _ in part),
+        }
+        tokens = sum(len(ids) for ranking, _ in part for ids in ranking.ids)
+        return Drawn(part, targets, tokens, [f"ranking {ranking.id}" for ranking, _ in part])
+
+    def _choices(self, ranking: Ranking) -> int:
+        listwise = isinstance(self.config.ordering, Listwise)
+        return sum(map(len, ranking.order[:-1])) if listwise else len(ranking.pairs)
+
+    def sums(self, drawn: Drawn) -> dict[str, "torch.Tensor"]:
+        """Return the summed squared error to the mean ratings, and the summed loss over the orders."""
+        batch: Sequence[tuple[Ranking, list[float]]] = drawn.content
+        scores = score_rows(
+            self.model, self.tokenizer, [ids for ranking, _ in batch for ids in ranking.ids], self.job.numerics
+        )  # (N,)
+        scores = scores + scores.new_tensor([value for _, base in batch for value in base])
+        starts = np.cumsum([0, *(len(ranking.ids) for ranking, _ in batch)]).tolist()
+        placed = [(at, ranking) for at, (ranking, _) in zip(starts, batch, strict=False)]
+        rated = [(at + i, value) for at, ranking in placed for i, value in enumerate(ranking.ratings or ())]
+        places, values = [place for place, _ in rated], [value for _, value in rated]
+        return {
+            "rating": losses.squared_error(scores[places], scores.new_tensor(values)),
+            "ordering": self._ordering(scores, placed),
+        }
+
+    def _ordering(self, scores: "torch.Tensor", placed: Sequence[tuple[int, Ranking]]) -> "torch.Tensor":
+        ordering = self.config.ordering
+        if isinstance(ordering, Listwise):
+            orders = [[[at + i for i in group] for group in ranking.order] for at, ranking in placed]
+            return losses.plackett_luce(scores, orders)
+        pairs = [(at + i, at + j, gap) for at, ranking in placed for i, j, gap in ranking.pairs]
+        return losses.bradley_terry(scores, pairs, ordering.margin)
+
+
+def raters_scale(rows: Sequence[Mapping[str, Any]]) -> list[float] | None:
     """Return the ends of the one scale that all scores are on, None without scores; raise StageError for several."""
-    rows = tables.read(job.inputs["rankings"]).to_pylist()
     scales = Counter(tuple(row["scale"]) for row in rows if row["scores"] is not None)
     if len(scales) > 1:
         found = "; ".join(f"{low:g} to {high:g} in {count}" for (low, high), count in scales.most_common())
@@ -118,19 +184,17 @@ def raters_scale(job: Job) -> list[float] | None:
     return list(next(iter(scales))) if scales else None
 
 
-def read_rankings(job: Job, tokenizer: "PreTrainedTokenizerFast", longest: int, split: str) -> list[Ranking]:
-    """Return a split's rankings, encoded, with the pairs that people ordered (ties give none)."""
-    result = []
-    for row in tables.read(job.inputs["rankings"], split).to_pylist():
-        ratings = None if row["scores"] is None else [sum(scores) / len(scores) for scores in row["scores"]]
-        places = [-value for value in ratings] if ratings else row["ranks"]
-        pairs = [
-            (i, j, ratings[i] - ratings[j] if ratings else math.nan)
-            for i in range(len(places)) for j in range(len(places)) if places[i] < places[j]
-        ]  # fmt: skip
-        ids = [encode(tokenizer, text, longest) for text in row["responses"]]
-        result.append(Ranking(row["responses"], ids, ratings, pairs, [0.0] * len(ids)))
-    return result
+def read_ranking(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerFast", longest: int) -> Ranking:
+    """Return a ranking's replies, encoded, with the pairs and the order that people gave (ties make no pair)."""
+    ratings = None if row["scores"] is None else [sum(scores) / len(scores) for scores in row["scores"]]
+    places = [-value for value in ratings] if ratings else row["ranks"]
+    pairs = [
+        (i, j, ratings[i] - ratings[j] if ratings else math.nan)
+        for i in range(len(places)) for j in range(len(places)) if places[i] < places[j]
+    ]  # fmt: skip
+    order = [[i for i, other in enumerate(places) if other == place] for place in sorted(set(places))]
+    ids = [encode(tokenizer, text, longest) for text in row["responses"]]
+    return Ranking(row["id"], row["responses"], ids, ratings, pairs, order)
 
 
 def fit_lexicon(rankings: Sequence[Ranking], *, words: bool = True, bigrams: bool = False) -> Lexicon:
@@ -139,8 +203,8 @@ def fit_lexicon(rankings: Sequence[Ranking], *, words: bool = True, bigrams: boo
     return Lexicon.fit([text for text, _ in rated], [value for _, value in rated], words=words, bigrams=bigrams)
 
 
-def with_base(rankings: Sequence[Ranking], words: bool) -> tuple[Lexicon, list[Ranking]]:
-    """Return the lexicon of all rankings, and the rankings with the base that the model is trained on.
+def with_bases(rankings: Sequence[Ranking], words: bool) -> tuple[Lexicon, list[list[float]]]:
+    """Return the lexicon of all rankings, and for each ranking the base that the model is trained on.
 
     A ranking's base comes from a lexicon that has not seen it (out of fold, Wolpert 1992, "Stacked generalization"):
     of what it has seen a lexicon knows too much, and the model would learn to correct too little. Of fewer rated
@@ -149,15 +213,13 @@ def with_base(rankings: Sequence[Ranking], words: bool) -> tuple[Lexicon, list[R
     enough = sum(ranking.ratings is not None for ranking in rankings) >= FOLDS
     lexicon = fit_lexicon(rankings, words=words and enough)
     if not lexicon.words:
-        return lexicon, [replace(ranking, base=[lexicon.mean] * len(ranking.texts)) for ranking in rankings]
+        return lexicon, [[lexicon.mean] * len(ranking.texts) for ranking in rankings]
     folds = []
     for fold in range(FOLDS):
         others = [ranking for number, ranking in enumerate(rankings) if number % FOLDS != fold]
         known = any(ranking.ratings for ranking in others)
         folds.append(fit_lexicon(others) if known else Lexicon(lexicon.mean, {}))
-    return lexicon, [
-        replace(ranking, base=folds[number % FOLDS].score(ranking.texts)) for number, ranking in enumerate(rankings)
-    ]
+    return lexicon, [folds[number % FOLDS].score(ranking.texts) for number, ranking in enumerate(rankings)]
 
 
 def hide_words(ranking: Ranking, share: float, mask: int, random: np.random.Generator) -> Ranking:
@@ -168,46 +230,6 @@ def hide_words(ranking: Ranking, share: float, mask: int, random: np.random.Gene
     return replace(ranking, ids=hidden)
 
 
-def ranking_loss(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerFast",
-    batch: Sequence[Ranking],
-    config: Config,
-    job: Job,
-) -> tuple["torch.Tensor", Losses, int]:
-    """Return the weighted loss over a batch of rankings, its parts, and the number of tokens read."""
-    rows = [ids for ranking in batch for ids in ranking.ids]
-    scores = score_rows(model, tokenizer, rows, job.numerics)  # (N,)
-    scores = scores + scores.new_tensor([value for ranking in batch for value in ranking.base])
-    starts = np.cumsum([0, *(len(ranking.ids) for ranking in batch)])
-    rated = [
-        (at + i, r) for at, ranking in zip(starts, batch, strict=False) for i, r in enumerate(ranking.ratings or ())
-    ]
-    ordered = [(at + i, at + j) for at, ranking in zip(starts, batch, strict=False) for i, j, _ in ranking.pairs]
-    rating = rating_loss(scores, rated)
-    ordering = ordering_loss(scores, ordered)
-    loss = config.rating * rating + config.ordering * ordering
-    return loss, {"rating_loss": rating, "ordering_loss": ordering}, sum(map(len, rows))
-
-
-def rating_loss(scores: "torch.Tensor", rated: Sequence[tuple[int, float]]) -> "torch.Tensor":
-    """Return the mean squared error between scores and mean ratings, in squared rating points; 0 for none."""
-    if not rated:
-        return scores.sum() * 0
-    places, values = zip(*rated, strict=True)
-    return (scores[list(places)] - scores.new_tensor(values)).square().mean()
-
-
-def ordering_loss(scores: "torch.Tensor", pairs: Sequence[tuple[int, int]]) -> "torch.Tensor":
-    """Return the Bradley–Terry loss, the mean of −log sigmoid(better − worse) in nats; 0 where there is no pair."""
-    import torch
-
-    if not pairs:
-        return scores.sum() * 0
-    better, worse = (list(side) for side in zip(*pairs, strict=True))
-    return -torch.nn.functional.logsigmoid(scores[better] - scores[worse]).mean()
-
-
 def judge(scorer: Scorer, train_set: Sequence[Ranking], heldout: Sequence[Ranking]) -> dict[str, Any]:
     """Return held-out ordering accuracy by rating gap, with that of lexicons alone, and the calibration."""
     texts = [text for ranking in heldout for text in ranking.texts]
@@ -215,8 +237,9 @@ def judge(scorer: Scorer, train_set: Sequence[Ranking], heldout: Sequence[Rankin
         return {"heldout_pairs": 0}
     ours = np.array(scorer.score(texts))
     rated = any(ranking.ratings for ranking in train_set)
+    known = scorer.lexicon if scorer.lexicon.words else fit_lexicon(train_set)
     words, bigrams = (
-        np.array(fit_lexicon(train_set, bigrams=pairs).score(texts)) if rated else None for pairs in (False, True)
+        np.array(lexicon.score(texts)) if rated else None for lexicon in (known, fit_lexicon(train_set, bigrams=True))
     )
     starts = np.cumsum([0, *(len(ranking.texts) for ranking in heldout)])
     pairs = [(at + i, at + j, gap) for at, ranking in zip(starts, heldout, strict=False) for i, j, gap in ranking.pairs]

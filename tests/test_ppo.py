@@ -13,7 +13,7 @@ from tasks import ppo
 from tasks.common import chat, models, tables
 from tasks.common.shards import Mixture, Split
 from tasks.common.stage import StageError
-from tests.training_fixtures import MIX, NUMERICS, OPTIMIZER, Chain, chain, config
+from tests.training_fixtures import CONSTANT, MIX, NUMERICS, OPTIMIZER, Chain, chain, config
 
 __all__ = ["chain"]
 
@@ -356,7 +356,7 @@ def test_beyond_the_limit_the_policy_goes_back_an_iteration_and_ppo_ends(trainer
     ours = trainer(
         lambda text: 2.0 if "obviously" in text else -2.0,
         kl={"coefficient": 0.0, "target": 6.0, "horizon": 0, "limit": 4.0},
-        optimizer={**OPTIMIZER, "learning_rate": 1e-3, "weight_decay": 0.0, "schedule": "constant"},
+        optimizer={**OPTIMIZER, "learning_rate": 1e-3, "weight_decay": 0.0, "schedule": CONSTANT},
     )
     passed: list[tuple[float, dict[str, torch.Tensor]]] = []
     for iteration in range(40):
@@ -379,7 +379,7 @@ def test_it_learns_what_is_rated(trainer: Callable[..., ppo.Trainer]) -> None:
         iterations=10,
         episodes=32,
         minibatch=16,
-        optimizer={**OPTIMIZER, "learning_rate": 1e-3, "weight_decay": 0.0, "schedule": "constant"},
+        optimizer={**OPTIMIZER, "learning_rate": 1e-3, "weight_decay": 0.0, "schedule": CONSTANT},
     )
     rewards = [figures["reward"] for iteration in range(10) if (figures := ours.iterate(iteration))]
     assert len(rewards) == 10

@@ -1,4 +1,4 @@
-"""Pretraining: what is masked and what is asked, both losses against plain sums, models that learnt their text."""
+"""Pretraining: both objectives against plain sums, and models that learnt their text."""
 
 import csv
 import logging
@@ -11,119 +11,16 @@ import pytest
 
 from tasks import pretrain
 from tasks.common import models
-from tasks.common.shards import Document, Mixture, Split, write_split
-from tasks.pretrain import IGNORED, MaskedConfig, Masker
+from tasks.common.losses import IGNORED
+from tasks.common.masking import Vocabulary
+from tasks.common.shards import Split
+from tasks.common.training import Share
+from tasks.pretrain import Causal, Masked
 from tests.training_fixtures import NUMERICS, SHAPE, Chain, chain, config
 
 __all__ = ["chain"]
 
 pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
-
-VOCABULARY, SPECIAL, MASK, PAD, BOS, END = 400, 7, 3, 0, 1, 2
-
-
-class Ids:
-    """What masking asks of a tokenizer."""
-
-    mask_token_id, pad_token_id = MASK, PAD
-
-    def __len__(self) -> int:
-        return VOCABULARY
-
-
-def masker(path: Path, names: list[tuple[int, int]], **changes: Any) -> tuple[Masker, Split]:
-    """Return a masker over 200 random texts of 30 tokens, each with the same spans of names."""
-    random = np.random.default_rng(0)
-    texts = [[BOS, *random.integers(SPECIAL, VOCABULARY, 28).tolist(), END] for _ in range(200)]
-    write_split(path, [Document(ids, names) for ids in texts], VOCABULARY)
-    split = Split.open(path)
-    settings: MaskedConfig = config("pretrain@mlm", batch=20, window=32, statements=1.0 if names else 0.0, **changes)
-    tokenizer: Any = Ids()
-    return Masker(settings, split, tokenizer, 1), split
-
-
-def originals(masked: Masker, step: int) -> np.ndarray[Any, Any]:
-    """Return a step's ids before anything was hidden."""
-    return masked.batches.read(masked.batches.at(step), PAD)[0]
-
-
-# Masking
-
-
-def test_tokens_are_masked_80_10_10(tmp_path: Path) -> None:
-    """Of 15 % of the tokens, 80 % become the mask, 10 % another token and 10 % stay (Devlin et al. 2019, 3.1)."""
-    masked, _ = masker(tmp_path / "split", [], mask_tokens=0.15, mask_names=0.0)
-    asked = total = 0
-    fates = np.zeros(3)
-    for step in range(200):
-        hidden, mask, targets = masked.draw(step)
-        ids = originals(masked, step)
-        places = targets != IGNORED
-        assert (targets[places] == ids[places]).all()
-        assert (hidden[~places] == ids[~places]).all()
-        total += int((mask.sum(1) - 2).sum())
-        asked += int(places.sum())
-        masks, same = hidden[places] == MASK, hidden[places] == ids[places]
-        fates += (masks.sum(), (~masks & ~same).sum(), same.sum())
-    # 16,800 of 112,000 tokens: a standard deviation of 0.1 % in the first rate and of at most 0.3 % in the others.
-    assert asked / total == pytest.approx(0.15, abs=0.005)
-    assert fates / asked == pytest.approx([0.8, 0.1, 0.1], abs=0.012)
-
-
-def test_special_tokens_are_neither_hidden_nor_drawn(tmp_path: Path) -> None:
-    """Start, end and padding are never asked for, and no token is replaced by one of them."""
-    masked, _ = masker(tmp_path / "split", [], mask_tokens=0.9, mask_names=0.0)
-    drawn = set()
-    for step in range(50):
-        hidden, _, targets = masked.draw(step)
-        ids = originals(masked, step)
-        assert (targets[ids < SPECIAL] == IGNORED).all()
-        assert (hidden[ids < SPECIAL] == ids[ids < SPECIAL]).all()
-        drawn |= set(hidden[hidden != ids].tolist())
-    assert min(drawn - {MASK}) >= SPECIAL
-    assert len(drawn) > 0.9 * (VOCABULARY - SPECIAL)
-
-
-def test_names_are_hidden_whole(tmp_path: Path) -> None:
-    """One name of a text or none, each of its tokens by a mask, all of them asked; the other name stays in sight."""
-    spans = [(3, 6), (9, 13)]
-    masked, _ = masker(tmp_path / "split", spans, mask_tokens=0.15, mask_names=0.6)
-    counts = {spans[0]: 0, spans[1]: 0, None: 0}
-    for step in range(100):
-        hidden, _, targets = masked.draw(step)
-        ids = originals(masked, step)
-        for row in range(len(ids)):
-            asked = [span for span in spans if (targets[row, slice(*span)] != IGNORED).any()]
-            counts[asked[0] if asked else None] += 1
-            assert len(asked) <= 1
-            for span in spans:
-                place = slice(*span)
-                assert (hidden[row, place] == (MASK if span in asked else ids[row, place])).all()
-                assert (targets[row, place] == (ids[row, place] if span in asked else IGNORED)).all()
-    rows = sum(counts.values())
-    shares = [counts[spans[0]] / rows, counts[spans[1]] / rows, counts[None] / rows]
-    assert shares == pytest.approx([0.3, 0.3, 0.4], abs=0.04)  # 2,100 texts: a standard deviation of 1 %
-
-
-def test_masks_are_a_function_of_seed_and_step(tmp_path: Path) -> None:
-    """A step draws the same masks whenever it is drawn; the next epoch hides the same texts otherwise."""
-    first, split = masker(tmp_path / "split", [(3, 6), (9, 13)])
-    drawn = [first.draw(step) for step in range(30)]
-    tokenizer: Any = Ids()
-    again = Masker(first.config, split, tokenizer, 1)
-    for step in reversed(range(30)):
-        for ours, theirs in zip(again.draw(step), drawn[step], strict=True):
-            assert np.array_equal(ours, theirs)
-    other = Masker(first.config, split, tokenizer, 2)
-    assert not all(np.array_equal(other.draw(step)[0], drawn[step][0]) for step in range(5))
-
-
-def test_a_step_always_asks_something(tmp_path: Path) -> None:
-    """Where chance hides nothing at all, the loss is still a number."""
-    masked, _ = masker(tmp_path / "split", [], mask_tokens=1e-9, mask_names=0.0)
-    for step in range(20):
-        assert (masked.draw(step)[2] != IGNORED).sum() == 1
-
 
 # Losses
 
@@ -134,14 +31,15 @@ def test_the_causal_loss_is_the_mean_surprise_of_each_next_token(chain: Chain, t
 
     model = models.load_decoder(chain.path("data/pretrain/clm/model"), NUMERICS)
     split = Split.open(chain.path("data/tokenize/shards") / "train")
-    mixture = Mixture(split, 16, 4, 0.5, 1)
-    job = chain.job("pretrain@clm", config("pretrain@clm"), tmp_path)
-    loss, _, read = pretrain._causal_loss(model, mixture, job, 3)
-    ids = torch.from_numpy(mixture.batch(3))
+    settings = config("pretrain@clm", batch=4)
+    causal = Causal(settings, chain.job("pretrain@clm", settings, tmp_path), model, split)
+    drawn = causal.draw(3, Share())
+    ids = torch.from_numpy(causal.mixture.batch(3))
     logp = torch.log_softmax(model(input_ids=ids).logits, -1)
     naive = [-logp[row, t, ids[row, t + 1]].item() for row in range(4) for t in range(15)]
-    assert loss.item() == pytest.approx(sum(naive) / len(naive), rel=1e-5)
-    assert read == 4 * 16
+    assert causal.sums(drawn)["causal"].item() == pytest.approx(sum(naive), rel=1e-5)
+    assert (drawn.targets, drawn.tokens) == ({"causal": len(naive)}, 4 * 16)
+    assert drawn.names == ["window 12", "window 13", "window 14", "window 15"]
 
 
 def test_the_masked_loss_is_the_mean_surprise_where_something_is_asked(chain: Chain, tmp_path: Path) -> None:
@@ -149,16 +47,35 @@ def test_the_masked_loss_is_the_mean_surprise_where_something_is_asked(chain: Ch
     import torch
 
     model = models.load_encoder(chain.path("data/pretrain/mlm/model"), NUMERICS).eval()
-    split = Split.open(chain.path("data/tokenize/shards") / "train")
-    settings = config("pretrain@mlm")
-    masked = Masker(settings, split, chain.tokenizer(), 1)
-    loss, _, read = pretrain._masked_loss(model, masked, chain.job("pretrain@mlm", settings, tmp_path), 2)
-    hidden, mask, targets = (torch.from_numpy(array) for array in masked.draw(2))
+    masked = masked_of(chain, tmp_path, model)
+    drawn = masked.draw(2, Share())
+    hidden, mask, targets = drawn.content
     logp = torch.log_softmax(model(input_ids=hidden, attention_mask=mask).logits, -1)
     naive = [-logp[row, t, targets[row, t]].item() for row, t in (targets != IGNORED).nonzero().tolist()]
     assert len(naive) > 10
-    assert loss.item() == pytest.approx(sum(naive) / len(naive), rel=1e-5)
-    assert read == mask.sum()
+    assert masked.sums(drawn)["masked"].item() == pytest.approx(sum(naive), rel=1e-5)
+    assert (drawn.targets, drawn.tokens) == ({"masked": len(naive)}, int(mask.sum()))
+
+
+def masked_of(chain: Chain, path: Path, model: Any) -> Masked:
+    """Return the masked objective of the toy chain."""
+    split, settings = Split.open(chain.path("data/tokenize/shards") / "train"), config("pretrain@mlm")
+    tokenizer = chain.tokenizer()
+    job = chain.job("pretrain@mlm", settings, path)
+    return Masked(settings, job, model, split, Vocabulary.of(tokenizer), tokenizer.pad_token_id)
+
+
+def test_masks_are_a_function_of_seed_and_step(chain: Chain, tmp_path: Path) -> None:
+    """A step draws the same masks whenever it is drawn, and its parts are those of the whole batch."""
+    first, again = (masked_of(chain, tmp_path / name, None) for name in ("first", "again"))
+    drawn = [first.draw(step, Share()) for step in range(8)]
+    for step in reversed(range(8)):
+        for ours, theirs in zip(again.draw(step, Share()).content, drawn[step].content, strict=True):
+            assert ours.equal(theirs)
+        parts = [again.draw(step, Share(index, 3)) for index in range(3)]
+        assert sum(part.targets["masked"] for part in parts) == drawn[step].targets["masked"]
+        assert sorted(name for part in parts for name in part.names) == sorted(drawn[step].names)
+    assert len({tuple(part.content[0].flatten().tolist()) for part in drawn}) == 8
 
 
 def test_heldout_loss_is_the_mean_over_whole_windows(chain: Chain) -> None:

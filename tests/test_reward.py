@@ -1,4 +1,4 @@
-"""The reward model: its two losses by hand, who beats whom, and scores that are the same alone and in company."""
+"""The reward model: its loss by hand, who beats whom, and scores that are the same alone and in company."""
 
 import math
 from dataclasses import replace
@@ -10,10 +10,11 @@ import pytest
 from pydantic import ValidationError
 
 from tasks import reward
-from tasks.common import models, tables
+from tasks.common import losses, models, tables
 from tasks.common.lexicon import Lexicon
 from tasks.common.scoring import Scorer, encode, score_rows
 from tasks.common.stage import StageError
+from tasks.common.training import Share
 from tasks.reward import Ranking
 from tests.training_fixtures import NUMERICS, Chain, chain, config, rankings
 
@@ -30,108 +31,101 @@ def ranking(ratings: list[float] | None = None, ranks: list[int] | None = None) 
     return {**row, "responses": responses, "scores": scores, "ranks": ranks}
 
 
-def read(rows: list[dict[str, Any]], chain: Chain, folder: Path, split: str = "train") -> list[Ranking]:
+def read(rows: list[dict[str, Any]], chain: Chain) -> list[Ranking]:
     """Return rows as the stage reads them."""
-    job = chain.job("reward", config("reward"), folder)
-    job.inputs["rankings"] = folder / "rankings"
-    tables.write(rows, job.inputs["rankings"], tables.schema("rankings"))
-    return reward.read_rankings(job, chain.tokenizer(), 32, split)
+    return [reward.read_ranking(row, chain.tokenizer(), 32) for row in rows]
 
+
+def group(texts: str, ratings: list[float] | None, **changes: Any) -> Ranking:
+    """Return a ranking of replies of one letter each, of which the order does not matter."""
+    made = Ranking("r", list(texts), [[1]] * len(texts), ratings, [], [list(range(len(texts)))])
+    return replace(made, **changes)
+
+
+BRADLEY_TERRY = {"name": "bradley_terry", "weight": 0.3, "margin": 0.0}
+PLACKETT_LUCE = {"name": "plackett_luce", "weight": 0.3}
 
 # Losses
-
-
-def test_the_ordering_loss_is_bradley_and_terrys() -> None:
-    """The mean of -log of the probability that the better one wins, by math.log and math.exp."""
-    import torch
-
-    scores, pairs = [1.5, -0.25, 3.0, 3.0], [(0, 1), (1, 2), (2, 3)]
-    naive = [-math.log(1 / (1 + math.exp(scores[worse] - scores[better]))) for better, worse in pairs]
-    loss = reward.ordering_loss(torch.tensor(scores), pairs)
-    assert loss.item() == pytest.approx(sum(naive) / 3, rel=1e-6)
-
-
-def test_the_rating_loss_is_the_mean_squared_error() -> None:
-    """In squared rating points, over the rated replies alone."""
-    import torch
-
-    loss = reward.rating_loss(torch.tensor([1.0, 9.0, -2.0]), [(0, 0.5), (2, 1.0)])
-    assert loss.item() == pytest.approx((0.5**2 + 3.0**2) / 2)
-
-
-@pytest.mark.parametrize("loss", [reward.ordering_loss, reward.rating_loss])
-def test_nothing_to_learn_from_is_no_loss(loss: Any) -> None:
-    """A batch without pairs, or without ratings, gives 0 that can be differentiated, not a division by 0."""
-    import torch
-
-    scores = torch.tensor([1.0, 2.0], requires_grad=True)
-    nothing = loss(scores, [])
-    nothing.backward()
-    assert nothing.item() == 0
-    assert scores.grad is not None
-    assert not scores.grad.any()
 
 
 def test_a_batch_of_rankings_weighs_both_losses(chain: Chain, tmp_path: Path) -> None:
     """The whole loss of rankings of different sizes, rated and only ranked, against each reply scored by itself."""
     import torch
 
-    settings = config("reward", rating=0.7, ordering=0.3)
     rows = [ranking([2.0, -1.0, 0.5]), ranking(ranks=[2, 1]), ranking([1.0, 1.0])]
     rows[0]["responses"][1] = "A reply with far more words."
-    batch = read(rows, chain, tmp_path)
-    model = models.load_scorer(chain.path("data/reward/model"), NUMERICS).eval()
-    tokenizer, job = chain.tokenizer(), chain.job("reward", settings, tmp_path)
-    batch = [replace(item, base=[0.25 + place for place in range(len(item.texts))]) for item in batch]
-    loss, parts, tokens = reward.ranking_loss(model, tokenizer, batch, settings, job)
+    batch = [(item, [0.25 + place for place in range(len(item.texts))]) for item in read(rows, chain)]
+    model, tokenizer = models.load_scorer(chain.path("data/reward/model"), NUMERICS).eval(), chain.tokenizer()
 
     def score(text: str) -> float:
-        ids = torch.tensor([encode(tokenizer, text, 64)])
+        ids = torch.tensor([encode(tokenizer, text, 32)])
         value: float = model(input_ids=ids).logits[0, 0].item()
         return value
 
     scores = [[score(text) + 0.25 + place for place, text in enumerate(row["responses"])] for row in rows]
     rated = [(scores[0][i] - rating) ** 2 for i, rating in enumerate((2.0, -1.0, 0.5))]
     rated += [(scores[2][i] - 1.0) ** 2 for i in (0, 1)]
-    wins = [(0, 0, 1), (0, 0, 2), (0, 2, 1), (1, 1, 0)]
-    ordered = [-math.log(1 / (1 + math.exp(scores[r][worse] - scores[r][better]))) for r, better, worse in wins]
-    expected = {"rating_loss": sum(rated) / 5, "ordering_loss": sum(ordered) / 4}
-    assert {name: part.item() for name, part in parts.items()} == pytest.approx(expected, rel=1e-4)
-    assert loss.item() == pytest.approx(0.7 * expected["rating_loss"] + 0.3 * expected["ordering_loss"], rel=1e-4)
-    assert tokens == sum(len(ids) for item in batch for ids in item.ids)
+    wins = [(0, 0, 1, 3.0), (0, 0, 2, 1.5), (0, 2, 1, 1.5), (1, 1, 0, 0.0)]
+    chances = [scores[r][better] - scores[r][worse] - 0.2 * gap for r, better, worse, gap in wins]
+    chosen = [(0, 0, (0, 1, 2)), (0, 2, (1, 2)), (1, 1, (0, 1))]
+    lists = [math.log(sum(math.exp(scores[r][i]) for i in among)) - scores[r][best] for r, best, among in chosen]
+    for ordering, naive in (
+        ({**BRADLEY_TERRY, "margin": 0.2}, [math.log1p(math.exp(-distance)) for distance in chances]),
+        (PLACKETT_LUCE, lists),
+    ):
+        settings = config("reward", rating=0.7, ordering=ordering, batch=3, word_dropout=0.0)
+        judgements = reward.Judgements(
+            settings, chain.job("reward", settings, tmp_path), model, tokenizer, *zip(*batch, strict=True)
+        )
+        drawn = judgements.draw(0, Share())
+        assert judgements.weights == {"rating": 0.7, "ordering": 0.3}
+        assert drawn.targets == {"rating": 5, "ordering": len(naive)}
+        assert drawn.tokens == sum(len(ids) for item, _ in batch for ids in item.ids)
+        found = {name: value.item() for name, value in judgements.sums(drawn).items()}
+        assert found == pytest.approx({"rating": sum(rated), "ordering": sum(naive)}, rel=1e-4)
+
+
+def test_a_term_without_weight_is_no_term(chain: Chain, tmp_path: Path) -> None:
+    """Nothing is added to the loss for it, and no curve is drawn."""
+    settings = config("reward", rating=0.0, steps=2)
+    job = chain.job("reward", settings, tmp_path)
+    assert {name for name in chain.run(job, settings) if "loss" in name} == {"loss"}
 
 
 # Rankings
 
 
-def test_ratings_order_pairs_and_ties_order_none(chain: Chain, tmp_path: Path) -> None:
+def test_ratings_order_pairs_and_ties_order_none(chain: Chain) -> None:
     """Who beats whom and by how much, from the means of the raters; equals are no pair."""
     row = ranking([3.0, -1.0, 3.0])
     row["scores"] = [[2.0, 4.0], [-1.0, -1.0], [3.0, 3.0]]
-    (found,) = read([row], chain, tmp_path)
+    (found,) = read([row], chain)
     assert found.ratings == [3.0, -1.0, 3.0]
     assert found.pairs == [(0, 1, 4.0), (2, 1, 4.0)]
+    assert found.order == [[0, 2], [1]]
 
 
-def test_ranks_order_pairs_without_a_gap(chain: Chain, tmp_path: Path) -> None:
+def test_ranks_order_pairs_without_a_gap(chain: Chain) -> None:
     """1 is best, ties give no pair, and how far apart two replies are is not known."""
-    (found,) = read([ranking(ranks=[2, 1, 2, 4])], chain, tmp_path)
+    (found,) = read([ranking(ranks=[2, 1, 2, 4])], chain)
     assert found.ratings is None
     assert [(better, worse) for better, worse, _ in found.pairs] == [(0, 3), (1, 0), (1, 2), (1, 3), (2, 3)]
     assert all(math.isnan(gap) for *_, gap in found.pairs)
+    assert found.order == [[1], [0, 2], [3]]
 
 
-def test_long_replies_are_cut_and_splits_kept_apart(chain: Chain, tmp_path: Path) -> None:
-    """No reply is longer than the model reads, and held-out rankings are not trained on."""
-    rows = [ranking([1.0, 2.0]), {**ranking([0.0, 1.0]), "split": "heldout"}]
-    rows[0]["responses"][0] = "word " * 100
-    (kept,) = read(rows, chain, tmp_path)
+def test_long_replies_are_cut(chain: Chain) -> None:
+    """No reply is longer than the model reads; words are still counted over all of it."""
+    row = ranking([1.0, 2.0])
+    row["responses"][0] = "word " * 100
+    (kept,) = read([row], chain)
     assert list(map(len, kept.ids)) == [32, len(encode(chain.tokenizer(), "Reply 1.", 32))]
+    assert kept.texts[0] == "word " * 100
 
 
 def test_words_are_hidden_at_random() -> None:
     """The asked share of the tokens becomes the mask, never the start, and the ranking itself is not changed."""
-    item = Ranking(["a", "b"], [[1, *range(10, 1010)], [1, *range(10, 1010)]], [1.0, 2.0], [(1, 0, 1.0)], [0.0] * 2)
+    item = group("ab", [1.0, 2.0], ids=[[1, *range(10, 1010)], [1, *range(10, 1010)]])
     hidden = reward.hide_words(item, 0.3, 3, np.random.default_rng(0))
     for ids in hidden.ids:
         assert ids[0] == 1
@@ -144,11 +138,10 @@ def test_words_are_hidden_at_random() -> None:
 
 def test_a_base_comes_from_a_lexicon_that_has_not_seen_the_ranking() -> None:
     """A word of one ranking alone adds nothing to its own base, and does to what a new reply is given."""
-    rated = [Ranking([f"word{n} here"], [[1]], [float(n)], [], [0.0]) for n in range(10)]
-    lexicon, based = reward.with_base(rated, words=True)
-    for number, ranking in enumerate(based):
+    rated = [replace(group("a", [float(n)]), texts=[f"word{n} here"]) for n in range(10)]
+    lexicon, bases = reward.with_bases(rated, words=True)
+    for number, (base,) in enumerate(bases):
         others = [float(n) for n in range(10) if n % reward.FOLDS != number % reward.FOLDS]
-        (base,) = ranking.base
         assert base == pytest.approx(sum(others) / len(others), abs=0.05)  # "here" holds what rounding leaves it
     told = lexicon.score(["word9 here", "word0 here"])
     assert told[0] > told[1] + 0.5
@@ -156,30 +149,30 @@ def test_a_base_comes_from_a_lexicon_that_has_not_seen_the_ranking() -> None:
 
 def test_without_words_the_base_is_the_mean_rating() -> None:
     """Of all that is rated; what was only ranked has the same base, and nothing rated at all gives 0."""
-    rated = [Ranking(["a", "b"], [[1]] * 2, [3.0, 0.0], [], [0.0] * 2), Ranking(["c"], [[1]], None, [], [0.0])]
-    lexicon, based = reward.with_base(rated, words=False)
+    rated = [group("ab", [3.0, 0.0]), group("c", None)]
+    lexicon, bases = reward.with_bases(rated, words=False)
     assert (lexicon.mean, lexicon.words) == (1.5, {})
-    assert [ranking.base for ranking in based] == [[1.5, 1.5], [1.5]]
+    assert bases == [[1.5, 1.5], [1.5]]
     for words in (True, False):
-        assert [ranking.base for ranking in reward.with_base(rated[1:], words)[1]] == [[0.0]]
+        assert reward.with_bases(rated[1:], words)[1] == [[0.0]]
 
 
 @pytest.mark.parametrize("rated", [1, 4])
 def test_where_few_rankings_are_rated_the_base_of_all_is_their_mean(rated: int) -> None:
     """By words, too little would be known of each of them from the others."""
-    rankings = [Ranking(["a", "b"], [[1]] * 2, None, [], [0.0] * 2) for _ in range(7)]
+    rankings = [group("ab", None) for _ in range(7)]
     rankings[:rated] = [replace(ranking, ratings=[3.0, 2.0]) for ranking in rankings[:rated]]
-    lexicon, based = reward.with_base(rankings, words=True)
-    assert {value for ranking in based for value in ranking.base} == {2.5}
+    lexicon, bases = reward.with_bases(rankings, words=True)
+    assert {value for base in bases for value in base} == {2.5}
     assert lexicon.score(["a", "z"]) == [2.5, 2.5]
 
 
 def test_a_fold_without_ratings_elsewhere_falls_back_to_the_mean() -> None:
     """A base of 0 would let the model learn the mean, and the lexicon add it once more."""
-    rankings = [Ranking(["a", "b"], [[1]] * 2, None, [], [0.0] * 2) for _ in range(5 * reward.FOLDS)]
+    rankings = [group("ab", None) for _ in range(5 * reward.FOLDS)]
     rankings[:: reward.FOLDS] = [replace(ranking, ratings=[3.0, 2.0]) for ranking in rankings[:: reward.FOLDS]]
-    lexicon, based = reward.with_base(rankings, words=True)
-    assert based[0].base == [lexicon.mean] * 2 == [2.5, 2.5]
+    lexicon, bases = reward.with_bases(rankings, words=True)
+    assert bases[0] == [lexicon.mean] * 2 == [2.5, 2.5]
     assert lexicon.words["a"] > 0 > lexicon.words["b"]
 
 
@@ -188,6 +181,8 @@ def test_a_fold_without_ratings_elsewhere_falls_back_to_the_mean() -> None:
 
 class Known:
     """A scorer whose scores are given."""
+
+    lexicon = Lexicon(0.0, {})
 
     def __init__(self, scores: dict[str, float]) -> None:
         self.scores = scores
@@ -199,11 +194,10 @@ class Known:
 
 def test_accuracy_is_the_share_of_pairs_in_peoples_order() -> None:
     """By gap, and for what was only ranked; equal scores are not in order."""
-    ids = [[1]]
     heldout = [
-        Ranking(["a", "b", "c"], ids * 3, [2.0, 1.7, -1.0], [(0, 1, 0.3), (0, 2, 3.0), (1, 2, 2.7)], [0.0] * 3),
-        Ranking(["d", "e"], ids * 2, None, [(0, 1, math.nan)], [0.0] * 2),
-        Ranking(["f", "g"], ids * 2, [1.0, 0.0], [(0, 1, 1.0)], [0.0] * 2),
+        group("abc", [2.0, 1.7, -1.0], pairs=[(0, 1, 0.3), (0, 2, 3.0), (1, 2, 2.7)]),
+        group("de", None, pairs=[(0, 1, math.nan)]),
+        group("fg", [1.0, 0.0], pairs=[(0, 1, 1.0)]),
     ]
     scorer: Any = Known({"a": 0.5, "b": 0.9, "c": -2.0, "d": 1.0, "e": 0.0, "f": 0.4, "g": 0.4})
     found = reward.judge(scorer, heldout[:1], heldout)
@@ -246,8 +240,9 @@ def test_the_ordering_loss_is_that_of_trl(chain: Chain, tmp_path: Path) -> None:
     [batch] = trainer.get_train_dataloader()
     theirs = trainer.compute_loss(model.eval(), batch).item()
     numerics = chain.job("reward", config("reward"), tmp_path).numerics
+    pairs_of_places = [(place, place + 1, 1.0) for place in (0, 2, 4)]
     scores = score_rows(model, tokenizer, [ids for pair in rows for ids in pair], numerics)
-    assert reward.ordering_loss(scores, [(0, 1), (2, 3), (4, 5)]).item() == pytest.approx(theirs, rel=1e-5)
+    assert losses.bradley_terry(scores, pairs_of_places).item() / 3 == pytest.approx(theirs, rel=1e-5)
 
 
 # Scores
@@ -287,11 +282,20 @@ def test_no_score_leaves_the_raters_scale(chain: Chain) -> None:
 # The stage
 
 
-@pytest.mark.parametrize("words", [False, True])
-@pytest.mark.parametrize("base", ["data/pretrain/mlm/model", "data/finetune/model"])
-def test_a_reward_model_learns_peoples_order(base: str, words: bool, chain: Chain, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("base", "words", "ordering"),
+    [
+        ("data/pretrain/mlm/model", True, BRADLEY_TERRY),
+        ("data/pretrain/mlm/model", False, PLACKETT_LUCE),
+        ("data/finetune/model", True, PLACKETT_LUCE),
+        ("data/finetune/model", False, BRADLEY_TERRY),
+    ],
+)
+def test_a_reward_model_learns_peoples_order(
+    base: str, words: bool, ordering: dict[str, Any], chain: Chain, tmp_path: Path
+) -> None:
     """On the encoder and on the tuned decoder: held-out sentences in the order of their adjectives, on the scale."""
-    settings = config("reward", model=base, words=words)
+    settings = config("reward", model=base, words=words, ordering=ordering)
     job = chain.job("reward", settings, tmp_path)
     metrics = chain.run(job, settings)
     assert metrics["rankings"] == 7
@@ -306,15 +310,19 @@ def test_a_reward_model_learns_peoples_order(base: str, words: bool, chain: Chai
 
 def test_a_loss_that_learns_nothing_is_refused() -> None:
     """Both weights at 0 is no setting."""
-    with pytest.raises(ValidationError, match="rating and ordering are both 0"):
-        config("reward", rating=0.0, ordering=0.0)
+    with pytest.raises(ValidationError, match=r"rating and ordering\.weight are both 0"):
+        config("reward", rating=0.0, ordering={**BRADLEY_TERRY, "weight": 0.0})
 
 
 @pytest.mark.parametrize(
     ("rows", "changes", "sentence"),
     [
         ([], {}, "no ranking is left to train on"),
-        ([ranking(ranks=[1, 2])], {"ordering": 0.0}, "1 rankings hold ranks and no scores"),
+        (
+            [ranking(ranks=[1, 2])],
+            {"ordering": {**BRADLEY_TERRY, "weight": 0.0}},
+            "1 rankings hold ranks and no scores",
+        ),
         (
             [ranking([1.0, 2.0]), ranking([1.0, 2.0]), {**ranking([1.0, 2.0]), "scale": [0.0, 5.0]}],
             {},

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from serving.names import Candidates, best, codec_of, log_scores, only_slot
-from tasks import finetune, package, reward
-from tasks.common import chat, models, sampling, tables
+from tasks import finetune, package
+from tasks.common import chat, losses, models, optimizers, sampling, tables
 from tasks.common.candidates import TorchEncoder
+from tasks.common.optimizers import Sgd
 from tasks.common.scoring import Scorer
 from tasks.common.settings import Checkpoints
 from tasks.common.stage import Job
-from tasks.common.training import Optimizer, build_optimizer
-from tests.training_fixtures import CAPITALS, NUMERICS, OPTIMIZER, Chain, chain, config, rankings
+from tests.training_fixtures import CAPITALS, NUMERICS, RULE, Chain, chain, config, rankings
 
 __all__ = ["chain"]
 
@@ -87,8 +87,8 @@ def test_one_step_of_gradient_descent() -> None:
 
     weight = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(weight.weight, 0.5)
-    settings = Optimizer.model_validate({**OPTIMIZER, "name": "sgd", "learning_rate": 0.1, "weight_decay": 0.0})
-    optimizer = build_optimizer(settings, weight)
+    changed = {"learning_rate": 0.1, "weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
+    (optimizer,) = optimizers.build(Sgd.model_validate({"name": "sgd", **RULE, **changed}), weight)
     loss = 0.2 * weight.weight.sum()  # whose gradient is 0.2 whatever the weight
     loss.backward()
     optimizer.step()
@@ -104,12 +104,12 @@ def test_two_jokes_in_the_reward_losses() -> None:
     import torch
 
     right, wrong = torch.tensor([-10.0, 8.0]), torch.tensor([8.0, -10.0])
-    rated, better = [(0, -10.0), (1, 8.0)], [(1, 0)]
-    assert reward.rating_loss(right, rated).item() == 0
-    assert reward.rating_loss(right + 1, rated).item() == pytest.approx(1)
-    assert reward.rating_loss(wrong, rated).item() == pytest.approx(18**2)
-    assert reward.ordering_loss(right, better).item() == pytest.approx(math.log1p(math.exp(-18)), rel=1e-4, abs=1e-9)
-    assert reward.ordering_loss(wrong, better).item() == pytest.approx(18, abs=1e-6)
+    rated, better = torch.tensor([-10.0, 8.0]), [(1, 0, 18.0)]
+    assert losses.squared_error(right, rated).item() == 0
+    assert losses.squared_error(right + 1, rated).item() / 2 == pytest.approx(1)
+    assert losses.squared_error(wrong, rated).item() / 2 == pytest.approx(18**2)
+    assert losses.bradley_terry(right, better).item() == pytest.approx(math.log1p(math.exp(-18)), rel=1e-4, abs=1e-9)
+    assert losses.bradley_terry(wrong, better).item() == pytest.approx(18, abs=1e-6)
 
 
 def test_two_jokes_are_learnt_on_their_scale(chain: Chain, tmp_path: Path) -> None:

@@ -118,6 +118,43 @@ def test_what_does_not_fit_between_sections_is_told(params: dict[str, Any]) -> N
     assert found[0].endswith("at most pretrain.clm.model.layers, which is 3: the model has no more blocks to train")
 
 
+def test_a_batch_has_no_more_parts_than_items(params: dict[str, Any]) -> None:
+    params["reward"]["accumulate"] = 17
+    (line,) = problems(params)
+    assert line == (
+        "reward.accumulate: found 17, but it should be at most reward.batch, which is 16: each part of a step's batch "
+        "holds at least one of its items"
+    )
+
+
+def test_a_choice_that_does_not_exist_is_told_with_those_that_do(params: dict[str, Any]) -> None:
+    """Where it stands in the file, and what might stand there instead."""
+    params["pretrain"]["clm"]["optimizer"]["name"] = "sofia"
+    params["ppo"]["optimizer"]["schedule"]["name"] = "step"
+    params["finetune"]["method"] = {"name": "prefix", "length": 8}
+    params["pretrain"]["mlm"]["masking"]["unit"] = "letter"
+    del params["reward"]["ordering"]["name"]
+    assert problems(params) == [
+        "pretrain.clm.optimizer.name: found 'sofia', but it should be one of sgd, adam, adamw, lamb, muon, lion, "
+        "adafactor",
+        "pretrain.mlm.masking.unit: found 'letter', but it should be 'token', 'word' or 'span'",
+        "finetune.method.name: found 'prefix', but it should be one of full, top, lora",
+        "reward.ordering.name: this key is missing",
+        "ppo.optimizer.schedule.name: found 'step', but it should be one of constant, linear, cosine, wsd",
+    ]
+
+
+def test_what_is_wrong_within_a_choice_is_told_where_it_stands(params: dict[str, Any]) -> None:
+    params["prune"]["optimizer"]["momentum"] = 0.9
+    params["prune"]["optimizer"]["betas"] = [0.9, 1.5]
+    del params["prune"]["optimizer"]["schedule"]["floor"]
+    assert sorted(problems(params)) == [
+        "prune.optimizer.betas.1: found 1.5, but it should be less than 1",
+        "prune.optimizer.momentum: unknown key (found 0.9); remove it or mend its spelling",
+        "prune.optimizer.schedule.floor: this key is missing",
+    ]
+
+
 def test_nothing_is_converted_behind_ones_back() -> None:
     with pytest.raises(ValidationError):
         Example.model_validate({"rate": 0.1, "steps": "8"})

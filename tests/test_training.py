@@ -4,7 +4,7 @@ import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pytest
 from pydantic import ValidationError
@@ -14,8 +14,8 @@ from tasks.common.checkpoints import Store
 from tasks.common.models import Shape
 from tasks.common.settings import Checkpoints, Dtypes
 from tasks.common.stage import Job, StageError
-from tasks.common.training import History, Optimizer, batch_at, build_optimizer, rate_at, train
-from tests.training_fixtures import NUMERICS, OPTIMIZER, SHAPE, Chain, chain, config
+from tasks.common.training import Drawn, History, Share, Training, batch_at, train
+from tests.training_fixtures import CONSTANT, NUMERICS, RULE, RULES, SHAPE, Chain, chain, config
 
 if TYPE_CHECKING:
     import torch
@@ -27,9 +27,10 @@ pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
 STEPS = 12
 
 
-def settings(**changes: Any) -> Optimizer:
-    """Return settings of an optimizer, some of them changed."""
-    return Optimizer.model_validate({**OPTIMIZER, **changes})
+def settings(name: str = "adamw", steps: int = STEPS, accumulate: int = 1, **changes: Any) -> Training:
+    """Return what the loop is told, some of the optimizer's settings changed."""
+    optimizer = {"name": name, **RULE, **RULES[name], **changes}
+    return Training.model_validate({"steps": steps, "accumulate": accumulate, "optimizer": optimizer})
 
 
 def make_job(url: str, recipe: str = "r", every: float = 1e9) -> Job:
@@ -40,116 +41,42 @@ def make_job(url: str, recipe: str = "r", every: float = 1e9) -> Job:
 class Toy:
     """A little regression whose batch, and its noise, is a pure function of the step."""
 
+    weights: ClassVar = {"error": 0.5, "size": 0.25}
+
     def __init__(self, seed: int = 0) -> None:
         import torch
 
         torch.manual_seed(seed)
-        self.model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Dropout(0.1), torch.nn.Linear(8, 1)
+        )
         self.seen: list[int] = []
         self.stop_at: int | None = None
+        self.spoilt: tuple[int, str, float] | None = None
 
-    def loss_at(self, step: int) -> tuple["torch.Tensor", dict[str, "torch.Tensor"], int]:
-        """Return the mean squared error on a step's batch."""
+    def draw(self, step: int, share: Share) -> Drawn:
+        """Return a part of a step's numbers."""
         import torch
 
+        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))[share.index :: share.count]
+        names = [f"row {number}" for number in range(16)[share.rows]]
+        return Drawn((step, x), {"error": len(x), "size": 4 * len(x)}, x.numel(), names)
+
+    def sums(self, drawn: Drawn) -> dict[str, "torch.Tensor"]:
+        """Return the summed squared error, and that of a second target."""
+        step, x = drawn.content
         if step == self.stop_at:
             raise KeyboardInterrupt
         self.seen.append(step)
-        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
-        loss = (self.model(x)[:, 0] - x.sum(1)).square().mean()
-        return loss, {"half": loss / 2}, x.numel()
+        found = self.model(x)[:, 0]
+        sums = {"error": (found - x.sum(1)).square().sum(), "size": (found[:, None] - x).square().sum()}
+        if self.spoilt and self.spoilt[0] == step:
+            sums[self.spoilt[1]] = sums[self.spoilt[1]] * self.spoilt[2]
+        return sums
 
-    def weights(self) -> list[list[float]]:
+    def values(self) -> list[list[float]]:
         """Return all weights."""
         return [parameter.flatten().tolist() for parameter in self.model.parameters()]
-
-
-# Schedules
-
-
-@pytest.mark.parametrize(
-    ("schedule", "rates"),
-    [
-        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
-        ("linear", [0.5, 1.0, 1.0, 0.8875, 0.775, 0.6625, 0.55, 0.4375, 0.325, 0.2125]),
-        ("cosine", [0.5, 1.0] + [0.1 + 0.45 * (1 + math.cos(math.pi * k / 8)) for k in range(8)]),
-    ],
-)
-def test_schedules(schedule: str, rates: list[float]) -> None:
-    """A fifth of ten steps of warm-up, then the schedule on its way down to a tenth of the peak."""
-    optimizer = settings(schedule=schedule, warmup=0.2, learning_rate=1.0)
-    assert [rate_at(optimizer, step, 10) for step in range(10)] == pytest.approx(rates)
-
-
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-@pytest.mark.parametrize("steps", [1, 2, 1000])
-def test_the_rate_is_never_above_the_peak_nor_nothing(schedule: str, steps: int) -> None:
-    """Short runs and long ones: the first step already learns, and the last one still does."""
-    optimizer = settings(schedule=schedule, warmup=0.1)
-    rates = [rate_at(optimizer, step, steps) for step in range(steps)]
-    assert max(rates) == pytest.approx(optimizer.learning_rate)
-    assert min(rates) > 0
-
-
-# Optimizers
-
-
-def plain_update(name: str, decay: float, gradients: list[float], rate: float, weight: float) -> float:
-    """Return a matrix entry after a few updates, computed as in the papers (Kingma & Ba; Loshchilov & Hutter)."""
-    first = second = 0.0
-    for t, gradient in enumerate(gradients, 1):
-        if name == "adamw":
-            weight -= rate * decay * weight
-        else:
-            gradient += decay * weight
-        first, second = 0.9 * first + 0.1 * gradient, 0.98 * second + 0.02 * gradient**2
-        step = gradient if name == "sgd" else first / (1 - 0.9**t) / (math.sqrt(second / (1 - 0.98**t)) + 1e-9)
-        weight -= rate * step
-    return weight
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.1])
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
-def test_optimizers_do_what_their_papers_say(name: str, decay: float) -> None:
-    """Five updates of a matrix entry and of a bias, which does not decay, against plain arithmetic."""
-    import torch
-
-    layer = torch.nn.Linear(1, 1)
-    torch.nn.init.constant_(layer.weight, 0.7)
-    torch.nn.init.constant_(layer.bias, 0.7)
-    optimizer = build_optimizer(settings(name=name, weight_decay=decay, learning_rate=0.05), layer)
-    gradients = [1.0, -0.5, 2.0, 0.25, 0.0]
-    for gradient in gradients:
-        for parameter in layer.parameters():
-            parameter.grad = torch.full_like(parameter, gradient)
-        optimizer.step()
-    assert layer.weight.item() == pytest.approx(plain_update(name, decay, gradients, 0.05, 0.7), rel=1e-5)
-    assert layer.bias.item() == pytest.approx(plain_update(name, 0.0, gradients, 0.05, 0.7), rel=1e-5)
-
-
-def test_frozen_weights_are_not_the_optimizers() -> None:
-    """What a method leaves alone takes neither memory nor decay."""
-    import torch
-
-    layer = torch.nn.Linear(2, 2)
-    layer.weight.requires_grad_(False)
-    groups = build_optimizer(settings(), layer).param_groups
-    assert [parameter is layer.bias for group in groups for parameter in group["params"]] == [True]
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"name": "lion"}, "'sgd', 'adam' or 'adamw'"),
-        ({"schedule": "step"}, "'cosine', 'linear' or 'constant'"),
-        ({"learning_rate": 0.0}, "greater than 0"),
-        ({"momentum": 0.9}, "Extra inputs are not permitted"),
-    ],
-)
-def test_an_unknown_setting_is_told_with_the_choices(changes: dict[str, Any], sentence: str) -> None:
-    """A name that does not exist is an error that names those that do."""
-    with pytest.raises(ValidationError, match=sentence):
-        settings(**changes)
 
 
 # Curves
@@ -173,12 +100,36 @@ def test_curves_average_over_a_few_steps(tmp_path: Path) -> None:
 def test_the_loop_learns_and_says_how_it_went(tmp_path: Path) -> None:
     """Every step once and in order, a falling loss, its parts in the curves, its speed among what was measured."""
     toy, job = Toy(), make_job(str(tmp_path))
-    history = train(toy.model, toy.loss_at, settings(learning_rate=0.05), 60, job)
+    history = train(toy.model, toy, settings(steps=60, learning_rate=0.05), job)
     assert toy.seen == list(range(60))
-    assert history.rows[-1]["loss"] < 0.2 * history.rows[0]["loss"]
-    assert [row["half"] for row in history.rows] == pytest.approx([row["loss"] / 2 for row in history.rows], abs=1e-6)
+    assert history.rows[-1]["error_loss"] < 0.3 * history.rows[0]["error_loss"]
+    weighed = [0.5 * row["error_loss"] + 0.25 * row["size_loss"] for row in history.rows]
+    assert [row["loss"] for row in history.rows] == pytest.approx(weighed, abs=2e-6)
     assert job.figures["tokens_per_second"] > 0
     assert job.figures["resumed_at_step"] == 0
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 16])
+def test_a_batch_in_parts_is_the_batch(accumulate: int, tmp_path: Path) -> None:
+    """However unequal its parts, a step is that of the whole batch, up to the rounding of sums in float32."""
+    import torch
+
+    whole, parts = Toy(), Toy()
+    for toy in (whole, parts):
+        cast(torch.nn.Dropout, toy.model[2]).p = 0.0  # dropout draws anew for every part
+    expected = train(whole.model, whole, settings(name="sgd"), make_job(str(tmp_path), "whole"))
+    history = train(parts.model, parts, settings(name="sgd", accumulate=accumulate), make_job(str(tmp_path), "parts"))
+    assert parts.seen == [step for step in range(STEPS) for _ in range(accumulate)]
+    for ours, theirs in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert [row["loss"] for row in history.rows] == pytest.approx([row["loss"] for row in expected.rows], rel=1e-5)
+
+
+def test_more_parts_than_rows_are_as_many_as_there_are_rows(tmp_path: Path) -> None:
+    """A part without anything to read is left out."""
+    toy = Toy()
+    train(toy.model, toy, settings(steps=1, accumulate=40), make_job(str(tmp_path)))
+    assert toy.seen == [0] * 16
 
 
 def test_long_gradients_are_cut_to_their_limit(tmp_path: Path) -> None:
@@ -187,28 +138,58 @@ def test_long_gradients_are_cut_to_their_limit(tmp_path: Path) -> None:
 
     toy = Toy()
     before = torch.cat([parameter.detach().flatten().clone() for parameter in toy.model.parameters()])
-    optimizer = settings(name="sgd", learning_rate=1.0, weight_decay=0.0, clip=0.125, schedule="constant")
-    history = train(toy.model, toy.loss_at, optimizer, 1, make_job(str(tmp_path)))
+    told = settings(name="sgd", steps=1, learning_rate=1.0, weight_decay=0.0, clip=0.125, schedule=CONSTANT)
+    history = train(toy.model, toy, told, make_job(str(tmp_path)))
     after = torch.cat([parameter.detach().flatten() for parameter in toy.model.parameters()])
     assert history.rows[0]["gradient_norm"] > 0.125
     assert (after - before).norm().item() == pytest.approx(0.125, rel=1e-4)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("part", [False, True])
-def test_a_loss_that_is_no_number_stops_with_a_sentence(value: float, part: bool, tmp_path: Path) -> None:
-    """The message names step, steps and learning rate, and the weights are those of the last good step."""
+@pytest.mark.parametrize("term", ["error", "size"])
+def test_a_loss_that_is_no_number_stops_with_a_sentence(value: float, term: str, tmp_path: Path) -> None:
+    """It names step, batch and rate; the weights are those of the last good step, and kept in the store."""
     toy, reference = Toy(), Toy()
-    train(reference.model, reference.loss_at, settings(schedule="constant", warmup=0.0), 3, make_job(str(tmp_path)))
+    told = settings(steps=10, schedule=CONSTANT)
+    train(reference.model, reference, told.model_copy(update={"steps": 3}), make_job(str(tmp_path), "reference"))
+    toy.spoilt = (3, term, value)
+    with pytest.raises(
+        StageError, match=r"step 4 of 10 .*row 0, row 1, .* and 4 more.*kept in .*rate.* 0\.003"
+    ) as told_so:
+        train(toy.model, toy, told, make_job(str(tmp_path)))
+    assert "loss" in str(told_so.value)
+    assert toy.values() == reference.values()
+    store = Store.of(make_job(str(tmp_path)))
+    assert [Path(path).name for path in store.filesystem.ls(store.folder, detail=False)] == ["000000003"]
 
-    def loss_at(step: int) -> tuple["torch.Tensor", dict[str, "torch.Tensor"], int]:
-        loss, parts, read = toy.loss_at(step)
-        bad = loss * value if step == 3 else loss
-        return (loss, {"half": bad}, read) if part else (bad, parts, read)
 
-    with pytest.raises(StageError, match=r"step 4 of 10 .*learning_rate \(now 0\.003\)"):
-        train(toy.model, loss_at, settings(schedule="constant", warmup=0.0), 10, make_job(str(tmp_path)))
-    assert toy.weights() == reference.weights()
+@pytest.mark.parametrize(
+    "error", [MemoryError("no memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.")]
+)
+def test_an_end_of_memory_says_what_to_change(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The setting by its name, what it is and what to make of it."""
+    toy = Toy()
+
+    def sums(drawn: Drawn) -> Any:
+        raise error
+
+    monkeypatch.setattr(toy, "sums", sums)
+    with pytest.raises(StageError, match=r"memory ended .*Set toy\.accumulate to 4 \(now 2\)"):
+        train(toy.model, toy, settings(accumulate=2), make_job(str(tmp_path)))
+
+
+def test_other_errors_are_not_taken_for_an_end_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shape that does not fit stays what it is."""
+    toy = Toy()
+
+    def sums(drawn: Drawn) -> Any:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(toy, "sums", sums)
+    with pytest.raises(RuntimeError, match="shapes"):
+        train(toy.model, toy, settings(), make_job(str(tmp_path)))
 
 
 # Checkpoints
@@ -220,35 +201,35 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return {"file": f"file://{tmp_path}/store", "memory": f"memory://{tmp_path.name}/store"}[request.param]
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("name", sorted(RULES))
 @pytest.mark.parametrize("stop", [1, 5, STEPS - 1])
 def test_resumed_is_uninterrupted(name: str, stop: int, store_url: str) -> None:
     """Killed at any step and begun again from other weights, a run ends with the same bits and the same curves."""
     whole, first, second = Toy(seed=0), Toy(seed=0), Toy(seed=9)
-    expected = train(whole.model, whole.loss_at, settings(name=name), STEPS, make_job(store_url, "whole"))
+    expected = train(whole.model, whole, settings(name=name), make_job(store_url, "whole"))
     first.stop_at = stop
     with pytest.raises(KeyboardInterrupt):
-        train(first.model, first.loss_at, settings(name=name), STEPS, make_job(store_url, every=1e-9))
+        train(first.model, first, settings(name=name), make_job(store_url, every=1e-9))
     again = make_job(store_url)
-    history = train(second.model, second.loss_at, settings(name=name), STEPS, again)
+    history = train(second.model, second, settings(name=name), again)
     assert second.seen == list(range(stop, STEPS))
     assert again.figures["resumed_at_step"] == stop
-    assert second.weights() == whole.weights()
+    assert second.values() == whole.values()
     assert history.rows == expected.rows
 
 
 def test_another_recipe_is_never_resumed(store_url: str) -> None:
     """Checkpoints of other settings lie in the same store and are left alone."""
     first, second = Toy(), Toy()
-    train(first.model, first.loss_at, settings(), STEPS, make_job(store_url, "one", every=1e-9))
-    train(second.model, second.loss_at, settings(), STEPS, make_job(store_url, "another"))
+    train(first.model, first, settings(), make_job(store_url, "one", every=1e-9))
+    train(second.model, second, settings(), make_job(store_url, "another"))
     assert second.seen == list(range(STEPS))
 
 
 def test_one_checkpoint_is_kept_until_the_stage_is_complete(store_url: str) -> None:
     """Each checkpoint drops the one before it, and the harness's last call drops them all."""
     toy, job = Toy(), make_job(store_url, every=1e-9)
-    train(toy.model, toy.loss_at, settings(), STEPS, job)
+    train(toy.model, toy, settings(), job)
     store = Store.of(job)
     assert [Path(path).name for path in store.filesystem.ls(store.folder, detail=False)] == [f"{STEPS:09d}"]
     for call in job.when_complete:
@@ -259,7 +240,7 @@ def test_one_checkpoint_is_kept_until_the_stage_is_complete(store_url: str) -> N
 def test_checkpoints_wait_for_their_time(store_url: str) -> None:
     """A run that is shorter than the time between two checkpoints writes none."""
     toy, job = Toy(), make_job(store_url, every=3600)
-    train(toy.model, toy.loss_at, settings(), STEPS, job)
+    train(toy.model, toy, settings(), job)
     assert Store.of(job).filesystem.ls(Store.of(job).folder) == []
 
 
@@ -268,7 +249,7 @@ def test_a_store_that_cannot_be_written_to_is_told_before_the_first_step(tmp_pat
     (tmp_path / "file").write_text("no folder")
     toy = Toy()
     with pytest.raises(StageError, match=r"checkpoints cannot be written to .*/file .*placement\.checkpoints\.url"):
-        train(toy.model, toy.loss_at, settings(), STEPS, make_job(str(tmp_path / "file")))
+        train(toy.model, toy, settings(), make_job(str(tmp_path / "file")))
     assert toy.seen == []
 
 
@@ -286,20 +267,35 @@ def test_checkpoints_that_cannot_be_dropped_fail_no_complete_stage(
     assert "could not be dropped (read-only)" in capsys.readouterr().out
 
 
+def test_a_checkpoint_of_another_model_is_refused_by_name(store_url: str) -> None:
+    """With the first tensor that does not fit, and what to do."""
+    import torch
+
+    toy, wider = Toy(), Toy()
+    train(toy.model, toy, settings(), make_job(store_url, every=1e-9))
+    wider.model[0], wider.model[3] = torch.nn.Linear(4, 9), torch.nn.Linear(9, 1)
+    with pytest.raises(StageError, match=r"0+12 does not fit these settings: 0\.bias is \(8,\) there and \(9,\) here"):
+        train(wider.model, wider, settings(), make_job(store_url))
+    wider.model.requires_grad_(False)[0].requires_grad_(True)
+    wider.model[0] = torch.nn.Linear(4, 8)
+    with pytest.raises(StageError, match=r"3\.bias is \(1,\) there and not trained here"):
+        train(wider.model, wider, settings(), make_job(store_url))
+
+
 @pytest.mark.parametrize("lost", ["state.safetensors", "state.json"])
 def test_half_a_checkpoint_is_none(lost: str, store_url: str) -> None:
     """What a move that was cut short left is neither read nor in the way of the next checkpoint."""
     toy, job = Toy(), make_job(store_url, every=1e-9)
     toy.stop_at = 6
     with pytest.raises(KeyboardInterrupt):
-        train(toy.model, toy.loss_at, settings(), STEPS, job)
+        train(toy.model, toy, settings(), job)
     store = Store.of(job)
     store.filesystem.rm(f"{store.folder}/000000006/{lost}")
     again, whole = Toy(), Toy()
-    train(again.model, again.loss_at, settings(), STEPS, make_job(store_url, every=1e-9))
-    train(whole.model, whole.loss_at, settings(), STEPS, make_job(store_url, "whole"))
+    train(again.model, again, settings(), make_job(store_url, every=1e-9))
+    train(whole.model, whole, settings(), make_job(store_url, "whole"))
     assert again.seen == list(range(STEPS))
-    assert again.weights() == whole.weights()
+    assert again.values() == whole.values()
     assert [Path(path).name for path in store.filesystem.ls(store.folder, detail=False)] == [f"{STEPS:09d}"]
 
 

@@ -61,33 +61,46 @@ ADJECTIVES = {"wonderful": 4.0, "good": 2.0, "fine": 1.0, "dull": -1.0, "poor": 
 THINGS = ("song", "soup", "garden", "lecture", "bread", "museum", "answer", "journey")
 
 NUMERICS = Numerics(device="cpu", threads=1, dtype=Dtypes(decoder="float32", encoder="float32"), attention="eager")
-OPTIMIZER: dict[str, Any] = {
-    "name": "adamw",
+RULE: dict[str, Any] = {
     "learning_rate": 3e-3,
     "weight_decay": 0.01,
-    "schedule": "cosine",
-    "warmup": 0.05,
     "clip": 1.0,
+    "schedule": {"name": "cosine", "warmup": 0.05, "floor": 0.1},
 }
+CONSTANT = {"name": "constant", "warmup": 0.05}
+ADAM = {"betas": [0.9, 0.98], "epsilon": 1e-9}
+RULES: dict[str, dict[str, Any]] = {  # what each update rule is told beside RULE
+    "sgd": {"momentum": 0.0, "nesterov": False},
+    "adam": ADAM,
+    "adamw": ADAM,
+    "lamb": ADAM,
+    "muon": {**ADAM, "momentum": 0.95},
+    "lion": {"betas": [0.9, 0.99]},
+    "adafactor": {"threshold": 1.0},
+}
+OPTIMIZER: dict[str, Any] = {"name": "adamw", **RULE, **ADAM}
 SHAPE = {"hidden": 64, "layers": 2, "heads": 2, "feed_forward": 96}
 QUANTIZE = {"instructions": "avx512_vnni", "per_channel": True}
 MIX = {"weight": 0.5, "batch": 4, "window": 16, "statements": 0.75}
-CLM = {"model": SHAPE, "window": 16, "batch": 16, "steps": 200, "statements": 0.75, "optimizer": OPTIMIZER}
+TRAINING = {"accumulate": 1, "optimizer": OPTIMIZER}
+MASKING = {"unit": "token", "share": 0.02, "names": 0.95}
+ENTROPY = {"smoothing": 0.0, "z": 0.0}
+CLM = {"model": SHAPE, "window": 16, "batch": 16, "steps": 200, "statements": 0.75, "entropy": ENTROPY, **TRAINING}
 SETTINGS: dict[str, dict[str, Any]] = {
     "tokenize": {"vocabulary": 420, "context": 64},
     "pretrain@clm": CLM,
-    "pretrain@mlm": {**CLM, "batch": 20, "steps": 350, "statements": 0.9, "mask_tokens": 0.02, "mask_names": 0.95},
-    "finetune": {"method": {"name": "full"}, "mix": MIX, "batch": 16, "steps": 150, "optimizer": OPTIMIZER},
+    "pretrain@mlm": {**CLM, "batch": 20, "steps": 350, "statements": 0.9, "masking": MASKING},
+    "finetune": {"method": {"name": "full"}, "mix": MIX, "batch": 16, "steps": 150, **TRAINING},
     "reward": {
         "model": "data/pretrain/mlm/model",
         "rating": 1.0,
-        "ordering": 0.1,
+        "ordering": {"name": "bradley_terry", "weight": 0.1, "margin": 0.0},
         "words": True,
         "max_tokens": 32,
         "word_dropout": 0.1,
         "batch": 6,
         "steps": 80,
-        "optimizer": OPTIMIZER,
+        **TRAINING,
     },
     "ppo": {
         "iterations": 3,
@@ -117,7 +130,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "window": 16,
         "statements": 0.75,
         "steps": 20,
-        "optimizer": OPTIMIZER,
+        **TRAINING,
     },
     "quantize@policy": {**QUANTIZE, "max_new_tokens": 24, "timed_tokens": 24},
     "quantize@encoder": QUANTIZE,

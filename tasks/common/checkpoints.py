@@ -7,6 +7,7 @@ renamed, and only the last one is kept until the stage is complete.
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,8 +57,13 @@ class Store:
         except OSError as error:
             print(f"the checkpoints in {self.folder} could not be dropped ({error}); nobody needs them any more")
 
-    def resume(self, model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", history: "History") -> int:
-        """Load the last checkpoint into model, optimizer and history, and return its step; 0 where there is none."""
+    def resume(
+        self, model: "torch.nn.Module", optimizers: "Sequence[torch.optim.Optimizer]", history: "History"
+    ) -> int:
+        """Load the last checkpoint into model, optimizers and history, and return its step; 0 where there is none.
+
+        Raises StageError where its tensors are not those that the model trains.
+        """
         from safetensors.torch import load
 
         complete = sorted(name for name in self._folders() if self._complete(name))
@@ -67,33 +73,58 @@ class Store:
         tensors = load(self.filesystem.cat_file(f"{folder}/state.safetensors"))
         state = json.loads(self.filesystem.cat_file(f"{folder}/state.json"))
         weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-        model.load_state_dict(weights, strict=False)  # tied weights are stored once
-        optimizer.load_state_dict(_unflatten(optimizer.state_dict(), tensors))
+        self._must_fit(folder, weights, _trained(model))
+        model.load_state_dict(weights, strict=False)  # tied weights are stored once, frozen ones not at all
+        for number, (optimizer, groups) in enumerate(zip(optimizers, state["groups"], strict=True)):
+            optimizer.load_state_dict(_unflatten(optimizer.state_dict(), tensors, f"optimizer.{number}.", groups))
         history.rows, history.pending = state["rows"], state["pending"]
         print(f"resuming at step {int(complete[-1])} from {folder}")
         return int(complete[-1])
 
-    def keep(self, step: int, model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", history: "History") -> None:
-        """Write a checkpoint if it is time for one, and drop the one before it."""
-        if time.monotonic() - self.last < self.every_seconds:
+    def keep(
+        self,
+        step: int,
+        model: "torch.nn.Module",
+        optimizers: "Sequence[torch.optim.Optimizer]",
+        history: "History",
+        *,
+        now: bool = False,
+    ) -> None:
+        """Write a checkpoint if it is time for one, or `now`, and drop the one before it."""
+        if not now and time.monotonic() - self.last < self.every_seconds:
             return
         from safetensors.torch import save
 
         older = self._folders()
         target, neighbour = f"{self.folder}/{step:09d}", f"{self.folder}/.{step:09d}"
         self.filesystem.makedirs(neighbour, exist_ok=True)
-        tensors = {f"model.{name}": value for name, value in _untied(model).items()} | _flatten(optimizer.state_dict())
+        tensors = {f"model.{name}": value for name, value in _trained(model).items()}
+        for number, optimizer in enumerate(optimizers):
+            tensors |= _flatten(optimizer.state_dict(), f"optimizer.{number}.")
         content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         self.filesystem.pipe_file(f"{neighbour}/state.safetensors", content)
-        text = json.dumps({"rows": history.rows, "pending": history.pending})
+        groups = [_counters(optimizer) for optimizer in optimizers]
+        text = json.dumps({"rows": history.rows, "pending": history.pending, "groups": groups})
         self.filesystem.pipe_file(f"{neighbour}/state.json", text.encode())
-        if step in map(int, older):  # half a move that was cut short
+        if step in map(int, older):  # half a move that was cut short, or the same step once more
             self.filesystem.rm(target, recursive=True)
             older.remove(Path(target).name)
         self.filesystem.mv(neighbour, target, recursive=True)
         for other in older:
             self.filesystem.rm(f"{self.folder}/{other}", recursive=True)
         self.last = time.monotonic()
+
+    @staticmethod
+    def _must_fit(folder: str, found: "dict[str, torch.Tensor]", wanted: "dict[str, torch.Tensor]") -> None:
+        """Refuse a checkpoint of another model by the first tensor that tells."""
+        for name in sorted(found.keys() | wanted.keys()):
+            sizes = [tuple(side[name].shape) if name in side else None for side in (found, wanted)]
+            if sizes[0] != sizes[1]:
+                raise StageError(
+                    f"the checkpoint {folder} does not fit these settings: {name} is {sizes[0] or 'missing'} there and "
+                    f"{sizes[1] or 'not trained'} here. Remove that folder to begin anew, or bring back the settings "
+                    "that it was made with."
+                )
 
     def _folders(self) -> list[str]:
         self.filesystem.invalidate_cache()
@@ -107,21 +138,30 @@ class Store:
         return all(self.filesystem.exists(f"{self.folder}/{folder}/{name}") for name in FILES)
 
 
-def _untied(model: "torch.nn.Module") -> dict[str, "torch.Tensor"]:
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+def _trained(model: "torch.nn.Module") -> dict[str, "torch.Tensor"]:
+    """Return the weights that training changes; the others come from where they came from."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _flatten(state: dict[str, Any]) -> dict[str, "torch.Tensor"]:
+def _flatten(state: dict[str, Any], prefix: str) -> dict[str, "torch.Tensor"]:
     import torch
 
     slots = ((index, name, value) for index, values in state["state"].items() for name, value in values.items())
-    return {f"optimizer.{index}.{name}": torch.as_tensor(value) for index, name, value in slots}
+    return {f"{prefix}{index}.{name}": torch.as_tensor(value) for index, name, value in slots}
 
 
-def _unflatten(state: dict[str, Any], tensors: dict[str, "torch.Tensor"]) -> dict[str, Any]:
+def _counters(optimizer: "torch.optim.Optimizer") -> list[dict[str, int]]:
+    """Return what an optimizer counts in its groups: some keep the number of steps there and not beside the weights."""
+    return [{"step": group["step"]} if "step" in group else {} for group in optimizer.param_groups]
+
+
+def _unflatten(
+    state: dict[str, Any], tensors: dict[str, "torch.Tensor"], prefix: str, counters: "list[dict[str, int]]"
+) -> dict[str, Any]:
     slots: dict[int, dict[str, torch.Tensor]] = {}
     for path, value in tensors.items():
-        if path.startswith("optimizer."):
-            _, index, name = path.split(".", 2)
+        if path.startswith(prefix):
+            index, name = path.removeprefix(prefix).split(".", 1)
             slots.setdefault(int(index), {})[name] = value
-    return {"state": slots, "param_groups": state["param_groups"]}
+    groups = [{**group, **count} for group, count in zip(state["param_groups"], counters, strict=True)]
+    return {"state": slots, "param_groups": groups}

@@ -16,7 +16,12 @@ STAGES = (
     "ingest", "validate", "tokenize", "pretrain", "finetune", "reward", "ppo", "prune", "quantize", "evaluate",
     "compare", "package",
 )  # fmt: skip
+_ONE_EACH = "each part of a step's batch holds at least one of its items"
 AT_MOST = {  # setting: the one of another section that it must not exceed, and why
+    **{
+        f"{section}.accumulate": (f"{section}.batch", _ONE_EACH)
+        for section in ("pretrain.clm", "pretrain.mlm", "finetune", "reward", "prune")
+    },
     "finetune.method.layers": ("pretrain.clm.model.layers", "the model has no more blocks to train"),
     **dict.fromkeys(
         ("ppo.max_new_tokens", "prune.max_new_tokens", "evaluate.max_new_tokens"),
@@ -191,17 +196,31 @@ def _problems(model: type[Settings], params: dict[str, Any], path: tuple[str, ..
         model.model_validate(value)
     except ValidationError as error:
         for item in error.errors():
-            yield _sentence(path, item)
+            yield _sentence(path, value, item)
 
 
-def _sentence(path: tuple[str, ...], item: Any) -> str:
-    where = ".".join(map(str, (*path, *item["loc"])))
+def _sentence(path: tuple[str, ...], value: Any, item: Any) -> str:
+    where = ".".join((*path, *_keys(value, item["loc"])))
     kind, found = item["type"], item["input"]
     if kind == "missing":
         return f"{where}: this key is missing"
     if kind == "extra_forbidden":
         return f"{where}: unknown key (found {found!r}); remove it or mend its spelling"
+    if kind == "union_tag_not_found":
+        return f"{where}.name: this key is missing"
+    if kind == "union_tag_invalid":
+        choices = item["ctx"]["expected_tags"].replace("'", "")
+        return f"{where}.name: found {item['ctx']['tag']!r}, but it should be one of {choices}"
     return f"{where}: found {_short(found)}, but {_rule(item['msg'])}"
+
+
+def _keys(value: Any, location: tuple[str | int, ...]) -> Iterator[str]:
+    """Yield the keys on the way to a problem, as they stand in the file: of a choice, pydantic names the chosen too."""
+    for place, key in enumerate(location):
+        inside = key in value if isinstance(value, dict) else isinstance(value, list)
+        if inside or place == len(location) - 1:
+            yield str(key)
+            value = value[key] if inside else None
 
 
 def _rule(message: str) -> str:

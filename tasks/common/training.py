@@ -1,21 +1,26 @@
-"""The training loop that the stages share, on accelerate: optimizers and schedules by name, checkpoints, curves.
+"""The training loop that the stages share, on accelerate: any objective, optimizer by name, checkpoints, curves.
 
-A stage gives the loop a model and a `loss(step)` that is a pure function of the step number (it draws its batch from
-the step, never from a position that somebody has to remember). So a checkpoint is the weights, the optimizer's state
-and the step, and a resumed run computes what an uninterrupted one would have.
+A stage gives the loop a model and an objective whose batch is a pure function of the step number (never of a position
+that somebody has to remember). So a checkpoint is the weights, the optimizers' state and the step, and a resumed run
+computes what an uninterrupted one would have.
 """
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from pydantic import Field
 
+from tasks.common import optimizers
 from tasks.common.checkpoints import Store
+from tasks.common.optimizers import Optimizer, rate_at
 from tasks.common.settings import Settings
 from tasks.common.stage import Job, StageError
 
@@ -23,45 +28,52 @@ if TYPE_CHECKING:
     import torch
 
 Item = TypeVar("Item")
-Losses = dict[str, "torch.Tensor"]
-LossAt = Callable[[int], tuple["torch.Tensor", Losses, int]]
+
+AHEAD = 2  # steps whose batches are drawn, by a thread of its own, while one is worked out
+NAMED = 12  # items of a batch that a message names
 
 
-class Optimizer(Settings):
-    """How weights are updated."""
+@dataclass(frozen=True)
+class Share:
+    """One of the equal parts that a step's batch is worked out in."""
 
-    name: Literal["sgd", "adam", "adamw"] = Field(description="Update rule")
-    learning_rate: float = Field(description="Peak learning rate", gt=0, le=10)
-    weight_decay: float = Field(description="Decay a step of matrices; norms and biases have none", ge=0, le=1)
-    schedule: Literal["cosine", "linear", "constant"] = Field(description="How the rate falls after the warm-up")
-    warmup: float = Field(description="Share of the steps in which the rate rises from 0", ge=0, le=0.5)
-    clip: float = Field(description="Largest norm of the gradient; longer ones are scaled down to it", gt=0)
+    index: int = 0
+    count: int = 1
 
-
-def rate_at(optimizer: Optimizer, step: int, steps: int) -> float:
-    """Return the learning rate of a step (0-based): a linear warm-up, then the schedule down to a tenth of the peak."""
-    warmup = max(1, round(optimizer.warmup * steps))
-    if step < warmup:
-        return optimizer.learning_rate * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    remaining = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[optimizer.schedule]
-    return optimizer.learning_rate * (0.1 + 0.9 * remaining)
+    @property
+    def rows(self) -> slice:
+        """This part's places in a batch; together the parts hold each place once."""
+        return slice(self.index, None, self.count)
 
 
-def build_optimizer(config: Optimizer, model: "torch.nn.Module") -> "torch.optim.Optimizer":
-    """Return the optimizer over the model's trainable parameters; only matrices decay (norms and biases do not)."""
-    import torch
+@dataclass(frozen=True)
+class Drawn:
+    """What is read at once: a part of a step's batch."""
 
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate)
-    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return kind(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-9, fused=True)
+    content: Any  # whatever the objective's `sums` takes
+    targets: Mapping[str, int]  # for each term of the loss, how many things are asked
+    tokens: int
+    names: Sequence[str]  # what was read, as a person could look it up
+
+
+WHOLE = Share()
+
+
+class Objective(Protocol):
+    """What a model is trained on."""
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The terms of the loss by name, with their weights: it is the sum of weight × mean over a term's targets."""
+        ...
+
+    def draw(self, step: int, share: Share) -> Drawn:
+        """Return a part of a step's batch: a pure function, called in a thread of its own."""
+        ...
+
+    def sums(self, drawn: Drawn) -> "dict[str, torch.Tensor]":
+        """Return for each term the sum over its targets, from which gradients flow."""
+        ...
 
 
 @dataclass
@@ -96,47 +108,131 @@ class History:
             writer.writerows(self.rows)
 
 
-def train(model: "torch.nn.Module", loss_at: LossAt, optimizer_config: Optimizer, steps: int, job: Job) -> History:
+class Training(Settings):
+    """What every stage that trains is told."""
+
+    steps: int = Field(description="Optimizer steps", ge=1)
+    accumulate: int = Field(
+        description="Parts that a step's batch is worked out in, one after the other: less memory, the same step",
+        ge=1, le=4096,
+    )  # fmt: skip
+    optimizer: Optimizer
+
+
+def train(model: "torch.nn.Module", objective: Objective, config: Training, job: Job) -> History:
     """Train in place for a number of steps and return the curves, resuming from the job's last checkpoint if any.
 
-    `loss_at(step)` returns the loss, the parts of it to log, and the tokens it read. Raises StageError where the loss
-    stops being finite, before it can spoil the weights.
+    Raises StageError where the loss stops being finite, before it can spoil the weights, and where memory ends.
     """
     import torch
     from accelerate import Accelerator
     from tqdm import tqdm
 
     accelerator = Accelerator(cpu=job.numerics.device == "cpu", mixed_precision="no")
-    optimizer = build_optimizer(optimizer_config, model)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, *updates = accelerator.prepare(model, *optimizers.build(config.optimizer, model))
+    steps = config.steps
     history = History(every=max(1, steps // 60))
     store = Store.of(job)
-    first = store.resume(model, optimizer, history)
+    first = store.resume(model, updates, history)
     model.train()
     tokens, started = 0, time.perf_counter()
+    batches = _drawn_ahead(objective, range(first, steps), config.accumulate)
     for step in tqdm(range(first, steps), desc=job.name, initial=first, total=steps, mininterval=2):
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(optimizer_config, step, steps)
-        loss, parts, read = loss_at(step)
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(model.parameters(), optimizer_config.clip)
-        figures = torch.stack(
-            [loss.detach().float(), norm.float(), *(part.detach().float() for part in parts.values())]
-        ).tolist()
-        if not all(map(math.isfinite, figures)):
-            raise StageError(
-                f"the loss is no longer a finite number at step {step + 1} of {steps} (loss {figures[0]}, gradient "
-                f"norm {figures[1]}); lower optimizer.learning_rate (now {optimizer_config.learning_rate})."
-            )
-        optimizer.step()
-        optimizer.zero_grad()
-        tokens += read
-        named = {"loss": figures[0], "gradient_norm": figures[1], **dict(zip(parts, figures[2:], strict=True))}
-        history.add(step, {**named, "learning_rate": rate_at(optimizer_config, step, steps)})
-        store.keep(step + 1, model, optimizer, history)
+        rate = rate_at(config.optimizer, step, steps)
+        for group in (group for update in updates for group in update.param_groups):
+            group["lr"] = rate
+        parts = next(batches)
+        torch.manual_seed(_seed(job.seed, step))  # of dropout, wherever a model has some
+        with _memory_advice(job, config.accumulate):
+            losses = _backward(objective, parts)
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+        figures = dict(zip([*losses, "gradient_norm"], torch.stack([*losses.values(), norm]).tolist(), strict=True))
+        if not all(map(math.isfinite, figures.values())):
+            store.keep(step, model, updates, history, now=True)
+            raise StageError(_not_finite(step, steps, figures, parts, store, rate))
+        for update in updates:
+            update.step()
+            update.zero_grad()
+        tokens += sum(part.tokens for part in parts)
+        history.add(step, {**figures, "learning_rate": rate})
+        store.keep(step + 1, model, updates, history)
     history.flush(steps - 1)
     job.measured(tokens_per_second=round(tokens / max(time.perf_counter() - started, 1e-9)), resumed_at_step=first)
     return history
+
+
+def _drawn_ahead(objective: Objective, steps: range, accumulate: int) -> Iterator[list[Drawn]]:
+    """Yield each step's parts, drawn while the steps before are worked out."""
+    waiting: deque[Future[list[Drawn]]] = deque()
+
+    def draw(step: int) -> list[Drawn]:
+        parts = (objective.draw(step, Share(index, accumulate)) for index in range(accumulate))
+        return [part for part in parts if part.tokens]
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        try:
+            for step in steps:
+                waiting.append(pool.submit(draw, step))
+                if len(waiting) > AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _backward(objective: Objective, parts: Sequence[Drawn]) -> "dict[str, torch.Tensor]":
+    """Work the parts out, leave their gradient in the parameters, and return the loss and, where several, its terms.
+
+    Each term is divided by the targets of the whole batch, so that parts of unequal size weigh what they hold.
+    """
+    import torch
+
+    targets = {term: max(1, sum(part.targets[term] for part in parts)) for term in objective.weights}
+    found: list[torch.Tensor] = []  # of each part, the terms' shares in the batch's means, (terms,)
+    for part in parts:
+        sums = objective.sums(part)
+        means = torch.stack([sums[term] / targets[term] for term in objective.weights])
+        (means @ means.new_tensor(list(objective.weights.values()))).backward()
+        found.append(means.detach())
+    terms = dict(zip(objective.weights, torch.stack(found).sum(0), strict=True))
+    loss = torch.stack([weight * terms[term] for term, weight in objective.weights.items()]).sum()
+    return {"loss": loss} | ({f"{term}_loss": value for term, value in terms.items()} if len(terms) > 1 else {})
+
+
+@contextmanager
+def _memory_advice(job: Job, accumulate: int) -> Iterator[None]:
+    """Turn an end of memory into a sentence that says which setting to change and to what."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "alloc" not in str(error).lower() and "memory" not in str(error).lower():
+            raise
+        section = job.name.replace("@", ".")
+        raise StageError(
+            f"memory ended while a step was worked out ({str(error).splitlines()[0]}). Set "
+            f"{section}.accumulate to {2 * accumulate} (now {accumulate}): the same step in smaller parts, "
+            "at half the memory for activations."
+        ) from error
+
+
+def _not_finite(
+    step: int, steps: int, figures: Mapping[str, float], parts: Sequence[Drawn], store: Store, rate: float
+) -> str:
+    names = [name for part in parts for name in part.names]
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    found = ", ".join(f"{name} {value:g}" for name, value in figures.items())
+    return (
+        f"the loss is no longer a finite number at step {step + 1} of {steps} ({found}). The batch: "
+        f"{', '.join(names[:NAMED])}{more}. The weights from before this step are kept in {store.folder}. Lower "
+        f"optimizer.learning_rate (the rate of this step was {rate:g}), or look at the batch."
+    )
+
+
+def _seed(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, step, 5]).generate_state(1)[0])
 
 
 def batch_at(items: Sequence[Item], size: int, seed: int, step: int) -> list[Item]:
