@@ -26,6 +26,7 @@ INPUTS = {
     "shards": "data/tokenize/shards",
 }
 OUTPUTS = {"model": "data/finetune/model", "history": "data/finetune/history.csv"}
+PARALLEL = True
 
 
 class Full(Settings):
@@ -84,7 +85,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         )
     trained = apply_method(model, config.method)
     split = Split.open(job.inputs["shards"] / "train")
-    history = train(trained, Answers(config, job, trained, tokenizer, usable, split), config, job)
+    trained, history = train(trained, Answers(config, job, trained, tokenizer, usable, split), config, job)
     models.save(merge(trained, config.method), tokenizer, job.outputs["model"])
     history.write(job.outputs["history"])
     return {

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 INPUTS = {"tokenizer": "data/tokenize/tokenizer", "shards": "data/tokenize/shards"}
 OUTPUTS = {"model": "data/pretrain/{key}/model", "history": "data/pretrain/{key}/history.csv"}
+PARALLEL = True
 
 
 class Config(Training):
@@ -57,9 +58,9 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     evaluation: dict[str, Any] = {}
     if isinstance(config, MaskedConfig):
         masked = Masked(config, job, model, train_split, Vocabulary.of(tokenizer), tokenizer.pad_token_id)
-        history = train(model, masked, config, job)
+        model, history = train(model, masked, config, job)
     else:
-        history = train(model, Causal(config, job, model, train_split), config, job)
+        model, history = train(model, Causal(config, job, model, train_split), config, job)
         evaluation = {"heldout_loss": heldout_loss(model, heldout, config.window)}
     models.save(model, tokenizer, job.outputs["model"])
     history.write(job.outputs["history"])
@@ -102,6 +103,7 @@ class Masked:
     ) -> None:
         self.batches = Batches(split, config.batch * config.window, config.window, config.statements, job.seed)
         self.masker, self.fill = Masker(config.masking, vocabulary), fill
+        model.sparse_prediction = True  # the vocabulary's logits are computed where something is asked only
         self.config, self.job, self.model = config, job, model
 
     def draw(self, step: int, share: Share) -> Drawn:
@@ -111,19 +113,20 @@ class Masked:
         documents = self.batches.at(step)
         ids, mask, names = self.batches.read(documents, self.fill)
         hidden, targets = self.masker.hide(ids, names, np.random.default_rng([self.job.seed, step, 1]))
-        content = [torch.from_numpy(array[share.rows]) for array in (hidden, mask, targets)]
+        numbers = documents[share.rows]
+        if not len(numbers):  # more parts than texts: something to pass through the model, of which nothing is asked
+            content = [torch.from_numpy(array[:1]) for array in (hidden, mask, np.full_like(targets, IGNORED))]
+            return Drawn(content, {"masked": 0}, 0, [])
+        content = [torch.from_numpy(np.ascontiguousarray(array[share.rows])) for array in (hidden, mask, targets)]
         asked = int((content[2] != IGNORED).sum())
-        read = [f"document {number}" for number in documents[share.rows]]
-        return Drawn(content, {"masked": asked}, int(content[1].sum()), read)
+        return Drawn(content, {"masked": asked}, int(content[1].sum()), [f"document {number}" for number in numbers])
 
     def sums(self, drawn: Drawn) -> dict[str, "torch.Tensor"]:
         """Return the summed surprise (nats) of what is asked."""
         hidden, mask, targets = (array.to(self.model.device) for array in drawn.content)
-        asked = targets != IGNORED  # (B, T); the vocabulary's logits are computed at these places only
         with models.autocast(self.model, self.job.numerics):
-            states = self.model.model(input_ids=hidden, attention_mask=mask).last_hidden_state  # (B, T, H)
-            logits = self.model.decoder(self.model.head(states[asked]))  # (asked, V)
-        return {"masked": losses.cross_entropy(logits, targets[asked], self.config.entropy)}
+            logits = self.model(input_ids=hidden, attention_mask=mask, labels=targets).logits  # (asked, V)
+        return {"masked": losses.cross_entropy(logits, targets[targets != IGNORED], self.config.entropy)}
 
 
 def heldout_loss(model: "PreTrainedModel", split: Split, window: int) -> float | None:

@@ -29,6 +29,7 @@ INPUTS = {
     "shards": "data/tokenize/shards",
 }
 OUTPUTS = {"model": "data/prune/model", "history": "data/prune/history.csv"}
+PARALLEL = True
 
 RIDGE = 1e-3  # of a neuron's mean square; keeps the least squares well-posed where neurons say the same
 Part = tuple["torch.Tensor", "torch.Tensor"]  # token ids and attention mask, each (B, T)
@@ -63,7 +64,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     hand_over(pruned, kept, activations(policy, calibration))
     cut(pruned, kept)
 
-    history = train(pruned, Recovery(pruned, policy, batches, job), config, job)
+    pruned, history = train(pruned, Recovery(pruned, policy, batches, job), config, job)
     models.save(pruned, tokenizer, job.outputs["model"])
     history.write(job.outputs["history"])
     after = models.parameters(pruned)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 INPUTS = {"model": "{config.model}", "rankings": "data/validate/rankings"}
 OUTPUTS = {"model": "data/reward/model", "history": "data/reward/history.csv"}
+PARALLEL = True
 
 GAPS = (0.2, 0.5, 1.0, 2.0)
 FOLDS = 5  # of the rankings, so that each can be rated by words without being among those learnt from
@@ -111,7 +112,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.bessemer_max_tokens, model.config.bessemer_scale = config.max_tokens, scale
     lexicon, bases = with_bases(train_set, config.words)
-    history = train(model, Judgements(config, job, model, tokenizer, train_set, bases), config, job)
+    model, history = train(model, Judgements(config, job, model, tokenizer, train_set, bases), config, job)
     scorer = Scorer(model, tokenizer, lexicon, scale, config.max_tokens, job.numerics)
     scorer.save(job.outputs["model"])
     history.write(job.outputs["history"])
@@ -150,9 +151,10 @@ class Judgements:
     def sums(self, drawn: Drawn) -> dict[str, "torch.Tensor"]:
         """Return the summed squared error to the mean ratings, and the summed loss over the orders."""
         batch: Sequence[tuple[Ranking, list[float]]] = drawn.content
-        scores = score_rows(
-            self.model, self.tokenizer, [ids for ranking, _ in batch for ids in ranking.ids], self.job.numerics
-        )  # (N,)
+        rows = [ids for ranking, _ in batch for ids in ranking.ids]
+        shared_out = self.job.numerics.parallel.engine == "fsdp"  # then every process must make as many passes
+        together = len(rows) if shared_out else chat.TOGETHER
+        scores = score_rows(self.model, self.tokenizer, rows, self.job.numerics, together)  # (N,)
         scores = scores + scores.new_tensor([value for _, base in batch for value in base])
         starts = np.cumsum([0, *(len(ranking.ids) for ranking, _ in batch)]).tolist()
         placed = [(at, ranking) for at, (ranking, _) in zip(starts, batch, strict=False)]

@@ -8,7 +8,7 @@ from typing import Any
 
 from tasks import ingest, validate
 from tasks.common import tables
-from tasks.common.settings import Checkpoints, Dtypes, Numerics
+from tasks.common.settings import Checkpoints, Dtypes, Numerics, Parallel
 from tasks.common.stage import Job
 
 SOURCES = Path(__file__).parents[1] / "data" / "sources"
@@ -74,7 +74,11 @@ def job(module: ModuleType, inputs: dict[str, Path], folder: Path) -> Job:
         outputs=outputs,
         seed=1,
         numerics=Numerics(
-            device="cpu", threads=1, dtype=Dtypes(decoder="float32", encoder="float32"), attention="eager"
+            device="cpu",
+            threads=1,
+            dtype=Dtypes(decoder="float32", encoder="float32"),
+            attention="eager",
+            parallel=Parallel(processes=1, engine="data"),
         ),
         recipe="",
         checkpoints=Checkpoints(url="checkpoints", every_seconds=60.0),

@@ -9,7 +9,7 @@ import pytest
 
 from tasks import package
 from tasks.common import identity, stage, tables
-from tasks.common.settings import STAGES, Checkpoints, Dtypes, Numerics
+from tasks.common.settings import STAGES, Checkpoints, Dtypes, Numerics, Parallel
 from tasks.common.stage import Job, StageError
 
 
@@ -43,7 +43,13 @@ def evaluation(passed: bool) -> dict[str, Any]:
 
 def run(inputs: dict[str, Path], out: Path, refuse: bool = True) -> dict[str, Any]:
     out.mkdir(parents=True)
-    numerics = Numerics(device="cpu", threads=1, dtype=Dtypes(decoder="float32", encoder="float32"), attention="eager")
+    numerics = Numerics(
+        device="cpu",
+        threads=1,
+        dtype=Dtypes(decoder="float32", encoder="float32"),
+        attention="eager",
+        parallel=Parallel(processes=1, engine="data"),
+    )
     outputs = {name: out / name for name in package.OUTPUTS}
     job = Job("package", None, inputs, outputs, 1, numerics, "", Checkpoints(url="checkpoints", every_seconds=60.0))
     return package.run(package.Config(refuse_failed_gates=refuse), job)

@@ -4,6 +4,7 @@ import csv
 import logging
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ def masked_of(chain: Chain, path: Path, model: Any) -> Masked:
 
 def test_masks_are_a_function_of_seed_and_step(chain: Chain, tmp_path: Path) -> None:
     """A step draws the same masks whenever it is drawn, and its parts are those of the whole batch."""
-    first, again = (masked_of(chain, tmp_path / name, None) for name in ("first", "again"))
+    first, again = (masked_of(chain, tmp_path / name, SimpleNamespace()) for name in ("first", "again"))
     drawn = [first.draw(step, Share()) for step in range(8)]
     for step in reversed(range(8)):
         for ours, theirs in zip(again.draw(step, Share()).content, drawn[step].content, strict=True):

@@ -32,8 +32,13 @@ STAGES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def clone(path: Path, chain: Chain, stage: str, changes: dict[str, Any], store: Path, every: float) -> Path:
+def clone(
+    path: Path, chain: Chain, stage: str, changes: dict[str, Any], store: Path, every: float, *, processes: int = 1,
+    engine: str = "data", dtype: str = "bfloat16",
+) -> Path:  # fmt: skip
     """Return a folder with the project, the toy chain's data, and settings that train a stage for a few steps."""
+    for needed in ("data/tokenize/shards", "data/pretrain/clm/model", "data/pretrain/mlm/model"):
+        chain.path(needed)
     copy_project(path, "smoke")
     yaml, settings = YAML(), path / "params.yaml"
     params = yaml.load(settings.read_text(encoding="utf-8"))
@@ -44,6 +49,8 @@ def clone(path: Path, chain: Chain, stage: str, changes: dict[str, Any], store: 
     section |= changes
     if "mix" in section:
         section["mix"]["window"] = 16
+    params["numerics"]["dtype"] = {"decoder": dtype, "encoder": "float32"}
+    params["numerics"]["parallel"] = {"processes": processes, "engine": engine}
     params["placement"]["checkpoints"] = {"url": str(store), "every_seconds": every}
     with settings.open("w", encoding="utf-8") as file:
         yaml.dump(params, file)
@@ -78,8 +85,6 @@ def test_killed_anywhere_and_resumed_elsewhere_is_uninterrupted(
     stage: str, changes: dict[str, Any], chain: Chain, tmp_path: Path
 ) -> None:
     """`kill -9` at a random step, then the same stage in a second clone that shares nothing but the store."""
-    for path in ("data/tokenize/shards", "data/pretrain/clm/model", "data/pretrain/mlm/model"):
-        chain.path(path)
     store, at = tmp_path / "store", random.randrange(1, STEPS - 5)
     whole = clone(tmp_path / "whole", chain, stage, changes, tmp_path / "none", 1e9)
     first, second = (clone(tmp_path / name, chain, stage, changes, store, 1e-9) for name in ("first", "second"))

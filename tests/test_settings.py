@@ -118,12 +118,13 @@ def test_what_does_not_fit_between_sections_is_told(params: dict[str, Any]) -> N
     assert found[0].endswith("at most pretrain.clm.model.layers, which is 3: the model has no more blocks to train")
 
 
-def test_a_batch_has_no_more_parts_than_items(params: dict[str, Any]) -> None:
-    params["reward"]["accumulate"] = 17
+def test_a_batch_is_cut_into_equal_parts(params: dict[str, Any]) -> None:
+    params["reward"]["accumulate"] = 3
+    params["numerics"]["parallel"]["processes"] = 2
     (line,) = problems(params)
     assert line == (
-        "reward.accumulate: found 17, but it should be at most reward.batch, which is 16: each part of a step's batch "
-        "holds at least one of its items"
+        "reward.batch: found 16, but it should be a multiple of 6: reward.accumulate (3) x "
+        "numerics.parallel.processes (2) parts of equal size"
     )
 
 

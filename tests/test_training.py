@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from tasks.common import identity, models
 from tasks.common.checkpoints import Store
 from tasks.common.models import Shape
+from tasks.common.parallel import World
 from tasks.common.settings import Checkpoints, Dtypes
 from tasks.common.stage import Job, StageError
 from tasks.common.training import Drawn, History, Share, Training, batch_at, train
@@ -25,6 +26,7 @@ __all__ = ["chain"]
 pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
 
 STEPS = 12
+ALONE = World(0, 1, False, "cpu")
 
 
 def settings(name: str = "adamw", steps: int = STEPS, accumulate: int = 1, **changes: Any) -> Training:
@@ -100,7 +102,7 @@ def test_curves_average_over_a_few_steps(tmp_path: Path) -> None:
 def test_the_loop_learns_and_says_how_it_went(tmp_path: Path) -> None:
     """Every step once and in order, a falling loss, its parts in the curves, its speed among what was measured."""
     toy, job = Toy(), make_job(str(tmp_path))
-    history = train(toy.model, toy, settings(steps=60, learning_rate=0.05), job)
+    _, history = train(toy.model, toy, settings(steps=60, learning_rate=0.05), job)
     assert toy.seen == list(range(60))
     assert history.rows[-1]["error_loss"] < 0.3 * history.rows[0]["error_loss"]
     weighed = [0.5 * row["error_loss"] + 0.25 * row["size_loss"] for row in history.rows]
@@ -117,8 +119,10 @@ def test_a_batch_in_parts_is_the_batch(accumulate: int, tmp_path: Path) -> None:
     whole, parts = Toy(), Toy()
     for toy in (whole, parts):
         cast(torch.nn.Dropout, toy.model[2]).p = 0.0  # dropout draws anew for every part
-    expected = train(whole.model, whole, settings(name="sgd"), make_job(str(tmp_path), "whole"))
-    history = train(parts.model, parts, settings(name="sgd", accumulate=accumulate), make_job(str(tmp_path), "parts"))
+    _, expected = train(whole.model, whole, settings(name="sgd"), make_job(str(tmp_path), "whole"))
+    _, history = train(
+        parts.model, parts, settings(name="sgd", accumulate=accumulate), make_job(str(tmp_path), "parts")
+    )
     assert parts.seen == [step for step in range(STEPS) for _ in range(accumulate)]
     for ours, theirs in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -139,7 +143,7 @@ def test_long_gradients_are_cut_to_their_limit(tmp_path: Path) -> None:
     toy = Toy()
     before = torch.cat([parameter.detach().flatten().clone() for parameter in toy.model.parameters()])
     told = settings(name="sgd", steps=1, learning_rate=1.0, weight_decay=0.0, clip=0.125, schedule=CONSTANT)
-    history = train(toy.model, toy, told, make_job(str(tmp_path)))
+    _, history = train(toy.model, toy, told, make_job(str(tmp_path)))
     after = torch.cat([parameter.detach().flatten() for parameter in toy.model.parameters()])
     assert history.rows[0]["gradient_norm"] > 0.125
     assert (after - before).norm().item() == pytest.approx(0.125, rel=1e-4)
@@ -159,7 +163,7 @@ def test_a_loss_that_is_no_number_stops_with_a_sentence(value: float, term: str,
         train(toy.model, toy, told, make_job(str(tmp_path)))
     assert "loss" in str(told_so.value)
     assert toy.values() == reference.values()
-    store = Store.of(make_job(str(tmp_path)))
+    store = Store.of(make_job(str(tmp_path)), ALONE)
     assert [Path(path).name for path in store.filesystem.ls(store.folder, detail=False)] == ["000000003"]
 
 
@@ -206,12 +210,12 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def test_resumed_is_uninterrupted(name: str, stop: int, store_url: str) -> None:
     """Killed at any step and begun again from other weights, a run ends with the same bits and the same curves."""
     whole, first, second = Toy(seed=0), Toy(seed=0), Toy(seed=9)
-    expected = train(whole.model, whole, settings(name=name), make_job(store_url, "whole"))
+    _, expected = train(whole.model, whole, settings(name=name), make_job(store_url, "whole"))
     first.stop_at = stop
     with pytest.raises(KeyboardInterrupt):
         train(first.model, first, settings(name=name), make_job(store_url, every=1e-9))
     again = make_job(store_url)
-    history = train(second.model, second, settings(name=name), again)
+    _, history = train(second.model, second, settings(name=name), again)
     assert second.seen == list(range(stop, STEPS))
     assert again.figures["resumed_at_step"] == stop
     assert second.values() == whole.values()
@@ -230,7 +234,7 @@ def test_one_checkpoint_is_kept_until_the_stage_is_complete(store_url: str) -> N
     """Each checkpoint drops the one before it, and the harness's last call drops them all."""
     toy, job = Toy(), make_job(store_url, every=1e-9)
     train(toy.model, toy, settings(), job)
-    store = Store.of(job)
+    store = Store.of(job, ALONE)
     assert [Path(path).name for path in store.filesystem.ls(store.folder, detail=False)] == [f"{STEPS:09d}"]
     for call in job.when_complete:
         call()
@@ -241,7 +245,7 @@ def test_checkpoints_wait_for_their_time(store_url: str) -> None:
     """A run that is shorter than the time between two checkpoints writes none."""
     toy, job = Toy(), make_job(store_url, every=3600)
     train(toy.model, toy, settings(), job)
-    assert Store.of(job).filesystem.ls(Store.of(job).folder) == []
+    assert Store.of(job, ALONE).filesystem.ls(Store.of(job, ALONE).folder) == []
 
 
 def test_a_store_that_cannot_be_written_to_is_told_before_the_first_step(tmp_path: Path) -> None:
@@ -257,7 +261,7 @@ def test_checkpoints_that_cannot_be_dropped_fail_no_complete_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The outputs are in place by then, and the run would be repeated for nothing."""
-    store = Store.of(make_job(str(tmp_path / "store")))
+    store = Store.of(make_job(str(tmp_path / "store")), ALONE)
 
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError("read-only")
@@ -289,7 +293,7 @@ def test_half_a_checkpoint_is_none(lost: str, store_url: str) -> None:
     toy.stop_at = 6
     with pytest.raises(KeyboardInterrupt):
         train(toy.model, toy, settings(), job)
-    store = Store.of(job)
+    store = Store.of(job, ALONE)
     store.filesystem.rm(f"{store.folder}/000000006/{lost}")
     again, whole = Toy(), Toy()
     train(again.model, again, settings(), make_job(store_url, every=1e-9))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tasks.common import stage, tables
-from tasks.common.settings import Checkpoints, Dtypes, Numerics, Settings
+from tasks.common.settings import Checkpoints, Dtypes, Numerics, Parallel, Settings
 from tasks.common.stage import Job
 
 if TYPE_CHECKING:
@@ -60,7 +60,10 @@ PROSE = (
 ADJECTIVES = {"wonderful": 4.0, "good": 2.0, "fine": 1.0, "dull": -1.0, "poor": -2.0, "terrible": -4.0}
 THINGS = ("song", "soup", "garden", "lecture", "bread", "museum", "answer", "journey")
 
-NUMERICS = Numerics(device="cpu", threads=1, dtype=Dtypes(decoder="float32", encoder="float32"), attention="eager")
+ALONE = Parallel(processes=1, engine="data")
+NUMERICS = Numerics(
+    device="cpu", threads=1, dtype=Dtypes(decoder="float32", encoder="float32"), attention="eager", parallel=ALONE
+)
 RULE: dict[str, Any] = {
     "learning_rate": 3e-3,
     "weight_decay": 0.01,

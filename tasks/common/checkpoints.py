@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.common.parallel import World, placed_like, whole
 from tasks.common.stage import Job, StageError
 
 if TYPE_CHECKING:
@@ -30,15 +31,16 @@ class Store:
     filesystem: "AbstractFileSystem"
     folder: str
     every_seconds: float
+    world: World
     last: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def of(cls, job: Job) -> "Store":
+    def of(cls, job: Job, world: World) -> "Store":
         """Return the store that belongs to a job's recipe; raise StageError where nothing can be written there."""
         import fsspec
 
         filesystem, path = fsspec.core.url_to_fs(job.checkpoints.url)
-        store = cls(filesystem, f"{path.rstrip('/')}/{job.name}/{job.recipe}", job.checkpoints.every_seconds)
+        store = cls(filesystem, f"{path.rstrip('/')}/{job.name}/{job.recipe}", job.checkpoints.every_seconds, world)
         try:
             filesystem.makedirs(store.folder, exist_ok=True)
         except OSError as error:
@@ -73,10 +75,12 @@ class Store:
         tensors = load(self.filesystem.cat_file(f"{folder}/state.safetensors"))
         state = json.loads(self.filesystem.cat_file(f"{folder}/state.json"))
         weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-        self._must_fit(folder, weights, _trained(model))
-        model.load_state_dict(weights, strict=False)  # tied weights are stored once, frozen ones not at all
+        trained = _trained(model)  # tied weights are stored once, frozen ones not at all
+        self._must_fit(folder, weights, trained)
+        for name, value in trained.items():
+            value.copy_(placed_like(weights[name], value))
         for number, (optimizer, groups) in enumerate(zip(optimizers, state["groups"], strict=True)):
-            optimizer.load_state_dict(_unflatten(optimizer.state_dict(), tensors, f"optimizer.{number}.", groups))
+            optimizer.load_state_dict(_unflatten(optimizer, tensors, f"optimizer.{number}.", groups))
         history.rows, history.pending = state["rows"], state["pending"]
         print(f"resuming at step {int(complete[-1])} from {folder}")
         return int(complete[-1])
@@ -91,16 +95,19 @@ class Store:
         now: bool = False,
     ) -> None:
         """Write a checkpoint if it is time for one, or `now`, and drop the one before it."""
-        if not now and time.monotonic() - self.last < self.every_seconds:
+        if not self.world.decide(now or time.monotonic() - self.last >= self.every_seconds):
             return
         from safetensors.torch import save
 
+        tensors = {f"model.{name}": whole(value) for name, value in _trained(model).items()}
+        for number, optimizer in enumerate(optimizers):
+            tensors |= _flatten(optimizer.state_dict(), f"optimizer.{number}.")
+        self.last = time.monotonic()
+        if self.world.rank:
+            return
         older = self._folders()
         target, neighbour = f"{self.folder}/{step:09d}", f"{self.folder}/.{step:09d}"
         self.filesystem.makedirs(neighbour, exist_ok=True)
-        tensors = {f"model.{name}": value for name, value in _trained(model).items()}
-        for number, optimizer in enumerate(optimizers):
-            tensors |= _flatten(optimizer.state_dict(), f"optimizer.{number}.")
         content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         self.filesystem.pipe_file(f"{neighbour}/state.safetensors", content)
         groups = [_counters(optimizer) for optimizer in optimizers]
@@ -112,7 +119,6 @@ class Store:
         self.filesystem.mv(neighbour, target, recursive=True)
         for other in older:
             self.filesystem.rm(f"{self.folder}/{other}", recursive=True)
-        self.last = time.monotonic()
 
     @staticmethod
     def _must_fit(folder: str, found: "dict[str, torch.Tensor]", wanted: "dict[str, torch.Tensor]") -> None:
@@ -147,7 +153,7 @@ def _flatten(state: dict[str, Any], prefix: str) -> dict[str, "torch.Tensor"]:
     import torch
 
     slots = ((index, name, value) for index, values in state["state"].items() for name, value in values.items())
-    return {f"{prefix}{index}.{name}": torch.as_tensor(value) for index, name, value in slots}
+    return {f"{prefix}{index}.{name}": whole(torch.as_tensor(value)) for index, name, value in slots}
 
 
 def _counters(optimizer: "torch.optim.Optimizer") -> list[dict[str, int]]:
@@ -156,12 +162,17 @@ def _counters(optimizer: "torch.optim.Optimizer") -> list[dict[str, int]]:
 
 
 def _unflatten(
-    state: dict[str, Any], tensors: dict[str, "torch.Tensor"], prefix: str, counters: "list[dict[str, int]]"
+    optimizer: "torch.optim.Optimizer",
+    tensors: dict[str, "torch.Tensor"],
+    prefix: str,
+    counters: "list[dict[str, int]]",
 ) -> dict[str, Any]:
+    state = optimizer.state_dict()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     slots: dict[int, dict[str, torch.Tensor]] = {}
     for path, value in tensors.items():
         if path.startswith(prefix):
             index, name = path.removeprefix(prefix).split(".", 1)
-            slots.setdefault(int(index), {})[name] = value
+            slots.setdefault(int(index), {})[name] = placed_like(value, parameters[int(index)])
     groups = [{**group, **count} for group, count in zip(state["param_groups"], counters, strict=True)]
     return {"state": slots, "param_groups": groups}

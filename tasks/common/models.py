@@ -53,6 +53,8 @@ def prepare_torch(numerics: Numerics, seed: int) -> "torch.device":
         raise StageError(
             "numerics.device is cuda, but this machine shows no GPU to torch; set it to cpu or go to one that does."
         )
+    if numerics.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device(numerics.device)
 
 

@@ -16,12 +16,8 @@ STAGES = (
     "ingest", "validate", "tokenize", "pretrain", "finetune", "reward", "ppo", "prune", "quantize", "evaluate",
     "compare", "package",
 )  # fmt: skip
-_ONE_EACH = "each part of a step's batch holds at least one of its items"
+TRAINING = ("pretrain.clm", "pretrain.mlm", "finetune", "reward", "prune")
 AT_MOST = {  # setting: the one of another section that it must not exceed, and why
-    **{
-        f"{section}.accumulate": (f"{section}.batch", _ONE_EACH)
-        for section in ("pretrain.clm", "pretrain.mlm", "finetune", "reward", "prune")
-    },
     "finetune.method.layers": ("pretrain.clm.model.layers", "the model has no more blocks to train"),
     **dict.fromkeys(
         ("ppo.max_new_tokens", "prune.max_new_tokens", "evaluate.max_new_tokens"),
@@ -57,6 +53,15 @@ class Dtypes(Settings):
     encoder: Literal["float32", "bfloat16"] = Field(description="Type of masked models and of what is built on them")
 
 
+class Parallel(Settings):
+    """How many processes train a model together, and how they share it."""
+
+    processes: int = Field(description="Processes; each computes with `threads` threads, or on a GPU of its own", ge=1)
+    engine: Literal["data", "fsdp"] = Field(
+        description="data: the whole model in each; fsdp: weights and the optimizer's state shared out"
+    )
+
+
 class Numerics(Settings):
     """Settings that change the bytes of a result although they describe how it is computed; part of the identity."""
 
@@ -66,6 +71,7 @@ class Numerics(Settings):
     attention: Literal["eager", "sdpa"] = Field(
         description="Attention kernel; eager is faster on a CPU at short lengths"
     )
+    parallel: Parallel
 
 
 class Checkpoints(Settings):
@@ -176,6 +182,21 @@ def _across(params: dict[str, Any]) -> Iterator[str]:
         value, most = _at(params, path), _at(params, limit)
         if isinstance(value, int) and isinstance(most, int) and value > most:
             yield f"{path}: found {value}, but it should be at most {limit}, which is {most}: {why}"
+    yield from _processes(params)
+
+
+def _processes(params: dict[str, Any]) -> Iterator[str]:
+    """Tell of batches that cannot be shared out among the processes."""
+    processes = _at(params, "numerics.parallel.processes")
+    for section in TRAINING:
+        batch, accumulate = _at(params, f"{section}.batch"), _at(params, f"{section}.accumulate")
+        if all(isinstance(value, int) and value > 0 for value in (processes, batch, accumulate)) and (
+            batch % (accumulate * processes)
+        ):
+            yield (
+                f"{section}.batch: found {batch}, but it should be a multiple of {accumulate * processes}: "
+                f"{section}.accumulate ({accumulate}) x numerics.parallel.processes ({processes}) parts of equal size"
+            )
 
 
 def _at(params: Any, path: str) -> Any:

@@ -115,6 +115,8 @@ def main(module_name: str) -> None:
     try:
         execute(module, key)
     except BessemerError as error:
+        if rank():
+            raise SystemExit(1) from error  # the first process says it
         raise SystemExit(f"{name_of(module_name.rpartition('.')[2], key)}: {error}") from error
     except Exception as error:
         if not _disk_full(error):
@@ -140,13 +142,14 @@ def execute(module: ModuleType, key: str | None) -> dict[str, Any]:
     stage, seed = module.__name__.rpartition(".")[2], params["base"]["seed"]
     section, config = config_of(module, params, key)
     numerics = Numerics.model_validate(params["numerics"])
+    _gather_processes(module, key, numerics)
     inputs = {name: Path(path) for name, path in declared_inputs(module, key, config).items()}
     absent = [str(path) for path in inputs.values() if not path.exists()]
     if absent:
         raise StageError(f"{', '.join(absent)} is missing; `dvc repro {name_of(stage, key)}` makes it first.")
     record = _describe(module, stage, key, section, config, numerics, seed, inputs)
     targets = {name: Path(path) for name, path in declared_outputs(module, key).items()}
-    with _scratch(name_of(stage, key), targets) as outputs:
+    with _scratch(name_of(stage, key) + (f".{rank()}" if rank() else ""), targets) as outputs:
         checkpoints = Placement.model_validate(params["placement"]).checkpoints
         job = Job(stage, key, inputs, outputs, seed, numerics, record["recipe"], checkpoints)
         started, clock = datetime.now(UTC), time.perf_counter()
@@ -157,6 +160,23 @@ def execute(module: ModuleType, key: str | None) -> dict[str, Any]:
     for call in job.when_complete:
         call()
     return record
+
+
+def rank() -> int:
+    """Return this process's number among those that train a model together; the first, 0, is the one that writes."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _gather_processes(module: ModuleType, key: str | None, numerics: Numerics) -> None:
+    """Become torchrun where several processes are to train and no launcher has started them; else go on."""
+    processes, name = numerics.parallel.processes, name_of(module.__name__, key)
+    parallel = getattr(module, "PARALLEL", False)
+    if "RANK" in os.environ and not parallel:
+        raise StageError(f"{name} does not train, so one process does it: start it without a launcher.")
+    if parallel and processes > 1 and "RANK" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(numerics.threads)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        os.execv(sys.executable, [*torchrun, "-m", module.__name__, *([key] if key else [])])
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The training loop that the stages share, on accelerate: any objective, optimizer by name, checkpoints, curves.
+"""The training loop that the stages share: any objective, optimizer by name, checkpoints, curves, several processes.
 
 A stage gives the loop a model and an objective whose batch is a pure function of the step number (never of a position
 that somebody has to remember). So a checkpoint is the weights, the optimizers' state and the step, and a resumed run
@@ -21,6 +21,7 @@ from pydantic import Field
 from tasks.common import optimizers
 from tasks.common.checkpoints import Store
 from tasks.common.optimizers import Optimizer, rate_at
+from tasks.common.parallel import World, whole
 from tasks.common.settings import Settings
 from tasks.common.stage import Job, StageError
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 Item = TypeVar("Item")
+Model = TypeVar("Model", bound="torch.nn.Module")
 
 AHEAD = 2  # steps whose batches are drawn, by a thread of its own, while one is worked out
 NAMED = 12  # items of a batch that a message names
@@ -119,33 +121,36 @@ class Training(Settings):
     optimizer: Optimizer
 
 
-def train(model: "torch.nn.Module", objective: Objective, config: Training, job: Job) -> History:
-    """Train in place for a number of steps and return the curves, resuming from the job's last checkpoint if any.
+def train(model: Model, objective: Objective, config: Training, job: Job) -> "tuple[Model, History]":
+    """Train for a number of steps and return the trained model and the curves, resuming from the last checkpoint.
 
+    The model is trained in place; it is another object that is returned only where several processes shared it out.
     Raises StageError where the loss stops being finite, before it can spoil the weights, and where memory ends.
     """
     import torch
-    from accelerate import Accelerator
     from tqdm import tqdm
 
-    accelerator = Accelerator(cpu=job.numerics.device == "cpu", mixed_precision="no")
-    model, *updates = accelerator.prepare(model, *optimizers.build(config.optimizer, model))
-    steps = config.steps
+    world, steps = World.join(job.numerics), config.steps
+    trained: Model = world.spread(model)
+    updates = optimizers.build(config.optimizer, model)
     history = History(every=max(1, steps // 60))
-    store = Store.of(job)
+    store = Store.of(job, world)
     first = store.resume(model, updates, history)
     model.train()
     tokens, started = 0, time.perf_counter()
-    batches = _drawn_ahead(objective, range(first, steps), config.accumulate)
-    for step in tqdm(range(first, steps), desc=job.name, initial=first, total=steps, mininterval=2):
+    batches = _drawn_ahead(objective, range(first, steps), config.accumulate, world)
+    for step in tqdm(
+        range(first, steps), desc=job.name, initial=first, total=steps, mininterval=2, disable=world.rank > 0
+    ):
         rate = rate_at(config.optimizer, step, steps)
         for group in (group for update in updates for group in update.param_groups):
             group["lr"] = rate
         parts = next(batches)
-        torch.manual_seed(_seed(job.seed, step))  # of dropout, wherever a model has some
+        torch.manual_seed(_seed(job.seed, step, world.rank))  # of dropout, wherever a model has some
         with _memory_advice(job, config.accumulate):
-            losses = _backward(objective, parts)
-        norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+            losses = _backward(objective, parts, world)
+        world.add_up(model)
+        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip))
         figures = dict(zip([*losses, "gradient_norm"], torch.stack([*losses.values(), norm]).tolist(), strict=True))
         if not all(map(math.isfinite, figures.values())):
             store.keep(step, model, updates, history, now=True)
@@ -157,17 +162,25 @@ def train(model: "torch.nn.Module", objective: Objective, config: Training, job:
         history.add(step, {**figures, "learning_rate": rate})
         store.keep(step + 1, model, updates, history)
     history.flush(steps - 1)
-    job.measured(tokens_per_second=round(tokens / max(time.perf_counter() - started, 1e-9)), resumed_at_step=first)
-    return history
+    job.measured(
+        tokens_per_second=round(world.size * tokens / max(time.perf_counter() - started, 1e-9)), resumed_at_step=first
+    )
+    if trained is not model:
+        trained.load_state_dict({name: whole(value) for name, value in model.state_dict().items()})
+    world.leave()
+    return trained, history
 
 
-def _drawn_ahead(objective: Objective, steps: range, accumulate: int) -> Iterator[list[Drawn]]:
-    """Yield each step's parts, drawn while the steps before are worked out."""
+def _drawn_ahead(objective: Objective, steps: range, accumulate: int, world: World) -> Iterator[list[Drawn]]:
+    """Yield each step's parts of this process, drawn while the steps before are worked out.
+
+    A part that holds nothing is left out, but where weights are shared out: there the others wait for its pass.
+    """
     waiting: deque[Future[list[Drawn]]] = deque()
 
     def draw(step: int) -> list[Drawn]:
-        parts = (objective.draw(step, Share(index, accumulate)) for index in range(accumulate))
-        return [part for part in parts if part.tokens]
+        shares = (Share(index * world.size + world.rank, accumulate * world.size) for index in range(accumulate))
+        return [part for part in (objective.draw(step, share) for share in shares) if part.tokens or world.sharded]
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         try:
@@ -181,23 +194,26 @@ def _drawn_ahead(objective: Objective, steps: range, accumulate: int) -> Iterato
             pool.shutdown(cancel_futures=True)
 
 
-def _backward(objective: Objective, parts: Sequence[Drawn]) -> "dict[str, torch.Tensor]":
+def _backward(objective: Objective, parts: Sequence[Drawn], world: World) -> "dict[str, torch.Tensor]":
     """Work the parts out, leave their gradient in the parameters, and return the loss and, where several, its terms.
 
     Each term is divided by the targets of the whole batch, so that parts of unequal size weigh what they hold.
     """
     import torch
 
-    targets = {term: max(1, sum(part.targets[term] for part in parts)) for term in objective.weights}
-    found: list[torch.Tensor] = []  # of each part, the terms' shares in the batch's means, (terms,)
+    names = list(objective.weights)
+    asked = torch.tensor([sum(part.targets[term] for part in parts) for term in names], device=world.device)
+    targets = world.sum(asked).clamp(min=1)  # (terms,)
+    weights = torch.tensor(list(objective.weights.values()), device=world.device)
+    means = torch.zeros(len(names), device=world.device)
     for part in parts:
         sums = objective.sums(part)
-        means = torch.stack([sums[term] / targets[term] for term in objective.weights])
-        (means @ means.new_tensor(list(objective.weights.values()))).backward()
-        found.append(means.detach())
-    terms = dict(zip(objective.weights, torch.stack(found).sum(0), strict=True))
-    loss = torch.stack([weight * terms[term] for term, weight in objective.weights.items()]).sum()
-    return {"loss": loss} | ({f"{term}_loss": value for term, value in terms.items()} if len(terms) > 1 else {})
+        found = torch.stack([sums[term] for term in names]) / targets
+        (world.scale * (found @ weights)).backward()
+        means += found.detach()
+    means = world.sum(means)
+    several = {f"{term}_loss": mean for term, mean in zip(names, means, strict=True)} if len(names) > 1 else {}
+    return {"loss": means @ weights, **several}
 
 
 @contextmanager
@@ -231,8 +247,8 @@ def _not_finite(
     )
 
 
-def _seed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, step, 5]).generate_state(1)[0])
+def _seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, 5, rank]).generate_state(1)[0])
 
 
 def batch_at(items: Sequence[Item], size: int, seed: int, step: int) -> list[Item]:
