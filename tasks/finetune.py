@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from tasks.common import chat, losses, models, stage, tables
+from tasks.common.flops import Work
 from tasks.common.settings import Settings
 from tasks.common.shards import Mixture, Split
 from tasks.common.stage import Job, StageError
@@ -84,8 +85,8 @@ def run(config: Config, job: Job) -> dict[str, Any]:
             "raise tokenize.context."
         )
     trained = apply_method(model, config.method)
-    split = Split.open(job.inputs["shards"] / "train")
-    trained, history = train(trained, Answers(config, job, trained, tokenizer, usable, split), config, job)
+    split, work = Split.open(job.inputs["shards"] / "train"), Work.of(trained, config.mix.window, job.numerics)
+    trained, history = train(trained, Answers(config, job, trained, tokenizer, usable, split), config, job, work)
     models.save(merge(trained, config.method), tokenizer, job.outputs["model"])
     history.write(job.outputs["history"])
     return {

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
-from tasks.common import chat, models, optimizers, sampling, stage, tables
+from tasks.common import chat, models, optimizers, sampling, stage, tables, tracking
 from tasks.common.optimizers import Optimizer, rate_at
 from tasks.common.scoring import Scorer
 from tasks.common.settings import Settings
@@ -107,11 +107,14 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     trainer = Trainer(config, job, tokenizer, policy, reference, head, scorer, prompts, mixture)
     history = History(every=1)
     began = time.perf_counter()
-    for iteration in tqdm(range(config.iterations + 1), desc=job.name, mininterval=2):
-        figures = trainer.iterate(iteration, learn=iteration < config.iterations)  # the last one looks at what came out
-        if figures is None:
-            break
-        history.add(iteration, figures)
+    with tracking.opened(job, every=1) as tracker:  # an iteration is many updates long
+        for iteration in tqdm(range(config.iterations + 1), desc=job.name, mininterval=2):
+            figures = trainer.iterate(iteration, learn=iteration < config.iterations)  # the last one only looks
+            if figures is None:
+                break
+            history.add(iteration, figures)
+            rate = trainer.optimizers[0].param_groups[0]["lr"]
+            tracker.log(iteration + 1, {**figures, "learning_rate": rate}, round(figures["length"] * config.episodes))
     job.measured(episodes_per_second=round(len(history.rows) * config.episodes / (time.perf_counter() - began), 2))
     models.save(policy, tokenizer, job.outputs["model"])
     history.write(job.outputs["history"])

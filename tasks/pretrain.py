@@ -11,12 +11,13 @@ import numpy as np
 from pydantic import Field
 
 from tasks.common import chat, losses, models, stage
+from tasks.common.flops import Work
 from tasks.common.losses import IGNORED, Entropy
 from tasks.common.masking import Masker, Masking, Vocabulary
 from tasks.common.models import Shape
 from tasks.common.shards import Batches, Mixture, Split
 from tasks.common.stage import Job
-from tasks.common.training import Drawn, Share, Training, summary, train
+from tasks.common.training import WHOLE, Drawn, Share, Training, summary, train
 
 if TYPE_CHECKING:
     import torch
@@ -58,9 +59,12 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     evaluation: dict[str, Any] = {}
     if isinstance(config, MaskedConfig):
         masked = Masked(config, job, model, train_split, Vocabulary.of(tokenizer), tokenizer.pad_token_id)
-        model, history = train(model, masked, config, job)
+        drawn = masked.draw(0, WHOLE)
+        work = Work.of(model, config.window, job.numerics, read_out=drawn.targets["masked"] / drawn.tokens)
+        model, history = train(model, masked, config, job, work)
     else:
-        model, history = train(model, Causal(config, job, model, train_split), config, job)
+        work = Work.of(model, config.window, job.numerics)
+        model, history = train(model, Causal(config, job, model, train_split), config, job, work)
         evaluation = {"heldout_loss": heldout_loss(model, heldout, config.window)}
     models.save(model, tokenizer, job.outputs["model"])
     history.write(job.outputs["history"])

@@ -44,7 +44,7 @@ def run(config, job):
         raise stage.StageError("the pot is empty: fill data/raw.txt")
     if config.way != "forget":
         job.outputs["smell"].write_text("good")
-    job.measured(tokens_per_second=7.5)
+    job.measured(tokens_per_second=7.5, folder=str(job.run_folder))
     return {"portions": 2}
 
 if __name__ == "__main__":
@@ -54,7 +54,9 @@ if __name__ == "__main__":
 PARAMS = """
 base: {seed: 1}
 numerics: %s
-placement: {side_by_side: 1, cost_per_hour: 0, currency: USD, checkpoints: {url: checkpoints, every_seconds: 60}}
+placement:
+  {side_by_side: 1, cost_per_hour: 0, currency: USD, checkpoints: {url: checkpoints, every_seconds: 60},
+   tracking: {to: [], every: 1}}
 cook: {text: soup, way: well}
 """
 
@@ -146,6 +148,7 @@ class TestComplete:
         assert kitchen.scratch() == []
         log = kitchen.json("runs/run-1/cook.json")
         assert log["tokens_per_second"] == 7.5
+        assert log["folder"] == "runs/run-1"  # where the stage's live curves go too
         assert log["recipe"] == record["recipe"]
         assert {"seconds", "peak_memory_bytes", "host", "commit", "dirty", "started"} <= set(log)
 

@@ -152,8 +152,9 @@ def _trained(model: "torch.nn.Module") -> dict[str, "torch.Tensor"]:
 def _flatten(state: dict[str, Any], prefix: str) -> dict[str, "torch.Tensor"]:
     import torch
 
-    slots = ((index, name, value) for index, values in state["state"].items() for name, value in values.items())
-    return {f"{prefix}{index}.{name}": whole(torch.as_tensor(value)) for index, name, value in slots}
+    # Sorted, because all processes must ask for the pieces of the same tensor, and a loaded state has no order.
+    slots = sorted((index, name) for index, values in state["state"].items() for name in values)
+    return {f"{prefix}{index}.{name}": whole(torch.as_tensor(state["state"][index][name])) for index, name in slots}
 
 
 def _counters(optimizer: "torch.optim.Optimizer") -> list[dict[str, int]]:

@@ -78,8 +78,12 @@ def autocast(model: Any, numerics: Numerics) -> "torch.autocast":
     """Return the context in which a model's forward passes run: bfloat16 where `numerics.dtype` says so of its kind."""
     import torch
 
-    dtype = numerics.dtype.encoder if model.config.model_type == ENCODER_TYPE else numerics.dtype.decoder
-    return torch.autocast(numerics.device, torch.bfloat16, enabled=dtype == "bfloat16")
+    return torch.autocast(numerics.device, torch.bfloat16, enabled=dtype_of(model, numerics) == "bfloat16")
+
+
+def dtype_of(model: Any, numerics: Numerics) -> str:
+    """Return the name of the type that a model's matrix products are computed in."""
+    return numerics.dtype.encoder if model.config.model_type == ENCODER_TYPE else numerics.dtype.decoder
 
 
 def new_decoder(

@@ -5,6 +5,7 @@ that is missing, unknown or out of range is an error, and all of them are told b
 """
 
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,13 @@ STAGES = (
     "compare", "package",
 )  # fmt: skip
 TRAINING = ("pretrain.clm", "pretrain.mlm", "finetune", "reward", "prune")
+Service = Literal["dvclive", "tensorboard", "wandb", "mlflow"]
+SERVICES: dict[Service, str] = {  # what pip installs for each; all of mlflow does not fit beside what else is pinned
+    "dvclive": "dvclive>=3.49",
+    "tensorboard": "tensorboard>=2.21",
+    "wandb": "wandb>=0.31",
+    "mlflow": "mlflow-skinny>=3.17",
+}
 AT_MOST = {  # setting: the one of another section that it must not exceed, and why
     "finetune.method.layers": ("pretrain.clm.model.layers", "the model has no more blocks to train"),
     **dict.fromkeys(
@@ -99,6 +107,24 @@ class Checkpoints(Settings):
         return url
 
 
+class Tracking(Settings):
+    """Where a training stage's figures can be watched while it runs; see `tasks/common/tracking.py`."""
+
+    to: list[Service] = Field(description="Services that they are written for; none where it is empty")
+    every: int = Field(description="Steps between two points of a curve", ge=1)
+
+    @field_validator("to")
+    @classmethod
+    def _installed(cls, to: list[Service]) -> list[Service]:
+        """Refuse a service that would only be missed when training starts."""
+        if len(set(to)) < len(to):
+            raise ValueError("each service should be named once")
+        for service in to:
+            if importlib.util.find_spec(service) is None:
+                raise ValueError(f"{service} is not installed: `pip install '{SERVICES[service]}'` brings it")
+        return to
+
+
 class Placement(Settings):
     """Where things run. Neither tracked by DVC nor part of the identity."""
 
@@ -106,6 +132,7 @@ class Placement(Settings):
     cost_per_hour: float = Field(description="Price of this machine in currency units an hour, for the report", ge=0)
     currency: str = Field(description="Name of that currency", min_length=1)
     checkpoints: Checkpoints
+    tracking: Tracking
 
 
 def read_params(path: Path = Path("params.yaml")) -> dict[str, Any]:

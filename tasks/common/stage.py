@@ -31,6 +31,7 @@ from tasks.common.settings import (
     Numerics,
     Placement,
     Settings,
+    Tracking,
     check,
     config_of,
     read_params,
@@ -38,11 +39,15 @@ from tasks.common.settings import (
 
 RUN_ID = "BESSEMER_RUN_ID"
 SCRATCH = Path("data/.scratch")
+RUNS = Path("runs")
 LEFT_BY_RUNS = ("benchmarks/results", "docs", "dvc.lock", "metrics")  # tracked, and no part of what is run
 
 
 class StageError(BessemerError):
     """A stage cannot go on, for a reason that the user can mend; its text says what was found and what to do."""
+
+
+NOT_TRACKED = Tracking(to=[], every=1)  # of a job that was not made by `execute`
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class Job:
     numerics: Numerics
     recipe: str
     checkpoints: Checkpoints
+    tracking: Tracking = NOT_TRACKED
+    run_folder: Path = RUNS / "manual"
     figures: dict[str, Any] = field(default_factory=dict)
     when_complete: list[Callable[[], None]] = field(default_factory=list)
 
@@ -150,9 +157,12 @@ def execute(module: ModuleType, key: str | None) -> dict[str, Any]:
     record = _describe(module, stage, key, section, config, numerics, seed, inputs)
     targets = {name: Path(path) for name, path in declared_outputs(module, key).items()}
     with _scratch(name_of(stage, key) + (f".{rank()}" if rank() else ""), targets) as outputs:
-        checkpoints = Placement.model_validate(params["placement"]).checkpoints
-        job = Job(stage, key, inputs, outputs, seed, numerics, record["recipe"], checkpoints)
+        placement = Placement.model_validate(params["placement"])
         started, clock = datetime.now(UTC), time.perf_counter()
+        job = Job(
+            stage, key, inputs, outputs, seed, numerics, record["recipe"], placement.checkpoints, placement.tracking,
+            run_folder(started),
+        )  # fmt: skip
         metrics = module.run(config, job)
         seconds = time.perf_counter() - clock
         _finish(job, targets, record, metrics)
@@ -239,7 +249,6 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _write_run(job: Job, started: datetime, seconds: float) -> None:
-    run_id = os.environ.get(RUN_ID) or started.strftime("manual-%Y%m%d-%H%M%S")
     usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     log = {
         "stage": job.name,
@@ -253,7 +262,12 @@ def _write_run(job: Job, started: datetime, seconds: float) -> None:
         **commit(),
         **job.figures,
     }
-    write_json(Path("runs", run_id, f"{job.name}.json"), log)
+    write_json(job.run_folder / f"{job.name}.json", log)
+
+
+def run_folder(started: datetime) -> Path:
+    """Return where a run keeps what was measured: the flow's, or one of its own for a stage started by hand."""
+    return RUNS / (os.environ.get(RUN_ID) or started.strftime("manual-%Y%m%d-%H%M%S"))
 
 
 def commit(folder: Path = Path()) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 from pydantic import Field
 
-from tasks.common import optimizers
+from tasks.common import optimizers, tracking
 from tasks.common.checkpoints import Store
+from tasks.common.flops import Work
 from tasks.common.optimizers import Optimizer, rate_at
 from tasks.common.parallel import World, whole
 from tasks.common.settings import Settings
@@ -121,11 +122,14 @@ class Training(Settings):
     optimizer: Optimizer
 
 
-def train(model: Model, objective: Objective, config: Training, job: Job) -> "tuple[Model, History]":
+def train(
+    model: Model, objective: Objective, config: Training, job: Job, work: Work | None = None
+) -> "tuple[Model, History]":
     """Train for a number of steps and return the trained model and the curves, resuming from the last checkpoint.
 
     The model is trained in place; it is another object that is returned only where several processes shared it out.
-    Raises StageError where the loss stops being finite, before it can spoil the weights, and where memory ends.
+    `work` is what a token costs, where the model's utilisation is to be known. Raises StageError where the loss stops
+    being finite, before it can spoil the weights, and where memory ends.
     """
     import torch
     from tqdm import tqdm
@@ -139,32 +143,34 @@ def train(model: Model, objective: Objective, config: Training, job: Job) -> "tu
     model.train()
     tokens, started = 0, time.perf_counter()
     batches = _drawn_ahead(objective, range(first, steps), config.accumulate, world)
-    for step in tqdm(
-        range(first, steps), desc=job.name, initial=first, total=steps, mininterval=2, disable=world.rank > 0
-    ):
-        rate = rate_at(config.optimizer, step, steps)
-        for group in (group for update in updates for group in update.param_groups):
-            group["lr"] = rate
-        parts = next(batches)
-        torch.manual_seed(_seed(job.seed, step, world.rank))  # of dropout, wherever a model has some
-        with _memory_advice(job, config.accumulate):
-            losses = _backward(objective, parts, world)
-        world.add_up(model)
-        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip))
-        figures = dict(zip([*losses, "gradient_norm"], torch.stack([*losses.values(), norm]).tolist(), strict=True))
-        if not all(map(math.isfinite, figures.values())):
-            store.keep(step, model, updates, history, now=True)
-            raise StageError(_not_finite(step, steps, figures, parts, store, rate))
-        for update in updates:
-            update.step()
-            update.zero_grad()
-        tokens += sum(part.tokens for part in parts)
-        history.add(step, {**figures, "learning_rate": rate})
-        store.keep(step + 1, model, updates, history)
+    bar = tqdm(range(first, steps), desc=job.name, initial=first, total=steps, mininterval=2, disable=world.rank > 0)
+    with tracking.opened(job, work=work and work.of_all(world.size), first=first, earlier=history.rows) as tracker:
+        for step in bar:
+            rate = rate_at(config.optimizer, step, steps)
+            for group in (group for update in updates for group in update.param_groups):
+                group["lr"] = rate
+            parts = next(batches)
+            torch.manual_seed(_seed(job.seed, step, world.rank))  # of dropout, wherever a model has some
+            with _memory_advice(job, config.accumulate):
+                losses = _backward(objective, parts, world)
+            world.add_up(model)
+            norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip))
+            values = torch.stack([*losses.values(), norm]).tolist()
+            figures = dict(zip([*losses, "gradient_norm"], values, strict=True))
+            if not all(map(math.isfinite, values)):
+                store.keep(step, model, updates, history, now=True)
+                raise StageError(_not_finite(step, steps, figures, parts, store, rate))
+            for update in updates:
+                update.step()
+                update.zero_grad()
+            figures["learning_rate"] = rate
+            read = world.size * sum(part.tokens for part in parts)
+            tokens += read
+            history.add(step, figures)
+            tracker.log(step + 1, figures, read)
+            store.keep(step + 1, model, updates, history)
     history.flush(steps - 1)
-    job.measured(
-        tokens_per_second=round(world.size * tokens / max(time.perf_counter() - started, 1e-9)), resumed_at_step=first
-    )
+    job.measured(tokens_per_second=round(tokens / max(time.perf_counter() - started, 1e-9)), resumed_at_step=first)
     if trained is not model:
         trained.load_state_dict({name: whole(value) for name, value in model.state_dict().items()})
     world.leave()
