@@ -100,6 +100,8 @@ def run(config: Config, job: Job) -> dict[str, Any]:
 class Answers:
     """The answers of conversations, and pretraining text beside them."""
 
+    steady = False
+
     def __init__(
         self, config: Config, job: Job, model: Any, tokenizer: "PreTrainedTokenizerFast", encoded: Sequence[Encoded],
         split: Split,

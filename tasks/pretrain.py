@@ -75,6 +75,7 @@ class Causal:
     """The next token of every window."""
 
     weights: ClassVar = {"causal": 1.0}
+    steady = True
 
     def __init__(self, config: Config, job: Job, model: "PreTrainedModel", split: Split) -> None:
         self.mixture = Mixture(split, config.window, config.batch, config.statements, job.seed)
@@ -90,7 +91,7 @@ class Causal:
 
     def sums(self, drawn: Drawn) -> dict[str, "torch.Tensor"]:
         """Return the summed surprise (nats) of each token after its window's first."""
-        ids = drawn.content.to(self.model.device)
+        ids = drawn.content.to(self.model.device, non_blocking=True)
         with models.autocast(self.model, self.job.numerics):
             logits = self.model(input_ids=ids, use_cache=False).logits  # (B, T, V)
         total = losses.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), self.config.entropy)
@@ -101,6 +102,7 @@ class Masked:
     """What is hidden of whole texts."""
 
     weights: ClassVar = {"masked": 1.0}
+    steady = False
 
     def __init__(
         self, config: MaskedConfig, job: Job, model: Any, split: Split, vocabulary: Vocabulary, fill: int
@@ -127,7 +129,7 @@ class Masked:
 
     def sums(self, drawn: Drawn) -> dict[str, "torch.Tensor"]:
         """Return the summed surprise (nats) of what is asked."""
-        hidden, mask, targets = (array.to(self.model.device) for array in drawn.content)
+        hidden, mask, targets = (array.to(self.model.device, non_blocking=True) for array in drawn.content)
         with models.autocast(self.model, self.job.numerics):
             logits = self.model(input_ids=hidden, attention_mask=mask, labels=targets).logits  # (asked, V)
         return {"masked": losses.cross_entropy(logits, targets[targets != IGNORED], self.config.entropy)}

@@ -115,6 +115,7 @@ class Recovery:
     """The policy's next-token distribution, as the objective of the pruned model."""
 
     weights: ClassVar = {"divergence": 1.0}
+    steady = False
 
     def __init__(self, pruned: "PreTrainedModel", policy: "PreTrainedModel", batches: Batches, job: Job) -> None:
         self.pruned, self.policy, self.batches, self.job = pruned, policy, batches, job

@@ -122,6 +122,8 @@ def run(config: Config, job: Job) -> dict[str, Any]:
 class Judgements:
     """What people said of replies, as the objective of the model."""
 
+    steady = False
+
     def __init__(
         self, config: Config, job: Job, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast",
         rankings: Sequence[Ranking], bases: Sequence[list[float]],

@@ -78,6 +78,8 @@ def job(module: ModuleType, inputs: dict[str, Path], folder: Path) -> Job:
             threads=1,
             dtype=Dtypes(decoder="float32", encoder="float32"),
             attention="eager",
+            compile="never",
+            recompute=False,
             parallel=Parallel(processes=1, engine="data"),
         ),
         recipe="",

@@ -48,6 +48,8 @@ def run(inputs: dict[str, Path], out: Path, refuse: bool = True) -> dict[str, An
         threads=1,
         dtype=Dtypes(decoder="float32", encoder="float32"),
         attention="eager",
+        compile="never",
+        recompute=False,
         parallel=Parallel(processes=1, engine="data"),
     )
     outputs = {name: out / name for name in package.OUTPUTS}

@@ -44,6 +44,7 @@ class Toy:
     """A little regression whose batch, and its noise, is a pure function of the step."""
 
     weights: ClassVar = {"error": 0.5, "size": 0.25}
+    steady = True
 
     def __init__(self, seed: int = 0) -> None:
         import torch

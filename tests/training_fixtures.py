@@ -62,8 +62,9 @@ THINGS = ("song", "soup", "garden", "lecture", "bread", "museum", "answer", "jou
 
 ALONE = Parallel(processes=1, engine="data")
 NUMERICS = Numerics(
-    device="cpu", threads=1, dtype=Dtypes(decoder="float32", encoder="float32"), attention="eager", parallel=ALONE
-)
+    device="cpu", threads=1, dtype=Dtypes(decoder="float32", encoder="float32"), attention="eager", compile="never",
+    recompute=False, parallel=ALONE,
+)  # fmt: skip
 RULE: dict[str, Any] = {
     "learning_rate": 3e-3,
     "weight_decay": 0.01,

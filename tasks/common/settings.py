@@ -79,6 +79,12 @@ class Numerics(Settings):
     attention: Literal["eager", "sdpa"] = Field(
         description="Attention kernel; eager is faster on a CPU at short lengths"
     )
+    compile: Literal["never", "auto", "always"] = Field(
+        description="torch.compile of training steps: auto where a run is long enough to win its time back"
+    )
+    recompute: bool = Field(
+        description="Activation checkpointing: blocks are worked out again backwards: less memory, a third more work"
+    )
     parallel: Parallel
 
 

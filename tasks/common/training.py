@@ -8,17 +8,17 @@ computes what an uninterrupted one would have.
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from pydantic import Field
 
-from tasks.common import optimizers, tracking
+from tasks.common import compiling, optimizers, tracking
 from tasks.common.checkpoints import Store
 from tasks.common.flops import Work
 from tasks.common.optimizers import Optimizer, rate_at
@@ -60,6 +60,7 @@ class Drawn:
 
 
 WHOLE = Share()
+Sums = Callable[[Drawn], "dict[str, torch.Tensor]"]
 
 
 class Objective(Protocol):
@@ -68,6 +69,11 @@ class Objective(Protocol):
     @property
     def weights(self) -> Mapping[str, float]:
         """The terms of the loss by name, with their weights: it is the sum of weight × mean over a term's targets."""
+        ...
+
+    @property
+    def steady(self) -> bool:
+        """Whether all parts have one shape."""
         ...
 
     def draw(self, step: int, share: Share) -> Drawn:
@@ -135,6 +141,7 @@ def train(
     from tqdm import tqdm
 
     world, steps = World.join(job.numerics), config.steps
+    sums = _sums(model, objective, config, job, work)
     trained: Model = world.spread(model)
     updates = optimizers.build(config.optimizer, model)
     history = History(every=max(1, steps // 60))
@@ -152,7 +159,7 @@ def train(
             parts = next(batches)
             torch.manual_seed(_seed(job.seed, step, world.rank))  # of dropout, wherever a model has some
             with _memory_advice(job, config.accumulate):
-                losses = _backward(objective, parts, world)
+                losses = _backward(sums, objective.weights, parts, world)
             world.add_up(model)
             norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip))
             values = torch.stack([*losses.values(), norm]).tolist()
@@ -177,6 +184,17 @@ def train(
     return trained, history
 
 
+def _sums(model: Any, objective: Objective, config: Training, job: Job, work: Work | None) -> Sums:
+    """Return the objective's sums as the numerics want them worked out: compiled, with blocks worked out again."""
+    numerics = job.numerics
+    if numerics.recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    flops = work.flops_per_token * objective.draw(0, WHOLE).tokens * config.steps if work else None
+    if not compiling.worthwhile(numerics, flops):
+        return objective.sums
+    return compiling.compiled(objective.sums, steady=objective.steady)
+
+
 def _drawn_ahead(objective: Objective, steps: range, accumulate: int, world: World) -> Iterator[list[Drawn]]:
     """Yield each step's parts of this process, drawn while the steps before are worked out.
 
@@ -186,7 +204,8 @@ def _drawn_ahead(objective: Objective, steps: range, accumulate: int, world: Wor
 
     def draw(step: int) -> list[Drawn]:
         shares = (Share(index * world.size + world.rank, accumulate * world.size) for index in range(accumulate))
-        return [part for part in (objective.draw(step, share) for share in shares) if part.tokens or world.sharded]
+        parts = [part for part in (objective.draw(step, share) for share in shares) if part.tokens or world.sharded]
+        return [replace(part, content=_pinned(part.content)) for part in parts] if world.device == "cuda" else parts
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         try:
@@ -200,20 +219,31 @@ def _drawn_ahead(objective: Objective, steps: range, accumulate: int, world: Wor
             pool.shutdown(cancel_futures=True)
 
 
-def _backward(objective: Objective, parts: Sequence[Drawn], world: World) -> "dict[str, torch.Tensor]":
+def _pinned(content: Any) -> Any:
+    """Return what was drawn with its tensors in memory that a GPU reads by itself, while it still computes."""
+    import torch
+
+    if isinstance(content, torch.Tensor):
+        return content.pin_memory() if content.device.type == "cpu" else content
+    return [_pinned(item) for item in content] if isinstance(content, list | tuple) else content
+
+
+def _backward(
+    sums_of: Sums, terms: Mapping[str, float], parts: Sequence[Drawn], world: World
+) -> "dict[str, torch.Tensor]":
     """Work the parts out, leave their gradient in the parameters, and return the loss and, where several, its terms.
 
     Each term is divided by the targets of the whole batch, so that parts of unequal size weigh what they hold.
     """
     import torch
 
-    names = list(objective.weights)
+    names = list(terms)
     asked = torch.tensor([sum(part.targets[term] for part in parts) for term in names], device=world.device)
     targets = world.sum(asked).clamp(min=1)  # (terms,)
-    weights = torch.tensor(list(objective.weights.values()), device=world.device)
+    weights = torch.tensor(list(terms.values()), device=world.device)
     means = torch.zeros(len(names), device=world.device)
     for part in parts:
-        sums = objective.sums(part)
+        sums = sums_of(part)
         found = torch.stack([sums[term] for term in names]) / targets
         (world.scale * (found @ weights)).backward()
         means += found.detach()
@@ -233,10 +263,11 @@ def _memory_advice(job: Job, accumulate: int) -> Iterator[None]:
         if isinstance(error, RuntimeError) and "alloc" not in str(error).lower() and "memory" not in str(error).lower():
             raise
         section = job.name.replace("@", ".")
+        more = "" if job.numerics.recompute else "; or numerics.recompute to true, which costs a third of the speed"
         raise StageError(
             f"memory ended while a step was worked out ({str(error).splitlines()[0]}). Set "
             f"{section}.accumulate to {2 * accumulate} (now {accumulate}): the same step in smaller parts, "
-            "at half the memory for activations."
+            f"at half the memory for activations{more}."
         ) from error
 
 

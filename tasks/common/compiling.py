@@ -1,0 +1,48 @@
+"""When torch.compile pays, and what it needs (`numerics.compile`).
+
+Compiling takes 10–60 s before the first step and then saves a fifth of each step on a CPU (benchmarks/LOG.md), more on
+a GPU. So `auto` compiles what would take about five minutes and more without it. How long that is, is judged by the
+model FLOPs of the whole run and not by a clock: the choice bears on the bytes of a result, so it must be the same on
+every machine.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+from tasks.common.settings import Numerics
+from tasks.common.stage import StageError
+
+# Model FLOPs that one thread, or one GPU, does in about five minutes without a compiler: 110 GFLOP/s in bfloat16 on a
+# thread of an AMD EPYC (Zen 4), 300 TFLOP/s on an H100.
+PAYS = {"cpu": 3e13, "cuda": 1e17}
+COMPILERS = ("g++", "clang++", "c++")
+
+
+def worthwhile(numerics: Numerics, flops: float | None) -> bool:
+    """Return whether a run of so many model FLOPs (None: unknown) is to be compiled; raise StageError if it cannot."""
+    workers = numerics.parallel.processes * (numerics.threads if numerics.device == "cpu" else 1)
+    pays = flops is not None and flops / workers >= PAYS[numerics.device]
+    if numerics.compile == "never" or (numerics.compile == "auto" and not pays):
+        return False
+    wanted = os.environ.get("CXX")
+    if not any(shutil.which(name) for name in ((wanted,) if wanted else COMPILERS)):
+        raise StageError(
+            f"numerics.compile is {numerics.compile}, but there is no C++ compiler here (looked for "
+            f"{wanted or ', '.join(COMPILERS)}), and torch.compile needs one: install it (`apt install g++`), or set "
+            "numerics.compile to never."
+        )
+    return True
+
+
+def compiled(call: Callable[..., Any], *, steady: bool) -> Callable[..., Any]:
+    """Return a function compiled for inputs of one shape (`steady`), or of any.
+
+    One program in either case, whichever batch a resumed run begins with: torch's own way, which is to begin with the
+    first shape and to widen the program when another comes, would give other bytes.
+    """
+    import torch
+
+    made: Callable[..., Any] = torch.compile(call, dynamic=not steady)
+    return made

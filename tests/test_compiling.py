@@ -1,0 +1,83 @@
+"""When a run is compiled, what that needs, and what it changes: the time, and no more of the numbers than rounding."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from tasks.common.compiling import PAYS, worthwhile
+from tasks.common.settings import Numerics, Parallel
+from tasks.common.stage import StageError
+from tests.training_fixtures import NUMERICS, Chain, chain, config
+
+__all__ = ["chain"]
+
+Choice = Literal["never", "auto", "always"]
+
+
+def numerics(choice: Choice, processes: int = 1, **changes: Any) -> Numerics:
+    """Return numerics that compile or do not."""
+    parallel = Parallel(processes=processes, engine="data")
+    return NUMERICS.model_copy(update={"compile": choice, "parallel": parallel, **changes})
+
+
+@pytest.mark.parametrize(
+    ("choice", "flops", "expected"),
+    [
+        ("never", 1e20, False),
+        ("always", None, True),
+        ("always", 1.0, True),
+        ("auto", None, False),
+        ("auto", 0.9 * PAYS["cpu"], False),
+        ("auto", 1.1 * PAYS["cpu"], True),
+    ],
+)
+def test_what_is_long_enough_is_compiled(choice: Choice, flops: float | None, expected: bool) -> None:
+    """By the model FLOPs of a run, which no clock has a part in."""
+    assert worthwhile(numerics(choice), flops) is expected
+
+
+@pytest.mark.parametrize("changes", [{"processes": 2}, {"threads": 2}])
+def test_a_run_is_as_long_as_each_ones_share_of_it(changes: dict[str, Any]) -> None:
+    assert not worthwhile(numerics("auto", **changes), 1.9 * PAYS["cpu"])
+    assert worthwhile(numerics("auto", **changes), 2.1 * PAYS["cpu"])
+
+
+def test_without_a_compiler_the_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(StageError, match=r"numerics\.compile is always, but .*\(looked for g\+\+, .*never"):
+        worthwhile(numerics("always"), None)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(StageError, match="looked for no-such-compiler"):
+        worthwhile(numerics("auto"), 1e20)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("default")  # the compiler itself does some of what torch warns of
+@pytest.mark.parametrize("name", ["pretrain@clm", "pretrain@mlm"])
+def test_compiled_it_learns_the_same(name: str, chain: Chain, tmp_path: Path) -> None:
+    """Batches of one shape and of many. What differs is the order of float32 sums."""
+    short = config(name, steps=6, batch=4)
+    losses = {}
+    for choice in ("never", "always"):
+        job = chain.job(name, short, tmp_path / choice, numerics=numerics(choice))  # type: ignore[arg-type]
+        chain.run(job, short)
+        rows = job.outputs["history"].read_text(encoding="utf-8").splitlines()[1:]
+        losses[choice] = [float(row.split(",")[1]) for row in rows]
+    assert len(losses["never"]) == 6
+    assert losses["always"] == pytest.approx(losses["never"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["pretrain@clm", "pretrain@mlm", "finetune", "reward"])
+def test_blocks_that_are_worked_out_again_give_the_same_bytes(name: str, chain: Chain, tmp_path: Path) -> None:
+    """Activation checkpointing changes nothing but memory and time."""
+    short = config(name, steps=4, batch=4)
+    found = []
+    for recompute in (False, True):
+        again = NUMERICS.model_copy(update={"recompute": recompute})
+        job = chain.job(name, short, tmp_path / str(recompute), numerics=again)
+        chain.run(job, short)
+        found.append((job.outputs["model"] / "model.safetensors").read_bytes())
+    assert found[0] == found[1]
