@@ -1,182 +1,180 @@
-"""Fine-tune the pretrained decoder on conversations, with loss on the answers and the pretraining loss mixed in.
+"""Fine-tune a pretrained model: the decoder on conversations, or either model with a head that classifies or rates.
 
-Run as `python -m tasks.finetune`. The loss is `task loss + w × pretraining loss`: without the second term the facts of
-entities that no question mentions are lost (docs/decisions.md has the figures). Methods: `full`; `top` trains the last
-blocks and the head; `lora` trains low-rank updates (Hu et al. 2021) through PEFT and merges them before saving.
+Run as `python -m tasks.finetune`. On conversations the loss is `answer loss + w x pretraining loss`: without the
+second term the facts of entities that no question mentions are lost (docs/decisions.md has the figures). Methods are
+in `tasks/common/methods.py`, objectives in `tasks/common/answering.py` and `heads.py`. Rows that are not used as they
+stand are listed in `aside.jsonl` with their reason.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+import numpy as np
+from pydantic import Field, model_validator
 
-from tasks.common import chat, losses, models, stage, tables
+from tasks.common import chat, conversations, heads, methods, models, stage, tables
+from tasks.common.answering import Answers, Chat, Mix, mean_surprise
+from tasks.common.conversations import Aside, Named
 from tasks.common.flops import Work
-from tasks.common.settings import Settings
-from tasks.common.shards import Mixture, Split
-from tasks.common.stage import Job, StageError
-from tasks.common.training import Drawn, Share, Training, batch_at, summary, train
+from tasks.common.heads import Classification, Labelled, Regression
+from tasks.common.methods import Adapter, Full, Lora, QLora, Top
+from tasks.common.packing import Encoded
+from tasks.common.stage import Job
+from tasks.common.training import History, Objective, Training, summary, train
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+DECODER, ENCODER = "data/pretrain/clm/model", "data/pretrain/mlm/model"
 INPUTS = {
-    "model": "data/pretrain/clm/model",
+    "model": "{config.model}",
     "instructions": "data/validate/instructions",
     "shards": "data/tokenize/shards",
 }
-OUTPUTS = {"model": "data/finetune/model", "history": "data/finetune/history.csv"}
+OUTPUTS = {
+    "model": "data/finetune/model",
+    "history": "data/finetune/history.csv",
+    "aside": "data/finetune/aside.jsonl",
+}
 PARALLEL = True
-
-
-class Full(Settings):
-    """Every weight is trained."""
-
-    name: Literal["full"] = Field(description="Method")
-
-
-class Top(Settings):
-    """Only the last blocks, the final norm and the (tied) head are trained."""
-
-    name: Literal["top"] = Field(description="Method")
-    layers: int = Field(description="Blocks to train, counted from the top", ge=1)
-
-
-class Lora(Settings):
-    """Low-rank updates of every linear layer are trained, through PEFT."""
-
-    name: Literal["lora"] = Field(description="Method")
-    rank: int = Field(description="Rank of an update", ge=1)
-    alpha: int = Field(description="Scale of an update, divided by its rank", ge=1)
-
-
-class Mix(Settings):
-    """Pretraining text that is trained on beside the conversations."""
-
-    weight: float = Field(description="w in `task loss + w x pretraining loss`; 0 leaves it out", ge=0)
-    batch: int = Field(description="Windows a step", ge=1)
-    window: int = Field(description="Length of a window, in tokens", ge=16)
-    statements: float = Field(description="Share of the windows that is statements of facts", ge=0, le=1)
 
 
 class Config(Training):
     """Settings of fine-tuning."""
 
-    method: Annotated[Full | Top | Lora, Field(discriminator="name")]
+    model: Literal["data/pretrain/clm/model", "data/pretrain/mlm/model"] = Field(description="Model to start from")
+    task: Annotated[Chat | Classification | Regression, Field(discriminator="name", description="What is learnt")]
+    method: Annotated[
+        Full | Top | Lora | QLora | Adapter, Field(discriminator="name", description="What of the model is trained")
+    ]
     mix: Mix
+    too_long: Literal["refuse", "truncate"] = Field(description="What is done with rows longer than the context")
+    heldout: int = Field(description="Held-out conversations that the loss is measured on before and after", ge=0)
     batch: int = Field(description="Conversations a step", ge=1)
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config":
+        wrong = list(self._misfits())
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return self
 
-Encoded = tuple[list[int], list[bool]]
+    def _misfits(self) -> Iterator[str]:
+        task, method = self.task.name, self.method.name
+        if task == "chat" and self.model != DECODER:
+            yield f"task chat needs the decoder: set model to {DECODER} (it is {self.model})"
+        if task != "chat" and self.mix.weight:
+            yield f"task {task} reads no pretraining text: set mix.weight to 0 (it is {self.mix.weight})"
+        if task != "chat" and method == "qlora":
+            yield f"method qlora trains the task chat only (it is {task}): take method lora"
+        if self.model == ENCODER and method == "adapter":
+            yield "method adapter merges into the decoder's feed-forward layers only: take method lora for the encoder"
 
 
 def run(config: Config, job: Job) -> dict[str, Any]:
-    """Tune the decoder and return its losses and how many conversations were used or too long."""
+    """Tune the model and return its losses, what it does on held-out rows, and how many rows were kept aside."""
     models.prepare_torch(job.numerics, job.seed)
     tokenizer = chat.load_tokenizer(job.inputs["model"])
-    model = models.load_decoder(job.inputs["model"], job.numerics)
-    rows = tables.read(job.inputs["instructions"], "train").to_pylist()
-    encoded = [chat.encode_chat(tokenizer, row["messages"]) for row in rows]
-    usable = [item for item in encoded if len(item[0]) <= tokenizer.model_max_length]
-    if not usable:
-        raise StageError(
-            f"none of the {len(rows)} conversations fits into {tokenizer.model_max_length} tokens; "
-            "raise tokenize.context."
-        )
-    trained = apply_method(model, config.method)
-    split, work = Split.open(job.inputs["shards"] / "train"), Work.of(trained, config.mix.window, job.numerics)
-    trained, history = train(trained, Answers(config, job, trained, tokenizer, usable, split), config, job, work)
-    models.save(merge(trained, config.method), tokenizer, job.outputs["model"])
-    history.write(job.outputs["history"])
+    if isinstance(config.task, Chat):
+        return tune_chat(config, config.task, tokenizer, job)
+    return tune_head(config, config.task, tokenizer, job)
+
+
+def tune_chat(config: Config, task: Chat, tokenizer: "PreTrainedTokenizerFast", job: Job) -> dict[str, Any]:
+    """Train the decoder on conversations, with loss on their answers."""
+    reader = conversations.Reader(tokenizer, tokenizer.model_max_length, config.too_long, task.answers)
+    rows = rows_of(job)
+    (usable, aside), (heldout, more) = read_both(reader, rows)
+    chosen, fill = drawn(heldout, config.heldout, job.seed), tokenizer.pad_token_id
+    if isinstance(config.method, QLora):
+        model = methods.load_four_bit(job.inputs["model"], config.method, job.numerics.attention)
+    else:
+        model = models.load_decoder(job.inputs["model"], job.numerics)
+    before = mean_surprise(model, chosen, fill, job.numerics)
+    trained = methods.apply(model, config.method)
+    four_bit = isinstance(config.method, QLora)  # whose packed weights say nothing of the work
+    work = None if four_bit else Work.of(trained, task.packing or config.mix.window, job.numerics)
+    objective = Answers(trained, usable, config.batch, task, config.mix, fill, job)
+    tuned, history = tune(trained, objective, config, tokenizer, job, work)
+    conversations.write_aside([*aside, *more], job.outputs["aside"])
     return {
-        "conversations": len(usable),
-        "too_long": len(rows) - len(usable),
-        "epochs": round(config.steps * config.batch / len(usable), 3),
+        **reading(len(usable), config, aside),
         **summary(history),
+        "heldout_conversations": len(chosen),
+        "heldout_aside": conversations.tally(more),
+        "heldout_loss_before": before,
+        "heldout_loss_after": mean_surprise(tuned, chosen, fill, job.numerics),
     }
 
 
-class Answers:
-    """The answers of conversations, and pretraining text beside them."""
-
-    steady = False
-
-    def __init__(
-        self, config: Config, job: Job, model: Any, tokenizer: "PreTrainedTokenizerFast", encoded: Sequence[Encoded],
-        split: Split,
-    ) -> None:  # fmt: skip
-        mix = config.mix
-        self.weights = {"task": 1.0, **({"pretraining": mix.weight} if mix.weight else {})}
-        self.mixture = Mixture(split, mix.window, mix.batch, mix.statements, job.seed) if mix.weight else None
-        self.config, self.job, self.model, self.encoded = config, job, model, encoded
-        self.pad = tokenizer.pad_token_id
-
-    def draw(self, step: int, share: Share) -> Drawn:
-        """Return a part of a step's conversations, in groups of like length, and of its windows."""
-        import torch
-
-        batch = batch_at(list(enumerate(self.encoded)), self.config.batch, self.job.seed, step)[share.rows]
-        rows = [encoded for _, encoded in batch]
-        groups = [[rows[i] for i in group] for group in chat.alike([ids for ids, _ in rows])]
-        windows = torch.empty(0, 0, dtype=torch.int64)
-        if self.mixture is not None:
-            windows = torch.from_numpy(self.mixture.batch(step)[share.rows])
-        targets = {"task": sum(sum(answered) for _, answered in rows), "pretraining": windows[:, 1:].numel()}
-        names = [f"conversation {number}" for number, _ in batch]
-        return Drawn((groups, windows), targets, sum(len(ids) for ids, _ in rows) + windows.numel(), names)
-
-    def sums(self, drawn: Drawn) -> dict[str, "torch.Tensor"]:
-        """Return the summed surprise (nats) of the answers' tokens and of the windows'."""
-        groups, windows = drawn.content
-        device = next(self.model.parameters()).device
-        found = {"task": self.answers(groups)}
-        if self.mixture is not None:
-            ids = windows.to(device)  # (B, T)
-            with models.autocast(self.model, self.job.numerics):
-                logits = self.model(input_ids=ids, use_cache=False).logits  # (B, T, V)
-            found["pretraining"] = losses.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        return found
-
-    def answers(self, groups: Sequence[Sequence[Encoded]]) -> "torch.Tensor":
-        """Return the summed cross-entropy (nats) over the answers' tokens."""
-        import torch
-
-        device = next(self.model.parameters()).device
-        total = torch.zeros((), device=device)
-        for group in groups:
-            rows, answered = zip(*group, strict=True)
-            ids, mask = chat.padded(rows, self.pad, device)  # (B, T)
-            wanted = torch.tensor(chat.pad(answered, False), device=device)[:, 1:]  # (B, T - 1)
-            with models.autocast(self.model, self.job.numerics):
-                logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (B, T, V)
-            total = total + losses.cross_entropy(logits[:, :-1][wanted], ids[:, 1:][wanted])
-        return total
+def tune_head(
+    config: Config, task: Classification | Regression, tokenizer: "PreTrainedTokenizerFast", job: Job
+) -> dict[str, Any]:
+    """Train a head on the model, and the model with it, on conversations whose last answers are labels or numbers."""
+    rows = rows_of(job)
+    labels = heads.labels_of(rows["train"], task) if isinstance(task, Classification) else None
+    reader = heads.Reader(tokenizer, tokenizer.model_max_length, config.too_long, labels)
+    (usable, aside), (heldout, more) = read_both(reader, rows)
+    with models.quiet("transformers"):  # the head is fresh, and is about to be trained
+        if labels is None:
+            model = models.load_scorer(job.inputs["model"], job.numerics)
+            model.config.problem_type = "regression"
+        else:
+            model = models.load_classifier(job.inputs["model"], job.numerics, labels)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    trained = methods.apply(model, config.method)
+    objective = Labelled(trained, usable, config.batch, task, tokenizer, job)
+    tuned, history = tune(trained, objective, config, tokenizer, job)
+    conversations.write_aside([*aside, *more], job.outputs["aside"])
+    return {
+        **reading(len(usable), config, aside),
+        **summary(history),
+        "labels": labels and len(labels),
+        "heldout_aside": conversations.tally(more),
+        **heads.judge(tuned, tokenizer, heldout, job.numerics, usable, labels),
+    }
 
 
-def apply_method(model: "PreTrainedModel", method: Full | Top | Lora) -> "torch.nn.Module":
-    """Return the model to train, with everything frozen that the method leaves alone."""
-    if isinstance(method, Top):
-        layers = model.model.layers
-        if method.layers > len(layers):
-            raise StageError(f"finetune.method.layers is {method.layers}, but the model has {len(layers)} blocks.")
-        model.requires_grad_(False)
-        for part in (*layers[-method.layers :], model.model.norm, model.get_output_embeddings()):
-            part.requires_grad_(True)
-    if isinstance(method, Lora):
-        from peft import LoraConfig, get_peft_model
-
-        settings = LoraConfig(
-            r=method.rank, lora_alpha=method.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        return get_peft_model(model, settings)
-    return model
+def tune(
+    trained: Any, objective: Objective, config: Config, tokenizer: "PreTrainedTokenizerFast", job: Job,
+    work: Work | None = None,
+) -> "tuple[PreTrainedModel, History]":  # fmt: skip
+    """Train what the method trains, and return and save the plain model that comes of it, with the curves."""
+    trained, history = train(trained, objective, config, job, work)
+    tuned = methods.merge(trained, config.method, lambda: models.load_decoder(job.inputs["model"], job.numerics))
+    models.save(tuned, tokenizer, job.outputs["model"])
+    history.write(job.outputs["history"])
+    return tuned, history
 
 
-def merge(model: Any, method: Full | Top | Lora) -> "PreTrainedModel":
-    """Return a plain Transformers model: low-rank updates are added to the weights that they belong to."""
-    plain: PreTrainedModel = model.merge_and_unload() if isinstance(method, Lora) else model
-    return plain
+def rows_of(job: Job) -> dict[str, list[dict[str, Any]]]:
+    """Return the instructions of each split."""
+    return {split: tables.read(job.inputs["instructions"], split).to_pylist() for split in ("train", "heldout")}
+
+
+def read_both(reader: Any, rows: dict[str, list[dict[str, Any]]]) -> list[tuple[list[Any], list[Aside]]]:
+    """Return what a reader makes of each split, and what it keeps aside; raise StageError where nothing is left."""
+    with models.quiet("transformers"):  # it warns of each text that is too long; they are counted
+        read = [reader.read(rows[split]) for split in ("train", "heldout")]
+    usable, aside = read[0]
+    if not usable:
+        raise conversations.nothing_left(len(rows["train"]), aside, reader.longest)
+    return read
+
+
+def drawn(items: Sequence[Named], count: int, seed: int) -> list[Encoded]:
+    """Return up to `count` of the conversations, drawn by the seed, in their order."""
+    order = np.random.default_rng([seed, 2]).permutation(len(items))[:count]
+    return [items[i][1] for i in sorted(order)]
+
+
+def reading(usable: int, config: Config, aside: Sequence[Aside]) -> dict[str, Any]:
+    """Return what is told of the rows to train on."""
+    return {
+        "conversations": usable,
+        "aside": conversations.tally(aside),
+        "epochs": round(config.steps * config.batch / usable, 3),
+    }
 
 
 if __name__ == "__main__":

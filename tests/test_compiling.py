@@ -62,7 +62,7 @@ def test_compiled_it_learns_the_same(name: str, chain: Chain, tmp_path: Path) ->
     short = config(name, steps=6, batch=4)
     losses = {}
     for choice in ("never", "always"):
-        job = chain.job(name, short, tmp_path / choice, numerics=numerics(choice))  # type: ignore[arg-type]
+        job = chain.job(name, short, tmp_path / choice, numerics=numerics(choice))
         chain.run(job, short)
         rows = job.outputs["history"].read_text(encoding="utf-8").splitlines()[1:]
         losses[choice] = [float(row.split(",")[1]) for row in rows]

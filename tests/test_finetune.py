@@ -1,6 +1,8 @@
-"""Fine-tuning: conversations as the template writes them, loss on the answers alone, methods that keep their word."""
+"""Fine-tuning on conversations: as the template writes them, loss on the answers alone, no row skipped in silence."""
 
 import csv
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,15 @@ import pytest
 from pydantic import ValidationError
 
 from tasks import finetune
-from tasks.common import chat, models, tables
+from tasks.common import answering, chat, models, tables
+from tasks.common.answering import Answers
+from tasks.common.packing import Encoded
+from tasks.common.settings import read_params
 from tasks.common.shards import Mixture, Split
-from tasks.common.stage import StageError
-from tests.training_fixtures import MIX, NUMERICS, Chain, chain, config
+from tasks.common.stage import Job, StageError
+from tasks.common.training import WHOLE, Share
+from tests.conftest import ROOT
+from tests.training_fixtures import MIX, NUMERICS, QLORA, Chain, chain, config
 
 __all__ = ["chain"]
 
@@ -37,11 +44,6 @@ def tokenizer(chain: Chain) -> Any:
 def model(chain: Chain) -> Any:
     """A fresh copy of the base decoder."""
     return models.load_decoder(chain.path("data/pretrain/clm/model"), NUMERICS)
-
-
-def method(**settings: Any) -> Any:
-    """Return a method's settings, checked."""
-    return config("finetune", method=settings).method
 
 
 # Conversations
@@ -91,25 +93,55 @@ def test_the_answer_loss_is_that_of_trl(model: Any, tokenizer: Any, chain: Chain
     assert sorted(map(tuple, batch["input_ids"].tolist())) == sorted(
         map(tuple, chat.pad([ids for ids, _ in ours], tokenizer.pad_token_id))
     )
-    loss, _ = finetune.answer_loss(model.eval(), tokenizer, ours, chain.job("finetune", config("finetune"), tmp_path))
-    assert loss.item() == pytest.approx(trainer.compute_loss(model, batch).item(), rel=1e-5)
+    ours_loss = answering.mean_surprise(model, ours, tokenizer.pad_token_id, NUMERICS)
+    assert ours_loss == pytest.approx(trainer.compute_loss(model, batch).item(), rel=1e-5)
 
 
-def test_the_answer_loss_is_the_mean_over_all_answer_tokens(
-    model: Any, tokenizer: Any, chain: Chain, tmp_path: Path
+def objective(chain: Chain, model: Any, encoded: list[Encoded], folder: Path, **changes: Any) -> Answers:
+    """Return the objective of these conversations, all of them in each batch."""
+    settings = config("finetune", **changes)
+    named = [(f"talk-{number}", item) for number, item in enumerate(encoded)]
+    job, fill = chain.job("finetune", settings, folder), chain.tokenizer().pad_token_id
+    return Answers(model, named, len(named), settings.task, settings.mix, fill, job)
+
+
+@pytest.mark.parametrize("packing", [None, 64])
+def test_the_answer_loss_is_the_sum_over_all_answer_tokens(
+    packing: int | None, model: Any, tokenizer: Any, chain: Chain, tmp_path: Path
 ) -> None:
     """Against each conversation by itself, without padding, position by position."""
     import torch
 
     batch = [chat.encode_chat(tokenizer, messages) for messages in TALKS]
-    job = chain.job("finetune", config("finetune"), tmp_path)
-    loss, read = finetune.answer_loss(model, tokenizer, batch, job)
+    task = {"name": "chat", "answers": "all", "packing": packing}
+    answers = objective(chain, model, batch, tmp_path, task=task)
+    part = answers.draw(0, WHOLE)
     naive = []
-    for ids, answers in batch:
+    for ids, answered in batch:
         logp = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0], -1)
-        naive += [-logp[t - 1, ids[t]].item() for t in range(1, len(ids)) if answers[t]]
-    assert loss.item() == pytest.approx(sum(naive) / len(naive), rel=1e-5)
-    assert read == sum(len(ids) for ids, _ in batch)
+        naive += [-logp[t - 1, ids[t]].item() for t in range(1, len(ids)) if answered[t]]
+    assert answers.sums(part)["task"].item() == pytest.approx(sum(naive), rel=1e-5)
+    assert part.targets == {"task": len(naive), "pretraining": MIX["batch"] * (MIX["window"] - 1)}
+    assert part.tokens == sum(len(ids) for ids, _ in batch) + MIX["batch"] * MIX["window"]
+    assert sorted(part.names) == [f"conversation talk-{number}" for number in range(len(batch))]
+
+
+@pytest.mark.parametrize("packing", [None, 64])
+def test_parts_of_a_batch_add_up_to_it(packing: int | None, model: Any, chain: Chain, tmp_path: Path) -> None:
+    """Sums and targets of the parts are those of the whole, also where there are more parts than windows."""
+    rows = tables.read(chain.path("data/validate/instructions"), "train").to_pylist()[:6]
+    encoded = [chat.encode_chat(chain.tokenizer(), row["messages"]) for row in rows]
+    task = {"name": "chat", "answers": "all", "packing": packing}
+    answers = objective(chain, model, encoded, tmp_path, task=task)
+    whole = answers.draw(3, WHOLE)
+    parts = [answers.draw(3, Share(index, 6)) for index in range(6)]
+    sums = [answers.sums(part) for part in parts]
+    for term, value in answers.sums(whole).items():
+        assert sum(part.targets[term] for part in parts) == whole.targets[term]
+        assert sum(found[term].item() for found in sums) == pytest.approx(value.item(), rel=1e-5)
+    assert sum(part.tokens for part in parts) == whole.tokens
+    assert parts[5].targets["pretraining"] == 0
+    assert sorted(name for part in parts for name in part.names) == sorted(whole.names)
 
 
 def test_the_loss_is_the_task_plus_weighted_pretraining(chain: Chain, tmp_path: Path) -> None:
@@ -121,8 +153,7 @@ def test_the_loss_is_the_task_plus_weighted_pretraining(chain: Chain, tmp_path: 
         chain.run(job, settings)
         with job.outputs["history"].open(newline="") as file:
             curves[weight] = list(csv.DictReader(file))
-    assert all(row["loss"] == row["task_loss"] for row in curves[0.0])
-    assert "pretraining_loss" not in curves[0.0][0]
+    assert set(curves[0.0][0]) == {"step", "loss", "gradient_norm", "learning_rate"}
     for row in curves[0.25]:
         expected = float(row["task_loss"]) + 0.25 * float(row["pretraining_loss"])
         assert float(row["loss"]) == pytest.approx(expected, abs=2e-6)
@@ -132,103 +163,12 @@ def test_the_pretraining_loss_is_that_of_pretraining(model: Any, chain: Chain, t
     """The mixed-in term is the mean surprise of each next token of the step's windows."""
     import torch
 
+    answers = objective(chain, model, [([1, 2], [False, True])], tmp_path)
+    part = answers.draw(2, WHOLE)
     mixture = Mixture(Split.open(chain.path("data/tokenize/shards") / "train"), 16, 4, 0.75, 1)
-    loss, read = finetune.window_loss(model, mixture, 2, chain.job("finetune", config("finetune"), tmp_path))
     ids = torch.from_numpy(mixture.batch(2))
     expected = model(input_ids=ids, labels=ids).loss
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert read == ids.numel()
-
-
-# Methods
-
-
-def weights(path: Path) -> dict[str, Any]:
-    """Return a saved model's tensors by name."""
-    from safetensors.torch import load_file
-
-    return dict(load_file(path / "model.safetensors"))
-
-
-def changed_weights(settings: dict[str, Any], chain: Chain, folder: Path) -> dict[str, Any]:
-    """Return what a few steps of a method added to each of the base model's weights."""
-    tiny = config("finetune", method=settings, steps=4)
-    job = chain.job("finetune", tiny, folder)
-    chain.run(job, tiny)
-    before, after = weights(chain.path("data/pretrain/clm/model")), weights(job.outputs["model"])
-    assert set(before) == set(after)
-    return {name: after[name] - before[name] for name in before}
-
-
-def test_full_trains_every_weight(chain: Chain, tmp_path: Path) -> None:
-    """No weight of the model stays as it was."""
-    assert all(change.any() for change in changed_weights({"name": "full"}, chain, tmp_path).values())
-
-
-def test_top_leaves_the_blocks_beneath_untouched(chain: Chain, tmp_path: Path) -> None:
-    """The last block, the final norm and the head (with the embeddings tied to it) move; nothing else, bit for bit."""
-    changes = changed_weights({"name": "top", "layers": 1}, chain, tmp_path)
-    moved = {name for name, change in changes.items() if change.any()}
-    assert moved == {
-        name for name in changes if name.startswith(("model.layers.1.", "model.norm.", "model.embed_tokens."))
-    }
-
-
-def test_lora_adds_a_low_rank_to_linear_layers(chain: Chain, tmp_path: Path) -> None:
-    """Each linear layer of a block has changed by a matrix of at most the rank; embeddings and norms have not."""
-    import torch
-
-    changes = changed_weights({"name": "lora", "rank": 3, "alpha": 6}, chain, tmp_path)
-    for name, change in changes.items():
-        if "_proj" in name:
-            values = torch.linalg.svdvals(change)
-            assert values[0] > 0
-            assert values[3] < 1e-4 * values[0]  # float32 rounding of the sum with the weight
-        else:
-            assert not change.any()
-
-
-def test_merged_updates_compute_what_they_did_beside_the_weights(model: Any) -> None:
-    """A model with its updates merged is a plain one with the same logits."""
-    import torch
-
-    settings = method(name="lora", rank=4, alpha=8)
-    trained = finetune.apply_method(model, settings)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in trained.named_parameters():
-        if "lora_B" in name:  # these begin at 0, so that an update changes nothing at first
-            parameter.data.normal_(std=0.05, generator=generator)
-    ids = torch.arange(20)[None]
-    with torch.no_grad():
-        beside: Any = trained.eval()
-        expected = beside(input_ids=ids).logits
-        merged = finetune.merge(trained, settings)
-        found = merged(input_ids=ids).logits
-        merged_names = {name for name, _ in merged.named_parameters()}
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)  # sums of 96 float32 products in another order
-    assert not any("lora" in name for name in merged_names)
-    assert type(merged).__name__ == "LlamaForCausalLM"
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"name": "prefix"}, "'full', 'top', 'lora'"),
-        ({"name": "lora", "rank": 4}, "alpha"),
-        ({"name": "full", "rank": 4}, "Extra inputs"),
-        ({"name": "top", "layers": 0}, "greater than or equal to 1"),
-    ],
-)
-def test_an_unknown_method_is_told_with_the_choices(settings: dict[str, Any], sentence: str) -> None:
-    """A method that does not exist, or another's setting, is an error that names what there is."""
-    with pytest.raises(ValidationError, match=sentence):
-        method(**settings)
-
-
-def test_more_top_layers_than_there_are_is_told(model: Any) -> None:
-    """The message holds both numbers."""
-    with pytest.raises(StageError, match="layers is 5, but the model has 2 blocks"):
-        finetune.apply_method(model, method(name="top", layers=5))
+    assert answers.sums(part)["pretraining"].item() == pytest.approx(expected.item() * 4 * 15, rel=1e-5)
 
 
 # Too much and too little
@@ -243,22 +183,49 @@ def rewritten(chain: Chain, folder: Path, content: str, count: int) -> Path:
     return folder
 
 
-def test_conversations_that_are_too_long_are_counted(chain: Chain, tmp_path: Path) -> None:
-    """They are left out, never cut, and the metrics say how many they were."""
+def aside(job: Job) -> list[dict[str, Any]]:
+    """Return the rows that a job kept aside."""
+    return [json.loads(line) for line in job.outputs["aside"].read_text(encoding="utf-8").splitlines()]
+
+
+def test_conversations_that_are_too_long_are_counted_and_named(chain: Chain, tmp_path: Path) -> None:
+    """They are left out; the metrics say how many they were, and a list which."""
     settings = config("finetune", steps=1)
     job = chain.job("finetune", settings, tmp_path)
     job.inputs["instructions"] = rewritten(chain, tmp_path / "table", "word " * 200, 5)
     metrics = chain.run(job, settings)
-    assert metrics["too_long"] == 5
+    assert metrics["aside"] == {"too_long": 5}
     assert metrics["conversations"] == 48 - 5
+    assert [row["id"] for row in aside(job)][:3] == ["France-0-plain", "France-0-warm", "France-0-curt"]
+    assert {(row["reason"], row["used"], row["split"]) for row in aside(job)} == {("too_long", False, "train")}
+
+
+def test_conversations_that_are_cut_are_trained_on_and_named(chain: Chain, tmp_path: Path) -> None:
+    settings = config("finetune", steps=1, too_long="truncate")
+    job = chain.job("finetune", settings, tmp_path)
+    job.inputs["instructions"] = rewritten(chain, tmp_path / "table", "word " * 200, 5)
+    metrics = chain.run(job, settings)
+    assert (metrics["aside"], metrics["conversations"]) == ({"shortened": 5}, 48)
+    assert len(aside(job)) == 5
+    assert all(row["used"] for row in aside(job))
+
+
+def test_conversations_with_an_empty_answer_are_kept_aside(chain: Chain, tmp_path: Path) -> None:
+    settings = config("finetune", steps=1)
+    job = chain.job("finetune", settings, tmp_path)
+    job.inputs["instructions"] = rewritten(chain, tmp_path / "table", "  ", 2)
+    metrics = chain.run(job, settings)
+    assert (metrics["aside"], metrics["conversations"]) == ({"empty_answer": 2}, 46)
+    assert [row["id"] for row in aside(job)] == ["France-0-plain", "France-0-warm"]
 
 
 def test_no_conversation_that_fits_is_told(chain: Chain, tmp_path: Path) -> None:
-    """The message says how many there were, how long they may be, and which setting to change."""
+    """The message says how many there were, why none is left, how long they may be, and which setting says so."""
     settings = config("finetune", steps=1)
     job = chain.job("finetune", settings, tmp_path)
     job.inputs["instructions"] = rewritten(chain, tmp_path / "table", "word " * 200, 48)
-    with pytest.raises(StageError, match=r"none of the 48 conversations fits into 64 tokens; raise tokenize\.context"):
+    sentence = r"none of the 48 conversations .* \(48 too_long\): the context is 64 tokens \(tokenize\.context\)"
+    with pytest.raises(StageError, match=sentence):
         chain.run(job, settings)
 
 
@@ -270,4 +237,64 @@ def test_text_without_names_needs_no_statements(chain: Chain, tmp_path: Path) ->
     job = chain.job("finetune", settings, tmp_path)
     write_split(tmp_path / "shards/train", [], 420)
     job.inputs["shards"] = tmp_path / "shards"
-    assert chain.run(job, settings)["task_loss"] > 0
+    assert chain.run(job, settings)["loss"] > 0
+
+
+# Held out
+
+
+def test_the_heldout_loss_is_told_before_and_after(chain: Chain, tmp_path: Path) -> None:
+    """Before: the base model's loss on drawn held-out answers. Tuning lowers it; without any there is none."""
+    settings = config("finetune", heldout=7, steps=30)
+    job = chain.job("finetune", settings, tmp_path)
+    metrics = chain.run(job, settings)
+    tokenizer, base = chain.tokenizer(), models.load_decoder(job.inputs["model"], NUMERICS)
+    rows = tables.read(job.inputs["instructions"], "heldout").to_pylist()
+    named = [(row["id"], chat.encode_chat(tokenizer, row["messages"])) for row in rows]
+    chosen, fill = finetune.drawn(named, 7, job.seed), tokenizer.pad_token_id
+    assert metrics["heldout_conversations"] == len(chosen) == 7
+    assert metrics["heldout_loss_before"] == answering.mean_surprise(base, chosen, fill, NUMERICS)
+    assert metrics["heldout_loss_after"] < metrics["heldout_loss_before"]
+    assert answering.mean_surprise(base, [], fill, NUMERICS) is None
+    assert finetune.drawn(named, 100, 1) == [encoded for _, encoded in named]
+
+
+# Settings that do not go together
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model": finetune.ENCODER}, "task chat needs the decoder"),
+        ({"task": {"name": "regression"}}, "reads no pretraining text: set mix.weight to 0"),
+        ({"task": {"name": "ranking"}}, "'chat', 'classification', 'regression'"),
+        ({"task": {"name": "regression", "packing": 64}}, "Extra inputs"),
+        ({"model": finetune.ENCODER, "method": {"name": "adapter", "width": 4}}, "take method lora for the encoder"),
+        ({"task": {"name": "regression"}, "method": QLORA}, "qlora trains the task chat only"),
+    ],
+)
+def test_what_does_not_go_together_is_told(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValidationError, match=sentence):
+        config("finetune", **changes)
+
+
+def test_the_settings_in_the_documentation_are_sound() -> None:
+    """Every YAML block of docs/finetune.md is a part of this section."""
+    from ruamel.yaml import YAML
+
+    default = read_params(ROOT / "profiles/default.yaml")["finetune"]
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/finetune.md").read_text(encoding="utf-8"), re.S)
+    shown = [YAML(typ="safe", pure=True).load(block) for block in blocks]
+    for changes in shown:
+        finetune.Config.model_validate({**default, **changes})
+    assert {changes["method"]["name"] for changes in shown if "method" in changes} == {
+        "top",
+        "lora",
+        "qlora",
+        "adapter",
+    }
+    assert {changes["task"]["name"] for changes in shown if "task" in changes} == {
+        "chat",
+        "classification",
+        "regression",
+    }

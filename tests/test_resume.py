@@ -23,7 +23,15 @@ __all__ = ["chain"]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEPS = 40
-LORA = {"name": "lora", "rank": 4, "alpha": 8}
+LORA = {
+    "name": "lora",
+    "rank": 4,
+    "alpha": 8,
+    "dropout": 0.1,
+    "rank_stabilized": False,
+    "targets": "all-linear",
+    "dora": False,
+}
 STAGES: list[tuple[str, dict[str, Any]]] = [
     ("pretrain clm", {}),
     ("pretrain mlm", {}),

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from serving.names import Candidates, best, codec_of, log_scores, only_slot
-from tasks import finetune, package
+from tasks import package
 from tasks.common import chat, losses, models, optimizers, sampling, tables
+from tasks.common.answering import answers_surprise
 from tasks.common.candidates import TorchEncoder
 from tasks.common.optimizers import Sgd
+from tasks.common.packing import padded_rows
 from tasks.common.scoring import Scorer
 from tasks.common.settings import Checkpoints
 from tasks.common.stage import Job
@@ -70,13 +72,13 @@ class Sure:
         return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1))
 
 
-def test_the_loss_of_a_right_word_held_for_85_per_cent_likely(chain: Chain, tmp_path: Path) -> None:
+def test_the_loss_of_a_right_word_held_for_85_per_cent_likely(chain: Chain) -> None:
     """-ln 0.85 = 0.1625, by the loss that fine-tuning computes."""
     tokenizer = chain.tokenizer()
     right = tokenizer.encode(" Paris", add_special_tokens=False)[0]
     model = Sure(right, 0.85, len(tokenizer))
     asked: Any = [([tokenizer.bos_token_id, right], [False, True])]
-    loss, _ = finetune.answer_loss(model, tokenizer, asked, chain.job("finetune", config("finetune"), tmp_path))
+    loss = answers_surprise(model, padded_rows(asked, tokenizer.pad_token_id), NUMERICS)
     assert loss.item() == pytest.approx(-math.log(0.85), rel=1e-6)
     assert f"{loss.item():.4f}" == "0.1625"
 

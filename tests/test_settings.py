@@ -139,7 +139,7 @@ def test_a_choice_that_does_not_exist_is_told_with_those_that_do(params: dict[st
         "pretrain.clm.optimizer.name: found 'sofia', but it should be one of sgd, adam, adamw, lamb, muon, lion, "
         "adafactor",
         "pretrain.mlm.masking.unit: found 'letter', but it should be 'token', 'word' or 'span'",
-        "finetune.method.name: found 'prefix', but it should be one of full, top, lora",
+        "finetune.method.name: found 'prefix', but it should be one of full, top, lora, qlora, adapter",
         "reward.ordering.name: this key is missing",
         "ppo.optimizer.schedule.name: found 'step', but it should be one of constant, linear, cosine, wsd",
     ]

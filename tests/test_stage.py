@@ -48,7 +48,7 @@ def run(config, job):
     return {"portions": 2}
 
 if __name__ == "__main__":
-    stage.check = lambda params: None
+    stage.check = lambda params, stage: None
     stage.main("cook")
 '''
 PARAMS = """
@@ -319,7 +319,7 @@ class imported:
     def __enter__(self) -> ModuleType:
         self.monkeypatch.chdir(self.kitchen.path)
         self.monkeypatch.syspath_prepend(self.kitchen.path)
-        self.monkeypatch.setattr(stage, "check", lambda params: None)
+        self.monkeypatch.setattr(stage, "check", lambda params, stage: None)
         identity._local_imports.cache_clear()
         return importlib.import_module("cook")
 

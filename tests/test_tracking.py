@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from tasks.common import flops, models, tracking
+from tasks.common import flops, methods, models, tracking
 from tasks.common.flops import Work
+from tasks.common.methods import Adapter, Lora, Top
 from tasks.common.models import Shape
 from tasks.common.settings import SERVICES, Checkpoints, Dtypes, Service, SettingsError, Tracking, check, read_params
 from tasks.common.stage import Job
 from tasks.common.training import History, train
-from tasks.finetune import Lora, Top, apply_method
 from tests.conftest import ROOT, Project
 from tests.test_training import Toy, settings
-from tests.training_fixtures import NUMERICS, Chain, chain, config
+from tests.training_fixtures import LORA, NUMERICS, Chain, chain, config
 
 __all__ = ["chain"]
 
@@ -322,19 +322,25 @@ def test_flops_of_a_decoder_are_those_of_the_paper(chain: Chain) -> None:
 
 @pytest.mark.parametrize(
     ("method", "gap"),
-    [(None, 0.002), (Top(name="top", layers=1), 0.002), (Lora(name="lora", rank=4, alpha=8), 0.03)],
-    ids=["full", "top", "lora"],
+    [
+        (None, 0.002),
+        (Top(name="top", layers=1), 0.002),
+        (Lora.model_validate(LORA), 0.03),
+        (Adapter(name="adapter", width=4), 0.05),
+    ],
+    ids=["full", "top", "lora", "adapter"],
 )
 def test_flops_are_what_torch_counts(chain: Chain, method: Any, gap: float) -> None:
     """Of whole training, and where part of the weights is frozen.
 
     The formula leaves rotary positions out, and takes the first block's keys and values to hand a gradient on, which
-    beneath low-rank matrices they need not: 2 of these 21 matrices.
+    beneath low-rank matrices they need not: 2 of these 21 matrices. Beneath adapters the first block's attention
+    scores need none either: a third of 8·L·H·Q·T.
     """
     import torch
 
     model = decoder(chain)
-    trained: Any = apply_method(model, method) if method else model
+    trained: Any = methods.apply(model, method) if method else model
     ids = torch.arange(2 * 48).view(2, 48) % 60
     expected = counted(trained, input_ids=ids, use_cache=False)
     assert flops.per_token(trained, 48) * ids.numel() == pytest.approx(expected, rel=gap)

@@ -16,7 +16,7 @@ from tasks.common.parallel import World
 from tasks.common.settings import Checkpoints, Dtypes
 from tasks.common.stage import Job, StageError
 from tasks.common.training import Drawn, History, Share, Training, batch_at, train
-from tests.training_fixtures import CONSTANT, NUMERICS, RULE, RULES, SHAPE, Chain, chain, config
+from tests.training_fixtures import CONSTANT, LORA, NUMERICS, RULE, RULES, SHAPE, Chain, chain, config
 
 if TYPE_CHECKING:
     import torch
@@ -306,12 +306,14 @@ def test_half_a_checkpoint_is_none(lost: str, store_url: str) -> None:
 
 # Whole stages
 
-LORA = {"name": "lora", "rank": 4, "alpha": 8}
+DORA = {**LORA, "dora": True, "dropout": 0.1}
 WHOLE = [
     ("pretrain@clm", {"steps": 5, "batch": 4}),
     ("pretrain@mlm", {"steps": 5, "batch": 4}),
     ("finetune", {"steps": 5, "batch": 4}),
-    ("finetune", {"steps": 5, "batch": 4, "method": LORA}),
+    ("finetune", {"steps": 5, "batch": 4, "method": DORA}),
+    ("finetune", {"steps": 5, "batch": 4, "method": {"name": "adapter", "width": 5}}),
+    ("finetune", {"steps": 5, "batch": 4, "task": {"name": "chat", "answers": "all", "packing": 48}}),
     ("reward", {"steps": 5, "batch": 2}),
     ("prune", {"steps": 5}),
 ]

@@ -94,7 +94,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tokenize": {"vocabulary": 420, "context": 64},
     "pretrain@clm": CLM,
     "pretrain@mlm": {**CLM, "batch": 20, "steps": 350, "statements": 0.9, "masking": MASKING},
-    "finetune": {"method": {"name": "full"}, "mix": MIX, "batch": 16, "steps": 150, **TRAINING},
+    "finetune": {
+        "model": "data/pretrain/clm/model",
+        "task": {"name": "chat", "answers": "all", "packing": None},
+        "method": {"name": "full"},
+        "mix": MIX,
+        "too_long": "refuse",
+        "heldout": 8,
+        "batch": 16,
+        "steps": 150,
+        **TRAINING,
+    },
     "reward": {
         "model": "data/pretrain/mlm/model",
         "rating": 1.0,
@@ -147,6 +157,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "masked": r"The capital of .*\.",
     },
 }
+UPDATES = {"rank": 3, "alpha": 6, "dropout": 0.0, "rank_stabilized": False, "targets": "all-linear"}
+LORA = {"name": "lora", "dora": False, **UPDATES}
+QLORA = {"name": "qlora", "double_quantization": True, **UPDATES}
 STAGES = ("tokenize", "pretrain", "finetune", "reward", "ppo", "prune", "quantize")
 
 

@@ -1,13 +1,14 @@
 """Models: building the chain's small decoder and encoder, loading and saving, and setting torch up for a stage."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
+from tasks.common import chat
 from tasks.common.settings import Numerics, Settings
 
 if TYPE_CHECKING:
@@ -141,6 +142,23 @@ def _common(shape: Shape, tokenizer: "PreTrainedTokenizerFast", context: int) ->
     }
 
 
+def head_outputs(
+    model: Any, tokenizer: "PreTrainedTokenizerFast", rows: Sequence[list[int]], numerics: Numerics, together: int
+) -> "torch.Tensor":
+    """Return what a model's head says of each row of token ids, shape (N, outputs), `together` rows at a time."""
+    import torch
+
+    device = next(model.parameters()).device
+    groups = chat.alike(rows, together)
+    parts = []
+    for group in groups:
+        ids, mask = chat.padded([rows[i] for i in group], tokenizer.pad_token_id, device)  # (together, T)
+        with autocast(model, numerics):
+            parts.append(model(input_ids=ids, attention_mask=mask).logits.float())
+    back = torch.tensor([i for group in groups for i in group], device=device).argsort()
+    return torch.cat(parts)[back]
+
+
 @contextmanager
 def quiet(*libraries: str) -> Iterator[None]:
     """Keep back the warnings that libraries, already imported, log of what is meant to be so; errors pass."""
@@ -174,6 +192,14 @@ def load_scorer(path: Path, numerics: Numerics) -> "PreTrainedModel":
     from transformers import AutoModelForSequenceClassification
 
     return _load(AutoModelForSequenceClassification, path, numerics, num_labels=1)
+
+
+def load_classifier(path: Path, numerics: Numerics, labels: list[str]) -> "PreTrainedModel":
+    """Load a model with a fresh head that gives one logit a label, in float32, onto the device."""
+    from transformers import AutoModelForSequenceClassification
+
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: place for place, label in enumerate(labels)}}
+    return _load(AutoModelForSequenceClassification, path, numerics, num_labels=len(labels), **names)
 
 
 def _load(kind: Any, path: Path, numerics: Numerics, **settings: Any) -> "PreTrainedModel":

@@ -36,16 +36,7 @@ def score_rows(
     together: int = chat.TOGETHER,
 ) -> "torch.Tensor":
     """Return the head's number for each row of token ids, shape (N,), worked out `together` rows at a time."""
-    import torch
-
-    groups = chat.alike(rows, together)
-    parts = []
-    for group in groups:
-        ids, mask = chat.padded([rows[i] for i in group], tokenizer.pad_token_id, model.device)  # (together, T)
-        with models.autocast(model, numerics):
-            parts.append(model(input_ids=ids, attention_mask=mask).logits[:, 0].float())
-    back = torch.tensor([i for group in groups for i in group], device=model.device).argsort()
-    return torch.cat(parts)[back]
+    return models.head_outputs(model, tokenizer, rows, numerics, together)[:, 0]
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,24 @@ SERVICES: dict[Service, str] = {  # what pip installs for each; all of mlflow do
     "wandb": "wandb>=0.31",
     "mlflow": "mlflow-skinny>=3.17",
 }
-AT_MOST = {  # setting: the one of another section that it must not exceed, and why
-    "finetune.method.layers": ("pretrain.clm.model.layers", "the model has no more blocks to train"),
+AT_MOST = {  # setting: the one of another section that it must not exceed, and why; {tuned}: what finetune starts from
+    "finetune.method.layers": ("pretrain.{tuned}.model.layers", "the model has no more blocks to train"),
+    "finetune.method.rank": ("pretrain.{tuned}.model.hidden", "a matrix of the model's width has no higher rank"),
+    "finetune.task.packing": ("tokenize.context", "the model reads no longer rows"),
     **dict.fromkeys(
         ("ppo.max_new_tokens", "prune.max_new_tokens", "evaluate.max_new_tokens"),
         ("quantize.policy.max_new_tokens", "the exported model says no more at once"),
     ),
 }
+ONLY_WITH = (  # setting, its value, the setting that another value is wrong for, the value it needs, and why
+    ("finetune.method.name", "qlora", "numerics.device", "cuda", "it computes on four-bit weights, which takes a GPU"),
+    ("finetune.method.name", "qlora", "numerics.parallel.engine", "data", "four-bit weights cannot be shared out"),
+)
+ANSWERS = ("finetune.task.name", "chat", "works with a model that answers, which only the task chat trains")
+STAGE_NEEDS = dict.fromkeys(  # stage: another section's setting, the value it needs, and why; told where it runs
+    ("ppo", "prune", "quantize@policy", "evaluate@tuned", "evaluate@policy", "evaluate@pruned", "evaluate@int8"),
+    ANSWERS,
+)
 
 
 class BessemerError(Exception):
@@ -176,8 +187,10 @@ def config_of(module: ModuleType, params: dict[str, Any], key: str | None) -> tu
     return stage, module.Config.model_validate(params[stage])
 
 
-def check(params: dict[str, Any], name: str = "params.yaml") -> None:
+def check(params: dict[str, Any], name: str = "params.yaml", stage: str | None = None) -> None:
     """Raise SettingsError with every problem in the file (which is called `name`), or return.
+
+    With `stage` (`quantize@policy`), also what keeps that one stage from running although the settings are sound.
 
     Stage modules are imported by name, not statically: another stage's settings never change this stage's bytes,
     so its code must not enter this stage's recipe.
@@ -190,19 +203,20 @@ def check(params: dict[str, Any], name: str = "params.yaml") -> None:
     shared: dict[str, type[Settings]] = {"base": Base, "numerics": Numerics, "placement": Placement}
     for section, model in shared.items():
         problems += _problems(model, params, (section,))
-    for stage in STAGES:
-        module = importlib.import_module(f"tasks.{stage}")
+    for section in STAGES:
+        module = importlib.import_module(f"tasks.{section}")
         keys = stage_keys(module)
         if not keys:
-            problems += _problems(module.Config, params, (stage,))
+            problems += _problems(module.Config, params, (section,))
             continue
-        content = params.get(stage)
+        content = params.get(section)
         if isinstance(content, dict):
             odd = [key for key in content if key not in keys]
-            problems += [f"{stage}.{key}: unknown key; there are {', '.join(keys)}" for key in odd]
+            problems += [f"{section}.{key}: unknown key; there are {', '.join(keys)}" for key in odd]
         for key, model in keys.items():
-            problems += _problems(model, params, (stage, key))
+            problems += _problems(model, params, (section, key))
     problems += _across(params)
+    problems += _of_stage(params, stage)
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
@@ -211,11 +225,28 @@ def check(params: dict[str, Any], name: str = "params.yaml") -> None:
 
 def _across(params: dict[str, Any]) -> Iterator[str]:
     """Tell of settings that are right by themselves and wrong together; what is no number is told elsewhere."""
-    for path, (limit, why) in AT_MOST.items():
+    tuned = "mlm" if _at(params, "finetune.model") == "data/pretrain/mlm/model" else "clm"
+    for path, (limit_path, why) in AT_MOST.items():
+        limit = limit_path.format(tuned=tuned)
         value, most = _at(params, path), _at(params, limit)
         if isinstance(value, int) and isinstance(most, int) and value > most:
             yield f"{path}: found {value}, but it should be at most {limit}, which is {most}: {why}"
+    for path, value, other, needed, why in ONLY_WITH:
+        if _at(params, path) == value and _at(params, other) != needed:
+            yield f"{path}: found {value!r}, which needs {other} to be {needed} (it is {_at(params, other)}): {why}"
     yield from _processes(params)
+
+
+def _of_stage(params: dict[str, Any], stage: str | None) -> Iterator[str]:
+    """Tell of another section's setting that a stage cannot run with."""
+    needs = dict(STAGE_NEEDS)
+    if _at(params, "reward.model") == "data/finetune/model":
+        needs["reward"] = ANSWERS
+    if stage in needs:
+        path, needed, why = needs[stage]
+        found = _at(params, path)
+        if found != needed:
+            yield f"{path}: found {found!r}, but {stage} needs {needed}: it {why}; end with `dvc repro finetune`"
 
 
 def _processes(params: dict[str, Any]) -> Iterator[str]:

@@ -144,9 +144,9 @@ def _disk_full(error: Exception) -> bool:
 
 def execute(module: ModuleType, key: str | None) -> dict[str, Any]:
     """Run one stage in this process and return its record; raise SettingsError or StageError for the user's errors."""
-    params = read_params()
-    check(params)
-    stage, seed = module.__name__.rpartition(".")[2], params["base"]["seed"]
+    params, stage = read_params(), module.__name__.rpartition(".")[2]
+    check(params, stage=name_of(stage, key))
+    seed = params["base"]["seed"]
     section, config = config_of(module, params, key)
     numerics = Numerics.model_validate(params["numerics"])
     _gather_processes(module, key, numerics)
