@@ -2,7 +2,8 @@
 
 Run as `make bench-data` or `python -m benchmarks data`, on the default profile's own sources, in a scratch project. The
 archives come from this project's cache, so that no download is measured. The peer of `tokenize` is the usual way with
-`datasets` (`benchmarks/datasets_tokenize.py`): train on the same texts, map, pack, save.
+`datasets` (`benchmarks/datasets_tokenize.py`): train on the same texts, map, pack, save. How speed and memory go with
+the size of the corpus is measured on the same speeches, all of them many times over (`benchmarks/corpus_growth.py`).
 """
 
 import os
@@ -18,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness
+from benchmarks import corpus_growth, harness
 from benchmarks.harness import BenchmarkError, Figures, Measured, Row
 from tasks.common.settings import read_params
 
@@ -27,6 +28,8 @@ ARCHIVES = harness.ROOT / "data" / ".cache" / "archives"
 STAGES = ("ingest", "validate", "tokenize")
 PEER = "datasets + tokenizers"
 COPIED = ("tasks", "serving", "data/sources")
+# Linux counts what the parent held at the start to a process's peak memory; a shell that stays holds next to nothing.
+SMALL_PARENT = '"$@"; exit $?'
 
 
 def check() -> None:
@@ -51,6 +54,7 @@ def measure(*, trial: bool) -> Measured:
     for stage in STAGES:
         measured.rows += stage_rows(stage, megabytes[stage], results)
     measured.notes.append(harness.spread(results, "cpu_seconds"))
+    corpus_growth.measure(measured, step, trial=trial)
     return measured
 
 
@@ -75,7 +79,7 @@ def step(place: Path, module: str, *arguments: str) -> Figures:
     one = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
+        ["sh", "-c", SMALL_PARENT, "sh", sys.executable, "-m", module, *arguments],
         cwd=place, env={**os.environ, **harness.OFFLINE, **one, "PYTHONPATH": path}, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
@@ -88,7 +92,7 @@ def step(place: Path, module: str, *arguments: str) -> Figures:
 
 def vocabulary() -> int:
     """Return the size of the default profile's vocabulary."""
-    return int(read_params(PROFILE)["tokenize"]["vocabulary"])
+    return int(read_params(PROFILE)["tokenize"]["tokenizer"]["vocabulary"])
 
 
 def text_bytes(place: Path, stage: str) -> int:

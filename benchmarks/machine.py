@@ -21,7 +21,7 @@ SAMPLED_SECONDS = 2.0
 BUSY_PERCENT = 15.0
 PACKAGES = (
     "torch", "transformers", "accelerate", "tokenizers", "optimum-onnx", "onnxruntime", "onnxruntime-genai", "bentoml",
-    "prefect", "dvc", "great-expectations", "pyarrow", "numpy",
+    "prefect", "dvc", "great-expectations", "pyarrow", "numpy", "rensa",
 )  # fmt: skip
 
 

@@ -103,7 +103,7 @@ def _windows(config: pretrain.Config, split: Split) -> Any:
     """
     import numpy as np
 
-    mixture = Mixture(split, config.window, config.batch, config.statements, SEED)
+    mixture = Mixture(split, config.window, config.batch, config.mixture, SEED)
     rows = np.concatenate([mixture.batch(step) for step in range(config.steps)])
     labels = rows.copy()
     labels[:, 0] = IGNORED

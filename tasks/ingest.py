@@ -8,14 +8,16 @@ read from each source are the rows used and the rows refused. `sources.json` hol
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import Field, model_validator
 
 from tasks.common import draw, facts, readers, stage, tables
+from tasks.common.corpus import RATED, Corpus, RefusedFile, Teller
 from tasks.common.facts import Fact, Wordings
 from tasks.common.reading import Rated, Reading
 from tasks.common.settings import Settings
@@ -30,6 +32,8 @@ OUTPUTS = {
     "sources": "data/ingest/sources.json",
     "refused": "data/ingest/refused.jsonl",
 }
+
+Counts = dict[str, Counter[tuple[str, str]]]  # of each table, the rows by (source, split)
 
 
 class Heldout(Settings):
@@ -65,6 +69,9 @@ class Config(Settings):
         twice = [name for name, count in Counter(source.name for source in self.sources).items() if count > 1]
         if twice:
             raise ValueError(f"each source needs a name of its own, unlike {', '.join(twice)}")
+        both = sorted({source.name for source in self.sources} & {str(source.group) for source in self.sources})
+        if both:
+            raise ValueError(f"a mixture could not tell whether {', '.join(both)} is a source or a group of sources")
         if self.ratings.scale[0] >= self.ratings.scale[1]:
             raise ValueError(f"ratings.scale must rise, unlike {self.ratings.scale}")
         return self
@@ -89,20 +96,31 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     if unknown:
         raise StageError(f"ingest.relations names {', '.join(unknown)}, but {config.wordings} has no wordings for it.")
     namings = load_names(folder / config.names)
-    readings = [read_source(source, folder) for source in tqdm(config.sources, desc="ingest", unit="source")]
-    known = settle(readings, namings, wordings, config.relations)
-    groups = group_rated(readings, config)
-    found = {
-        "corpus": corpus(config, readings, known, wordings, groups),
-        "instructions": instructions(config, readings, known, wordings),
-        "rankings": rankings(config, readings, groups),
-    }
-    for table, table_rows in found.items():
-        tables.write(sorted(table_rows, key=lambda row: row["id"]), job.outputs[table], tables.schema(table))
-    manifest = describe(config, readings, found)
+    with (
+        RefusedFile(job.outputs["refused"]) as refused,
+        TemporaryDirectory(dir=job.outputs["corpus"].parent) as spilled,
+    ):
+        corpus = Corpus(Path(spilled, "documents"), config.salt, config.heldout.prose)
+        tellers = {source.name: Teller(corpus, source.name, source.group, source.licence) for source in config.sources}
+        readings = [Reading(source.name, source.licence, prose=tellers[source.name], refused=refused)
+                    for source in config.sources]  # fmt: skip
+        for source, reading in zip(tqdm(config.sources, desc="ingest", unit="source"), readings, strict=True):
+            read_source(source, folder, reading)
+        known = settle(readings, namings, wordings, config.relations)
+        groups = group_rated(readings, config)
+        add_statements(corpus, config, known, wordings, tellers)
+        add_rated(corpus, config, groups, tellers)
+        found = {
+            "instructions": instructions(config, readings, known, wordings),
+            "rankings": rankings(config, readings, groups),
+        }
+        counts = {"corpus": write_corpus(corpus, job.outputs["corpus"], readings)}
+    for table, rows in found.items():
+        tables.write(sorted(rows, key=lambda row: row["id"]), job.outputs[table], tables.schema(table))
+        counts[table] = Counter((row["source"], row["split"]) for row in rows)
+    manifest = describe(config, readings, counts)
     stage.write_json(job.outputs["sources"], manifest)
-    write_refused(job.outputs["refused"], readings)
-    return figures(found, manifest)
+    return figures(counts, manifest)
 
 
 def load_names(path: Path) -> dict[tuple[str, str], Naming]:
@@ -207,31 +225,28 @@ def _group_split(group: list[Rated], config: Config) -> str:
     return draw.split(config.heldout.rankings, config.salt, "ranking", *(rated.text for rated in group))
 
 
-def corpus(
-    config: Config, readings: list[Reading], known: list[Fact], wordings: Wordings, groups: list[list[Rated]]
-) -> list[dict[str, Any]]:
-    """Return statements about every entity, prose, and the rated sentences of rankings that are not held out."""
+def add_statements(
+    corpus: Corpus, config: Config, known: list[Fact], wordings: Wordings, tellers: Mapping[str, Teller]
+) -> None:
+    """Add statements about every entity."""
     rows = {row["id"]: row for row in facts.corpus_rows(known, wordings, config.paragraphs, config.salt)}
-    for reading in readings:
-        for text in reading.prose:
-            row = _prose(text, reading.source, reading.licence, config)
-            if row["id"] in rows:
-                reading.refuse(text, "the same text came before")
-            rows.setdefault(row["id"], row)
+    corpus.statements({**row, **tellers[row["source"]].columns} for row in rows.values())
+
+
+def add_rated(corpus: Corpus, config: Config, groups: list[list[Rated]], tellers: Mapping[str, Teller]) -> None:
+    """Add the rated sentences of rankings that are not held out."""
     sentences = (group for group in groups if not group[0].word)
     training = (group for group in sentences if _group_split(group, config) == "train")
     for group in training:
         if draw.share(config.salt, "prose", group[0].text) < config.ratings.in_corpus:
             for rated in group:
-                row = _prose(rated.text, rated.source, rated.licence, config)
-                rows.setdefault(row["id"], row)
-    return list(rows.values())
+                corpus.prose(rated.text, tellers[rated.source], RATED)
 
 
-def _prose(text: str, source: str, licence: str, config: Config) -> dict[str, Any]:
-    identifier = draw.short_id("corpus", text)
-    where = draw.split(config.heldout.prose, config.salt, "prose", identifier)
-    return {"id": identifier, "text": text, "names": [], "source": source, "licence": licence, "split": where}
+def write_corpus(corpus: Corpus, path: Path, readings: list[Reading]) -> Counter[tuple[str, str]]:
+    """Write the table, refuse prose that came before, and count the rows of each (source, split)."""
+    origin = {reading.source: reading for reading in readings}
+    return corpus.write(path, lambda source, text: origin[source].refuse(text, "the same text came before"))
 
 
 def instructions(
@@ -282,35 +297,34 @@ def _with_given(
     return rows
 
 
-def describe(config: Config, readings: list[Reading], found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Return the manifest: an entry a source, with its rows read, used and refused, and its share of each table."""
-    counts = {table: Counter(row["source"] for row in table_rows) for table, table_rows in found.items()}
+def describe(config: Config, readings: list[Reading], counts: Counts) -> list[dict[str, Any]]:
+    """Return the manifest: an entry a source: its files, its rows read, used and refused, its rows by table."""
     return [
         {
             "name": source.name,
             "kind": source.kind,
             "licence": source.licence,
             "sha256": reading.sha256,
+            "files": reading.files,
             "read": reading.read,
-            "used": reading.read - len(reading.refused),
-            "refused": len(reading.refused),
-            "rows": {table: counts[table][source.name] for table in found},
+            "used": reading.read - reading.refusals,
+            "refused": reading.refusals,
+            "rows": {table: sum(_of(found, source=source.name)) for table, found in counts.items()},
         }
         for source, reading in zip(config.sources, readings, strict=True)
     ]
 
 
-def write_refused(path: Path, readings: list[Reading]) -> None:
-    """Write every refused row of a source with its reason, one a line."""
-    lines = (json.dumps(asdict(refusal), ensure_ascii=False) for reading in readings for refusal in reading.refused)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def figures(found: dict[str, list[dict[str, Any]]], manifest: list[dict[str, Any]]) -> dict[str, Any]:
+def figures(counts: Counts, manifest: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the stage's figures: rows by table and split, and rows refused."""
-    rows = {f"{table}_{where}_rows": sum(row["split"] == where for row in table_rows)
-            for table, table_rows in found.items() for where in ("train", "heldout")}  # fmt: skip
+    rows = {f"{table}_{where}_rows": sum(_of(found, split=where))
+            for table, found in counts.items() for where in ("train", "heldout")}  # fmt: skip
     return {**rows, "refused_rows": sum(entry["refused"] for entry in manifest)}
+
+
+def _of(found: Counter[tuple[str, str]], source: str | None = None, split: str | None = None) -> Iterator[int]:
+    """Yield the numbers of rows of a source, or of a split."""
+    return (count for (told_by, where), count in found.items() if source in (None, told_by) and split in (None, where))
 
 
 if __name__ == "__main__":

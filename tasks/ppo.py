@@ -19,7 +19,7 @@ from tasks.common import chat, models, optimizers, sampling, stage, tables, trac
 from tasks.common.optimizers import Optimizer, rate_at
 from tasks.common.scoring import Scorer
 from tasks.common.settings import Settings
-from tasks.common.shards import Mixture, Split
+from tasks.common.shards import Mixture, Split, Weights
 from tasks.common.stage import Job, StageError
 from tasks.common.training import History
 
@@ -51,7 +51,7 @@ class Ptx(Settings):
     weight: float = Field(description="gamma: weight of the pretraining loss; 0 leaves it out", ge=0)
     batch: int = Field(description="Windows an update", ge=1)
     window: int = Field(description="Length of a window, in tokens", ge=16)
-    statements: float = Field(description="Share of the windows that is statements of facts", ge=0, le=1)
+    mixture: Weights
 
 
 class Config(Settings):
@@ -103,7 +103,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     scorer = Scorer.load(job.inputs["reward"], job.numerics)
     prompts = chat.questions(tokenizer, tables.read(job.inputs["instructions"], "train").column("messages").to_pylist())
     ptx, split = config.ptx, Split.open(job.inputs["shards"] / "train")
-    mixture = Mixture(split, ptx.window, ptx.batch, ptx.statements, job.seed) if ptx.weight else None
+    mixture = Mixture(split, ptx.window, ptx.batch, ptx.mixture, job.seed) if ptx.weight else None
     trainer = Trainer(config, job, tokenizer, policy, reference, head, scorer, prompts, mixture)
     history = History(every=1)
     began = time.perf_counter()

@@ -15,7 +15,7 @@ from tasks.common.flops import Work
 from tasks.common.losses import IGNORED, Entropy
 from tasks.common.masking import Masker, Masking, Vocabulary
 from tasks.common.models import Shape
-from tasks.common.shards import Batches, Mixture, Split
+from tasks.common.shards import Batches, Mixture, Split, Weights
 from tasks.common.stage import Job
 from tasks.common.training import WHOLE, Drawn, Share, Training, summary, train
 
@@ -34,9 +34,7 @@ class Config(Training):
     model: Shape
     window: int = Field(description="Length of a training sequence, in tokens", ge=16, le=2**17)
     batch: int = Field(description="Sequences a step; batch x window tokens where whole texts are read", ge=1, le=2**16)
-    statements: float = Field(
-        description="Share of the sequences that is statements of facts; the rest is prose", ge=0, le=1
-    )
+    mixture: Weights
     entropy: Entropy
 
 
@@ -78,7 +76,7 @@ class Causal:
     steady = True
 
     def __init__(self, config: Config, job: Job, model: "PreTrainedModel", split: Split) -> None:
-        self.mixture = Mixture(split, config.window, config.batch, config.statements, job.seed)
+        self.mixture = Mixture(split, config.window, config.batch, config.mixture, job.seed)
         self.config, self.job, self.model = config, job, model
 
     def draw(self, step: int, share: Share) -> Drawn:
@@ -107,7 +105,7 @@ class Masked:
     def __init__(
         self, config: MaskedConfig, job: Job, model: Any, split: Split, vocabulary: Vocabulary, fill: int
     ) -> None:
-        self.batches = Batches(split, config.batch * config.window, config.window, config.statements, job.seed)
+        self.batches = Batches(split, config.batch * config.window, config.window, config.mixture, job.seed)
         self.masker, self.fill = Masker(config.masking, vocabulary), fill
         model.sparse_prediction = True  # the vocabulary's logits are computed where something is asked only
         self.config, self.job, self.model = config, job, model

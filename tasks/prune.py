@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from tasks.common import chat, models, sampling, stage, tables
-from tasks.common.shards import Mixture, Split
+from tasks.common.shards import Mixture, Split, Weights
 from tasks.common.stage import Job
 from tasks.common.training import WHOLE, Drawn, Share, Training, summary, train
 
@@ -46,7 +46,7 @@ class Config(Training):
     batch: int = Field(description="Replies a step", ge=1)
     windows: int = Field(description="Windows of pretraining text a step", ge=1)
     window: int = Field(description="Length of such a window, in tokens", ge=16)
-    statements: float = Field(description="Share of the windows that is statements of facts", ge=0, le=1)
+    mixture: Weights
     steps: int = Field(description="Optimizer steps of the recovery", ge=0)
 
 
@@ -99,7 +99,7 @@ class Batches:
         )
         self.rows = [[*prompt, *reply] for prompt, reply in zip(prompts, replies, strict=True)]
         split = Split.open(job.inputs["shards"] / "train")
-        self.mixture = Mixture(split, config.window, config.windows, config.statements, job.seed)
+        self.mixture = Mixture(split, config.window, config.windows, config.mixture, job.seed)
         self.config, self.seed, self.pad, self.device = config, job.seed, tokenizer.pad_token_id, policy.device
 
     def at(self, step: int, share: Share = WHOLE) -> list[Part]:

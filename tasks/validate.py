@@ -1,21 +1,28 @@
 """Stage `validate`: refuse bad rows with their reason, then hold each table to its Great Expectations suite.
 
-Run as `python -m tasks.validate`. Clean tables, refused rows (with a column `reason`) and a report for people are left
-behind; the rows read are the rows kept and the rows refused. A failed suite stops the run; the report about it is then
-kept at `data/.failed/validate/`, because outputs are moved into place only where a stage is complete.
+Run as `python -m tasks.validate`. What is refused is bad by itself (`checks.py`) or has no place in training text
+(`curation.py`). Clean tables, refused rows (with a column `reason`) and a report for people are left behind; the rows
+read are the rows kept and the rows refused. A table is read twice, batch by batch: once to judge, once to write. What
+is held of it meanwhile is some hundred bytes a row, never its texts.
+
+A failed suite stops the run; the report about it is then kept at `data/.failed/validate/`, because outputs are moved
+into place only where a stage is complete.
 """
 
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.common import checks, stage, suites, tables, validation_report
+from tasks.common.curation import Curation, Curator, Look
 from tasks.common.stage import Job, StageError
-from tasks.common.validation_report import Summary
+from tasks.common.validation_report import Marked, Shown, Summary
 
 if TYPE_CHECKING:
+    import pandas as pd
     import pyarrow as pa
 
 INPUTS = {table: f"data/ingest/{table}" for table in tables.TABLES}
@@ -25,58 +32,116 @@ OUTPUTS = {
     "report": "data/validate/report",
 }
 FAILED = Path("data/.failed/validate")
+READING_ORDER = ("instructions", "corpus", "rankings")  # what is asked on the held-out side is looked for in the corpus
 
 
 class Config(checks.Limits):
     """Settings of `validate`."""
+
+    curate: Curation
+
+
+@dataclass
+class Judged:
+    """What is known of a table's rows once all of them were read; their texts are not kept."""
+
+    look: Look
+    reasons: list[str | None] = field(default_factory=list)
+    seen: "list[pa.Table]" = field(default_factory=list)  # what the suites look at, of all rows
+
+    def frame(self) -> "pd.DataFrame":
+        """Return what the suites look at, of the rows without a reason against them; what was packed is let go."""
+        packed, self.seen = self.seen, []
+        return suites.frame_of(packed, [reason is None for reason in self.reasons])
 
 
 def run(config: Config, job: Job) -> dict[str, Any]:
     """Check rows, write clean and refused tables, run the suites, write the report; raise StageError if one fails."""
     from tqdm import tqdm
 
-    summaries: list[Summary] = []
+    curator = Curator(config.curate)
+    summaries: dict[str, Summary] = {}
     failures: list[str] = []
-    for table in tqdm(tables.TABLES, desc="validate", unit="table"):
-        content = tables.read(job.inputs[table])
-        check_schema(table, content)
-        found, reasons = checks.judge(table, content.to_pylist(), config)
-        clean, refused = split_off(table, content, reasons, job)
-        kept = [features for features, reason in zip(found, reasons, strict=True) if reason is None]
-        checks.add_sides(kept)
-        verdicts = suites.run(table, kept, refused.num_rows / len(found), config) if kept else []
-        summaries.append(validation_report.summarise(table, clean, found, reasons, verdicts))
-        failures += [failure(verdict, clean, refused) for verdict in verdicts if not verdict.success]
-        failures += [] if kept else [empty_message(table, reasons)]
-    validation_report.write(summaries, job.outputs["report"])
+    for table in tqdm(READING_ORDER, desc="validate", unit="table"):
+        judged = judge(table, job.inputs[table], config, curator.look_at(table))
+        frame, told = judged.frame(), judged.reasons
+        shown = split_off(table, judged, len(frame), job)
+        share = (len(told) - len(frame)) / max(len(told), 1)
+        verdicts = suites.run(table, frame, share, config) if len(frame) else []
+        summaries[table] = validation_report.summarise(table, frame, told, shown, verdicts)
+        failures += [failure(verdict, job) for verdict in verdicts if not verdict.success]
+        failures += [] if len(frame) else [empty_message(table, told)]
+    in_order = [summaries[table] for table in tables.TABLES]
+    validation_report.write(in_order, job.outputs["report"])
     if failures:
         keep_failed(job)
-        told = ["the data does not meet its expectations.", *failures, f"The report is {FAILED}/index.html."]
-        raise StageError("\n".join(told))
-    return figures(summaries)
+        said = ["the data does not meet its expectations.", *failures, f"The report is {FAILED}/index.html."]
+        raise StageError("\n".join(said))
+    return figures(in_order)
 
 
-def check_schema(table: str, content: "pa.Table") -> None:
+def judge(table: str, path: Path, config: Config, look: Look) -> Judged:
+    """Read a table once and return what is to become of each row."""
+    check_schema(table, tables.schema_of(path))
+    judged, before = Judged(look, seen=[suites.seen_of(table, [])]), set[bytes]()
+    for batch in tables.batches(path):
+        rows = look.mark(batch.to_pylist())
+        found, reasons = checks.judge(table, rows, config, before)
+        judged.reasons += look.judge(rows, found, reasons)
+        judged.seen.append(suites.seen_of(table, found))
+    before.clear()  # the larger half of what is held, and there is more to hold while rows are compared
+    for position, reason in look.settle().items():
+        judged.reasons[position] = reason
+    return judged
+
+
+def check_schema(table: str, found: "pa.Schema") -> None:
     """Raise StageError where columns or types are not the table's."""
     expected = tables.schema(table)
-    if not content.schema.equals(expected):
-        wanted, got = ({field.name: str(field.type) for field in schema} for schema in (expected, content.schema))
+    if not found.equals(expected):
+        wanted, got = ({field.name: str(field.type) for field in schema} for schema in (expected, found))
         differ = [f"{name}: expected {wanted.get(name, 'no such column')}, found {got.get(name, 'none')}"
                   for name in {**wanted, **got} if wanted.get(name) != got.get(name)]  # fmt: skip
         told = "; ".join(differ) or f"expected the order {', '.join(wanted)}, found {', '.join(got)}"
         raise StageError(f"table {table} has another schema: {told}. Run `dvc repro -f ingest` to write it anew.")
 
 
-def split_off(table: str, content: "pa.Table", reasons: Sequence[str | None], job: Job) -> "tuple[pa.Table, pa.Table]":
-    """Write the kept and the refused rows and return both."""
+def split_off(table: str, judged: Judged, kept: int, job: Job) -> Shown:
+    """Read a table again, write its kept rows (marked, where they were) and its refused ones; return some to show."""
     import pyarrow as pa
 
-    reason = pa.array(reasons, pa.string())
-    clean = content.filter(reason.is_null())
-    refused = content.append_column("reason", reason).filter(reason.is_valid())
-    tables.write(clean, job.outputs[table], content.schema)
-    tables.write(refused, job.outputs["refused"] / table, refused.schema)
-    return clean, refused
+    schema = tables.schema(table)
+    of_refused = schema.append(pa.field("reason", pa.string()))
+    shown, start = Shown(kept), 0
+    with (
+        tables.Writer(job.outputs[table], schema) as clean,
+        tables.Writer(job.outputs["refused"] / table, of_refused) as refused,
+    ):
+        for batch in tables.batches(job.inputs[table]):
+            reasons = judged.reasons[start : start + batch.num_rows]
+            rows = batch.append_column("reason", pa.array(reasons, pa.string()))
+            good, bad = rows.filter(rows["reason"].is_null()), rows.filter(rows["reason"].is_valid())
+            numbers = [number for number, reason in enumerate(reasons, start) if reason is None]
+            good = marked(good.drop_columns("reason"), numbers, judged.look, shown)
+            clean.write(good)
+            refused.write(bad)
+            shown.take(table, good, bad, judged.look)
+            start += batch.num_rows
+    return shown
+
+
+def marked(rows: "pa.Table", positions: Sequence[int], look: Look, shown: Shown) -> "pa.Table":
+    """Return rows that stand at these positions of their table, with personal data marked where there was some."""
+    import pyarrow as pa
+
+    changed = {number: look.marks[position] for number, position in enumerate(positions) if position in look.marks}
+    if not changed:
+        return rows
+    content = rows.to_pylist()
+    for number, marks in changed.items():
+        shown.marks.append(Marked(look.table, content[number]["id"], dict(sorted(marks.items()))))
+        content[number] = look.marked(content[number])
+    return pa.Table.from_pylist(content, rows.schema)
 
 
 def empty_message(table: str, reasons: Sequence[str | None]) -> str:
@@ -88,11 +153,12 @@ def empty_message(table: str, reasons: Sequence[str | None]) -> str:
     )
 
 
-def failure(verdict: suites.Verdict, clean: "pa.Table", refused: "pa.Table") -> str:
+def failure(verdict: suites.Verdict, job: Job) -> str:
     """Return a failed expectation with its suite, what was found, and three rows that show it."""
-    content = refused if verdict.shows_refused and refused.num_rows else clean
-    positions = verdict.rows or range(min(suites.EXAMPLES, content.num_rows))
-    examples = [validation_report.line(row) for row in validation_report.rows_at(content, positions)]
+    clean, refused = job.outputs[verdict.suite], job.outputs["refused"] / verdict.suite
+    content = refused if verdict.shows_refused and tables.count(refused) else clean
+    positions = verdict.rows or range(suites.EXAMPLES)
+    examples = [validation_report.line(row) for row in tables.rows_at(content, positions)]
     head = f'suite {verdict.suite}, expectation "{verdict.says}" ({verdict.type}): found {verdict.observed}.'
     kind = "Rows that show it" if verdict.rows else "Refused rows" if content is refused else "The first rows"
     return "\n".join([head, f"  {kind}:", *(f"    {example}" for example in examples)])
@@ -106,10 +172,15 @@ def keep_failed(job: Job) -> None:
 
 
 def figures(summaries: Sequence[Summary]) -> dict[str, Any]:
-    """Return the stage's figures."""
+    """Return the stage's figures: rows kept and refused, why, and personal data marked by kind."""
     counts = {f"{item.table}_{name}_rows": count for item in summaries
               for name, count in (("kept", item.kept), ("refused", item.refused))}  # fmt: skip
-    return {**counts, "expectations_met": sum(verdict.success for item in summaries for verdict in item.verdicts)}
+    return {
+        **counts,
+        "expectations_met": sum(verdict.success for item in summaries for verdict in item.verdicts),
+        "refused": {item.table: {reason.reason: reason.count for reason in item.reasons} for item in summaries},
+        "marked": {item.table: {"rows": item.marked_rows, **item.marked} for item in summaries},
+    }
 
 
 if __name__ == "__main__":

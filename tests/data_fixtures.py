@@ -15,13 +15,21 @@ SOURCES = Path(__file__).parents[1] / "data" / "sources"
 FACTS = {
     "name": "facts",
     "kind": "files",
+    "group": None,
     "licence": "MIT",
     "path": "smoke/facts.csv",
     "format": "csv",
     "table": "facts",
 }
-SMALLTALK = {**FACTS, "name": "smalltalk", "path": "smalltalk.jsonl", "format": "jsonl", "table": "instructions"}
-PROSE = {**FACTS, "name": "prose", "path": "smoke/prose.txt", "format": "txt", "table": "corpus"}
+SMALLTALK = {
+    **FACTS,
+    "name": "smalltalk",
+    "group": None,
+    "path": "smalltalk.jsonl",
+    "format": "jsonl",
+    "table": "instructions",
+}
+PROSE = {**FACTS, "name": "stories", "group": "fiction", "path": "smoke/prose.txt", "format": "txt", "table": "corpus"}
 RATINGS = {**FACTS, "name": "ratings", "path": "smoke/ratings.csv", "table": "ratings"}
 PEOPLE = {"name": "people", "kind": "rankings", "licence": "MIT", "path": "rankings"}
 CHAT = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello to you!"}]
@@ -42,6 +50,7 @@ VALIDATE: dict[str, Any] = {
     "refused_share": 0.5,
     "rows": {"corpus": 1, "instructions": 1, "rankings": 1},
     "heldout_questions": 0,
+    "curate": dict.fromkeys(("personal", "language", "quality", "evaluation", "exact_duplicates", "near_duplicates")),
 }
 
 

@@ -17,7 +17,8 @@ from tests.data_fixtures import FACTS, copy_sources, ingest_into, manifest, tabl
 
 def package(path: Path, **changes: Any) -> dict[str, Any]:
     return {
-        "name": "made", "kind": "package", "licence": "MIT", "requirement": "made==1.0", "archive": "wheel",
+        "name": "made", "kind": "package", "group": None, "licence": "MIT",
+        "requirement": "made==1.0", "archive": "wheel",
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "reader": "speeches", "members": "made/*.txt",
         "limit": None, **changes,
     }  # fmt: skip

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import endpoint, harness, machine, pipeline
+from benchmarks import curation_run, endpoint, harness, machine, pipeline
 from benchmarks.harness import BenchmarkError, Measured, Row
+from tasks.common.near_duplicates import NearDuplicates
 
 AROUND = {"commit": "0" * 40, "hardware": {"cpu": "none", "cores": 2}, "versions": {"python": "3.11"}}
 
@@ -225,3 +226,15 @@ def test_an_answer_that_is_an_error_stops_the_measurement(port: int) -> None:
 def test_a_run_that_does_something_is_no_idle_run() -> None:
     assert pipeline.idle([sys.executable, "-c", "print('Nothing has changed: all is well.')"], 2)
     assert pipeline.idle([sys.executable, "-c", "print('Starting Prefect ...')"], 1) is None
+
+
+def test_copies_are_planted_of_each_kind_and_precision_is_counted() -> None:
+    settings = NearDuplicates(shingle=2, jaccard=0.5, permutations=64, fewest_words=5)
+    texts = [" ".join(f"w{number * place % 997}" for place in range(1, 60)) for number in range(1, 61)]
+    planted = curation_run.plant(texts)
+    assert len(planted) == 6
+    assert sorted(len(text.split()) for text in planted) == [56, 56, 59, 59, 62, 62]
+    everything = [*texts, *planted]
+    assert curation_run.precision(everything, range(60, 66), settings) == 1
+    assert curation_run.precision(["a b c d e f", "g h i j k l"], [1], settings) == 0
+    assert curation_run.ours(everything, settings).tolist() == [False] * 60 + [True] * 6

@@ -18,7 +18,7 @@ from tasks.common.shards import Mixture, Split
 from tasks.common.stage import Job, StageError
 from tasks.common.training import WHOLE, Share
 from tests.conftest import ROOT
-from tests.training_fixtures import MIX, NUMERICS, QLORA, Chain, chain, config
+from tests.training_fixtures import MIX, MIXTURE, NUMERICS, QLORA, Chain, chain, config
 
 __all__ = ["chain"]
 
@@ -165,7 +165,7 @@ def test_the_pretraining_loss_is_that_of_pretraining(model: Any, chain: Chain, t
 
     answers = objective(chain, model, [([1, 2], [False, True])], tmp_path)
     part = answers.draw(2, WHOLE)
-    mixture = Mixture(Split.open(chain.path("data/tokenize/shards") / "train"), 16, 4, 0.75, 1)
+    mixture = Mixture(Split.open(chain.path("data/tokenize/shards") / "train"), 16, 4, MIXTURE, 1)
     ids = torch.from_numpy(mixture.batch(2))
     expected = model(input_ids=ids, labels=ids).loss
     assert answers.sums(part)["pretraining"].item() == pytest.approx(expected.item() * 4 * 15, rel=1e-5)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tasks import ingest
-from tasks.common import facts, readers, tables
+from tasks.common import readers, sorting, tables
+from tasks.common.corpus import Corpus, Teller
 from tasks.common.identity import tree_hash
 from tasks.common.reading import Reading
 from tasks.common.stage import StageError
@@ -69,12 +70,12 @@ def test_rows_read_are_rows_used_and_rows_refused(sources: Path, tmp_path: Path)
     extra = {**FACTS, "name": "extra", "path": "extra.jsonl", "format": "jsonl", "table": "instructions"}
     folder = ingest_into(tmp_path / "out", copied, sources=[FACTS, PROSE, RATINGS, PEOPLE, extra])
     entries, refused = manifest(folder), Counter(row["source"] for row in refusals(folder))
-    assert refused == {"extra": 2, "prose": 1}
+    assert refused == {"extra": 2, "stories": 1}
     for name, entry in entries.items():
         assert entry["read"] == entry["used"] + entry["refused"]
         assert entry["refused"] == refused[name]
     assert (entries["extra"]["read"], entries["facts"]["read"]) == (3, 96)
-    assert entries["prose"]["used"] == entries["prose"]["rows"]["corpus"]
+    assert entries["stories"]["used"] == entries["stories"]["rows"]["corpus"]
     responses = sum(len(row["responses"]) for row in table(folder, "rankings"))
     assert entries["ratings"]["used"] == responses
     reasons = [row["reason"] for row in refusals(folder) if row["source"] == "extra"]
@@ -122,6 +123,21 @@ def test_a_chat_that_a_source_brings_stands_on_the_side_of_its_entity(made: Path
     mine = {**FACTS, "name": "mine", "path": "mine.jsonl", "format": "jsonl", "table": "instructions"}
     rows = table(ingest_into(tmp_path / "out", copied, sources=[FACTS, RATINGS, mine]), "instructions")
     assert {row["entity"]: row["split"] for row in rows if row["source"] == "mine"} == sides
+
+
+def test_the_tables_are_the_same_where_the_corpus_does_not_fit(
+    made: Path, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sorting, "SPILL_BYTES", 20_000)
+    monkeypatch.setattr(sorting, "BUCKET_BYTES", 4000)
+    assert tree_hash(ingest_into(tmp_path / "spilled", sources)) == tree_hash(made)
+    assert {path.name for path in (tmp_path / "spilled").iterdir()} == {path.name for path in made.iterdir()}
+
+
+def test_documents_carry_the_group_of_their_source(made: Path) -> None:
+    assert {(row["source"], row["group"]) for row in table(made, "corpus")} == {
+        ("facts", None), ("stories", "fiction"), ("ratings", None)
+    }  # fmt: skip
 
 
 # What a change touches
@@ -210,15 +226,16 @@ def test_a_relation_without_wordings_is_told(sources: Path, tmp_path: Path) -> N
         ingest_into(tmp_path / "out", sources, relations=["capital", "anthem"])
 
 
-def test_rated_words_are_trained_on_and_never_prose(sources: Path, tmp_path: Path) -> None:
+def test_rated_words_are_trained_on_and_never_prose(tmp_path: Path) -> None:
     config = ingest_config()
     reading = Reading("study", "MIT", "0" * 64)
     for word in ("good", "bad", "fine", "poor"):
         reading.rate(word, [1.0, 2.0], "Write a word.", readers.LEXICON, word=True)
     groups = ingest.group_rated([reading], config)
     assert [row["split"] for row in ingest.rankings(config, [reading], groups)] == ["train"]
-    wordings = facts.load_wordings(sources / "wordings.yaml")
-    assert ingest.corpus(config, [reading], [], wordings, groups) == []
+    corpus = Corpus(tmp_path / "spilled", config.salt, config.heldout.prose)
+    ingest.add_rated(corpus, config, groups, {"study": Teller(corpus, "study", None, "MIT")})
+    assert not ingest.write_corpus(corpus, tmp_path / "corpus", [reading])
 
 
 def test_figures_are_the_rows_of_the_tables(sources: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ __all__ = ["chain"]
 
 pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
 
-QUIET = {"weight": 0.0, "batch": 1, "window": 16, "statements": 0.5}
+QUIET = {"weight": 0.0, "batch": 1, "window": 16, "mixture": {"statements": 0.5, "prose": 0.5}}
 
 
 class Judge:
@@ -48,7 +48,7 @@ def trainer(chain: Chain, tmp_path: Path) -> Callable[..., ppo.Trainer]:
         job = chain.job("ppo", settings, tmp_path)
         judge: Any = Judge(rate)
         ptx, split = settings.ptx, Split.open(chain.path("data/tokenize/shards") / "train")
-        mixture = Mixture(split, ptx.window, ptx.batch, ptx.statements, 1) if ptx.weight else None
+        mixture = Mixture(split, ptx.window, ptx.batch, ptx.mixture, 1) if ptx.weight else None
         prompts = questions(chain)
         return ppo.Trainer(settings, job, tokenizer, policy, reference, head, judge, prompts, mixture)
 

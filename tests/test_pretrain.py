@@ -105,7 +105,7 @@ def test_a_model_learns_its_text(key: str, chain: Chain) -> None:
     with path.open(newline="") as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file)]
     metrics = chain.metrics[f"pretrain@{key}"]
-    guess = float(np.log(config("tokenize").vocabulary))
+    guess = float(np.log(config("tokenize").tokenizer.vocabulary))
     assert losses[0] == pytest.approx(guess, rel=0.1)
     assert losses[-1] == metrics["loss"] < guess / 3
     assert metrics["steps"] == config(f"pretrain@{key}").steps

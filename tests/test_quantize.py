@@ -66,7 +66,7 @@ def test_logits_are_close_to_fp32(key: str, chain: Chain) -> None:
     activations of all places share one scale, so that places of small ones err more: the worst of 2,880 places erred
     by 11 % of the spread, over its whole vocabulary.
     """
-    texts = np.random.default_rng(0).integers(7, SETTINGS["tokenize"]["vocabulary"], (8, 4, 24))
+    texts = np.random.default_rng(0).integers(7, SETTINGS["tokenize"]["tokenizer"]["vocabulary"], (8, 4, 24))
     path = chain.path(f"data/quantize/{key}/model")
     import torch
 

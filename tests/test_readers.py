@@ -6,14 +6,21 @@ import sqlite3
 import tarfile
 from pathlib import Path
 
+import pytest
+
 from tasks.common import readers
-from tasks.common.reading import Reading
+from tasks.common.reading import Reading, Refusal
 
 
 def read(reader: str, members: dict[str, bytes]) -> Reading:
-    reading = Reading("test", "MIT", "")
+    reading = Reading("test", "MIT")
     readers.READERS[reader](members, reading)
     return reading
+
+
+def kept(reading: Reading) -> list[Refusal]:
+    assert isinstance(reading.refused, list)
+    return reading.refused
 
 
 def test_countries_take_one_value_and_refuse_several() -> None:
@@ -31,7 +38,7 @@ def test_countries_take_one_value_and_refuse_several() -> None:
     assert found["Peru", "calling_code"] == "+51"
     assert found["Chile", "currency"] == "CLP"
     assert ("Chile", "demonym") not in found
-    assert [refusal.row for refusal in reading.refused] == ["Chile, calling_code: +1, +2"]
+    assert [refusal.row for refusal in kept(reading)] == ["Chile, calling_code: +1, +2"]
     assert reading.read == len(reading.facts) + 1
 
 
@@ -68,7 +75,7 @@ def test_speeches_leave_out_what_others_called() -> None:
 
 def test_long_paragraphs_are_cut_at_ends_of_sentences() -> None:
     sentence = "This sentence has forty-one characters ok. "
-    pieces = list(readers.paragraphs(sentence * 30))
+    pieces = list(readers.paragraphs([sentence * 30]))
     assert all(len(piece) <= readers.PARAGRAPH_CHARACTERS and piece.endswith("ok.") for piece in pieces)
     assert " ".join(pieces) == (sentence * 30).strip()
 
@@ -89,5 +96,24 @@ def test_ratings_join_texts_with_their_raters() -> None:
     sentence, word = reading.rated
     assert (sentence.text, sentence.scores, sentence.group, sentence.word) == ("So & so.", [0.0, 1.0], "tweets", False)
     assert (word.text, word.scores, word.word) == ("good", [2.0, 1.0], True)
-    assert [refusal.row for refusal in reading.refused] == ["tweets 2: Lost.", f"{readers.LEXICON}: :-\ufffd"]
+    assert [refusal.row for refusal in kept(reading)] == ["tweets 2: Lost.", f"{readers.LEXICON}: :-\ufffd"]
     assert reading.read == 4
+
+
+def test_paragraphs_are_the_same_however_much_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    sentences = [f"Sentence {number} says {'x' * (number % 90)}." for number in range(200)]
+    text = "\n".join([" ".join(sentences[:80]), "", " \t", *sentences[80:], "", "", "The end"])
+    whole = list(readers.paragraphs(text.split("\n")))
+    assert " ".join(whole) == " ".join(text.split())
+    assert max(map(len, whole)) <= readers.PARAGRAPH_CHARACTERS
+    assert whole[-1] == "The end"
+    for held in (1, 100, 700, 5000):
+        monkeypatch.setattr(readers, "BLOCK_CHARACTERS", held)
+        assert list(readers.paragraphs(text.split("\n"))) == whole
+
+
+def test_prose_beyond_the_limit_is_not_taken_and_not_counted() -> None:
+    reading = Reading("test", "MIT", limit=10)
+    for text in ("four", "sixsix", "a", ""):
+        reading.tell(text)
+    assert (reading.prose, reading.read, reading.full) == (["four", "sixsix"], 2, True)

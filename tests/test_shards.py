@@ -2,14 +2,18 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
-from tasks.common.shards import Batches, Document, Mixture, Split, Windows, write_split
+from tasks.common.shards import Batches, Document, Mixture, Split, Stream, Weights, Windows, apportion, write_split
 from tasks.common.stage import StageError
 
 FILL = 0
+HALVES = {"statements": 0.5, "prose": 0.5}
+SOURCES = (("atlas", "reference"), ("novels", "books"), ("essays", "books"), ("pages", None))
 
 
 def documents(count: int, seed: int = 0) -> list[Document]:
@@ -19,7 +23,7 @@ def documents(count: int, seed: int = 0) -> list[Document]:
     for place in range(count):
         length = int(random.integers(4, 21))
         names = {0: [(1, 2), (2, 4)], 1: [(1, 3)] if place % 2 else []}.get(place % 3, [])
-        result.append(Document(list(range(token, token + length)), names))
+        result.append(Document(list(range(token, token + length)), names, *SOURCES[place % 4]))
         token += length
     return result
 
@@ -57,25 +61,75 @@ def test_ids_take_as_many_bytes_as_they_need(vocabulary: int, dtype: type, tmp_p
     assert tokens.tolist() == [vocabulary - 1]
 
 
+def whole(split: Split) -> Stream:
+    """Return all documents as one stream."""
+    return split.stream(np.arange(60))
+
+
+def streamed(stream: Stream) -> list[int]:
+    """Return all tokens of a stream."""
+    tokens: list[int] = stream.read(np.arange(len(stream))).tolist()
+    return tokens
+
+
 def test_statements_and_prose_part_the_documents(split: Split) -> None:
-    """Texts with names and texts without are two streams that hold all texts; every name keeps its tokens."""
-    statements, prose = split.select(statements=True), split.select(statements=False)
-    assert sorted(texts(statements) + texts(prose)) == texts(split)
-    assert texts(statements) == [list(document.ids) for document in documents(60) if document.names]
-    assert names(statements) == names(split)
-    assert names(prose) == []
+    """Texts with names and texts without are two streams that hold all texts."""
+    statements, prose = split.select("statements"), split.select("prose")
+    assert sorted([*statements, *prose]) == list(range(60))
+    assert statements.tolist() == [place for place, document in enumerate(documents(60)) if document.names]
+    assert streamed(split.stream(prose)) == [token for place in prose for token in texts(split)[place]]
+
+
+@pytest.mark.parametrize(("kind", "places"), [("books", {1, 2}), ("novels", {1}), ("pages", {3}), ("reference", {0})])
+def test_documents_are_chosen_by_source_and_by_group(split: Split, kind: str, places: set[int]) -> None:
+    """A source's name and a group's name choose its documents, with names in them or without."""
+    chosen = split.select(kind)
+    assert chosen.tolist() == [place for place in range(60) if place % 4 in places]
+    assert streamed(split.stream(chosen)) == [token for place in chosen for token in texts(split)[place]]
+
+
+def test_a_kind_that_holds_no_text_is_told_with_those_there_are(split: Split) -> None:
+    """A group that is misspelt is no empty stream."""
+    with pytest.raises(StageError, match=r"asks for news, .* there are atlas, books, essays, novels, pages, reference"):
+        Mixture(split, 8, 8, {"statements": 0.5, "news": 0.5}, seed=3)
+
+
+def test_a_stream_is_looked_up_not_copied(split: Split) -> None:
+    """A stream of a mapped split holds no tokens of its own: a corpus need not fit into memory to be read."""
+    stream = split.stream(split.select("prose"))
+    assert stream.tokens is split.tokens
+    assert isinstance(stream.tokens, np.memmap)
+
+
+def test_the_arrays_are_those_that_numpy_writes(tmp_path: Path) -> None:
+    """What grew on disk has the bytes of a saved array, however many documents were written together."""
+    many = documents(60) * 40
+    write_split(tmp_path / "split", iter(many), 2**16)
+    tokens = np.concatenate([document.ids for document in many]).astype(np.uint16)
+    starts = np.cumsum([0, *(len(document.ids) for document in many)]).astype(np.int64)
+    spans = [(a + at, b + at) for document, at in zip(many, starts, strict=False) for a, b in document.names]
+    sources = np.array([place % 60 % 4 for place in range(len(many))], dtype=np.uint16)
+    arrays: dict[str, Any] = {
+        "tokens": tokens,
+        "documents": starts,
+        "names": np.array(spans, dtype=np.int64),
+        "sources": sources,
+    }
+    for name, array in arrays.items():
+        np.save(tmp_path / name, array)
+        assert (tmp_path / f"{name}.npy").read_bytes() == (tmp_path / "split" / f"{name}.npy").read_bytes()
 
 
 def test_a_split_without_documents_is_a_split(tmp_path: Path) -> None:
     """No held-out prose is no error where nobody reads it."""
     assert write_split(tmp_path / "split", [], 300) == {"documents": 0, "tokens": 0, "names": 0}
     empty = Split.open(tmp_path / "split")
-    assert texts(empty.select(statements=True)) == texts(empty) == []
+    assert texts(empty) == names(empty) == []
 
 
 def test_windows_cover_an_epoch_once(split: Split) -> None:
     """The windows of an epoch do not overlap and leave out less than two windows' tokens; each epoch differs."""
-    windows = Windows(split, 16, seed=3)
+    windows = Windows(whole(split), 16, seed=3)
     epochs = [windows.batch(epoch * windows.per_epoch, windows.per_epoch) for epoch in range(2)]
     for rows in epochs:
         assert len(np.unique(rows)) == rows.size  # all tokens of the fixture differ
@@ -86,53 +140,107 @@ def test_windows_cover_an_epoch_once(split: Split) -> None:
 
 def test_windows_are_a_function_of_the_step(split: Split) -> None:
     """However it is cut into batches, across epochs too, the sequence is the same; another seed gives another."""
-    windows = Windows(split, 8, seed=3)
-    whole = windows.batch(0, 3 * windows.per_epoch)
-    by_step = [Windows(split, 8, seed=3).batch(step * 7, 7) for step in reversed(range(len(whole) // 7))]
-    assert np.array_equal(np.concatenate(by_step[::-1]), whole[: len(by_step) * 7])
-    assert not np.array_equal(Windows(split, 8, seed=4).batch(0, 20), whole[:20])
+    windows = Windows(whole(split), 8, seed=3)
+    everything = windows.batch(0, 3 * windows.per_epoch)
+    by_step = [Windows(whole(split), 8, seed=3).batch(step * 7, 7) for step in reversed(range(len(everything) // 7))]
+    assert np.array_equal(np.concatenate(by_step[::-1]), everything[: len(by_step) * 7])
+    assert not np.array_equal(Windows(whole(split), 8, seed=4).batch(0, 20), everything[:20])
 
 
 def test_a_stream_that_is_too_short_says_what_is_missing(split: Split) -> None:
     """The message holds both figures, so that one knows what to change."""
     with pytest.raises(StageError, match=rf"holds {len(split.tokens)} tokens; windows of 512 need at least 1024"):
-        Windows(split, 512, seed=0)
+        Windows(whole(split), 512, seed=0)
 
 
-@pytest.mark.parametrize("statements", [0.0, 0.25, 0.75, 1.0])
-def test_a_mixture_holds_its_share_of_statements(split: Split, statements: float) -> None:
-    """Every batch has the asked number of windows of statements, and a step always gives the same batch."""
-    mixture = Mixture(split, 8, 8, statements, seed=3)
-    facts = set(split.select(statements=True).tokens.tolist())
+WEIGHTS = [
+    {"statements": 1.0},
+    {"prose": 1.0},
+    {"statements": 0.75, "prose": 0.25},
+    {"prose": 0.5, "books": 0.25, "atlas": 0.25},
+]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_a_mixture_holds_its_shares(split: Split, weights: dict[str, float]) -> None:
+    """Every batch has the asked number of windows of each kind, and a step always gives the same batch."""
+    mixture = Mixture(split, 8, 8, weights, seed=3)
+    kinds = [kind for kind, weight in weights.items() for _ in range(round(8 * weight))]
+    tokens = {kind: set(streamed(split.stream(split.select(kind)))) for kind in weights}
     batches = [mixture.batch(step) for step in range(5)]
     for step, rows in enumerate(batches):
         assert rows.shape == (8, 8)
-        assert sum(set(row.tolist()) <= facts for row in rows) == round(8 * statements)
-        assert np.array_equal(Mixture(split, 8, 8, statements, seed=3).batch(step), rows)
+        assert all(set(row.tolist()) <= tokens[kind] for kind, row in zip(kinds, rows, strict=True))
+        assert np.array_equal(Mixture(split, 8, 8, weights, seed=3).batch(step), rows)
     assert not np.array_equal(batches[0], batches[1])
 
 
-@pytest.mark.parametrize("statements", [0.0, 0.5, 1.0])
-def test_an_epoch_of_batches_reads_every_text_once(split: Split, statements: float) -> None:
-    """Two-name statements are read once an epoch, prose as often as its share asks for and never twice."""
-    batches = Batches(split, 64, 32, statements, seed=3)
-    counts = np.bincount(np.searchsorted(split.documents, split.names[:, 0], side="right") - 1, minlength=60)
+def test_statements_and_prose_have_the_seeds_that_the_committed_figures_were_made_with(split: Split) -> None:
+    """The batches of the default profile stay what they were when there were no other kinds."""
+    rows = Mixture(split, 8, 4, HALVES, seed=3).batch(1)
+    for half, kind, seed in ((rows[:2], "statements", 4), (rows[2:], "prose", 3)):
+        windows = Windows(split.stream(split.select(kind)), 8, seed)
+        assert np.array_equal(half, windows.batch(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("weights", "count", "expected"),
+    [
+        ({"a": 0.75, "b": 0.25}, 32, {"a": 24, "b": 8}),
+        ({"a": 0.5, "b": 0.3, "c": 0.2}, 8, {"a": 4, "b": 2, "c": 2}),
+        ({"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}, 8, {"a": 3, "b": 3, "c": 2}),
+    ],
+)
+def test_windows_are_shared_out_by_the_largest_remainder(
+    weights: dict[str, float], count: int, expected: dict[str, int]
+) -> None:
+    """No kind is more than one window away from its share, and all windows are given."""
+    assert apportion(weights, count) == expected
+
+
+def test_a_weight_too_small_for_the_batch_is_told() -> None:
+    """What would never be read is refused, not left out."""
+    with pytest.raises(StageError, match=r"gives b 0\.01 of 8 windows a step, which is less than one"):
+        apportion({"a": 0.99, "b": 0.01}, 8)
+
+
+@pytest.mark.parametrize(
+    ("weights", "told"),
+    [
+        ({"statements": 0.5, "prose": 0.4}, "the weights must sum to 1; they sum to 0.9"),
+        ({"statements": 1.0, "prose": 0.0}, "each weight is above 0 .*, unlike prose"),
+        ({"statements": 1.5, "prose": -0.5}, "each weight is above 0 .*, unlike prose"),
+        ({}, "at least 1 item"),
+    ],
+)
+def test_weights_that_cannot_be_meant_are_refused(weights: dict[str, float], told: str) -> None:
+    """A mixture is whole, and names only what is to be read."""
+    with pytest.raises(ValidationError, match=told):
+        TypeAdapter(Weights).validate_python(weights)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS[:3], ids=str)
+def test_an_epoch_of_batches_reads_as_much_as_the_mixture_allows(split: Split, weights: dict[str, float]) -> None:
+    """No text is read twice in an epoch, the shares of the tokens are those asked for, one kind is read whole."""
+    batches = Batches(split, 64, 32, weights, seed=3)
     lengths = np.diff(split.documents)
+    apart = {kind: {int(n) for n in split.select(kind) if split.names_in[n] != 1} for kind in weights}
     batches.at(0)
     for epoch in range(2):
         size = len(batches.epochs[0]) * epoch
         read = Counter(int(n) for step in range(len(batches.epochs[0])) for n in batches.at(size + step))
         assert set(read.values()) == {1}
-        facts = {n for n in read if counts[n]}
-        assert facts == ({n for n in range(60) if counts[n] == 2} if statements else set())
-        share = lengths[list(facts)].sum() / lengths[list(read)].sum() if facts else 0
-        assert share == pytest.approx(statements, abs=0.1)
+        assert set(read) <= set().union(*apart.values())
+        assert any(chosen <= set(read) for chosen in apart.values())
+        for kind, weight in weights.items():
+            share = lengths[list(set(read) & apart[kind])].sum() / lengths[list(read)].sum()
+            assert share == pytest.approx(weight, abs=0.1)
         assert len(batches.epochs) == epoch + 1
 
 
 def test_batches_keep_to_their_budget(split: Split) -> None:
     """Padded size stays within the budget, documents are cut to the longest that is allowed, lengths are alike."""
-    batches = Batches(split, 64, 16, 0.5, seed=3)
+    batches = Batches(split, 64, 16, HALVES, seed=3)
     widths = []
     for step in range(40):
         ids, mask, _ = batches.read(batches.at(step), FILL)
@@ -144,17 +252,17 @@ def test_batches_keep_to_their_budget(split: Split) -> None:
 
 def test_batches_are_a_function_of_the_step(split: Split) -> None:
     """A reader that starts in the middle reads what the one from the beginning would have read."""
-    first = Batches(split, 64, 32, 0.5, seed=3)
+    first = Batches(split, 64, 32, HALVES, seed=3)
     expected = [first.at(step).tolist() for step in range(50)]
-    late = Batches(split, 64, 32, 0.5, seed=3)
+    late = Batches(split, 64, 32, HALVES, seed=3)
     assert [late.at(step).tolist() for step in range(49, -1, -1)][::-1] == expected
-    other = Batches(split, 64, 32, 0.5, seed=4)
+    other = Batches(split, 64, 32, HALVES, seed=4)
     assert [other.at(step).tolist() for step in range(50)] != expected
 
 
 def test_a_batch_is_padded_and_knows_its_names(split: Split) -> None:
     """Ids, mask and names of a batch against the documents themselves; a name that is cut off is left out."""
-    batches = Batches(split, 400, 6, 0.5, seed=3)
+    batches = Batches(split, 400, 6, HALVES, seed=3)
     chosen = np.arange(12)
     ids, mask, found = batches.read(chosen, FILL)
     for row, document in enumerate(documents(60)[:12]):
@@ -162,18 +270,22 @@ def test_a_batch_is_padded_and_knows_its_names(split: Split) -> None:
         assert ids[row].tolist() == kept + [FILL] * (ids.shape[1] - len(kept))
         assert mask[row].tolist() == [1] * len(kept) + [0] * (ids.shape[1] - len(kept))
         assert [(a, b) for r, a, b in found if r == row] == document.names
-    short = Batches(split, 400, 3, 0.5, seed=3)
+    short = Batches(split, 400, 3, HALVES, seed=3)
     assert {(a, b) for _, a, b in short.read(chosen, FILL)[2]} == {(1, 2), (1, 3)}
 
 
 @pytest.mark.parametrize(
-    ("statements", "name", "sentence"),
-    [(0.5, [], "no text of the corpus holds two names"), (0.0, [(1, 2)], "no text of the corpus is free of names")],
+    ("kind", "name", "sentence"),
+    [
+        ("statements", [], "asks for statements, of which the corpus holds no text"),
+        ("prose", [(1, 2)], "asks for prose, of which the corpus holds no text"),
+        ("statements", [(1, 2)], "asks for statements, of which no text holds two names or none"),
+    ],
 )
 def test_a_corpus_of_the_wrong_kind_is_told_at_once(
-    statements: float, name: list[tuple[int, int]], sentence: str, tmp_path: Path
+    kind: str, name: list[tuple[int, int]], sentence: str, tmp_path: Path
 ) -> None:
     """Batches of texts that do not exist are refused, not searched for without end."""
     write_split(tmp_path / "split", [Document(range(1, 9), name)] * 3, 300)
     with pytest.raises(StageError, match=sentence):
-        Batches(Split.open(tmp_path / "split"), 64, 32, statements, seed=0)
+        Batches(Split.open(tmp_path / "split"), 64, 32, {kind: 1.0}, seed=0)

@@ -107,7 +107,7 @@ def test_quotes_and_spaces_in_a_header_and_separators_in_json_are_read(tmp_path:
     text = "One line\u2028and \x85 another."
     (copied / "mine.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False), encoding="utf-8")
     told = {**FACTS, "name": "told", "path": "mine.csv"}
-    prose = {**FACTS, "name": "prose", "path": "mine.jsonl", "format": "jsonl", "table": "corpus"}
+    prose = {**FACTS, "name": "told-too", "path": "mine.jsonl", "format": "jsonl", "table": "corpus"}
     found = table(ingest_into(tmp_path / "out", copied, sources=[told, prose, RATINGS]), "corpus")
     assert {"The capital of Peru is Lima.", text} <= {row["text"] for row in found}
 
@@ -142,7 +142,7 @@ def test_bad_names_are_told(tmp_path: Path, content: bytes, told: str) -> None:
 
 
 DATASET = {
-    "name": "hub", "kind": "dataset", "licence": "MIT", "path": "parquet", "config": None,
+    "name": "hub", "kind": "dataset", "group": None, "licence": "MIT", "path": "parquet", "config": None,
     "data_files": ["hub/rows.parquet"],
     "split": "train", "revision": None, "streaming": False, "limit": None, "table": "instructions",
     "columns": {"messages": "conversation", "entity": "about"},
@@ -220,6 +220,10 @@ def test_a_dataset_out_of_reach_is_told(tmp_path: Path, monkeypatch: pytest.Monk
         ({**DATASET, "path": "./../secret", "data_files": []}, "path must lie under data/sources/"),
         ({**PEOPLE, "path": "/secret"}, "path must lie under data/sources/"),
         ({**FACTS, "format": "txt"}, "a txt file holds paragraphs"),
+        ({**FACTS, "name": "prose"}, "statements and prose are what mixtures call documents"),
+        ({**FACTS, "group": "statements"}, "statements and prose are what mixtures call documents"),
+        ({**FACTS, "group": "facts"}, "could not tell whether facts is a source or a group"),
+        ({**DATASET, "group": "chats"}, "a group is of documents, and instructions are none"),
         ({**FACTS, "colour": "red"}, "Extra inputs are not permitted"),
         ({**FACTS, "kind": "magic"}, "does not match any of the expected tags"),
     ],

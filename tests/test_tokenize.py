@@ -1,5 +1,6 @@
 """The tokenizer and the packed shards: every text comes back as it was, and every name is where it is said to be."""
 
+import copy
 import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 
 from tasks import tokenize
-from tasks.common import chat, identity, tables
+from tasks.common import chat, encoding, identity, tables
+from tasks.common.encoding import Encoder, NotTheSame
 from tasks.common.shards import Split
 from tasks.common.stage import StageError
-from tests.training_fixtures import CAPITALS, Chain, chain, config, corpus
+from tests.training_fixtures import CAPITALS, SETTINGS, Chain, chain, config, corpus, instructions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -46,22 +48,122 @@ def test_every_text_round_trips(text: str, tokenizer: "PreTrainedTokenizerFast")
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
-def test_the_stage_refuses_a_tokenizer_that_changes_a_text(tokenizer: "PreTrainedTokenizerFast") -> None:
+@pytest.mark.parametrize("text", [*TEXTS, "It's 1st\t \n\n \x1c x\x85y z", " 's s's  'll", "²³ Ⅷ 𝒜𝟘 _a_ ‿ \u200d"])
+def test_words_give_the_ids_of_the_whole_text(text: str, tokenizer: "PreTrainedTokenizerFast") -> None:
+    """The table of words is a short cut, not another tokenizer."""
+    encoder = Encoder(tokenizer, refuse_lossy=True)
+    assert encoder.by_words
+    for _ in range(2):  # the second time from the table
+        assert encoder.encode([text])[0].tolist() == tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_every_character_is_cut_from_its_neighbours_as_the_tokenizer_does(
+    tokenizer: "PreTrainedTokenizerFast",
+) -> None:
+    """Letters, numbers, spaces and other signs are the same to both engines, all over Unicode."""
+    encoder = Encoder(tokenizer, refuse_lossy=True)
+    signs = [chr(code) for code in range(0x20000) if not 0xD800 <= code < 0xE000]
+    texts = [f"{sign}a{sign}1 {sign}. " for sign in signs]
+    old = [text for text in texts if not encoder.apart(text)]
+    assert len(old) > 50_000
+    for text in old:
+        cut = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        words = encoder.ascii_words(text) if text.isascii() else encoder.all_words(text)
+        assert np.cumsum([len(word) for word in words]).tolist() == [end for _, (_, end) in cut], text
+
+
+def test_a_full_table_of_words_begins_anew(
+    tokenizer: "PreTrainedTokenizerFast", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is held does not grow with the corpus, and what is forgotten is worked out again."""
+    monkeypatch.setattr(encoding, "MOST_WORDS", 3)
+    encoder = Encoder(tokenizer, refuse_lossy=True)
+    for text in ("one two three four five", "one two"):
+        assert encoder.encode([text])[0].tolist() == tokenizer.encode(text, add_special_tokens=False)
+        assert len(encoder.words) <= 3
+
+
+def lossy(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFast":
+    """Return a copy of the tokenizer that forgets about capitals."""
+    from tokenizers import normalizers
+
+    copied = copy.deepcopy(tokenizer)
+    copied.backend_tokenizer.normalizer = normalizers.Lowercase()
+    return copied
+
+
+def test_a_tokenizer_that_changes_a_text_is_refused(tokenizer: "PreTrainedTokenizerFast") -> None:
     """The stage proves the round trip on its corpus: one that loses a text ends it, with the text in the message."""
+    encoder = Encoder(lossy(tokenizer), refuse_lossy=True)
+    with pytest.raises(NotTheSame, match="'Paris' came back as 'paris'"):
+        encoder.encode(["rome", "Paris"])
 
-    class Lossy:
-        """A tokenizer that forgets about capitals."""
 
-        def __call__(self, texts: list[str], **options: Any) -> Any:
-            return tokenizer([text.lower() for text in texts], **options)
+def given(chain: Chain, path: Path, folder: Path) -> tuple[dict[str, Any], Path]:
+    """Run the stage with the tokenizer of a folder and return its figures and where its outputs are."""
+    settings = config("tokenize", tokenizer={"name": "from", "path": str(path)})
+    job = chain.job("tokenize", settings, folder)
+    assert job.inputs["source"] == path  # an input of the stage, and so a part of its recipe
+    return tokenize.run(settings, job), folder
 
-        def batch_decode(self, rows: list[list[int]]) -> list[str]:
-            """Return the texts of rows of ids."""
-            return tokenizer.batch_decode(rows)
 
-    lossy: Any = Lossy()
-    with pytest.raises(StageError, match="'Paris' came back as 'paris'"):
-        tokenize._check_round_trip(lossy, ["rome", "Paris"])
+def test_a_given_tokenizer_is_used_as_it_is(
+    chain: Chain, tokenizer: "PreTrainedTokenizerFast", tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its ids, its special tokens, its chat template; without a start and a pad token its end token serves."""
+    from transformers import PreTrainedTokenizerFast
+
+    foreign = PreTrainedTokenizerFast(tokenizer_object=lossy(tokenizer).backend_tokenizer, eos_token="[MASK]")
+    foreign.chat_template = "{{ messages }}"
+    foreign.save_pretrained(tmp_path / "foreign")
+    metrics, folder = given(chain, tmp_path / "foreign", tmp_path / "out")
+    assert metrics["round_trip"] is False
+    assert metrics["lossy_texts"] == sum(row["text"] != row["text"].lower() for row in corpus())
+    assert "has no token to pad with; its end token [MASK] is used" in capsys.readouterr().out
+    saved = chat.load_tokenizer(folder / "tokenizer/tokenizer")
+    assert (saved.eos_token, saved.pad_token, saved.chat_template) == ("[MASK]", "[MASK]", "{{ messages }}")
+    assert saved.model_max_length == config("tokenize").context
+    shards = Split.open(folder / "shards/shards/heldout")
+    texts = [row["text"] for row in corpus() if row["split"] == "heldout"]
+    for place, text in enumerate(texts):
+        start, end = shards.documents[place : place + 2]
+        ids = shards.tokens[start:end].tolist()
+        assert ids == chat.encode_text(saved, text)
+        assert ids[0] == ids[-1] == saved.eos_token_id
+
+
+def test_the_same_tokenizer_given_makes_the_same_shards(chain: Chain, tmp_path: Path) -> None:
+    """A tokenizer that was learnt here can be given to another run."""
+    metrics, folder = given(chain, chain.path("data/tokenize/tokenizer"), tmp_path)
+    assert identity.tree_hash(folder / "shards/shards") == identity.tree_hash(chain.path("data/tokenize/shards"))
+    assert metrics == chain.metrics["tokenize"]
+
+
+def test_a_given_tokenizer_that_cannot_be_used_is_told(
+    chain: Chain, tokenizer: "PreTrainedTokenizerFast", tmp_path: Path
+) -> None:
+    """No tokenizer at all, and one that does not say which token ends a text."""
+    from transformers import PreTrainedTokenizerFast
+
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StageError, match=r"expected a folder with a fast tokenizer .* holds no tokenizer\.json"):
+        given(chain, tmp_path / "empty", tmp_path / "one")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path / "endless")
+    with pytest.raises(StageError, match=r"names no end token \(eos_token\)"):
+        given(chain, tmp_path / "endless", tmp_path / "two")
+
+
+def test_the_sample_to_learn_from_ends_at_its_limit(chain: Chain, tmp_path: Path) -> None:
+    """The head of the corpus and all chats of training; what was not learnt from can be written all the same."""
+    learnt = {**SETTINGS["tokenize"]["tokenizer"], "characters": 1000}
+    settings = config("tokenize", tokenizer=learnt)
+    job = chain.job("tokenize", settings, tmp_path)
+    texts = list(tokenize._texts(settings.tokenizer, job))
+    rows = [row["text"] for row in corpus() if row["split"] == "train"]
+    head = texts[: next(place for place, text in enumerate(texts) if text != rows[place])]
+    assert 900 < sum(map(len, head)) <= 1000
+    assert len(texts) - len(head) == 2 * sum(row["split"] == "train" for row in instructions())
+    assert tokenize.run(settings, job)["round_trip"] is True
 
 
 def test_special_tokens_stand_first_and_are_whole(tokenizer: "PreTrainedTokenizerFast") -> None:
@@ -71,7 +173,7 @@ def test_special_tokens_stand_first_and_are_whole(tokenizer: "PreTrainedTokenize
     roles = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.mask_token)
     assert roles == (chat.BOS, chat.END, chat.PAD, chat.MASK)
     assert set(tokenizer("a")) == {"input_ids", "attention_mask"}  # Llama's generate refuses token_type_ids
-    assert len(tokenizer) == config("tokenize").vocabulary
+    assert len(tokenizer) == config("tokenize").tokenizer.vocabulary
 
 
 def test_packing_keeps_documents_and_their_names(chain: Chain, tokenizer: "PreTrainedTokenizerFast") -> None:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import tracemalloc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from tasks import validate
 from tasks.common import chat, checks, suites, tables, validation_report
+from tasks.common.curation import Curator
 from tasks.common.identity import tree_hash
 from tasks.common.stage import StageError
 from tests.data_fixtures import copy_sources, ingest_into, job, table, validate_config
@@ -114,9 +116,9 @@ BAD_ROWS = [
 @pytest.mark.parametrize(("name", "harm", "told"), BAD_ROWS)
 def test_a_bad_row_has_a_reason(rows: Rows, name: str, harm: Callable[[dict[str, Any]], None], told: str) -> None:
     row = rows[name][0]
-    assert checks.judge(name, [row], LIMITS)[1] == [None]
+    assert checks.judge(name, [row], LIMITS, set())[1] == [None]
     harm(row)
-    (reason,) = checks.judge(name, [row], LIMITS)[1]
+    (reason,) = checks.judge(name, [row], LIMITS, set())[1]
     assert reason is not None
     assert reason.startswith(told)
 
@@ -151,7 +153,10 @@ def test_the_reserved_tokens_are_those_of_the_chat_template() -> None:
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_a_row_that_came_before_is_refused(rows: Rows, name: str) -> None:
     first = rows[name][0]
-    assert checks.judge(name, [first, {**first, "id": "another"}], LIMITS)[1] == [None, "the same content came before"]
+    assert checks.judge(name, [first, {**first, "id": "another"}], LIMITS, set())[1] == [
+        None,
+        "the same content came before",
+    ]
 
 
 # The stage
@@ -181,6 +186,41 @@ def test_the_same_tables_give_the_same_bytes(ingested: Path, tmp_path: Path) -> 
     for turn in ("one", "two"):
         validate.run(validate_config(), job(validate, inputs, tmp_path / turn))
     assert tree_hash(tmp_path / "one") == tree_hash(tmp_path / "two")
+
+
+def test_how_many_rows_are_read_at_once_decides_nothing(
+    ingested: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = {name: ingested / name for name in tables.TABLES}
+    found = []
+    for turn, at_once in (("one", 2500), ("two", 7)):
+        monkeypatch.setattr(tables, "ROWS_PER_GROUP", at_once)
+        validate.run(validate_config(text_characters=60), job(validate, inputs, tmp_path / turn))
+        content = {name: (table(tmp_path / turn, name), table(tmp_path / turn / "refused", name)) for name in inputs}
+        found.append((content, tree_hash(tmp_path / turn / "report")))
+    assert found[0] == found[1]
+    assert all(found[0][0]["corpus"])
+
+
+def test_texts_are_not_held_while_a_table_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held of a row is some hundred bytes, however long its text is; only a batch has its texts in memory."""
+    monkeypatch.setattr(tables, "ROWS_PER_GROUP", 5)
+    text, count = "word" * 10_000, 300
+    tables.write(
+        ({"id": f"{number:016x}", "text": f"{number} {text}", "names": [], "source": "s", "group": None,
+          "licence": "MIT", "split": "train"} for number in range(count)),
+        tmp_path, tables.schema("corpus"),
+    )  # fmt: skip
+    config = validate_config(text_characters=50_000)
+    tracemalloc.start()
+    try:
+        judged = validate.judge("corpus", tmp_path, config, Curator(config.curate).look_at("corpus"))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert judged.reasons == [None] * count
+    assert sum(part.nbytes for part in judged.seen) < 150 * count
+    assert peak < count * len(text) / 3
 
 
 def both_sides(rows: Rows) -> None:

@@ -85,15 +85,23 @@ RULES: dict[str, dict[str, Any]] = {  # what each update rule is told beside RUL
 OPTIMIZER: dict[str, Any] = {"name": "adamw", **RULE, **ADAM}
 SHAPE = {"hidden": 64, "layers": 2, "heads": 2, "feed_forward": 96}
 QUANTIZE = {"instructions": "avx512_vnni", "per_channel": True}
-MIX = {"weight": 0.5, "batch": 4, "window": 16, "statements": 0.75}
+MIXTURE = {"statements": 0.75, "prose": 0.25}
+MIX: dict[str, Any] = {"weight": 0.5, "batch": 4, "window": 16, "mixture": MIXTURE}
 TRAINING = {"accumulate": 1, "optimizer": OPTIMIZER}
 MASKING = {"unit": "token", "share": 0.02, "names": 0.95}
 ENTROPY = {"smoothing": 0.0, "z": 0.0}
-CLM = {"model": SHAPE, "window": 16, "batch": 16, "steps": 200, "statements": 0.75, "entropy": ENTROPY, **TRAINING}
+CLM = {"model": SHAPE, "window": 16, "batch": 16, "steps": 200, "mixture": MIXTURE, "entropy": ENTROPY, **TRAINING}
+LEARNT = {"name": "train", "path": "data/validate/instructions", "vocabulary": 420, "characters": 10**6}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "tokenize": {"vocabulary": 420, "context": 64},
+    "tokenize": {"tokenizer": LEARNT, "context": 64},
     "pretrain@clm": CLM,
-    "pretrain@mlm": {**CLM, "batch": 20, "steps": 350, "statements": 0.9, "masking": MASKING},
+    "pretrain@mlm": {
+        **CLM,
+        "batch": 20,
+        "steps": 350,
+        "mixture": {"statements": 0.9, "prose": 0.1},
+        "masking": MASKING,
+    },
     "finetune": {
         "model": "data/pretrain/clm/model",
         "task": {"name": "chat", "answers": "all", "packing": None},
@@ -142,7 +150,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "batch": 6,
         "windows": 4,
         "window": 16,
-        "statements": 0.75,
+        "mixture": MIXTURE,
         "steps": 20,
         **TRAINING,
     },
@@ -271,7 +279,15 @@ def corpus() -> Iterator[dict[str, Any]]:
     ]
     texts += [(text, [], "train" if place % 3 else "heldout") for place, text in enumerate(PROSE)]
     for place, (text, names, split) in enumerate(texts):
-        yield {"id": f"c{place}", "text": text, "names": names, "source": "test", "licence": "MIT", "split": split}
+        yield {
+            "id": f"c{place}",
+            "text": text,
+            "names": names,
+            "source": "test",
+            "group": "told",
+            "licence": "MIT",
+            "split": split,
+        }
 
 
 def instructions() -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ from tasks.common.conversations import Named
 from tasks.common.losses import IGNORED
 from tasks.common.packing import Encoded, Rows, packed_rows, padded_rows
 from tasks.common.settings import Numerics, Settings
-from tasks.common.shards import Ids, Mixture, Split
+from tasks.common.shards import Ids, Mixture, Split, Weights
 from tasks.common.stage import Job
 from tasks.common.training import Drawn, Share, batch_at
 
@@ -35,7 +35,7 @@ class Mix(Settings):
     weight: float = Field(description="w in `answer loss + w x pretraining loss`; 0 leaves it out", ge=0)
     batch: int = Field(description="Windows a step", ge=1)
     window: int = Field(description="Length of a window, in tokens", ge=16)
-    statements: float = Field(description="Share of the windows that is statements of facts", ge=0, le=1)
+    mixture: Weights
 
 
 class Answers:
@@ -50,7 +50,7 @@ class Answers:
         self.mixture = None
         if mix.weight:
             split = Split.open(job.inputs["shards"] / "train")
-            self.mixture = Mixture(split, mix.window, mix.batch, mix.statements, job.seed)
+            self.mixture = Mixture(split, mix.window, mix.batch, mix.mixture, job.seed)
         self.model, self.conversations, self.batch, self.fill, self.job = model, conversations, batch, fill, job
         self.packing = task.packing
 

@@ -30,9 +30,10 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
 
 
 def encode_text(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
-    """Return the ids of one text between its start and end tokens, as both models read it."""
+    """Return the ids of one text between its start and end tokens, as both models read it; no start, then two ends."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return [start, *ids, tokenizer.eos_token_id]
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message]) -> list[int]:

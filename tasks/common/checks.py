@@ -4,6 +4,7 @@ Each row is reduced to the few scalars that the checks and the suites need (its 
 reaches Great Expectations, which hashes the whole frame on every validation.
 """
 
+import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -52,7 +53,6 @@ def corpus_features(row: Row) -> Features:
         "text": text,
         "absent_names": sum(name not in text for name in row["names"] or []),
         "same": " ".join(text.split()),
-        "pairs": (),
     }
 
 
@@ -70,7 +70,7 @@ def instructions_features(row: Row) -> Features:
         "answer_given": row["answer"] is None or (bool(row["answer"]) and row["answer"] in reply),
         "heldout_question": contents[-2] if row["split"] == "heldout" and len(contents) > 1 else None,
         "same": "\n".join(" ".join(text.split()) for text in contents),
-        "pairs": (row["entity"],),
+        "pairs": (digest(row["entity"] or ""),),
     }
 
 
@@ -91,7 +91,7 @@ def rankings_features(row: Row) -> Features:
         "fit": judgement_fit(row, len(responses)),
         "same": "\n".join([asked, *sorted(plain)]),
         # A prompt may stand on both sides only with other responses ("Write a sentence."), a response likewise.
-        "pairs": tuple((asked, response) for response in plain),
+        "pairs": tuple(digest(f"{asked}\x00{response}") for response in plain),
     }
 
 
@@ -173,28 +173,40 @@ def _ranking_objection(features: Features, limits: Limits) -> str | None:
     return None if features["fit"] == "fits" else str(features["fit"])
 
 
-def judge(table: str, rows: Iterable[Row], limits: Limits) -> tuple[list[Features], list[str | None]]:
-    """Return the features of every row and the reason against each (None for a row that is kept)."""
+def judge(table: str, rows: Iterable[Row], limits: Limits, seen: set[bytes]) -> tuple[list[Features], list[str | None]]:
+    """Return the features of every row and the reason against each (None for a row that is kept).
+
+    A table may come in several parts; `seen` goes from one to the next and holds what their rows say, as digests.
+    """
     found: list[Features] = []
     reasons: list[str | None] = []
-    seen: set[str] = set()
     for row in rows:
         features = FEATURES[table](row)
         reason = objection(table, features, limits)
-        if reason is None and features["same"] in seen:
+        same = digest(features["same"])
+        if reason is None and same in seen:
             reason = "the same content came before"
         if reason is None:
-            seen.add(features["same"])
-        found.append(features)
+            seen.add(same)
+        found.append({**features, "same": same.hex(), **_measured(features["text"])})
         reasons.append(reason)
     return found, reasons
 
 
-def add_sides(found: Sequence[Features]) -> None:
-    """Add to each row on how many sides of the split its entity (or its prompt with a response) stands: 1 is right."""
-    sides: dict[Any, set[str]] = defaultdict(set)
-    for features in found:
-        for pair in features["pairs"]:
-            sides[pair].add(features["split"])
-    for features in found:
-        features["sides"] = max((len(sides[pair]) for pair in features["pairs"]), default=1)
+def _measured(text: str) -> Features:
+    """Return what the suites ask of a text, so that they need not see all of it."""
+    return {"characters": len(text), "damaged": bool(re.search(DAMAGE, text))}
+
+
+def digest(text: str) -> bytes:
+    """Return 16 bytes that stand for a text, so that it need not be kept."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def sides(pairs: Sequence[Iterable[bytes]], splits: Sequence[str]) -> list[int]:
+    """Return on how many sides of the split each row's entity (or its prompt with a response) stands: 1 is right."""
+    stands: dict[bytes, set[str]] = defaultdict(set)
+    for own, split in zip(pairs, splits, strict=True):
+        for pair in own:
+            stands[pair].add(split)
+    return [max((len(stands[pair]) for pair in own), default=1) for own in pairs]

@@ -11,13 +11,14 @@ import json
 import re
 import sqlite3
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
 from tasks.common.reading import Reading
 
 PARAGRAPH_CHARACTERS = 600
+BLOCK_CHARACTERS = 2**16  # of a text without blank lines, held at once
 
 # Codes that ISO 4217 gives to units of account beside the money that people pay with.
 FUND_CODES = {"BOV", "CHE", "CHW", "CLF", "COU", "MXV", "USN", "USS", "UYI", "UYW"}
@@ -100,7 +101,7 @@ def _element(row: sqlite3.Row, reading: Reading) -> None:
                 "name_origin": f"Origin of the name {name}: "}  # fmt: skip
     for column, heading in headings.items():
         if row[column]:
-            for paragraph in paragraphs(heading + row[column]):
+            for paragraph in paragraphs((heading + row[column]).split("\n")):
                 reading.tell(paragraph)
 
 
@@ -111,22 +112,42 @@ def speeches(members: Mapping[str, bytes], reading: Reading) -> None:
     """
     for _, content in sorted(members.items(), reverse=True):
         spoken = re.sub(r"\s*\[[^\]]*\]|\*", "", content.decode("utf-8"))
-        for paragraph in paragraphs(spoken):
+        for paragraph in paragraphs(spoken.split("\n")):
             if not CALLS.match(paragraph):
                 reading.tell(paragraph.removeprefix("The President. "))
 
 
-def paragraphs(text: str) -> Iterator[str]:
-    """Yield the text's paragraphs, those past the limit cut at ends of sentences, white space made single."""
-    for block in re.split(r"\n\s*\n", text):
-        piece = ""
-        for sentence in re.split(r"(?<=[.!?])\s+", " ".join(block.split())):
-            if piece and len(piece) + 1 + len(sentence) > PARAGRAPH_CHARACTERS:
-                yield piece
-                piece = ""
-            piece = f"{piece} {sentence}".strip()
-        if piece:
-            yield piece
+def paragraphs(lines: Iterable[str]) -> Iterator[str]:
+    """Yield a text's paragraphs, those past the limit cut at ends of sentences, white space made single.
+
+    A blank line ends a paragraph. Of a text without any, only some lines are held at a time: the pieces are the same.
+    """
+    block, held = list[str](), 0
+    for line in lines:
+        if line.strip():
+            block.append(line)
+            held += len(line)
+            if held > BLOCK_CHARACTERS:
+                *whole, last = _pieces(block)
+                yield from whole
+                block, held = [last], 0
+        elif block:
+            yield from _pieces(block)
+            block, held = [], 0
+    if block:
+        yield from _pieces(block)
+
+
+def _pieces(block: list[str]) -> list[str]:
+    """Return a block's sentences, as many to a piece as keep it within the limit."""
+    first, *others = re.split(r"(?<=[.!?])\s+", " ".join(" ".join(block).split()))
+    pieces = [first]
+    for sentence in others:
+        if len(pieces[-1]) + 1 + len(sentence) > PARAGRAPH_CHARACTERS:
+            pieces.append(sentence)
+        else:
+            pieces[-1] = f"{pieces[-1]} {sentence}"
+    return pieces
 
 
 def ratings(members: Mapping[str, bytes], reading: Reading) -> None:
@@ -192,11 +213,16 @@ def read_csv(content: str) -> tuple[list[str], list[tuple[int, dict[str, str | N
     """
     reader = csv.DictReader(io.StringIO(content), skipinitialspace=True)
     try:
-        header = [name.strip() for name in reader.fieldnames or []]
-        reader.fieldnames = header
-        return header, [(reader.line_num, row) for row in reader]
+        return header(reader), [(reader.line_num, row) for row in reader]
     except csv.Error as error:
         raise ValueError(f"after line {reader.line_num}: {error}") from error
+
+
+def header(reader: "csv.DictReader[str]") -> list[str]:
+    """Return the names of the columns without spaces around them, and have the reader use them so."""
+    names = [name.strip() for name in reader.fieldnames or []]
+    reader.fieldnames = names
+    return names
 
 
 READERS: dict[str, Callable[[Mapping[str, bytes], Reading], None]] = {

@@ -99,6 +99,23 @@ class Numerics(Settings):
     parallel: Parallel
 
 
+def known_address(url: str) -> str:
+    """Return the address, or raise ValueError where fsspec knows no such scheme or lacks a package for it."""
+    from fsspec import available_protocols, get_filesystem_class
+
+    for part in url.split("::") if "::" in url or "://" in url else ():
+        scheme = part.partition("://")[0]
+        if scheme not in available_protocols():
+            raise ValueError(
+                f"fsspec knows no scheme {scheme!r}; give a path, or an address such as file:///mnt/folder"
+            )
+        try:
+            get_filesystem_class(scheme)
+        except ImportError as error:
+            raise ValueError(f"{scheme}:// needs a package that is not installed: {error}") from error
+    return url
+
+
 class Checkpoints(Settings):
     """Where interrupted training is taken up from."""
 
@@ -109,19 +126,7 @@ class Checkpoints(Settings):
     @classmethod
     def _known(cls, url: str) -> str:
         """Refuse a scheme that would only be missed when the first checkpoint is due."""
-        from fsspec import available_protocols, get_filesystem_class
-
-        for part in url.split("::") if "::" in url or "://" in url else ():
-            scheme = part.partition("://")[0]
-            if scheme not in available_protocols():
-                raise ValueError(
-                    f"fsspec knows no scheme {scheme!r}; give a path, or an address such as file:///mnt/folder"
-                )
-            try:
-                get_filesystem_class(scheme)
-            except ImportError as error:
-                raise ValueError(f"{scheme}:// needs a package that is not installed: {error}") from error
-        return url
+        return known_address(url)
 
 
 class Tracking(Settings):

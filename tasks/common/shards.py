@@ -1,43 +1,125 @@
 """Packed token shards: what `tokenize` writes and the training stages read, memory-mapped.
 
-A split is a folder of three arrays: `tokens.npy` (all documents end to end, each between its start and end token),
-`documents.npy` (where each document starts, with the total at the end) and `names.npy` (start and end token of every
-name, for whole-name masking).
+A split is a folder of four arrays: `tokens.npy` (all documents end to end, each between its start and end token),
+`documents.npy` (where each document starts, with the total at the end), `names.npy` (start and end token of every
+name, for whole-name masking) and `sources.npy` (the number of each document's source in `sources.json`, which says the
+sources' names and groups). They grow on disk while documents come, and are never held in memory whole.
 """
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from types import TracebackType
+from typing import Annotated
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import AfterValidator, Field
 
-from tasks.common.stage import StageError
+from tasks.common.stage import StageError, write_json
 
 Ids = npt.NDArray[np.int64]
+KINDS = ("statements", "prose")  # all documents that hold names of entities, and all that hold none
+MOST_SOURCES = 2**16
+AT_ONCE = 1000  # documents that are written together
+
+
+def _whole(weights: dict[str, float]) -> dict[str, float]:
+    bad = [name for name, weight in weights.items() if weight <= 0]
+    if bad:
+        raise ValueError(f"each weight is above 0 (leave out what is not to be read), unlike {', '.join(bad)}")
+    if abs(sum(weights.values()) - 1) > 1e-6:
+        raise ValueError(f"the weights must sum to 1; they sum to {sum(weights.values()):g}")
+    return weights
+
+
+Weights = Annotated[
+    dict[str, float],
+    Field(
+        description="Share of the text by what it is: `statements` (documents with names of entities), `prose` (all "
+        "others), a source's group or a source's name; the shares sum to 1",
+        min_length=1,
+    ),
+    AfterValidator(_whole),
+]
 
 
 @dataclass(frozen=True)
 class Document:
-    """One encoded text: its token ids and the (start, end) token span of each name in it."""
+    """One encoded text: its token ids, the (start, end) token span of each name in it, and where it is from."""
 
-    ids: Sequence[int]
+    ids: Sequence[int] | npt.NDArray[np.integer]
     names: Sequence[tuple[int, int]]
+    source: str = ""
+    group: str | None = None
+
+
+class Array:
+    """A `.npy` file that rows are added to; the header, for which numpy leaves room, is written again at the end."""
+
+    def __init__(self, path: Path, dtype: npt.DTypeLike, *rest: int) -> None:
+        self.dtype, self.rest, self.rows = np.dtype(dtype), rest, 0
+        self.file = path.open("wb")
+        self._head()
+
+    def append(self, rows: npt.ArrayLike) -> None:
+        """Add rows."""
+        array = np.asarray(rows, dtype=self.dtype).reshape(-1, *self.rest)
+        self.file.write(array.tobytes())
+        self.rows += len(array)
+
+    def _head(self) -> None:
+        shape = (self.rows, *self.rest)
+        described = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self.file, described)
+
+    def __enter__(self) -> "Array":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Write the number of rows into the header and close the file."""
+        self.file.seek(0)
+        self._head()
+        self.file.close()
 
 
 def write_split(path: Path, documents: Iterable[Document], vocabulary: int) -> dict[str, int]:
-    """Write one split and return its counts of documents, tokens and names."""
-    tokens: list[int] = []
-    starts, names = [0], list[tuple[int, int]]()
-    for document in documents:
-        names += [(starts[-1] + start, starts[-1] + end) for start, end in document.names]
-        tokens += document.ids
-        starts.append(len(tokens))
+    """Write one split, document by document, and return its counts of documents, tokens and names."""
     path.mkdir(parents=True)
-    np.save(path / "tokens.npy", np.array(tokens, dtype=np.uint16 if vocabulary <= 2**16 else np.uint32))
-    np.save(path / "documents.npy", np.array(starts, dtype=np.int64))
-    np.save(path / "names.npy", np.array(names, dtype=np.int64).reshape(-1, 2))
-    return {"documents": len(starts) - 1, "tokens": len(tokens), "names": len(names)}
+    sources: dict[tuple[str, str | None], int] = {}
+    with ExitStack() as stack:
+        tokens = stack.enter_context(Array(path / "tokens.npy", np.uint16 if vocabulary <= 2**16 else np.uint32))
+        starts = stack.enter_context(Array(path / "documents.npy", np.int64))
+        names = stack.enter_context(Array(path / "names.npy", np.int64, 2))
+        origins = stack.enter_context(Array(path / "sources.npy", np.uint16))
+        starts.append([0])
+        iterator = iter(documents)
+        while block := list(islice(iterator, AT_ONCE)):
+            ends = tokens.rows + np.cumsum([len(document.ids) for document in block])
+            for document, end in zip(block, ends, strict=True):
+                if document.names:
+                    names.append(np.asarray(document.names) + (end - len(document.ids)))
+            tokens.append(np.concatenate([document.ids for document in block]))
+            starts.append(ends)
+            origins.append([_number(sources, document) for document in block])
+    write_json(path / "sources.json", [{"name": name, "group": group} for name, group in sources])
+    return {"documents": origins.rows, "tokens": tokens.rows, "names": names.rows}
+
+
+def _number(sources: dict[tuple[str, str | None], int], document: Document) -> int:
+    number = sources.setdefault((document.source, document.group), len(sources))
+    if number == MOST_SOURCES:
+        raise StageError(
+            f"the corpus has more than {MOST_SOURCES} sources; give one name to those that belong together."
+        )
+    return number
 
 
 @dataclass(frozen=True)
@@ -47,70 +129,135 @@ class Split:
     tokens: npt.NDArray[np.integer]
     documents: Ids
     names: Ids
+    sources: npt.NDArray[np.integer]
+    origins: Sequence[Mapping[str, str | None]]  # name and group of each source
 
     @classmethod
     def open(cls, path: Path) -> "Split":
         """Map the arrays of a split's folder."""
-        arrays = (np.load(path / f"{name}.npy", mmap_mode="r") for name in ("tokens", "documents", "names"))
-        return cls(*arrays)
+        tokens, documents, names, sources = (
+            np.load(path / f"{name}.npy", mmap_mode="r") for name in ("tokens", "documents", "names", "sources")
+        )
+        origins = json.loads((path / "sources.json").read_text(encoding="utf-8"))
+        return cls(tokens, documents, names, sources, origins)
 
-    def select(self, statements: bool) -> "Split":
-        """Return the documents that hold names (statements) or those that hold none (prose), packed end to end."""
-        named = np.zeros(len(self.documents) - 1, dtype=bool)
-        named[np.searchsorted(self.documents, self.names[:, 0], side="right") - 1] = True
-        keep = np.flatnonzero(named == statements)
-        lengths = np.diff(self.documents)[keep]
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        shift = np.zeros(len(named), dtype=np.int64)
-        shift[keep] = starts[:-1] - self.documents[keep]
-        pieces = [self.tokens[self.documents[i] : self.documents[i + 1]] for i in keep]
-        tokens = np.concatenate(pieces) if pieces else self.tokens[:0]
-        names = self.names + shift[np.searchsorted(self.documents, self.names[:, 0], side="right") - 1][:, None]
-        return Split(tokens, starts, names if statements else self.names[:0])
+    @cached_property
+    def names_in(self) -> Ids:
+        """The number of names in each document."""
+        return np.diff(np.searchsorted(self.names[:, 0], self.documents))
+
+    def select(self, kind: str) -> Ids:
+        """Return the numbers of the documents that a mixture calls so; raise StageError where there are none."""
+        if kind in KINDS:
+            chosen = np.flatnonzero((self.names_in > 0) == (kind == "statements"))
+        else:
+            meant = [number for number, origin in enumerate(self.origins) if kind in origin.values()]
+            chosen = np.flatnonzero(np.isin(self.sources, meant))
+        if not len(chosen):
+            called = sorted({str(name) for origin in self.origins for name in origin.values() if name})
+            raise StageError(
+                f"the mixture asks for {kind}, of which the corpus holds no text; there are {', '.join(called)}, and "
+                f"{' and '.join(KINDS)} for all documents with and without names."
+            )
+        return chosen
+
+    def stream(self, chosen: Ids) -> "Stream":
+        """Return some of the documents, packed end to end."""
+        return Stream(self.tokens, self.documents[chosen], np.diff(self.documents)[chosen])
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Documents end to end, without a copy of them: a place in the stream is looked up among where they end."""
+
+    tokens: npt.NDArray[np.integer]
+    starts: Ids
+    lengths: Ids
+
+    @cached_property
+    def ends(self) -> Ids:
+        """Where each document ends in the stream."""
+        return np.cumsum(self.lengths)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def read(self, places: Ids) -> Ids:
+        """Return the tokens at the places, in the places' shape."""
+        found = np.searchsorted(self.ends, places, side="right")
+        offsets = self.starts[found] - (self.ends[found] - self.lengths[found])
+        return np.asarray(self.tokens[places + offsets], dtype=np.int64)
 
 
 class Windows:
     """Windows of a token stream, a pure function of the step, so that a resumed run reads what it would have read.
 
     Every epoch cuts the stream at another offset and visits its windows in another order; both come from the seed and
-    the epoch alone.
+    the epoch alone. The order of one epoch, 8 bytes a window, is kept.
     """
 
-    def __init__(self, split: Split, length: int, seed: int) -> None:
-        if len(split.tokens) < 2 * length:
+    def __init__(self, stream: Stream, length: int, seed: int) -> None:
+        if len(stream) < 2 * length:
             raise StageError(
-                f"the text to read holds {len(split.tokens)} tokens; windows of {length} need at least {2 * length}. "
-                "Statements are the texts that hold names, prose those that hold none: give more text of the missing "
-                "kind, ask for none of it (`statements`, or the weight of the mix), or make the window shorter."
+                f"the text to read holds {len(stream)} tokens; windows of {length} need at least {2 * length}. "
+                "Give more text of this kind, leave it out of the mixture, or make the window shorter."
             )
-        self.split, self.length, self.seed = split, length, seed
-        self.per_epoch = len(split.tokens) // length - 1
+        self.stream, self.length, self.seed = stream, length, seed
+        self.per_epoch = len(stream) // length - 1
+        self._epochs: dict[int, tuple[int, Ids]] = {}
 
     def starts(self, first: int, count: int) -> Ids:
         """Return where the windows number `first` … `first + count - 1` of the endless sequence start in the stream."""
         wanted = np.arange(first, first + count)
         result = np.empty(count, dtype=np.int64)
         for epoch in np.unique(wanted // self.per_epoch):
-            random = np.random.default_rng([self.seed, int(epoch)])
-            offset, order = random.integers(self.length), random.permutation(self.per_epoch)
+            offset, order = self._epoch(int(epoch))
             mine = wanted // self.per_epoch == epoch
             result[mine] = offset + order[wanted[mine] % self.per_epoch] * self.length
         return result
 
+    def _epoch(self, epoch: int) -> tuple[int, Ids]:
+        if epoch not in self._epochs:
+            random = np.random.default_rng([self.seed, epoch])
+            self._epochs = {epoch: (int(random.integers(self.length)), random.permutation(self.per_epoch))}
+        return self._epochs[epoch]
+
     def batch(self, first: int, count: int) -> Ids:
         """Return windows as token ids, shape (count, length)."""
-        places = self.starts(first, count)[:, None] + np.arange(self.length)
-        return np.asarray(self.split.tokens[places], dtype=np.int64)
+        return self.stream.read(self.starts(first, count)[:, None] + np.arange(self.length))
+
+
+def apportion(weights: Mapping[str, float], count: int) -> dict[str, int]:
+    """Return how many of `count` windows each kind gets: its share, rounded by the largest remainder.
+
+    Raise StageError where a kind would get none, for then it would never be read.
+    """
+    exact = {kind: weight * count for kind, weight in weights.items()}
+    counts = {kind: int(share + 1e-9) for kind, share in exact.items()}
+    order = sorted(exact, key=lambda kind: counts[kind] - exact[kind])
+    for kind in order[: count - sum(counts.values())]:
+        counts[kind] += 1
+    for kind, number in counts.items():
+        if not number:
+            raise StageError(
+                f"the mixture gives {kind} {weights[kind]:g} of {count} windows a step, which is less than one: make "
+                "the batch larger, or the weight."
+            )
+    return counts
 
 
 class Mixture:
-    """Windows of statements and of prose in a fixed proportion; a batch is a pure function of the step."""
+    """Windows of several kinds of text in a fixed proportion; a batch is a pure function of the step."""
 
-    def __init__(self, split: Split, length: int, batch: int, statements: float, seed: int) -> None:
-        counts = {True: round(batch * statements)}
-        counts[False] = batch - counts[True]
-        self.counts = {kind: count for kind, count in counts.items() if count}
-        self.streams = {kind: Windows(split.select(statements=kind), length, seed + kind) for kind in self.counts}
+    # Others have a seed from their name. These two had theirs before there were others.
+    SEEDS: Mapping[str, int] = {"prose": 0, "statements": 1}
+
+    def __init__(self, split: Split, length: int, batch: int, weights: Mapping[str, float], seed: int) -> None:
+        self.counts = apportion(weights, batch)
+        self.streams = {
+            kind: Windows(split.stream(split.select(kind)), length, seed + self.SEEDS.get(kind, crc32(kind.encode())))
+            for kind in self.counts
+        }
 
     def batch(self, step: int) -> Ids:
         """Return token ids, shape (batch, length)."""
@@ -120,27 +267,35 @@ class Mixture:
 class Batches:
     """Batches of whole documents of like length, a pure function of the step; for models that read one text at a time.
 
-    Statements are here the documents with two names, either of which can be told from the other. An epoch reads every
-    statement once and as much prose (documents without names) as keeps the statements' share of the tokens. Its
-    documents are shuffled, sorted by length within large chunks, cut into batches whose padded size stays within the
-    budget, and shuffled again.
+    Of documents with names only those with two are read: either can be told from the other. An epoch reads as much as
+    the mixture allows without reading a document twice. Its documents are shuffled, sorted by length within large
+    chunks, cut into batches whose padded size stays within the budget, and shuffled again.
     """
 
     CHUNK = 4096
 
-    def __init__(self, split: Split, budget: int, longest: int, statements: float, seed: int) -> None:
+    def __init__(self, split: Split, budget: int, longest: int, weights: Mapping[str, float], seed: int) -> None:
         self.split, self.budget, self.longest, self.seed = split, budget, longest, seed
         self.first_name = np.searchsorted(split.names[:, 0], split.documents)
         self.lengths = np.minimum(np.diff(split.documents), longest)
-        names = np.diff(self.first_name)
-        self.statements, self.prose = np.flatnonzero(names == (2 if statements else -1)), np.flatnonzero(names == 0)
-        wanted = self.lengths[self.statements].sum() * (1 - statements) / max(statements, 1e-9)
-        share = wanted / max(self.lengths[self.prose].sum(), 1)
-        self.prose_count = min(round(share * len(self.prose)), len(self.prose)) if statements else len(self.prose)
-        if not len(self.statements) + self.prose_count:
-            kind = "holds two names" if statements else "is free of names"
-            raise StageError(f"no text of the corpus {kind}, so there is nothing to read; change `statements`.")
+        self.kinds = {kind: self._told_apart(split.select(kind), kind) for kind in weights}
+        tokens = {kind: int(self.lengths[documents].sum()) for kind, documents in self.kinds.items()}
+        most = min(tokens[kind] / weight for kind, weight in weights.items())  # tokens of an epoch
+        self.counts = {
+            kind: max(1, round(weight * most / tokens[kind] * len(self.kinds[kind])))
+            for kind, weight in weights.items()
+        }
         self.epochs: list[list[Ids]] = []
+
+    def _told_apart(self, documents: Ids, kind: str) -> Ids:
+        names = self.split.names_in[documents]
+        chosen: Ids = documents[(names == 0) | (names == 2)]
+        if not len(chosen):
+            raise StageError(
+                f"the mixture asks for {kind}, of which no text holds two names or none, so there is nothing to read; "
+                "change `mixture`."
+            )
+        return chosen
 
     def at(self, step: int) -> Ids:
         """Return the numbers of the documents that a step reads."""
@@ -155,8 +310,11 @@ class Batches:
 
     def _epoch(self, epoch: int) -> list[Ids]:
         random = np.random.default_rng([self.seed, epoch])
-        documents = np.concatenate([self.statements, random.permutation(self.prose)[: self.prose_count]])
-        documents = random.permutation(documents)
+        chosen = [
+            documents if self.counts[kind] == len(documents) else random.permutation(documents)[: self.counts[kind]]
+            for kind, documents in self.kinds.items()
+        ]
+        documents = random.permutation(np.concatenate(chosen))
         batches: list[Ids] = []
         for start in range(0, len(documents), self.CHUNK):
             chunk = documents[start : start + self.CHUNK]

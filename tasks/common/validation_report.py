@@ -3,18 +3,21 @@
 All three hold deterministic bytes: no dates and no run ids, because DVC tracks them.
 """
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.common.checks import Features
+from tasks.common.checks import FEATURES
+from tasks.common.curation import Look
 from tasks.common.stage import write_json
 from tasks.common.suites import EXAMPLES, Verdict
 from tasks.common.validation_page import PAGE
 
 if TYPE_CHECKING:
+    import pandas as pd
     import pyarrow as pa
 
 SAMPLES = 6
@@ -40,6 +43,15 @@ class SourceRows:
 
 
 @dataclass(frozen=True)
+class Marked:
+    """A kept row in which personal data was marked, and how much of each kind."""
+
+    table: str
+    id: str
+    found: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Summary:
     """Everything that is told about one table."""
 
@@ -52,6 +64,13 @@ class Summary:
     characters: dict[str, int]
     samples: tuple[str, ...]
     verdicts: tuple[Verdict, ...]
+    marked: dict[str, int]
+    marks: tuple[Marked, ...]
+
+    @property
+    def marked_rows(self) -> int:
+        """Number of kept rows in which something was marked."""
+        return len(self.marks)
 
     @property
     def failed(self) -> int:
@@ -59,36 +78,58 @@ class Summary:
         return sum(not verdict.success for verdict in self.verdicts)
 
 
+@dataclass
+class Shown:
+    """Some of a table's rows for people to see, and which of the kept ones had personal data marked."""
+
+    kept: int
+    samples: list[str] = field(default_factory=list)
+    refused: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    marks: list[Marked] = field(default_factory=list)
+    passed: int = 0  # kept rows seen so far
+
+    def take(self, table: str, clean: "pa.Table", refused: "pa.Table", look: Look) -> None:
+        """See a batch: of the kept rows some at equal distances, of the refused ones the first for each reason."""
+        step = max(self.kept // SAMPLES, 1)
+        places = range(-self.passed % step, clean.num_rows, step)[: SAMPLES - len(self.samples)]
+        self.samples += [line(row) for row in rows_at(clean, places)]
+        self.passed += clean.num_rows
+        for number, reason in enumerate(refused["reason"].to_pylist()):
+            if len(self.refused[reason]) < EXAMPLES:
+                (row,) = rows_at(refused, [number])
+                text = FEATURES[table](look.marked(row))["text"]  # the page must not spread what is marked elsewhere
+                self.refused[reason].append(shorten(f"{row['id']}: {text}"))
+
+
 def summarise(
-    table: str, clean: "pa.Table", found: Sequence[Features], reasons: Sequence[str | None], verdicts: Sequence[Verdict]
+    table: str, frame: "pd.DataFrame", reasons: Sequence[str | None], shown: Shown, verdicts: Sequence[Verdict]
 ) -> Summary:
-    """Count a table's rows by source and split, its refusals by reason, and pick rows to show."""
-    refused: dict[str, list[str]] = defaultdict(list)
-    sides: dict[str, Counter[str]] = defaultdict(Counter)
-    lengths: list[int] = []
-    for features, reason in zip(found, reasons, strict=True):
-        if reason is None:
-            sides[features["source"]][features["split"]] += 1
-            lengths.append(len(features["text"]))
-        else:
-            refused[reason].append(shorten(f"{features['id']}: {features['text']}"))
-    step = max(clean.num_rows // SAMPLES, 1)
-    shown = rows_at(clean, range(0, clean.num_rows, step)[:SAMPLES])
-    told = sorted(refused.items(), key=lambda item: (-len(item[1]), item[0]))
+    """Count a table's rows by source and split, its refusals by reason, and what was marked; add rows to show."""
+    told = Counter(reason for reason in reasons if reason is not None)
+    counts = Counter(zip(frame["source"], frame["split"], strict=True)) if len(frame) else Counter()
+    lengths = frame["characters"] if len(frame) else [0]
     return Summary(
         table=table,
-        read=len(found),
-        kept=len(lengths),
-        refused=len(found) - len(lengths),
-        reasons=tuple(Reason(reason, len(rows), tuple(rows[:EXAMPLES])) for reason, rows in told),
-        sources=tuple(SourceRows(source, sides[source]["train"], sides[source]["heldout"]) for source in sorted(sides)),
+        read=len(reasons),
+        kept=len(frame),
+        refused=told.total(),
+        reasons=tuple(
+            Reason(reason, count, tuple(shown.refused[reason]))
+            for reason, count in sorted(told.items(), key=lambda item: (-item[1], item[0]))
+        ),
+        sources=tuple(
+            SourceRows(source, counts[source, "train"], counts[source, "heldout"])
+            for source in sorted({source for source, _ in counts})
+        ),
         characters={
-            "shortest": min(lengths, default=0),
-            "mean": round(sum(lengths) / max(len(lengths), 1)),
-            "longest": max(lengths, default=0),
+            "shortest": int(min(lengths)),
+            "mean": round(float(sum(lengths)) / max(len(frame), 1)),
+            "longest": int(max(lengths)),
         },
-        samples=tuple(line(row) for row in shown),
+        samples=tuple(shown.samples),
         verdicts=tuple(verdicts),
+        marked=dict(sorted(sum((Counter(item.found) for item in shown.marks), Counter[str]()).items())),
+        marks=tuple(shown.marks),
     )
 
 
@@ -127,9 +168,12 @@ def shorten(text: str) -> str:
 
 
 def write(summaries: Sequence[Summary], folder: Path) -> None:
-    """Write `index.html`, `validation.md` and `validation.json` into the report's folder."""
+    """Write `index.html`, `validation.md`, `validation.json` and `marked.jsonl` into the report's folder."""
     folder.mkdir(parents=True)
-    write_json(folder / "validation.json", [asdict(summary) for summary in summaries])
+    plain = [{key: value for key, value in asdict(summary).items() if key != "marks"} for summary in summaries]
+    write_json(folder / "validation.json", plain)
+    lines = (json.dumps(asdict(marked)) for summary in summaries for marked in summary.marks)
+    (folder / "marked.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     (folder / "validation.md").write_text(markdown(summaries), encoding="utf-8")
     (folder / "index.html").write_text(page(summaries), encoding="utf-8")
 
@@ -145,6 +189,7 @@ def page(summaries: Sequence[Summary]) -> str:
         failed=sum(summary.failed for summary in summaries),
         checked=sum(len(summary.verdicts) for summary in summaries),
         refused=sum(summary.refused for summary in summaries),
+        marked=sum(summary.marked_rows for summary in summaries),
         empty=[summary.table for summary in summaries if not summary.kept],
     )
 
@@ -157,10 +202,12 @@ def markdown(summaries: Sequence[Summary]) -> str:
         lines.append(f"| {item.table} | {item.read:,} | {item.kept:,} | {item.refused:,} | {met} |")
     for item in summaries:
         failed = [verdict for verdict in item.verdicts if not verdict.success]
-        if item.reasons or failed or not item.kept:
+        if item.reasons or failed or item.marked or not item.kept:
             lines += ["", f"**{item.table}**", ""]
         lines += [] if item.kept else ["- **nothing is left of this table**"]
         lines += [f"- refused {rows_of(reason.count)}: {reason.reason}" for reason in item.reasons]
+        marks = ", ".join(f"{count:,} × {kind}" for kind, count in item.marked.items())
+        lines += [f"- marked in {rows_of(item.marked_rows)}: {marks}"] if marks else []
         lines += [f"- **not met**: {verdict.says} (found {verdict.observed})" for verdict in failed]
     return "\n".join(lines) + "\n"
 

@@ -1,0 +1,337 @@
+"""Curation: what each filter takes out of training text and marks in it, and what it lets be."""
+
+import json
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tasks import validate
+from tasks.common import curation, quality, tables
+from tasks.common.contamination import Evaluation, Wordings
+from tasks.common.personal import Personal, marked, refused_kind
+from tasks.common.quality import Language, Quality
+from tasks.common.words import words
+from tests.data_fixtures import job, validate_config
+
+LANGUAGE = Language(keep=["en"], characters=50, probability=0.9)
+BOUNDS: dict[str, Any] = {
+    "words": [2, 400], "shares_from": 20, "word_length": [3, 10], "symbols": 0.1, "bullets": 0.5, "ellipses": 0.3,
+    "alphabetic": 0.8, "stop_words": 2, "repeated_lines": 0.3, "repeated_pair": 0.2,
+}  # fmt: skip
+PERSONAL: dict[str, Any] = {
+    "email": "mark", "phone": "mark", "iban": "mark", "card": "mark", "ip": "mark", "region": "US"
+}  # fmt: skip
+ENGLISH = "The committee of the town decided on Monday that the old bridge will be closed to all heavy lorries."
+GERMAN = "Der Ausschuss der Stadt hat am Montag beschlossen, dass die alte Brücke für Lastwagen gesperrt wird."
+SOUND = (
+    "The river rises in the hills to the north of the town, and the mills that once stood on its banks have long been "
+    "closed. People of the valley still meet there with their children every spring.\nNobody remembers why."
+)
+
+
+# Words
+
+
+def test_words_know_no_case_marks_or_spaces() -> None:
+    assert words("  Hello,\n WORLD! It's 5°C. ") == ["hello", "world", "it", "s", "5", "c"]
+
+
+def test_signs_of_scripts_without_spaces_are_words() -> None:
+    assert words("東京は tokyo") == ["東", "京", "は", "tokyo"]
+
+
+# Language and quality
+
+
+def test_the_languages_named_are_those_that_the_identifier_knows() -> None:
+    assert sorted(map(str, quality.identifier().labels)) == sorted(quality.LANGUAGES)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [(ENGLISH, None), (GERMAN, "language: de, not en"), (GERMAN[:49], None), ("Ja.", None)]
+)
+def test_another_language_is_refused_where_the_text_is_long_enough(text: str, told: str | None) -> None:
+    assert quality.language_objection(text, LANGUAGE) == told
+
+
+def test_an_unknown_language_is_told_with_the_known_ones() -> None:
+    with pytest.raises(ValidationError, match=r"no language is known as english; there are ace, af, .* en, "):
+        Language(keep=["english"], characters=50, probability=0.9)
+
+
+BROKEN: list[tuple[str, str]] = [
+    ("word", "fewer than 2 words"),
+    ("word " * 401, "more than 400 words"),
+    ("a b c " * 10, "the mean word has not 3 to 10 characters"),
+    (SOUND + " # # # # # # #", "more than 0.1 # or ellipses a word"),
+    (SOUND + " 12 345" * 10, "fewer than 80% of the words hold a letter"),
+    ("lemon apple cherry mango papaya " + " ".join(f"{a}{b}xx" for a in "bcdfg" for b in "aeiou"), "2 stop words"),
+    ("\n".join(f"- {line}" for line in SOUND.split(".")), "more than 50% of the lines start with a bullet"),
+    ("\n".join(f"{line}..." for line in (SOUND[:90], SOUND[91:])), "more than 30% of the lines end with an ellipsis"),
+    ("\n".join([SOUND.splitlines()[0]] * 3), "more than 30% of the lines came before"),
+    (SOUND + " tick tock" * 12, "one pair of words makes up more than 20%"),
+]
+
+
+@pytest.mark.parametrize(("text", "told"), BROKEN)
+def test_each_rule_of_quality_has_a_text_that_breaks_it(text: str, told: str) -> None:
+    bounds = Quality(**BOUNDS)
+    assert quality.quality_objection(SOUND, words(SOUND), bounds) is None
+    objection = quality.quality_objection(text, words(text), bounds)
+    assert objection is not None
+    assert told in objection
+
+
+def test_shares_are_not_asked_of_few_words() -> None:
+    few = "# # # # # # one two"
+    assert quality.quality_objection(few, words(few), Quality(**BOUNDS)) is None
+
+
+@pytest.mark.parametrize("text", [f"--{SOUND.splitlines()[0]}", SOUND.replace(",", " , ").replace(".", " . ")])
+def test_a_line_of_speech_and_marks_between_spaces_break_no_rule(text: str) -> None:
+    assert quality.quality_objection(text, words(text), Quality(**BOUNDS)) is None
+
+
+def test_bounds_rise() -> None:
+    with pytest.raises(ValidationError, match="the two bounds must rise"):
+        Quality(**{**BOUNDS, "words": [5, 2]})
+
+
+# Personal data
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("Write to jane.doe+x@mail.example.org, please.", "Write to <EMAIL>, please."),
+        ("Pay to GB82 WEST 1234 5698 7654 32 now", "Pay to <IBAN> now"),
+        ("Pay to DE89370400440532013000.", "Pay to <IBAN>."),
+        ("Pay to GB82 WEST 1234 5698 7654 33 now", "Pay to GB82 WEST 1234 5698 7654 33 now"),  # wrong check digits
+        ("Card 4111 1111 1111 1111 expires", "Card <CARD> expires"),
+        ("Card 4111 1111 1111 1112 expires", "Card 4111 1111 1111 1112 expires"),
+        ("Seen from 8.8.8.8 and 2001:4860:4860::8888.", "Seen from <IP> and <IP>."),
+        ("Seen from 192.168.0.1 and 300.1.1.1 at 10:20:30", "Seen from 192.168.0.1 and 300.1.1.1 at 10:20:30"),
+        ("On 2024-01-15 12 people came.", "On 2024-01-15 12 people came."),  # as digits a number of Washington
+        ("Call (212) 566-8082 or +44 20 7946 0958!", "Call <PHONE> or <PHONE>!"),
+        ("It was 1,234,567.89 in 1990-1995, or 2125668082.", "It was 1,234,567.89 in 1990-1995, or 2125668082."),
+        ("The capital of France is Paris.", "The capital of France is Paris."),
+    ],
+)
+def test_personal_data_is_marked_and_what_only_looks_like_it_is_not(text: str, seen: str) -> None:
+    found: Counter[str] = Counter()
+    assert marked(text, Personal(**PERSONAL), found) == seen
+    assert found.total() == sum(seen.count(f"<{kind}>") for kind in ("EMAIL", "IBAN", "CARD", "IP", "PHONE"))
+
+
+def test_what_is_to_be_refused_is_not_marked() -> None:
+    settings = Personal(**{**PERSONAL, "email": "refuse", "phone": "keep"})
+    text = "Ask a@example.org or (212) 566-8082."
+    assert refused_kind(text, settings) == "email"
+    assert refused_kind("Ask (212) 566-8082.", settings) is None
+    assert marked(text, settings, Counter()) == text
+
+
+def test_an_unknown_region_is_told() -> None:
+    with pytest.raises(ValidationError, match="it should be null or one of AC, AD"):
+        Personal(**{**PERSONAL, "region": "USA"})
+
+
+# Wordings of the evaluation
+
+
+@pytest.mark.parametrize(
+    ("text", "quoted"),
+    [
+        ("He asked: what is the capital of France? Nobody knew.", True),
+        ("Quiz. WHAT IS THE CAPITAL OF FRANCE -- Paris it is", True),
+        ("The capital of France is Paris.", False),  # a fact, not the wording
+        ("What is the capital of Peru?", False),
+        ("They said that one two three four five six seven eight nine ten of it", False),
+        ("so one two three four five six seven eight nine ten eleven twelve thirteen and", True),
+        ("so two three four five six seven eight nine ten eleven twelve thirteen fourteen and", True),
+        ("so three four five six seven eight nine ten eleven twelve thirteen fourteen and", False),  # twelve of them
+        ("Why? Because.", False),  # too short to be looked for
+    ],
+)
+def test_wordings_are_found_and_facts_are_not(text: str, quoted: bool) -> None:
+    wordings = Wordings(Evaluation(ngram=13, fewest_words=5))
+    wordings.add("What is the capital of France?", "The capital of France is Paris.")
+    wordings.add("Count!", "One two three four five six seven eight nine ten eleven twelve thirteen fourteen.")
+    wordings.add("Why?", "Because.")
+    assert wordings.quoted_in(words(text)) is quoted
+
+
+def test_the_shortest_wording_fits_into_the_longest() -> None:
+    with pytest.raises(ValidationError, match=r"fewest_words \(9\) must not exceed ngram \(8\)"):
+        Evaluation(ngram=8, fewest_words=9)
+
+
+# The stage
+
+CURATE: dict[str, Any] = {
+    "personal": {**PERSONAL, "iban": "refuse"},
+    "language": LANGUAGE.model_dump(),
+    "quality": BOUNDS,
+    "evaluation": {"ngram": 13, "fewest_words": 5},
+    "exact_duplicates": {"fewest_words": 5},
+    "near_duplicates": {"shingle": 3, "jaccard": 0.5, "permutations": 128, "fewest_words": 10},
+}
+OFF: dict[str, Any] = dict.fromkeys(CURATE)
+
+
+def document(text: str, identifier: str, split: str = "train", names: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {
+        "id": identifier, "text": text, "names": list(names), "source": "s", "group": None, "licence": "MIT",
+        "split": split,
+    }  # fmt: skip
+
+
+def chat(question: str, reply: str, identifier: str, split: str = "train", answer: str | None = None) -> dict[str, Any]:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+    return {
+        "id": identifier, "messages": messages, "entity": identifier, "answer": answer, "tone": None, "source": "s",
+        "split": split,
+    }  # fmt: skip
+
+
+NEAR = ENGLISH.replace("old", "wooden")
+CORPUS = [
+    document(NEAR, "near"),
+    document(ENGLISH, "kept", "heldout"),
+    document(ENGLISH.upper().replace(".", "!"), "same"),
+    document(GERMAN, "german"),
+    document("word", "short"),
+    document("Then she asked: what is the capital of France?", "quoting"),
+    document("Then he asked: what is the capital of France?", "measuring", "heldout"),
+    document("What is the capital of France?", "fact", names=("France",)),
+    document("The capital of France is Paris.", "fact too", names=("France",)),
+    document("The capital of France is Paris!", "fact again", names=("France",)),
+    document("Write to jane@example.org about it.", "mail"),
+    document("Write to john@example.org about it.", "mail again"),
+    document("Pay to DE89370400440532013000 now.", "account"),
+]
+CHATS = [
+    chat("What is the capital of France?", "The capital of France is Paris.", "heldout", "heldout", "Paris"),
+    chat("what is the capital of FRANCE", "I would say that it is Paris.", "asked again"),
+    chat("Is the old bridge closed to all of the heavy lorries?", ENGLISH, "long"),
+    chat("Is the old bridge closed to all of the heavy lorries?", NEAR, "long too"),
+    chat("Whom do I ask?", "Ask a@example.org.", "mail", answer="a@example.org"),
+]
+RANKINGS = [
+    {
+        "id": "ranking", "prompt": [{"role": "user", "content": "Call (212) 566-8082?"}],
+        "responses": ["Yes, I will.", "No, from 8.8.8.8 I cannot."], "ranks": [1, 2], "scores": None, "scale": None,
+        "annotators": 1, "models": [], "source": "s", "split": "train",
+    }
+]  # fmt: skip
+
+
+def run(folder: Path, curate: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, str]]:
+    """Validate the rows above; return the figures, and of all tables the kept rows and the reasons of the others."""
+    for name, rows in {"corpus": CORPUS, "instructions": CHATS, "rankings": RANKINGS}.items():
+        tables.write(rows, folder / "in" / name, tables.schema(name))
+    inputs = {name: folder / "in" / name for name in tables.TABLES}
+    figures = validate.run(validate_config(curate=curate, refused_share=1), job(validate, inputs, folder / "out"))
+    kept = {f"{name}/{row['id']}": row for name in tables.TABLES
+            for row in tables.read(folder / "out" / name).to_pylist()}  # fmt: skip
+    refused = {f"{name}/{row['id']}": row["reason"] for name in tables.TABLES
+               for row in tables.read(folder / "out/refused" / name).to_pylist()}  # fmt: skip
+    return figures, kept, refused
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("curated")
+
+
+@pytest.fixture(scope="module")
+def curated(workplace: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, str]]:
+    with warnings.catch_warnings():  # while Great Expectations is imported it uses deprecated modules of Python's own
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import great_expectations  # noqa: F401
+    return run(workplace / "on", CURATE)
+
+
+Curated = tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, str]]
+
+
+def test_each_filter_refuses_what_it_is_for(curated: Curated) -> None:
+    assert curated[2] == {
+        "corpus/near": curation.NEARLY["corpus"],  # although it comes first: the other one is held out
+        "corpus/same": curation.SAME,
+        "corpus/german": "language: de, not en",
+        "corpus/short": "quality: fewer than 2 words",
+        "corpus/quoting": "evaluation: the wording of a held-out question",
+        "corpus/mail again": "the same content came before",  # once both are marked
+        "corpus/account": "personal data: iban",
+        "instructions/asked again": "evaluation: the same is asked on the held-out side",
+        "instructions/long too": curation.NEARLY["instructions"],
+    }
+
+
+def test_rows_read_are_rows_kept_and_refused_and_counted_by_reason(curated: Curated) -> None:
+    figures, kept, refused = curated
+    assert len(kept) + len(refused) == len(CORPUS) + len(CHATS) + len(RANKINGS)
+    assert sum(sum(counts.values()) for counts in figures["refused"].values()) == len(refused)
+    assert figures["refused"]["corpus"]["language: de, not en"] == 1
+    assert figures["corpus_refused_rows"] == 7
+
+
+def test_what_is_marked_is_counted_listed_and_nowhere_in_the_clean_tables(curated: Curated, workplace: Path) -> None:
+    figures, kept, _ = curated
+    assert figures["marked"] == {
+        "corpus": {"rows": 1, "email": 1},
+        "instructions": {"rows": 1, "email": 1},
+        "rankings": {"rows": 1, "ip": 1, "phone": 1},
+    }
+    assert kept["corpus/mail"]["text"] == "Write to <EMAIL> about it."
+    assert kept["instructions/mail"]["messages"][1]["content"] == "Ask <EMAIL>."
+    assert kept["instructions/mail"]["answer"] == "<EMAIL>"
+    assert kept["rankings/ranking"]["responses"] == ["Yes, I will.", "No, from <IP> I cannot."]
+    assert "example.org" not in json.dumps(list(kept.values()))
+    lines = (workplace / "on/out/report/marked.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[-1]) == {"table": "rankings", "id": "ranking", "found": {"ip": 1, "phone": 1}}
+    assert len(lines) == 3
+
+
+def test_the_page_tells_of_it_and_does_not_spread_it(curated: Curated, workplace: Path) -> None:
+    page = (workplace / "on/out/report/index.html").read_text(encoding="utf-8")
+    assert "Personal data was marked in 3 rows." in " ".join(page.split())
+    assert "near-duplicate: nearly the words of prose that is kept" in page
+    assert "&lt;EMAIL&gt;" in page
+    assert "example.org" not in page
+    told = (workplace / "on/out/report/validation.md").read_text(encoding="utf-8")
+    assert "- marked in 1 row: 1 × ip, 1 × phone" in told
+
+
+def test_with_all_filters_off_every_row_stays_as_it_was(workplace: Path, curated: Curated) -> None:
+    figures, kept, refused = run(workplace / "off", OFF)
+    assert refused == {}
+    for name, rows in {"corpus": CORPUS, "instructions": CHATS, "rankings": RANKINGS}.items():
+        assert [kept[f"{name}/{row['id']}"] for row in rows] == rows
+        assert figures["marked"][name] == {"rows": 0}
+
+
+SWITCHES: list[tuple[str, str, Callable[[str], bool]]] = [
+    ("language", "corpus/german", lambda reason: reason.startswith("language")),
+    ("quality", "corpus/short", lambda reason: reason.startswith("quality")),
+    ("evaluation", "corpus/quoting", lambda reason: reason.startswith("evaluation")),
+    ("exact_duplicates", "corpus/same", lambda reason: reason == curation.SAME),
+    ("near_duplicates", "corpus/near", lambda reason: reason in curation.NEARLY.values()),
+    ("personal", "corpus/account", lambda reason: reason.startswith("personal")),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "its"), SWITCHES)
+def test_a_filter_that_is_switched_on_alone_does_its_own_work(
+    tmp_path: Path, curated: Curated, name: str, row: str, its: Callable[[str], bool]
+) -> None:
+    refused = run(tmp_path, {**OFF, name: CURATE[name]})[2]
+    assert its(refused[row])
+    own = {reason for reason in refused.values() if its(reason)}
+    assert set(refused.values()) - own <= {"the same content came before"}

@@ -1,0 +1,294 @@
+"""Importers: other tools' files become the rows that they mean, and a row that cannot is refused with file and line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tasks.common import checks, formats
+from tasks.common.importers import Layout
+from tasks.common.stage import StageError
+from tests.data_fixtures import (
+    FACTS,
+    copy_sources,
+    ingest_config,
+    ingest_into,
+    manifest,
+    refusals,
+    table,
+    validate_config,
+)
+
+ALPACA = {"instruction": "Translate to French.", "input": "Good day", "output": "Bonjour"}
+SHAREGPT = {"conversations": [{"from": "human", "value": "Hello!"}, {"from": "gpt", "value": "Hello to you!"}]}
+OPENAI = {"messages": [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello to you!"}]}
+ROWS = {"alpaca": ALPACA, "sharegpt": SHAREGPT, "openai": OPENAI}
+
+
+def said(row: Any) -> list[str]:
+    """Return a chat in short: `user:Hello!`."""
+    return [f"{turn['role']}:{turn['content']}" for turn in row]
+
+
+MEANT: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("alpaca", ALPACA, ["user:Translate to French.\nGood day", "assistant:Bonjour"]),
+    ("alpaca", {"instruction": "Say hello.", "output": "Hello"}, ["user:Say hello.", "assistant:Hello"]),
+    (
+        "alpaca",
+        {**ALPACA, "input": "", "system": "Be brief.", "history": [["Hi", "Hello"], ["Who?", "Me"]]},
+        ["system:Be brief.", "user:Hi", "assistant:Hello", "user:Who?", "assistant:Me", "user:Translate to French.",
+         "assistant:Bonjour"],
+    ),
+    ("sharegpt", SHAREGPT, ["user:Hello!", "assistant:Hello to you!"]),
+    ("sharegpt", {**SHAREGPT, "system": "Be kind.", "tools": ""}, ["system:Be kind.", "user:Hello!",
+                                                                  "assistant:Hello to you!"]),
+    ("openai", OPENAI, ["user:Hello!", "assistant:Hello to you!"]),
+    (
+        "openai",
+        {"messages": [
+            {"role": "developer", "content": "Be kind."},
+            {"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo!"}]},
+            {"role": "assistant", "content": "Hello to you!", "weight": 1},
+        ]},
+        ["system:Be kind.", "user:Hello!", "assistant:Hello to you!"],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "row", "turns"), MEANT)
+def test_a_chat_is_read_as_it_is_meant(name: str, row: dict[str, Any], turns: list[str]) -> None:
+    assert said(Layout(name, "instructions").convert(row)["messages"]) == turns
+
+
+PREFERRED: list[tuple[str, dict[str, Any]]] = [
+    ("alpaca", {"instruction": "Hello!", "chosen": "Hello to you!", "rejected": "What?"}),
+    (
+        "sharegpt",
+        {
+            "conversations": SHAREGPT["conversations"][:1],
+            "chosen": {"from": "gpt", "value": "Hello to you!"},
+            "rejected": {"from": "gpt", "value": "What?"},
+        },
+    ),
+    (
+        "openai",
+        {
+            "input": {"messages": OPENAI["messages"][:1]},
+            "preferred_output": OPENAI["messages"][1:],
+            "non_preferred_output": [{"role": "assistant", "content": "What?"}],
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "row"), PREFERRED)
+def test_a_preference_is_a_ranking_of_two(name: str, row: dict[str, Any]) -> None:
+    found = Layout(name, "rankings").convert(row)
+    assert said(found["prompt"]) == ["user:Hello!"]
+    assert (found["responses"], found["ranks"]) == (["Hello to you!", "What?"], [1, 2])
+
+
+def reply(**message: Any) -> dict[str, Any]:
+    return {"messages": [OPENAI["messages"][0], {"role": "assistant", **message}]}
+
+
+REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
+    ("alpaca", "instructions", {"instruction": "Hello"}, "output missing; expected instruction, output"),
+    ("alpaca", "instructions", {**ALPACA, "output": " "}, "an empty answer"),
+    ("alpaca", "instructions", {**ALPACA, "instruction": "", "input": ""}, "an empty turn of the user"),
+    ("alpaca", "instructions", {**ALPACA, "output": 5}, "content must be text, found 5"),
+    ("alpaca", "instructions", {**ALPACA, "history": ["Hi"]}, "history must be pairs"),
+    ("alpaca", "instructions", {**ALPACA, "images": ["a.png"]}, "images cannot be told in a chat of text"),
+    ("alpaca", "rankings", ALPACA, "chosen, rejected missing; expected instruction, chosen, rejected"),
+    ("sharegpt", "instructions", {"conversation": []}, "conversations missing; expected conversations"),
+    ("sharegpt", "instructions", {"conversations": []}, "conversations must be a list of messages, found []"),
+    ("sharegpt", "instructions", {**SHAREGPT, "tools": "[{}]"}, "tools cannot be told"),
+    (
+        "sharegpt",
+        "instructions",
+        {"conversations": [{"from": "function_call", "value": "{}"}]},
+        "a tool's turn (function_call) cannot be told",
+    ),
+    ("sharegpt", "instructions", {"conversations": [{"from": "bard", "value": "Hi"}]}, "expected a role of human, gpt"),
+    ("sharegpt", "instructions", {"conversations": [{"role": "user"}]}, "each message needs from and value"),
+    ("sharegpt", "instructions", {"conversations": [{"from": "gpt", "value": ""}]}, "an empty answer"),
+    ("openai", "instructions", {}, "messages missing; expected messages"),
+    ("openai", "instructions", reply(content=None, tool_calls=[{}]), "tool_calls cannot be told"),
+    ("openai", "instructions", reply(content=""), "an empty answer"),
+    ("openai", "instructions", reply(content="Hi", weight=0), "a reply of weight 0"),
+    ("openai", "instructions", reply(content=[{"type": "image_url"}]), "only parts of type text"),
+    ("openai", "instructions", {"messages": [{"role": "tool", "content": "4"}]}, "a tool’s turn cannot be told"),
+    ("openai", "instructions", {"messages": [{"role": "bot", "content": "4"}]}, "expected a role of system"),
+    ("openai", "rankings", {"input": {}}, "preferred_output, non_preferred_output missing; expected input"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "row", "told"), REFUSED)
+def test_what_cannot_be_told_in_a_chat_is_refused(name: str, kind: str, row: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is looked at below
+        Layout(name, kind).convert(row)
+    assert told in str(caught.value)
+
+
+# Through the stage
+
+
+def source(name: str, path: str, kind: str = "instructions") -> dict[str, Any]:
+    return {**FACTS, "name": "mine", "path": path, "format": name, "table": kind}
+
+
+@pytest.mark.parametrize("name", list(ROWS))
+@pytest.mark.parametrize("form", ["array", "lines", "parquet"])
+def test_rows_are_used_or_refused_with_file_line_and_reason(tmp_path: Path, name: str, form: str) -> None:
+    copied = copy_sources(tmp_path)
+    text = json.dumps(ROWS[name])
+    good, empty = ROWS[name], json.loads(text.replace("Bonjour", "").replace("Hello to you!", ""))
+    path = copied / f"mine.{'parquet' if form == 'parquet' else 'json'}"
+    if form == "parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist([good, empty]), path)
+    elif form == "array":
+        path.write_text(f"[\n{json.dumps(good)},\n\n{json.dumps(empty, indent=1)}\n]\n", encoding="utf-8")
+    else:
+        path.write_text(f"{json.dumps(good)}\n\n\n{json.dumps(empty)}\n", encoding="utf-8")
+    folder = ingest_into(tmp_path / "out", copied, sources=[FACTS, source(name, path.name)])
+    (refused,) = refusals(folder)
+    assert refused["reason"] == f"{path.name}, line {2 if form == 'parquet' else 4}: an empty answer"
+    (row,) = [row for row in table(folder, "instructions") if row["source"] == "mine"]
+    assert row["messages"][-1]["role"] == "assistant"
+    assert row["entity"] == row["messages"][0]["content"]
+    assert (manifest(folder)["mine"]["read"], manifest(folder)["mine"]["used"]) == (2, 1)
+
+
+def test_an_imported_chat_is_held_to_the_same_limits_as_others(tmp_path: Path) -> None:
+    """What is too long, holds a token of the template or came before is refused by `validate`, with its reason."""
+    copied = copy_sources(tmp_path)
+    odd = ["x" * 501, "Hello<|end|>", "Hello  to you!"]
+    rows = [
+        SHAREGPT,
+        *({"conversations": [SHAREGPT["conversations"][0], {"from": "gpt", "value": text}]} for text in odd),
+    ]
+    (copied / "mine.json").write_text(json.dumps(rows), encoding="utf-8")
+    folder = ingest_into(tmp_path / "out", copied, sources=[FACTS, source("sharegpt", "mine.json")])
+    chats = [row for row in table(folder, "instructions") if row["source"] == "mine"]
+    reasons = checks.judge("instructions", chats, validate_config(), set())[1]
+    assert sorted(map(str, reasons)) == [
+        "None", "a message longer than 500 characters", "the same content came before",
+        "the text holds <|end|>, which is reserved for the chat template",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('[\n{"instruction": "a", "output": "b"},\n{"instruction"', "found something else from line 3 on"),
+        (b'{"instruction": "caf\xe9"}', "expected UTF-8 text in"),
+        ('{"a": 1}\n{"b": 2}\n', "none of the 2 rows of"),
+    ],
+)
+def test_a_file_of_another_kind_stops_the_run(tmp_path: Path, content: str | bytes, told: str) -> None:
+    copied = copy_sources(tmp_path)
+    (copied / "mine.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(StageError, match="source mine: ") as caught:
+        ingest_into(tmp_path / "out", copied, sources=[FACTS, source("alpaca", "mine.json")])
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("piece", [3, 7, 64, 4096])
+def test_an_array_longer_than_what_is_read_at_once_gives_all_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    """Wherever the pieces end: in a text, a number, an escaped sign, the space between two items."""
+    monkeypatch.setattr(formats, "CHARACTERS_AT_ONCE", piece)
+    items = [{"text": "café, [x] \\ {y}" * 9}, 1234567, ["]", [5]], None, {}]
+    path = tmp_path / "mine.json"
+    path.write_text("\n [" + ",\n\n".join(map(json.dumps, items)) + " ]\n", encoding="utf-8")
+    assert list(formats.objects("mine", path)) == list(zip((2, 4, 6, 8, 10), items, strict=True))
+
+
+def test_imported_chats_belong_to_no_group_and_say_so() -> None:
+    """A group is what a mixture calls documents by; conversations are mixed by the stages that learn from them."""
+    with pytest.raises(ValidationError, match="a group is of documents, and instructions are none; set group to null"):
+        ingest_config(sources=[{**source("openai", "mine.json"), "group": "chats"}])
+
+
+def test_a_format_of_chats_is_not_for_prose() -> None:
+    with pytest.raises(ValidationError, match="the format openai is for the tables instructions and rankings"):
+        ingest_config(sources=[source("openai", "mine.json", "corpus")])
+
+
+# LLaMA-Factory
+
+FACTORY = {"name": "factory", "kind": "llamafactory", "licence": "MIT", "path": "lf/dataset_info.json"}
+INFO: dict[str, Any] = {
+    "plain": {"file_name": "plain.json"},
+    "tagged": {
+        "file_name": "tagged.jsonl", "formatting": "sharegpt",
+        "columns": {"messages": "dialogue"},
+        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+    },
+    "preferred": {
+        "file_name": "preferred.json", "ranking": True,
+        "columns": {"prompt": "question", "chosen": "better", "rejected": "worse"},
+    },
+    "away": {"hf_hub_url": "someone/chats"},
+    "part": {"file_name": "plain.json", "subset": "en"},
+    "odd": {"file_name": "plain.json", "columns": {"reply": "output"}},
+    "form": {"file_name": "plain.json", "formatting": "chatml"},
+    "list": {"file_name": "plain.json", "columns": ["instruction"]},
+    "absent": {"file_name": "absent.json"},
+    "outside": {"file_name": "../../secret.json"},
+}  # fmt: skip
+
+
+def factory(folder: Path) -> Path:
+    copied = copy_sources(folder)
+    (copied / "lf").mkdir()
+    (folder / "secret.json").write_text("[]")
+    dialogue = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
+    content = {
+        "dataset_info.json": INFO,
+        "plain.json": [ALPACA, {"instruction": "Hello"}],
+        "tagged.jsonl": {"dialogue": dialogue},
+        "preferred.json": [{"question": "Which?", "better": "This.", "worse": "That."}],
+    }
+    for name, value in content.items():
+        (copied / "lf" / name).write_text(json.dumps(value), encoding="utf-8")
+    return copied
+
+
+def test_the_data_sets_named_are_read_into_their_tables(tmp_path: Path) -> None:
+    chosen = {**FACTORY, "datasets": ["plain", "tagged", "preferred"]}
+    folder = ingest_into(tmp_path / "out", factory(tmp_path), sources=[FACTS, chosen])
+    chats = [row["messages"][-1]["content"] for row in table(folder, "instructions") if row["source"] == "factory"]
+    assert sorted(chats) == ["Bonjour", "Me."]
+    (ranking,) = table(folder, "rankings")
+    assert (ranking["responses"], ranking["ranks"]) == (["This.", "That."], [1, 2])
+    (refused,) = refusals(folder)
+    assert refused["reason"] == "plain.json, line 1: output missing; expected instruction, output"
+    entry = manifest(folder)["factory"]
+    assert (entry["read"], entry["used"], entry["rows"]) == (4, 3, {"corpus": 0, "instructions": 2, "rankings": 1})
+    assert list(entry["files"]) == ["lf/dataset_info.json", "lf/plain.json", "lf/tagged.jsonl", "lf/preferred.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("away", "data set away names hf_hub_url, which pins no bytes: put its file beside dataset_info.json"),
+        ("part", "data set part: subset cannot be followed here; known are file_name, formatting"),
+        ("odd", "data set odd: no column or tag is called reply; known: assistant_tag,"),
+        ("list", "data set list: expected columns and tags to name columns and tags, found ['instruction']"),
+        ("form", "data set form: expected a formatting of alpaca, sharegpt, openai, found 'chatml'"),
+        ("absent", "data set absent: expected a file_name of a file under"),
+        ("outside", "data set outside: expected a file_name of a file under"),
+        ("other", "has no data set other; it has plain, tagged, preferred"),
+    ],
+)
+def test_a_data_set_that_cannot_be_read_is_told(tmp_path: Path, name: str, told: str) -> None:
+    with pytest.raises(StageError, match="source factory: ") as caught:
+        ingest_into(tmp_path / "out", factory(tmp_path), sources=[FACTS, {**FACTORY, "datasets": [name]}])
+    assert told in str(caught.value)
