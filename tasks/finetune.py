@@ -6,7 +6,7 @@ in `tasks/common/methods.py`, objectives in `tasks/common/answering.py` and `hea
 stand are listed in `aside.jsonl` with their reason.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -86,16 +86,21 @@ def tune_chat(config: Config, task: Chat, tokenizer: "PreTrainedTokenizerFast", 
     rows = rows_of(job)
     (usable, aside), (heldout, more) = read_both(reader, rows)
     chosen, fill = drawn(heldout, config.heldout, job.seed), tokenizer.pad_token_id
+
+    def base() -> "PreTrainedModel":
+        return models.load_decoder(job.inputs["model"], job.numerics)
+
     if isinstance(config.method, QLora):
         model = methods.load_four_bit(job.inputs["model"], config.method, job.numerics.attention)
     else:
-        model = models.load_decoder(job.inputs["model"], job.numerics)
+        model = base()
     before = mean_surprise(model, chosen, fill, job.numerics)
     trained = methods.apply(model, config.method)
+    methods.store_as_computed(trained, config.method, job.numerics.dtype.decoder)
     four_bit = isinstance(config.method, QLora)  # whose packed weights say nothing of the work
     work = None if four_bit else Work.of(trained, task.packing or config.mix.window, job.numerics)
     objective = Answers(trained, usable, config.batch, task, config.mix, fill, job)
-    tuned, history = tune(trained, objective, config, tokenizer, job, work)
+    tuned, history = tune(trained, objective, config, tokenizer, job, work=work, base=base)
     conversations.write_aside([*aside, *more], job.outputs["aside"])
     return {
         **reading(len(usable), config, aside),
@@ -136,12 +141,13 @@ def tune_head(
 
 
 def tune(
-    trained: Any, objective: Objective, config: Config, tokenizer: "PreTrainedTokenizerFast", job: Job,
-    work: Work | None = None,
+    trained: Any, objective: Objective, config: Config, tokenizer: "PreTrainedTokenizerFast", job: Job, *,
+    work: Work | None = None, base: "Callable[[], PreTrainedModel] | None" = None,
 ) -> "tuple[PreTrainedModel, History]":  # fmt: skip
     """Train what the method trains, and return and save the plain model that comes of it, with the curves."""
     trained, history = train(trained, objective, config, job, work)
-    tuned = methods.merge(trained, config.method, lambda: models.load_decoder(job.inputs["model"], job.numerics))
+    models.give_freed_memory_back()  # there may now be two models
+    tuned = methods.merge(trained, config.method, base)
     models.save(tuned, tokenizer, job.outputs["model"])
     history.write(job.outputs["history"])
     return tuned, history

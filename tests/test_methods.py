@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from tasks.common import adapters, methods, models
-from tasks.common.settings import SettingsError, check, read_params
+from tasks.common.settings import Dtypes, SettingsError, check, read_params
 from tasks.common.stage import StageError
 from tests.conftest import ROOT
 from tests.training_fixtures import LORA, NUMERICS, QLORA, Chain, chain, config
@@ -145,6 +145,33 @@ def test_what_is_merged_computes_what_it_did_beside_the_weights(settings: dict[s
     names = {name for name, _ in merged.named_parameters()}
     assert not any("lora" in name or "adapter" in name for name in names)
     assert type(merged).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("changes", [{}, {"targets": "attention", "dropout": 0.2}], ids=["all-linear", "attention"])
+def test_frozen_weights_in_two_bytes_train_to_the_same_bytes(
+    changes: dict[str, Any], chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where products are in bfloat16, it is no matter when a frozen weight becomes so; what is saved is float32."""
+    import torch
+
+    numerics = NUMERICS.model_copy(update={"dtype": Dtypes(decoder="bfloat16", encoder="float32")})
+    tiny = config("finetune", method={**LORA, **changes}, steps=4)
+    jobs = [chain.job("finetune", tiny, tmp_path / name, numerics=numerics) for name in ("two", "four")]
+    seen: list[set[Any]] = []
+    store = methods.store_as_computed
+
+    def watched(model: Any, *parts: Any) -> None:
+        store(model, *parts)
+        seen.append({parameter.dtype for parameter in model.parameters() if not parameter.requires_grad})
+
+    monkeypatch.setattr(methods, "store_as_computed", watched)
+    chain.run(jobs[0], tiny)
+    assert seen == [{torch.float32, torch.bfloat16}]
+    monkeypatch.setattr(methods, "store_as_computed", lambda *_: None)
+    chain.run(jobs[1], tiny)
+    two, four = (weights(job.outputs["model"]) for job in jobs)
+    assert {tensor.dtype for tensor in two.values()} == {torch.float32}
+    assert all(two[name].equal(four[name]) for name in four)
 
 
 def test_a_merged_adapter_is_more_neurons(chain: Chain, tmp_path: Path) -> None:

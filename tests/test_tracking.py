@@ -335,7 +335,7 @@ def test_flops_are_what_torch_counts(chain: Chain, method: Any, gap: float) -> N
 
     The formula leaves rotary positions out, and takes the first block's keys and values to hand a gradient on, which
     beneath low-rank matrices they need not: 2 of these 21 matrices. Beneath adapters the first block's attention
-    scores need none either: a third of 8·L·H·Q·T.
+    scores need none either: 8·H·Q·T.
     """
     import torch
 

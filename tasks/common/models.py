@@ -75,6 +75,15 @@ def _keep_freed_memory() -> None:
         mallopt(top_pad, 2**26)
 
 
+def give_freed_memory_back() -> None:
+    """Hand back to the system what was kept for the next step, once there is none."""
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:  # glibc's alone
+        trim(0)
+
+
 def autocast(model: Any, numerics: Numerics) -> "torch.autocast":
     """Return the context in which a model's forward passes run: bfloat16 where `numerics.dtype` says so of its kind."""
     import torch
