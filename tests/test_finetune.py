@@ -74,6 +74,57 @@ def test_a_prompt_is_a_conversation_up_to_the_reply(tokenizer: Any) -> None:
     assert all(answers[len(prompt) :])
 
 
+CHATML = (  # as SmolLM2's instruction models have it
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def foreign(chain: Chain) -> Any:
+    """A tokenizer with ChatML's template and its marks."""
+    tokenizer = chain.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.eos_token, tokenizer.chat_template = "<|im_end|>", CHATML
+    tokenizer.model_max_length = 128  # its default system message alone fills the chain's context
+    return tokenizer
+
+
+@pytest.mark.parametrize("messages", TALKS)
+def test_any_template_tells_what_is_an_answer(messages: list[dict[str, str]], tokenizer: Any, foreign: Any) -> None:
+    """Of our own template the same as we know; of another each reply with its end token, and not what follows it."""
+    assert chat.encode_by_template(tokenizer, messages) == chat.encode_chat(tokenizer, messages)
+    ids, answers = chat.encode_chat(foreign, messages)
+    assert ids == foreign.apply_chat_template(messages, return_dict=False)
+    asked = foreign.decode([token for token, answer in zip(ids, answers, strict=True) if answer])
+    assert asked == "".join(f"{m['content']}<|im_end|>" for m in messages if m["role"] == "assistant")
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(foreign: Any) -> None:
+    """As some do that leave an earlier answer's thoughts out: the beginning alone is another text."""
+    foreign.chat_template = CHATML.replace("message['content']", "(message['content'] if loop.last else '...')")
+    with pytest.raises(StageError, match="writes the first 3 of 5 turns otherwise alone"):
+        chat.encode_chat(foreign, TURNS)
+    foreign.chat_template = None
+    with pytest.raises(StageError, match="no chat template"):
+        chat.encode_chat(foreign, TURNS)
+
+
+def test_a_model_with_a_template_of_its_own_is_tuned(model: Any, foreign: Any, chain: Chain, tmp_path: Path) -> None:
+    """Through the stage; what is saved keeps that template."""
+    model.resize_token_embeddings(len(foreign), mean_resizing=False)
+    models.save(model, foreign, tmp_path / "foreign")
+    settings = config("finetune", steps=20)
+    job = chain.job("finetune", settings, tmp_path)
+    job.inputs["model"] = tmp_path / "foreign"
+    metrics = chain.run(job, settings)
+    assert metrics["aside"] == {}
+    assert metrics["heldout_loss_after"] < 0.5 * metrics["heldout_loss_before"]
+    assert chat.load_tokenizer(job.outputs["model"]).chat_template == CHATML
+
+
 # transformers' own: its Trainer hands `tokenizer` to itself under the older name
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_answer_loss_is_that_of_trl(model: Any, tokenizer: Any, chain: Chain, tmp_path: Path) -> None:

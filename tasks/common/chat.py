@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.common.stage import StageError
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
@@ -51,7 +53,12 @@ def questions(tokenizer: "PreTrainedTokenizerFast", conversations: Sequence[Sequ
 
 
 def encode_chat(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-    """Return the ids of a whole conversation and, for each, whether it belongs to an answer (end token included)."""
+    """Return the ids of a whole conversation and, for each, whether it belongs to an answer (end token included).
+
+    Raises StageError for another model's chat template where it does not tell which part of its text is an answer.
+    """
+    if tokenizer.chat_template != TEMPLATE:
+        return encode_by_template(tokenizer, messages)
     ids: list[int] = [tokenizer.bos_token_id]
     answers = [False]
     for message in messages:
@@ -60,6 +67,37 @@ def encode_chat(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message
         ids += [role, *content]
         answers += [False, *[message["role"] == "assistant"] * len(content)]
     return ids, answers
+
+
+def encode_by_template(
+    tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message]
+) -> tuple[list[int], list[bool]]:
+    """Do as `encode_chat` with whatever template a tokenizer has.
+
+    An answer is what the template writes of a conversation up to it, less what it writes to ask for that answer, up to
+    the end token. That holds only of templates that write a conversation's beginning as they write it alone.
+    """
+
+    def written(count: int, *, ask: bool = False) -> str:
+        return str(tokenizer.apply_chat_template(list(messages[:count]), tokenize=False, add_generation_prompt=ask))
+
+    if tokenizer.chat_template is None:
+        raise StageError("the model's tokenizer has no chat template; set its `chat_template` and save it once more.")
+    text, end = written(len(messages)), tokenizer.eos_token
+    spans = []
+    for place in (place for place, message in enumerate(messages) if message["role"] == "assistant"):
+        asked, answered = written(place, ask=True), written(place + 1)
+        if not (answered.startswith(asked) and text.startswith(answered)):
+            raise StageError(
+                f"the chat template of the model's tokenizer writes the first {place + 1} of {len(messages)} turns "
+                "otherwise alone than within the whole, so that answers cannot be told from the rest: take a template "
+                "that leaves earlier turns as they are and begins an answer as `add_generation_prompt` does."
+            )
+        stop = answered.rfind(end, len(asked)) if end else -1
+        spans.append((len(asked), len(answered) if stop < 0 else stop + len(end)))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    offsets: list[tuple[int, int]] = encoded["offset_mapping"]
+    return list(encoded["input_ids"]), [any(a <= start and till <= b for a, b in spans) for start, till in offsets]
 
 
 def pad(rows: Sequence[Sequence[Any]], value: Any, left: bool = False) -> list[list[Any]]:
