@@ -3,9 +3,12 @@
 `benchmarks/pretrain.py` starts it as `python -m benchmarks.training_run FILE`. Both sides build the same model from the
 same seed, read the same windows and are timed by the same hook, which torch calls after every optimizer step. Sides:
 `ours`; `trainer`, which gets our arithmetic, optimizer, schedule and order of windows; `trainer-defaults`, which gets
-model, windows, batch size and learning rate and decides the rest (fp32, SDPA, linear schedule, shuffled order).
+model, windows, batch size and learning rate and decides the rest (fp32, SDPA, linear schedule, shuffled order); `plain`
+and `plain-compiled`, a loop as nanoGPT has it (bf16 autocast, SDPA, AdamW with betas 0.9 and 0.95 and decay 0.1, cosine
+schedule, clipping at 1) on the same windows.
 """
 
+import math
 import os
 import resource
 import signal
@@ -17,7 +20,7 @@ from typing import Any
 
 from benchmarks import harness
 from tasks import pretrain
-from tasks.common import chat, models, optimizers
+from tasks.common import chat, flops, models, optimizers
 from tasks.common.identity import file_hash
 from tasks.common.losses import IGNORED
 from tasks.common.settings import Checkpoints, Numerics
@@ -96,6 +99,36 @@ def trainer(run: Run, *, defaults: bool) -> float | None:
     return pretrain.heldout_loss(model, splits["heldout"], run.config.window)
 
 
+def plain(run: Run, *, compiled: bool) -> float | None:
+    """Run a loop as a person would write it, on nanoGPT's settings, and return the same held-out loss."""
+    import torch
+
+    job, config = run.job(), run.config
+    torch.set_num_threads(run.numerics.threads)
+    torch.manual_seed(SEED)
+    tokenizer = chat.load_tokenizer(job.inputs["tokenizer"])
+    splits = {name: Split.open(job.inputs["shards"] / name) for name in ("train", "heldout")}
+    model = models.new_decoder(config.model, tokenizer, tokenizer.model_max_length, run.numerics)
+    called: Any = torch.compile(model) if compiled else model
+    mixture = Mixture(splits["train"], config.window, config.batch, config.mixture, SEED)
+    peak, warmup = config.optimizer.learning_rate, round(0.05 * config.steps)
+    optimizer = torch.optim.AdamW(model.parameters(), peak, (0.9, 0.95), weight_decay=0.1)
+    for step in range(config.steps):
+        done = max(0.0, (step - warmup) / (config.steps - warmup))
+        rising = (step + 1) / (warmup + 1)
+        optimizer.param_groups[0]["lr"] = peak * min(rising, 0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+        ids = torch.from_numpy(mixture.batch(step))
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = called(input_ids=ids, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    models.save(model, tokenizer, job.outputs["model"])
+    return pretrain.heldout_loss(model, splits["heldout"], config.window)
+
+
 def _windows(config: pretrain.Config, split: Split) -> Any:
     """Return the windows that our loop reads, one an item, in its order.
 
@@ -167,6 +200,12 @@ def watch_steps(stop_at: int | None) -> list[Moment]:
     return moments
 
 
+def flops_per_token(run: Run) -> float:
+    """Return the model FLOPs of a token, by the formula of tasks/common/flops.py."""
+    model = models.load_decoder(run.job().outputs["model"], run.numerics)
+    return flops.per_token(model, run.config.window)
+
+
 def main() -> None:
     """Do one run and write its figures."""
     request = harness.read_request()
@@ -175,6 +214,8 @@ def main() -> None:
         "ours": ours,
         "trainer": lambda run: trainer(run, defaults=False),
         "trainer-defaults": lambda run: trainer(run, defaults=True),
+        "plain": lambda run: plain(run, compiled=False),
+        "plain-compiled": lambda run: plain(run, compiled=True),
     }
     moments = watch_steps(request["stop_at"])
     loss = sides[request["side"]](run)
@@ -189,6 +230,7 @@ def main() -> None:
         "tokens_per_second": tokens / seconds,
         "tokens_per_cpu_second": tokens / busy,
         "heldout_loss": loss,
+        "flops_per_token": flops_per_token(run),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "steps": len(moments),
         "weights": file_hash(run.scratch / "model" / "model.safetensors"),

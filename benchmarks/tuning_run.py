@@ -58,7 +58,7 @@ def tune(request: dict[str, Any]) -> dict[str, Any]:
     ids = np.random.default_rng(SEED).integers(SHAPE["vocab_size"], size=request["length"]).tolist()
     talk = ("talk", (ids, [True] * len(ids)))
     chat = Chat(name="chat", answers="all", packing=None)
-    alone = Mix(weight=0.0, batch=1, window=16, statements=1.0)
+    alone = Mix(weight=0.0, batch=1, window=16, mixture={"statements": 1.0})
     objective = Answers(trained, [talk], 1, chat, alone, fill=0, job=job)
     started = time.perf_counter()
     trained, _ = train(trained, objective, config, job)

@@ -1,0 +1,109 @@
+"""Causal pretraining at full speed on two cores: against `Trainer`, a plain bf16 loop, and the machine's own rate.
+
+Run as `make bench-speed` or `python -m benchmarks speed`. Every side has both cores: ours as two processes of one
+thread each, compiled (`numerics: {threads: 1, compile: always, parallel: {processes: 2, engine: data}}`), the others as
+one process of two threads. The ceiling is the median rate of the matrix products of a step, forward and backward, at
+the model's own shapes (`benchmarks/shapes_run.py`), with a process a core at the same time.
+"""
+
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from benchmarks import harness
+from benchmarks.harness import Figures, Measured, Row
+from benchmarks.pretrain import PROFILE, TOKENS, check
+from tasks.common.settings import read_params
+
+__all__ = ["check"]
+
+CORES = 2
+PEERS = {  # side: what it is called, and by how much ours is to be faster
+    "trainer-defaults": ("Trainer, its defaults (fp32, SDPA)", 2.5),
+    "plain": ("a plain bf16 loop", 1.3),
+    "plain-compiled": ("a plain bf16 loop, compiled", 1.0),
+}
+SIDES = ("ours", "ours-eager", *PEERS)
+
+
+def threads() -> int:
+    """Return the threads that all sides compute with, in one process or several."""
+    return CORES
+
+
+def measure(*, trial: bool) -> Measured:
+    """Measure the ceiling, then train on every side in turn."""
+    rounds, steps = (1, 12) if trial else (3, 150)
+    before = ceiling()
+    print(f"    products at the model's own shapes, {CORES} at a time: {before:,.0f} GFLOP/s", flush=True)
+    results = harness.alternate({side: partial(run, side, steps) for side in SIDES}, rounds)
+    return Measured(list(rows(results, before, ceiling())), notes(results, steps))
+
+
+def run(side: str, steps: int) -> Figures:
+    """Do one run."""
+    params = read_params(PROFILE)
+    ours = side.startswith("ours")
+    numerics: dict[str, Any] = {**params["numerics"], "threads": CORES, "attention": "sdpa"}
+    if ours:
+        parallel = {"processes": CORES, "engine": "data"}
+        compiled = "always" if side == "ours" else "never"
+        numerics |= {"threads": 1, "attention": "eager", "compile": compiled, "parallel": parallel}
+    if side == "trainer-defaults":
+        numerics |= {"dtype": {"decoder": "float32", "encoder": "float32"}}
+    with tempfile.TemporaryDirectory(prefix="bessemer-bench-") as scratch:
+        request = {
+            "side": "ours" if ours else side, "config": {**params["pretrain"]["clm"], "steps": steps},
+            "numerics": numerics, "tokens": str(TOKENS), "scratch": scratch, "checkpoints": False, "stop_at": None,
+            "resume": False,
+        }  # fmt: skip
+        return harness.in_process("benchmarks.training_run", request, processes=CORES if ours else 1)
+
+
+def ceiling() -> float:
+    """Return the GFLOP/s of bfloat16 products at the model's shapes, of all cores at once."""
+    config = read_params(PROFILE)["pretrain"]["clm"]
+    request = {"model": config["model"], "window": config["window"], "batch": config["batch"] // CORES}
+    request["vocabulary"] = read_params(PROFILE)["tokenize"]["tokenizer"]["vocabulary"]
+    with ThreadPoolExecutor(CORES) as pool:
+        found = list(pool.map(lambda _: harness.in_process("benchmarks.shapes_run", request), range(CORES)))
+    return sum(float(figures["gflops"]) for figures in found)
+
+
+def rows(results: dict[str, list[Figures]], before: float, after: float) -> list[Row]:
+    """Return our figures beside the peers' and the ceiling."""
+    middle = {
+        side: {name: harness.median(rounds, name) for name in ("tokens_per_second", "heldout_loss", "startup_seconds")}
+        for side, rounds in results.items()
+    }
+    mine, found = middle["ours"], list[Row]()
+    for side, (name, times) in PEERS.items():
+        other = middle[side]
+        found += [
+            Row("training speed", mine["tokens_per_second"], "tokens/s", other["tokens_per_second"], name,
+                f"ratio >= {times}"),
+            Row("held-out loss at equal tokens", mine["heldout_loss"], "nats/token", other["heldout_loss"], name,
+                "ratio <= 1"),
+            Row("process start to first step", mine["startup_seconds"], "s", other["startup_seconds"], name),
+        ]  # fmt: skip
+    eager, flops = middle["ours-eager"]["tokens_per_second"], results["ours"][0]["flops_per_token"]
+    name = "the median product at the model's shapes"
+    return [
+        *found,
+        Row("training speed, compiled", mine["tokens_per_second"], "tokens/s", eager, "ours, not compiled"),
+        Row("model FLOP/s", mine["tokens_per_second"] * flops / 1e9, "GFLOP/s", (before + after) / 2, name,
+            "ratio >= 0.75"),
+    ]  # fmt: skip
+
+
+def notes(results: dict[str, list[Figures]], steps: int) -> list[str]:
+    """Say what was trained, and how far the rounds lie apart."""
+    config = read_params(PROFILE)["pretrain"]["clm"]
+    shape = ", ".join(f"{name} {value}" for name, value in config["model"].items())
+    return [
+        f"{steps} steps of {config['batch']} x {config['window']} tokens; model: {shape}.",
+        f"Figures are medians of {len(results['ours'])} rounds in turn; compilers' caches were warm after the first.",
+        "Model FLOPs are PaLM's formula (tasks/common/flops.py); the ceiling was measured before and after.",
+        harness.spread(results, "tokens_per_second"),
+    ]
