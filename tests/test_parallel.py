@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.test_resume import LORA, clone, finished, start, steps
-from tests.training_fixtures import Chain, chain
+from tests.test_resume import clone, finished, start, steps
+from tests.training_fixtures import LORA, Chain, chain
 
 __all__ = ["chain"]
 
@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 # What differs is the order of float32 sums, which the steps carry on. A sum of n terms in another order differs by
 # about √n × 6e-8 of its size; the curves of 40 steps were seen to differ by 2e-5.
 TOLERANCE = 2e-4
+PACKED = {"name": "chat", "answers": "all", "packing": 48}
 
 
 def curve(folder: Path, stage: str) -> list[float]:
@@ -33,6 +34,7 @@ def curve(folder: Path, stage: str) -> list[float]:
         ("pretrain clm", "data", {}),
         ("pretrain mlm", "fsdp", {}),
         ("finetune", "fsdp", {"method": LORA}),
+        ("finetune", "fsdp", {"method": {"name": "adapter", "width": 4}, "task": PACKED}),
         ("reward", "data", {}),
     ],
 )

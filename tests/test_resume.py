@@ -16,26 +16,17 @@ from ruamel.yaml import YAML
 
 from tasks.common import identity
 from tests.conftest import copy_project
-from tests.training_fixtures import Chain, chain
+from tests.training_fixtures import LORA, Chain, chain
 
 __all__ = ["chain"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEPS = 40
-LORA = {
-    "name": "lora",
-    "rank": 4,
-    "alpha": 8,
-    "dropout": 0.1,
-    "rank_stabilized": False,
-    "targets": "all-linear",
-    "dora": False,
-}
 STAGES: list[tuple[str, dict[str, Any]]] = [
     ("pretrain clm", {}),
     ("pretrain mlm", {}),
-    ("finetune", {"method": LORA}),
+    ("finetune", {"method": {**LORA, "dropout": 0.1}}),
     ("reward", {}),
 ]
 
