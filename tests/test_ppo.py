@@ -356,7 +356,7 @@ def test_beyond_the_limit_the_policy_goes_back_an_iteration_and_ppo_ends(trainer
     ours = trainer(
         lambda text: 2.0 if "obviously" in text else -2.0,
         kl={"coefficient": 0.0, "target": 6.0, "horizon": 0, "limit": 4.0},
-        optimizer={**OPTIMIZER, "learning_rate": 1e-3, "weight_decay": 0.0, "schedule": CONSTANT},
+        optimizer={**OPTIMIZER, "learning_rate": 3e-4, "weight_decay": 0.0, "schedule": CONSTANT},
     )
     passed: list[tuple[float, dict[str, torch.Tensor]]] = []
     for iteration in range(40):
