@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from benchmarks import harness, machine
 from tasks.common.settings import BessemerError
 
-NAMES = ("pretrain", "speed", "lora_memory", "curation", "data", "serve", "pipeline")
+NAMES = ("pretrain", "speed", "optimizers", "mixing", "lora_memory", "curation", "data", "serve", "pipeline")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
