@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,9 @@ from typing import Any
 import pytest
 
 from tasks.common import identity, stage
+from tasks.common.settings import Parallel
 from tests.conftest import ROOT
+from tests.training_fixtures import NUMERICS
 
 COOK = '''
 """A stage that writes a folder and a file, in the way that its settings ask for."""
@@ -247,6 +250,31 @@ def test_stages_side_by_side_keep_their_scratch(tmp_path: Path, monkeypatch: pyt
             shorter["answers"].write_text("half")
         assert longer["answers"].read_text() == "half"
     assert list(stage.SCRATCH.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("launched", "processes", "expected"),
+    [
+        ({}, 3, r"3 processes .* lets this one use 2 cores, .*processes to 2 or less, or start torchrun on several"),
+        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "3"}, 4, "3 processes .* 2 cores"),
+        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, 4, None),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, 4, "2 processes were started, but numerics.parallel.processes is 4"),
+    ],
+)
+def test_each_process_finds_a_device_of_its_own(
+    launched: dict[str, str], processes: int, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told before anything is loaded, and by what runs on this machine alone where there are several."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    trains = ModuleType("tasks.trains")
+    trains.PARALLEL = True  # type: ignore[attr-defined]
+    numerics = NUMERICS.model_copy(update={"parallel": Parallel(processes=processes, engine="data")})
+    with pytest.raises(stage.StageError, match=expected) if expected else nullcontext():
+        stage._gather_processes(trains, None, numerics)
 
 
 def test_what_a_run_leaves_makes_no_checkout_dirty(tmp_path: Path) -> None:

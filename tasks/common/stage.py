@@ -122,8 +122,8 @@ def main(module_name: str) -> None:
     try:
         execute(module, key)
     except BessemerError as error:
-        if rank():
-            raise SystemExit(1) from error  # the first process says it
+        if int(os.environ.get("LOCAL_RANK", "0")):
+            raise SystemExit(1) from error  # the first process of each machine says it
         raise SystemExit(f"{name_of(module_name.rpartition('.')[2], key)}: {error}") from error
     except Exception as error:
         if not _disk_full(error):
@@ -178,15 +178,49 @@ def rank() -> int:
 
 
 def _gather_processes(module: ModuleType, key: str | None, numerics: Numerics) -> None:
-    """Become torchrun where several processes are to train and no launcher has started them; else go on."""
+    """Become torchrun where several processes are to train and no launcher has started them; else go on.
+
+    Raises StageError where another number of them was started than the settings say, or more than find a device here.
+    """
     processes, name = numerics.parallel.processes, name_of(module.__name__, key)
-    parallel = getattr(module, "PARALLEL", False)
-    if "RANK" in os.environ and not parallel:
-        raise StageError(f"{name} does not train, so one process does it: start it without a launcher.")
-    if parallel and processes > 1 and "RANK" not in os.environ:
+    started = "RANK" in os.environ
+    if not getattr(module, "PARALLEL", False):
+        if started:
+            raise StageError(f"{name} does not train, so one process does it: start it without a launcher.")
+        return
+    size = int(os.environ.get("WORLD_SIZE", "1")) if started else processes
+    if size != processes:
+        raise StageError(
+            f"{size} processes were started, but numerics.parallel.processes is {processes}: make them equal. The "
+            "number is part of the model's identity, because it changes the order of sums."
+        )
+    _must_find_devices(int(os.environ.get("LOCAL_WORLD_SIZE", size)) if started else processes, numerics.device)
+    if processes > 1 and not started:
         os.environ["OMP_NUM_THREADS"] = str(numerics.threads)
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         os.execv(sys.executable, [*torchrun, "-m", module.__name__, *([key] if key else [])])
+
+
+def _must_find_devices(processes: int, device: str) -> None:
+    """Refuse more processes on this machine than it has devices.
+
+    On a CPU that is a core each, whatever `threads` says: more threads than cores are slow, but a model that was made
+    on a larger machine can so be made again here.
+    """
+    if processes == 1:
+        return  # what one process lacks, `models.prepare_torch` tells
+    if device == "cuda":
+        import torch
+
+        found, what = torch.cuda.device_count(), "GPUs"
+    else:
+        found, what = len(os.sched_getaffinity(0)), "cores"
+    if processes > found:
+        raise StageError(
+            f"{processes} processes are to train on this machine, which lets this one use {found} {what}, and each "
+            f"needs one of its own: set numerics.parallel.processes to {max(found, 1)} or less, or start torchrun on "
+            "several machines (docs/training.md)."
+        )
 
 
 @contextmanager
