@@ -154,8 +154,7 @@ class Judgements:
         """Return the summed squared error to the mean ratings, and the summed loss over the orders."""
         batch: Sequence[tuple[Ranking, list[float]]] = drawn.content
         rows = [ids for ranking, _ in batch for ids in ranking.ids]
-        shared_out = self.job.numerics.parallel.engine == "fsdp"  # then every process must make as many passes
-        together = len(rows) if shared_out else chat.TOGETHER
+        together = len(rows) if self.job.numerics.parallel.in_step else chat.TOGETHER
         scores = score_rows(self.model, self.tokenizer, rows, self.job.numerics, together)  # (N,)
         scores = scores + scores.new_tensor([value for _, base in batch for value in base])
         starts = np.cumsum([0, *(len(ranking.ids) for ranking, _ in batch)]).tolist()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 from tests.test_resume import clone, finished, start, steps
 from tests.training_fixtures import LORA, Chain, chain
@@ -28,6 +29,12 @@ def curve(folder: Path, stage: str) -> list[float]:
         return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
+def names(folder: Path, stage: str) -> set[str]:
+    """Return the names of a saved model's weights."""
+    with safe_open(Path(folder, "data", *stage.split(), "model/model.safetensors"), "numpy") as file:
+        return set(file.keys())
+
+
 @pytest.mark.parametrize(
     ("stage", "engine", "changes"),
     [
@@ -36,6 +43,7 @@ def curve(folder: Path, stage: str) -> list[float]:
         ("finetune", "fsdp", {"method": LORA}),
         ("finetune", "fsdp", {"method": {"name": "adapter", "width": 4}, "task": PACKED}),
         ("reward", "data", {}),
+        ("pretrain clm", "tensor", {}),
     ],
 )
 def test_two_processes_learn_as_one(
@@ -49,6 +57,7 @@ def test_two_processes_learn_as_one(
     finished(one, stage)
     finished(two, stage)
     assert curve(two, stage) == pytest.approx(curve(one, stage), rel=TOLERANCE)
+    assert names(two, stage) == names(one, stage)
     (log,) = (two / "runs/test").glob("*.json")
     assert json.loads(log.read_text())["stage"] == "@".join(stage.split())
 

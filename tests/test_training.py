@@ -26,7 +26,7 @@ __all__ = ["chain"]
 pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
 
 STEPS = 12
-ALONE = World(0, 1, False, "cpu")
+ALONE = World(0, 1, "data", "cpu")
 
 
 def settings(name: str = "adamw", steps: int = STEPS, accumulate: int = 1, **changes: Any) -> Training:

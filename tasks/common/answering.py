@@ -70,8 +70,7 @@ class Answers:
     def _rows(self, encoded: Sequence[Encoded]) -> list[Rows]:
         if self.packing is None:
             return list(padded_rows(encoded, self.fill))
-        shared_out = self.job.numerics.parallel.engine == "fsdp"  # then every process must make as many passes
-        return list(packed_rows(encoded, self.packing, self.fill, in_one=shared_out))
+        return list(packed_rows(encoded, self.packing, self.fill, in_one=self.job.numerics.parallel.in_step))
 
     def sums(self, drawn: Drawn) -> dict[str, "torch.Tensor"]:
         """Return the summed surprise (nats) of the answers' tokens and of the windows'."""

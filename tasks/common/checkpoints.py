@@ -64,11 +64,18 @@ class Store:
     ) -> int:
         """Load the last checkpoint into model, optimizers and history, and return its step; 0 where there is none.
 
-        Raises StageError where its tensors are not those that the model trains.
+        Raises StageError where its tensors are not those that the model trains, or where processes see different ones.
         """
         from safetensors.torch import load
 
         complete = sorted(name for name in self._folders() if self._complete(name))
+        step = int(complete[-1]) if complete else 0
+        if self.world.told(step) != step:
+            raise StageError(
+                f"the first process goes on from another checkpoint than this one, which finds step {step} in "
+                f"{self.folder}: all machines that train together need one store, so set placement.checkpoints.url to "
+                "an address that each of them reaches."
+            )
         if not complete:
             return 0
         folder = f"{self.folder}/{complete[-1]}"
@@ -82,8 +89,8 @@ class Store:
         for number, (optimizer, groups) in enumerate(zip(optimizers, state["groups"], strict=True)):
             optimizer.load_state_dict(_unflatten(optimizer, tensors, f"optimizer.{number}.", groups))
         history.rows, history.pending = state["rows"], state["pending"]
-        print(f"resuming at step {int(complete[-1])} from {folder}")
-        return int(complete[-1])
+        print(f"resuming at step {step} from {folder}")
+        return step
 
     def keep(
         self,
@@ -95,7 +102,7 @@ class Store:
         now: bool = False,
     ) -> None:
         """Write a checkpoint if it is time for one, or `now`, and drop the one before it."""
-        if not self.world.decide(now or time.monotonic() - self.last >= self.every_seconds):
+        if not self.world.told(now or time.monotonic() - self.last >= self.every_seconds):
             return
         from safetensors.torch import save
 

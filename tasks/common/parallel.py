@@ -2,16 +2,17 @@
 
 A launcher (`torchrun`, `accelerate launch`, or the stage, which becomes torchrun where `numerics.parallel` asks for
 several) gives each process its rank. `data` keeps the whole model in each and adds their gradients up; `fsdp` shares
-weights, gradients and the optimizer's state out (Zhao et al. 2023, in the form of torch's `fully_shard`).
+weights, gradients and the optimizer's state out (Zhao et al. 2023, in the form of torch's `fully_shard`); `tensor` cuts
+every matrix, and all processes read the same (`tasks/common/tensor_parallel.py`).
 """
 
 import copy
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tasks.common.settings import Numerics
-from tasks.common.stage import StageError, rank
+from tasks.common import tensor_parallel
+from tasks.common.settings import IN_STEP, Numerics
+from tasks.common.stage import rank
 
 if TYPE_CHECKING:
     import torch
@@ -25,35 +26,51 @@ class World:
 
     rank: int
     size: int
-    sharded: bool
+    engine: str
     device: str
 
     @classmethod
     def join(cls, numerics: Numerics) -> "World":
-        """Meet the other processes; raise StageError where a launcher started another number than the settings say."""
+        """Meet the other processes that `numerics.parallel` asks for."""
         import torch
 
-        parallel, size = numerics.parallel, int(os.environ.get("WORLD_SIZE", "1"))
-        if size != parallel.processes:
-            raise StageError(
-                f"{size} processes were started, but numerics.parallel.processes is {parallel.processes}: make them "
-                "equal. The number is part of the model's identity, because it changes the order of sums."
-            )
+        parallel, size = numerics.parallel, numerics.parallel.processes
         if size > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("nccl" if numerics.device == "cuda" else "gloo")
-        return cls(rank(), size, size > 1 and parallel.engine == "fsdp", numerics.device)
+        return cls(rank(), size, parallel.engine if size > 1 else "data", numerics.device)
+
+    @property
+    def readers(self) -> int:
+        """In how many shares a batch is read; cut by their matrices, all processes read the same one."""
+        return 1 if self.engine == "tensor" else self.size
+
+    @property
+    def reader(self) -> int:
+        """Return which of the shares this process reads."""
+        return self.rank % self.readers
+
+    @property
+    def in_step(self) -> bool:
+        """Whether all processes must make as many passes; see `Parallel.in_step`."""
+        return self.engine in IN_STEP
 
     def spread(self, model: Model) -> Model:
         """Make a model that the processes train together, in place, and return what its end is to be loaded into.
 
-        Each block is gathered when it is needed and given up again afterwards.
+        Under `fsdp` each block is gathered when it is needed and given up again afterwards. Raises StageError where the
+        engine cannot share such a model out.
         """
-        if not self.sharded:
+        if self.engine == "data":
             return model
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        if self.engine == "tensor":
+            tensor_parallel.must_divide(model, self.size)
         plain, mesh = copy.deepcopy(model), init_device_mesh(self.device, (self.size,))
+        if self.engine == "tensor":
+            tensor_parallel.parallelize(model, mesh)
+            return plain
         for module in list(model.modules()):
             if type(module).__name__.endswith(("DecoderLayer", "EncoderLayer")):
                 fully_shard(module, mesh=mesh)
@@ -61,10 +78,10 @@ class World:
         return plain
 
     def add_up(self, model: "torch.nn.Module") -> None:
-        """Give every process the sum of all gradients; sharded models have theirs already."""
+        """Give every process the sum of all gradients; models that are shared out have theirs already."""
         import torch
 
-        if self.size > 1 and not self.sharded:
+        if self.size > 1 and self.engine == "data":
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     if parameter.grad is None:
@@ -74,25 +91,25 @@ class World:
     @property
     def scale(self) -> float:
         """Return what a loss is multiplied with, because `fully_shard` divides gradients by the number of processes."""
-        return float(self.size) if self.sharded else 1.0
+        return float(self.size) if self.engine == "fsdp" else 1.0
 
     def sum(self, values: "torch.Tensor") -> "torch.Tensor":
-        """Return the sum of all processes' values."""
+        """Return the sum of the values of all shares of a batch."""
         import torch
 
-        if self.size > 1:
+        if self.readers > 1:
             torch.distributed.all_reduce(values)
         return values
 
-    def decide(self, choice: bool) -> bool:
-        """Return the first process's choice, which all then make."""
+    def told(self, number: int) -> int:
+        """Return the first process's number, on which all then act."""
         import torch
 
         if self.size == 1:
-            return choice
-        told = torch.tensor([int(choice)], device=self.device)
+            return number
+        told = torch.tensor([number], device=self.device)
         torch.distributed.broadcast(told, 0)
-        return bool(told.item())
+        return int(told.item())
 
     def leave(self) -> None:
         """Part from the others once all are done; all but the first end here, for what follows is done once."""

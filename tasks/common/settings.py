@@ -72,13 +72,22 @@ class Dtypes(Settings):
     encoder: Literal["float32", "bfloat16"] = Field(description="Type of masked models and of what is built on them")
 
 
+IN_STEP = ("fsdp",)
+
+
 class Parallel(Settings):
     """How many processes train a model together, and how they share it."""
 
     processes: int = Field(description="Processes; each computes with `threads` threads, or on a GPU of its own", ge=1)
-    engine: Literal["data", "fsdp"] = Field(
-        description="data: the whole model in each; fsdp: weights and the optimizer's state shared out"
+    engine: Literal["data", "fsdp", "tensor"] = Field(
+        description="data: the whole model in each; fsdp: weights and the optimizer's state shared out, each process "
+        "reads a part of a batch; tensor: a part of every matrix in each, which all read the same (decoders)"
     )
+
+    @property
+    def in_step(self) -> bool:
+        """Whether weights come from the other processes for a pass, so that all must make as many."""
+        return self.processes > 1 and self.engine in IN_STEP
 
 
 class Numerics(Settings):

@@ -157,7 +157,7 @@ def train(
             for group in (group for update in updates for group in update.param_groups):
                 group["lr"] = rate
             parts = next(batches)
-            torch.manual_seed(_seed(job.seed, step, world.rank))  # of dropout, wherever a model has some
+            torch.manual_seed(_seed(job.seed, step, world.reader))  # of dropout, wherever a model has some
             with _memory_advice(job, config.accumulate):
                 losses = _backward(sums, objective.weights, parts, world)
             world.add_up(model)
@@ -171,7 +171,7 @@ def train(
                 update.step()
                 update.zero_grad()
             figures["learning_rate"] = rate
-            read = world.size * sum(part.tokens for part in parts)
+            read = world.readers * sum(part.tokens for part in parts)
             tokens += read
             history.add(step, figures)
             tracker.log(step + 1, figures, read)
@@ -198,13 +198,14 @@ def _sums(model: Any, objective: Objective, config: Training, job: Job, work: Wo
 def _drawn_ahead(objective: Objective, steps: range, accumulate: int, world: World) -> Iterator[list[Drawn]]:
     """Yield each step's parts of this process, drawn while the steps before are worked out.
 
-    A part that holds nothing is left out, but where weights are shared out: there the others wait for its pass.
+    A part that holds nothing is left out, but where the others wait for its pass.
     """
     waiting: deque[Future[list[Drawn]]] = deque()
 
     def draw(step: int) -> list[Drawn]:
-        shares = (Share(index * world.size + world.rank, accumulate * world.size) for index in range(accumulate))
-        parts = [part for part in (objective.draw(step, share) for share in shares) if part.tokens or world.sharded]
+        count = accumulate * world.readers
+        shares = (Share(index * world.readers + world.reader, count) for index in range(accumulate))
+        parts = [part for part in (objective.draw(step, share) for share in shares) if part.tokens or world.in_step]
         return [replace(part, content=_pinned(part.content)) for part in parts] if world.device == "cuda" else parts
 
     with ThreadPoolExecutor(max_workers=1) as pool:
@@ -284,8 +285,8 @@ def _not_finite(
     )
 
 
-def _seed(seed: int, step: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, step, 5, rank]).generate_state(1)[0])
+def _seed(seed: int, step: int, reader: int) -> int:
+    return int(np.random.SeedSequence([seed, step, 5, reader]).generate_state(1)[0])
 
 
 def batch_at(items: Sequence[Item], size: int, seed: int, step: int) -> list[Item]:
