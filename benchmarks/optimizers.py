@@ -96,7 +96,7 @@ def rows(results: dict[str, list[tuple[float, Figures]]]) -> list[Row]:
 def notes(results: dict[str, list[tuple[float, Figures]]], steps: int) -> list[str]:
     """Say what was trained, and what each rate reached."""
     config = read_params(PROFILE)["pretrain"]["clm"]
-    shape = ", ".join(f"{name} {value}" for name, value in config["model"].items())
+    shape = ", ".join(f"{name} {value}" for name, value in config["model"].items() if name != "path")
     tried = (
         f"{side} ({runs[0][1]['steps']} steps): "
         + ", ".join(f"{figures['heldout_loss']:.3f} at {rate:g}" for rate, figures in runs)

@@ -107,7 +107,7 @@ def rows(results: dict[str, list[Figures]], resumed: dict[str, bool]) -> list[Ro
 def notes(results: dict[str, list[Figures]], steps: int) -> list[str]:
     """Say what was trained, and how far the rounds lie apart."""
     config = read_params(PROFILE)["pretrain"]["clm"]
-    shape = ", ".join(f"{name} {value}" for name, value in config["model"].items())
+    shape = ", ".join(f"{name} {value}" for name, value in config["model"].items() if name != "path")
     return [
         f"{steps} steps of {config['batch']} x {config['window']} tokens; model: {shape}.",
         f"Figures are medians of {len(results['ours'])} rounds in turn.",

@@ -37,7 +37,7 @@ Moment = tuple[float, float]  # seconds by the clock, seconds of the processor
 class Run:
     """What one run is to do; `scratch` is where a run that was interrupted left its checkpoints."""
 
-    config: pretrain.Config
+    config: pretrain.CausalConfig
     numerics: Numerics
     tokens: Path
     scratch: Path
@@ -47,7 +47,7 @@ class Run:
     @classmethod
     def of(cls, request: dict[str, Any]) -> "Run":
         """Read a request."""
-        config = pretrain.Config.model_validate(request["config"])
+        config = pretrain.CausalConfig.model_validate(request["config"])
         numerics = Numerics.model_validate(request["numerics"])
         paths = Path(request["tokens"]), Path(request["scratch"])
         return cls(config, numerics, *paths, request["checkpoints"], request["resume"])
@@ -85,7 +85,7 @@ def trainer(run: Run, *, defaults: bool) -> float | None:
     models.prepare_torch(numerics, SEED)
     tokenizer = chat.load_tokenizer(job.inputs["tokenizer"])
     splits = {name: Split.open(job.inputs["shards"] / name) for name in ("train", "heldout")}
-    model = models.new_decoder(run.config.model, tokenizer, tokenizer.model_max_length, numerics)
+    model = pretrain.start(run.config, tokenizer, job)
     windows = _windows(run.config, splits["train"])
     kind: Any = Trainer if defaults else _in_order()
     made = kind(
@@ -108,7 +108,7 @@ def plain(run: Run, *, compiled: bool) -> float | None:
     torch.manual_seed(SEED)
     tokenizer = chat.load_tokenizer(job.inputs["tokenizer"])
     splits = {name: Split.open(job.inputs["shards"] / name) for name in ("train", "heldout")}
-    model = models.new_decoder(config.model, tokenizer, tokenizer.model_max_length, run.numerics)
+    model = pretrain.start(config, tokenizer, job)
     called: Any = torch.compile(model) if compiled else model
     mixture = Mixture(splits["train"], config.window, config.batch, config.mixture, SEED)
     peak, warmup = config.optimizer.learning_rate, round(0.05 * config.steps)
@@ -129,7 +129,7 @@ def plain(run: Run, *, compiled: bool) -> float | None:
     return pretrain.heldout_loss(model, splits["heldout"], config.window)
 
 
-def _windows(config: pretrain.Config, split: Split) -> Any:
+def _windows(config: pretrain.CausalConfig, split: Split) -> Any:
     """Return the windows that our loop reads, one an item, in its order.
 
     The first token of a window has no label: nothing predicts it, but `Trainer` would count it when it takes the mean.
@@ -155,7 +155,7 @@ def _in_order() -> Any:
     return InOrder
 
 
-def _like_ours(config: pretrain.Config, model: Any) -> tuple[Any, Any]:
+def _like_ours(config: pretrain.CausalConfig, model: Any) -> tuple[Any, Any]:
     """Return our optimizer and our schedule in the form that `Trainer` takes."""
     from torch.optim.lr_scheduler import LambdaLR
 

@@ -18,6 +18,7 @@ DECODER = (
     ("exact_match_tuned", "Exact match, tuned questions", "share", 1),
     ("exact_match_heldout", "Exact match, held-out entities", "share", 1),
     ("perplexity", "Perplexity of held-out prose", "number", -1),
+    ("bits_per_byte", "Bits a byte of held-out prose", "number", -1),
     ("reward_mean", "Mean reward of sampled replies", "points", 1),
     ("distinct_2", "Different word pairs (distinct-2)", "share", 1),
     ("parameters", "Parameters", "count", -1),

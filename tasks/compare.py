@@ -31,8 +31,8 @@ OUTPUTS = {"differences": "data/compare/differences.json"}
 
 COLUMNS = (
     "model", "parameters", "bytes", "exact_match_tuned", "exact_match_tuned_interval", "exact_match_heldout",
-    "exact_match_heldout_interval", "perplexity", "reward_mean", "reward_std", "distinct_2", "masked_names",
-    "masked_names_interval",
+    "exact_match_heldout_interval", "perplexity", "bits_per_byte", "reward_mean", "reward_std", "distinct_2",
+    "masked_names", "masked_names_interval",
 )  # fmt: skip
 RATES = {
     "exact_match_tuned": ("greedy", "train"),

@@ -22,6 +22,7 @@ from tasks.common.scoring import Scorer
 from tasks.common.settings import Settings
 from tasks.common.shards import Split
 from tasks.common.stage import Job, StageError
+from tasks.common.surprise import bits_per_byte
 
 DECODERS = {
     "base": "data/pretrain/clm/model",
@@ -115,6 +116,7 @@ def _decoder_sheet(config: Config, job: Job, path: Path) -> tuple[list[dict[str,
         "exact_match_tuned": _rate(rows, "train"),
         "exact_match_heldout": _rate(rows, "heldout"),
         "perplexity": perplexity(decoder, heldout, config.window, f"{job.name} perplexity"),
+        "bits_per_byte": bits_per_byte(heldout, config.window, decoder.negative_log_likelihood),
         "reward_mean": round(mean, 4),
         "reward_std": round(math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - 1)), 4),
         "distinct_2": round(distinct(texts, 2), 4),

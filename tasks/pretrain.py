@@ -1,72 +1,95 @@
-"""Pretrain a small decoder (`clm`, next-token prediction) or a small encoder (`mlm`, masked tokens and whole names).
+"""Pretrain a decoder (`clm`, next-token prediction) or a small encoder (`mlm`, masked tokens and whole names).
 
-Run as `python -m tasks.pretrain clm` or `python -m tasks.pretrain mlm`. Causal: Radford et al. 2018. Masked: Devlin et
-al. 2019; what is hidden is chosen in `tasks/common/masking.py`, a whole name of a text among it, so that the encoder
-learns to name what is missing.
+Run as `python -m tasks.pretrain clm` or `python -m tasks.pretrain mlm`. Causal: Radford et al. 2018; from nothing, or
+from a given model (`tasks/common/pretrained.py`). Masked: Devlin et al. 2019; what is hidden is chosen in
+`tasks/common/masking.py`, a whole name of a text among it, so that the encoder learns to name what is missing.
 """
 
-from typing import TYPE_CHECKING, Any, ClassVar
+import math
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 from pydantic import Field
 
-from tasks.common import chat, losses, models, stage
+from tasks.common import chat, losses, models, pretrained, stage
 from tasks.common.flops import Work
 from tasks.common.losses import IGNORED, Entropy
 from tasks.common.masking import Masker, Masking, Vocabulary
 from tasks.common.models import Shape
+from tasks.common.pretrained import From, New
 from tasks.common.shards import Batches, Mixture, Split, Weights
 from tasks.common.stage import Job
+from tasks.common.surprise import bits_per_byte, model_nats
 from tasks.common.training import WHOLE, Drawn, Share, Training, summary, train
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 INPUTS = {"tokenizer": "data/tokenize/tokenizer", "shards": "data/tokenize/shards"}
+KEY_INPUTS: dict[str, dict[str, str]] = {"clm": {"start": "{config.model.path}"}, "mlm": {}}
 OUTPUTS = {"model": "data/pretrain/{key}/model", "history": "data/pretrain/{key}/history.csv"}
 PARALLEL = True
 
 
 class Config(Training):
-    """Settings of a pretraining run."""
+    """Settings that both kinds of pretraining have."""
 
-    model: Shape
     window: int = Field(description="Length of a training sequence, in tokens", ge=16, le=2**17)
     batch: int = Field(description="Sequences a step; batch x window tokens where whole texts are read", ge=1, le=2**16)
     mixture: Weights
     entropy: Entropy
 
 
+class CausalConfig(Config):
+    """Settings of causal pretraining."""
+
+    model: Annotated[New | From, Field(discriminator="name")]
+
+
 class MaskedConfig(Config):
     """Settings of masked pretraining."""
 
+    model: Shape
     masking: Masking
 
 
-KEYS = {"clm": Config, "mlm": MaskedConfig}
+KEYS = {"clm": CausalConfig, "mlm": MaskedConfig}
 
 
-def run(config: Config, job: Job) -> dict[str, Any]:
+def run(config: CausalConfig | MaskedConfig, job: Job) -> dict[str, Any]:
     """Train the model of the job's key and return its losses on training and held-out text."""
     models.prepare_torch(job.numerics, job.seed)
     tokenizer = chat.load_tokenizer(job.inputs["tokenizer"])
     train_split, heldout = (Split.open(job.inputs["shards"] / name) for name in ("train", "heldout"))
-    build = models.new_decoder if job.key == "clm" else models.new_encoder
-    model = build(config.model, tokenizer, tokenizer.model_max_length, job.numerics)
     evaluation: dict[str, Any] = {}
     if isinstance(config, MaskedConfig):
-        masked = Masked(config, job, model, train_split, Vocabulary.of(tokenizer), tokenizer.pad_token_id)
+        vocabulary = Vocabulary.of(tokenizer)
+        model = models.new_encoder(config.model, tokenizer, tokenizer.model_max_length, job.numerics)
+        masked = Masked(config, job, model, train_split, vocabulary, tokenizer.pad_token_id)
         drawn = masked.draw(0, WHOLE)
         work = Work.of(model, config.window, job.numerics, read_out=drawn.targets["masked"] / drawn.tokens)
         model, history = train(model, masked, config, job, work)
     else:
+        model = start(config, tokenizer, job)
         work = Work.of(model, config.window, job.numerics)
         model, history = train(model, Causal(config, job, model, train_split), config, job, work)
-        evaluation = {"heldout_loss": heldout_loss(model, heldout, config.window)}
+        nats = partial(model_nats, model.eval())
+        evaluation = {
+            "heldout_loss": heldout_loss(model, heldout, config.window),
+            "bits_per_byte": bits_per_byte(heldout, config.window, nats),
+        }
     models.save(model, tokenizer, job.outputs["model"])
     history.write(job.outputs["history"])
     return {"parameters": models.parameters(model), "steps": config.steps, **summary(history), **evaluation}
+
+
+def start(config: CausalConfig, tokenizer: "PreTrainedTokenizerFast", job: Job) -> "PreTrainedModel":
+    """Return the decoder that training begins with: of the shape that was asked for, or the given one."""
+    if isinstance(config.model, From):
+        return pretrained.open_decoder(config.model, job.inputs["start"], tokenizer, config.window, job.numerics)
+    return models.new_decoder(config.model, tokenizer, tokenizer.model_max_length, job.numerics)
 
 
 class Causal:
@@ -135,22 +158,11 @@ class Masked:
 
 def heldout_loss(model: "PreTrainedModel", split: Split, window: int) -> float | None:
     """Return the mean negative log-likelihood a token (nats) of a causal model; None where no window is full."""
-    import torch
-
     count = len(split.tokens) // window
     if not count:
         return None
-    ids = torch.from_numpy(split.tokens[: count * window].astype(np.int64)).view(count, window)
-    model.eval()
-    total = 0.0
-    with torch.no_grad():
-        for rows in ids.split(32):
-            rows = rows.to(model.device)
-            logits = model(input_ids=rows).logits
-            total += torch.nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
-            ).item()
-    return round(total / (count * (window - 1)), 6)
+    rows = split.tokens[: count * window].reshape(count, window)
+    return round(math.fsum(model_nats(model.eval(), rows)) / (count * (window - 1)), 6)
 
 
 if __name__ == "__main__":

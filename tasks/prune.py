@@ -16,7 +16,7 @@ from pydantic import Field
 
 from tasks.common import chat, models, sampling, stage, tables
 from tasks.common.shards import Mixture, Split, Weights
-from tasks.common.stage import Job
+from tasks.common.stage import Job, StageError
 from tasks.common.training import WHOLE, Drawn, Share, Training, summary, train
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     models.prepare_torch(job.numerics, job.seed)
     tokenizer = chat.load_tokenizer(job.inputs["model"])
     policy = models.load_decoder(job.inputs["model"], job.numerics).eval()
+    refuse_other_layers(policy)
     batches = Batches(config, job, policy, tokenizer)
     keep = max(1, round(config.keep * policy.config.intermediate_size))
     before = models.parameters(policy)
@@ -75,6 +76,16 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         "feed_forward": keep,
         **summary(history),
     }
+
+
+def refuse_other_layers(policy: "PreTrainedModel") -> None:
+    """Raise StageError for a model whose feed-forward layers are not gated as Llama's, of which neurons are cut."""
+    layers = getattr(getattr(policy, "model", None), "layers", None) or [None]
+    if not all(hasattr(getattr(layers[0], "mlp", None), name) for name in ("gate_proj", "up_proj", "down_proj")):
+        raise StageError(
+            "prune cuts neurons of gated feed-forward layers (gate_proj, up_proj, down_proj), and a "
+            f"{type(policy).__name__} has none; take a model built as Llama is, or end with `dvc repro ppo`."
+        )
 
 
 class Batches:

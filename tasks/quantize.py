@@ -63,8 +63,9 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     size = (target / "model.onnx").stat().st_size
     stage.write_json(target / "size.json", {"parameters": models.parameters(model)})
     if isinstance(config, PolicyConfig):
-        (target / "chat_template.jinja").write_text(chat.TEMPLATE, encoding="utf-8")
-        context = chat.load_tokenizer(source).model_max_length
+        tokenizer = chat.load_tokenizer(source)
+        (target / "chat_template.jinja").write_text(str(tokenizer.chat_template), encoding="utf-8")
+        context = tokenizer.model_max_length
         stage.write_json(target / "limits.json", {"context": context, "max_new_tokens": config.max_new_tokens})
         stage.write_json(target / "genai_config.json", engine_config(model, context))
         job.measured(**speeds(model, target, config.timed_tokens, job.numerics.threads))

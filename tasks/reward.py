@@ -92,6 +92,11 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     """Train the reward model and return its held-out ordering accuracy beside a bag-of-words baseline's."""
     models.prepare_torch(job.numerics, job.seed)
     tokenizer = chat.load_tokenizer(job.inputs["model"])
+    if config.word_dropout and tokenizer.mask_token_id is None:
+        raise StageError(
+            f"reward.word_dropout is {config.word_dropout}, but the model's tokenizer has no mask token to hide tokens "
+            "behind; set it to 0."
+        )
     rows = tables.read(job.inputs["rankings"]).to_pylist()
     scale = raters_scale(rows)
     train_set, heldout = (

@@ -172,12 +172,13 @@ class Packing:
             raise StageError(str(error)) from error
         documents = [self._document(row, *(next(named) if row["names"] else (next(plain), []))) for row in rows]
         self.seconds += time.process_time() - began
-        self.bytes += sum(len(row["text"].encode()) for row in rows)
+        self.bytes += sum(document.bytes for document in documents)
         return documents
 
     def _document(self, row: dict[str, Any], ids: Ids, offsets: list[tuple[int, int]]) -> shards.Document:
         spans = [(start + 1, end + 1) for start, end in _name_spans(row["text"], row["names"], offsets)]
-        return shards.Document(np.concatenate([self.start, ids, self.end]), spans, row["source"], row["group"])
+        packed, size = np.concatenate([self.start, ids, self.end]), len(row["text"].encode())
+        return shards.Document(packed, spans, row["source"], row["group"], size)
 
 
 def _name_spans(text: str, names: list[str], offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:

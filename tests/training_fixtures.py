@@ -90,13 +90,15 @@ MIX: dict[str, Any] = {"weight": 0.5, "batch": 4, "window": 16, "mixture": MIXTU
 TRAINING = {"accumulate": 1, "optimizer": OPTIMIZER}
 MASKING = {"unit": "token", "share": 0.02, "names": 0.95}
 ENTROPY = {"smoothing": 0.0, "z": 0.0}
-CLM = {"model": SHAPE, "window": 16, "batch": 16, "steps": 200, "mixture": MIXTURE, "entropy": ENTROPY, **TRAINING}
+NEW = {"name": "new", "path": "data/tokenize/tokenizer", **SHAPE}
+CLM = {"model": NEW, "window": 16, "batch": 16, "steps": 200, "mixture": MIXTURE, "entropy": ENTROPY, **TRAINING}
 LEARNT = {"name": "train", "path": "data/validate/instructions", "vocabulary": 420, "characters": 10**6}
 SETTINGS: dict[str, dict[str, Any]] = {
     "tokenize": {"tokenizer": LEARNT, "context": 64},
     "pretrain@clm": CLM,
     "pretrain@mlm": {
         **CLM,
+        "model": SHAPE,
         "batch": 20,
         "steps": 350,
         "mixture": {"statements": 0.9, "prose": 0.1},

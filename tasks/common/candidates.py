@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from serving import folders
 from serving.errors import ServingError
-from tasks.common import chat, models, sampling
+from tasks.common import chat, models, sampling, surprise
 from tasks.common.settings import Dtypes, Numerics
 from tasks.common.stage import StageError
 
@@ -83,7 +83,7 @@ class TorchDecoder:
     def load(cls, path: Path, numerics: Numerics) -> "TorchDecoder":
         """Load model and tokenizer from a folder."""
         model = models.load_decoder(path, numerics).eval()
-        return cls(model, chat.load_tokenizer(path), numerics, (path / "model.safetensors").stat().st_size)
+        return cls(model, chat.load_tokenizer(path), numerics, models.weight_bytes(path))
 
     @property
     def parameters(self) -> int:
@@ -116,7 +116,7 @@ class TorchDecoder:
         with torch.no_grad():
             for part in _parts(rows, desc):
                 ids = torch.from_numpy(part).to(self.model.device)
-                sums += torch_nll(self.model(input_ids=ids).logits, ids)
+                sums += surprise.row_nats(self.model(input_ids=ids).logits, ids)
         return sums
 
 
@@ -126,15 +126,6 @@ def _parts(rows: npt.NDArray[Any], desc: str | None) -> Iterator[Ids]:
 
     for start in tqdm(range(0, len(rows), ROWS), desc=desc, disable=desc is None, mininterval=2):
         yield rows[start : start + ROWS].astype(np.int64)
-
-
-def torch_nll(logits: Any, ids: Any) -> list[float]:
-    """Return the summed negative log-likelihood (nats) of each row from its logits (N, T, V) and ids (N, T)."""
-    import torch
-
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-    sums: list[float] = loss.double().sum(1).tolist()
-    return sums
 
 
 @dataclass
@@ -182,7 +173,7 @@ class OnnxDecoder:
         sums: list[float] = []
         for ids in _parts(rows, desc):
             logits = session.run(["logits"], _decoder_feed(session, ids))[0]
-            sums += torch_nll(torch.from_numpy(logits), torch.from_numpy(ids))
+            sums += surprise.row_nats(torch.from_numpy(logits), torch.from_numpy(ids))
         return sums
 
 
@@ -223,7 +214,7 @@ class TorchEncoder:
     def load(cls, path: Path, numerics: Numerics) -> "TorchEncoder":
         """Load model and tokenizer from a folder."""
         model = models.load_encoder(path, numerics).eval()
-        return cls(model, chat.load_tokenizer(path).backend_tokenizer, (path / "model.safetensors").stat().st_size)
+        return cls(model, chat.load_tokenizer(path).backend_tokenizer, models.weight_bytes(path))
 
     @property
     def parameters(self) -> int:

@@ -40,6 +40,7 @@ def encode_text(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message]) -> list[int]:
     """Return the ids of a conversation up to where the assistant's next reply begins."""
+    _require_template(tokenizer)
     ids: Any = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
     return list(ids)
 
@@ -81,8 +82,7 @@ def encode_by_template(
     def written(count: int, *, ask: bool = False) -> str:
         return str(tokenizer.apply_chat_template(list(messages[:count]), tokenize=False, add_generation_prompt=ask))
 
-    if tokenizer.chat_template is None:
-        raise StageError("the model's tokenizer has no chat template; set its `chat_template` and save it once more.")
+    _require_template(tokenizer)
     text, end = written(len(messages)), tokenizer.eos_token
     spans = []
     for place in (place for place, message in enumerate(messages) if message["role"] == "assistant"):
@@ -98,6 +98,11 @@ def encode_by_template(
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     offsets: list[tuple[int, int]] = encoded["offset_mapping"]
     return list(encoded["input_ids"]), [any(a <= start and till <= b for a, b in spans) for start, till in offsets]
+
+
+def _require_template(tokenizer: "PreTrainedTokenizerFast") -> None:
+    if tokenizer.chat_template is None:
+        raise StageError("the model's tokenizer has no chat template; set its `chat_template` and save it once more.")
 
 
 def pad(rows: Sequence[Sequence[Any]], value: Any, left: bool = False) -> list[list[Any]]:

@@ -15,6 +15,7 @@ from pydantic import Field
 from tasks.common.losses import IGNORED
 from tasks.common.settings import Settings
 from tasks.common.shards import Ids
+from tasks.common.stage import StageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -42,7 +43,16 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerFast") -> "Vocabulary":
-        """Read a tokenizer that writes the space before a word into its first token, or `##` into the later ones."""
+        """Read a tokenizer that writes the space before a word into its first token, or `##` into the later ones.
+
+        Raises StageError where it has nothing to put in a hidden token's place.
+        """
+        if tokenizer.mask_token_id is None:
+            raise StageError(
+                "masked pretraining hides tokens behind a mask token, which the tokenizer has not (a decoder's own "
+                "seldom has one): learn a tokenizer (tokenize.tokenizer.name: train), or do without the encoder and "
+                "what is made from it; the decoder's way goes on up to `dvc repro prune`."
+            )
         tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         special = np.zeros(len(tokens), dtype=bool)
         special[tokenizer.all_special_ids] = True

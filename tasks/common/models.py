@@ -183,24 +183,36 @@ def quiet(*libraries: str) -> Iterator[None]:
 
 
 def load_decoder(path: Path, numerics: Numerics) -> "PreTrainedModel":
-    """Load a causal model in float32 onto the device."""
+    """Load a causal model in float32 onto the device; raise StageError where the folder lacks some of its weights.
+
+    Transformers would draw those anew and only log it.
+    """
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, path, numerics)
+    from tasks.common.stage import StageError
+
+    model, found = _load(AutoModelForCausalLM, path, numerics, output_loading_info=True)
+    lacking = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]
+    if lacking:
+        raise StageError(
+            f"the weights in {path} are not those of its config.json: {len(lacking)} are missing or of another shape, "
+            f"{', '.join(sorted(lacking)[:3])} among them; fetch the folder again."
+        )
+    return _on_device(model, numerics)
 
 
 def load_encoder(path: Path, numerics: Numerics) -> "PreTrainedModel":
     """Load a masked model in float32 onto the device."""
     from transformers import AutoModelForMaskedLM
 
-    return _load(AutoModelForMaskedLM, path, numerics)
+    return _on_device(_load(AutoModelForMaskedLM, path, numerics), numerics)
 
 
 def load_scorer(path: Path, numerics: Numerics) -> "PreTrainedModel":
     """Load a model with a head that gives one number, in float32, onto the device; a missing head is fresh."""
     from transformers import AutoModelForSequenceClassification
 
-    return _load(AutoModelForSequenceClassification, path, numerics, num_labels=1)
+    return _on_device(_load(AutoModelForSequenceClassification, path, numerics, num_labels=1), numerics)
 
 
 def load_classifier(path: Path, numerics: Numerics, labels: list[str]) -> "PreTrainedModel":
@@ -208,15 +220,21 @@ def load_classifier(path: Path, numerics: Numerics, labels: list[str]) -> "PreTr
     from transformers import AutoModelForSequenceClassification
 
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: place for place, label in enumerate(labels)}}
-    return _load(AutoModelForSequenceClassification, path, numerics, num_labels=len(labels), **names)
+    loaded = _load(AutoModelForSequenceClassification, path, numerics, num_labels=len(labels), **names)
+    return _on_device(loaded, numerics)
 
 
-def _load(kind: Any, path: Path, numerics: Numerics, **settings: Any) -> "PreTrainedModel":
+def _load(kind: Any, path: Path, numerics: Numerics, **settings: Any) -> Any:
+    """Return what Transformers makes of a folder; a pickle is never opened."""
     import torch
 
-    model: PreTrainedModel = kind.from_pretrained(
-        path, dtype=torch.float32, attn_implementation=numerics.attention, **settings
-    ).to(numerics.device)
+    return kind.from_pretrained(
+        path, dtype=torch.float32, attn_implementation=numerics.attention, use_safetensors=True, **settings
+    )
+
+
+def _on_device(loaded: Any, numerics: Numerics) -> "PreTrainedModel":
+    model: PreTrainedModel = loaded.to(numerics.device)
     return model
 
 
@@ -224,6 +242,11 @@ def save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", path: P
     """Save weights (safetensors), config and tokenizer so that any Transformers user can load the folder."""
     model.save_pretrained(path, safe_serialization=True)
     tokenizer.save_pretrained(path)
+
+
+def weight_bytes(path: Path) -> int:
+    """Return the size of a folder's weights, which Transformers cuts into several files where they are many."""
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
 def parameters(model: "torch.nn.Module") -> int:

@@ -6,6 +6,7 @@ that is missing, unknown or out of range is an error, and all of them are told b
 
 import importlib
 import importlib.util
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +31,10 @@ AT_MOST = {  # setting: the one of another section that it must not exceed, and 
     "finetune.method.rank": ("pretrain.{tuned}.model.hidden", "a matrix of the model's width has no higher rank"),
     "finetune.task.packing": ("tokenize.context", "the model reads no longer rows"),
     **dict.fromkeys(
+        ("tokenize.context", "pretrain.clm.window"),
+        ("pretrain.clm.model.positions", "the model that training goes on from knows no more positions"),
+    ),
+    **dict.fromkeys(
         ("ppo.max_new_tokens", "prune.max_new_tokens", "evaluate.max_new_tokens"),
         ("quantize.policy.max_new_tokens", "the exported model says no more at once"),
     ),
@@ -37,7 +42,20 @@ AT_MOST = {  # setting: the one of another section that it must not exceed, and 
 ONLY_WITH = (  # setting, its value, the setting that another value is wrong for, the value it needs, and why
     ("finetune.method.name", "qlora", "numerics.device", "cuda", "it computes on four-bit weights, which takes a GPU"),
     ("finetune.method.name", "qlora", "numerics.parallel.engine", "data", "four-bit weights cannot be shared out"),
+    (
+        "pretrain.clm.model.name",
+        "from",
+        "tokenize.tokenizer.name",
+        "from",
+        "a model reads with its own tokenizer alone",
+    ),
 )
+GIVEN = "pretrain.clm.model"  # where it names a folder, its size is in that folder's config.json, called so:
+IN_CONFIG = {
+    "layers": ("num_hidden_layers", "n_layer"),
+    "hidden": ("hidden_size", "n_embd"),
+    "positions": ("max_position_embeddings", "n_positions"),
+}
 ANSWERS = ("finetune.task.name", "chat", "works with a model that answers, which only the task chat trains")
 STAGE_NEEDS = dict.fromkeys(  # stage: another section's setting, the value it needs, and why; told where it runs
     ("ppo", "prune", "quantize@policy", "evaluate@tuned", "evaluate@policy", "evaluate@pruned", "evaluate@int8"),
@@ -242,13 +260,25 @@ def _across(params: dict[str, Any]) -> Iterator[str]:
     tuned = "mlm" if _at(params, "finetune.model") == "data/pretrain/mlm/model" else "clm"
     for path, (limit_path, why) in AT_MOST.items():
         limit = limit_path.format(tuned=tuned)
-        value, most = _at(params, path), _at(params, limit)
+        value, most = _at(params, path), _limit(params, limit)
         if isinstance(value, int) and isinstance(most, int) and value > most:
             yield f"{path}: found {value}, but it should be at most {limit}, which is {most}: {why}"
     for path, value, other, needed, why in ONLY_WITH:
         if _at(params, path) == value and _at(params, other) != needed:
             yield f"{path}: found {value!r}, which needs {other} to be {needed} (it is {_at(params, other)}): {why}"
     yield from _processes(params)
+
+
+def _limit(params: dict[str, Any], path: str) -> Any:
+    """Return a setting, or the number in the config of a given model; None where that is not there (yet)."""
+    section, _, name = path.rpartition(".")
+    if section != GIVEN or _at(params, f"{GIVEN}.name") != "from":
+        return _at(params, path)
+    try:
+        config = json.loads(Path(str(_at(params, f"{GIVEN}.path")), "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a stage is still to make it, or it is none: then the stage that reads it says so
+        return None
+    return next((config[key] for key in IN_CONFIG[name] if key in config), None) if isinstance(config, dict) else None
 
 
 def _of_stage(params: dict[str, Any], stage: str | None) -> Iterator[str]:

@@ -1,9 +1,10 @@
 """Packed token shards: what `tokenize` writes and the training stages read, memory-mapped.
 
-A split is a folder of four arrays: `tokens.npy` (all documents end to end, each between its start and end token),
+A split is a folder of five arrays: `tokens.npy` (all documents end to end, each between its start and end token),
 `documents.npy` (where each document starts, with the total at the end), `names.npy` (start and end token of every
-name, for whole-name masking) and `sources.npy` (the number of each document's source in `sources.json`, which says the
-sources' names and groups). They grow on disk while documents come, and are never held in memory whole.
+name, for whole-name masking), `sources.npy` (the number of each document's source in `sources.json`, which says the
+sources' names and groups) and `bytes.npy` (how long each document's text is in UTF-8). They grow on disk while
+documents come, and are never held in memory whole.
 """
 
 import json
@@ -51,12 +52,13 @@ Weights = Annotated[
 
 @dataclass(frozen=True)
 class Document:
-    """One encoded text: its token ids, the (start, end) token span of each name in it, and where it is from."""
+    """One encoded text: its token ids, the (start, end) span of each name in them, its source, and its length."""
 
     ids: Sequence[int] | npt.NDArray[np.integer]
     names: Sequence[tuple[int, int]]
     source: str = ""
     group: str | None = None
+    bytes: int = 0  # of the text in UTF-8
 
 
 class Array:
@@ -99,6 +101,7 @@ def write_split(path: Path, documents: Iterable[Document], vocabulary: int) -> d
         starts = stack.enter_context(Array(path / "documents.npy", np.int64))
         names = stack.enter_context(Array(path / "names.npy", np.int64, 2))
         origins = stack.enter_context(Array(path / "sources.npy", np.uint16))
+        sizes = stack.enter_context(Array(path / "bytes.npy", np.int64))
         starts.append([0])
         iterator = iter(documents)
         while block := list(islice(iterator, AT_ONCE)):
@@ -109,6 +112,7 @@ def write_split(path: Path, documents: Iterable[Document], vocabulary: int) -> d
             tokens.append(np.concatenate([document.ids for document in block]))
             starts.append(ends)
             origins.append([_number(sources, document) for document in block])
+            sizes.append([document.bytes for document in block])
     write_json(path / "sources.json", [{"name": name, "group": group} for name, group in sources])
     return {"documents": origins.rows, "tokens": tokens.rows, "names": names.rows}
 
@@ -131,15 +135,17 @@ class Split:
     names: Ids
     sources: npt.NDArray[np.integer]
     origins: Sequence[Mapping[str, str | None]]  # name and group of each source
+    bytes: Ids  # of each document's text
 
     @classmethod
     def open(cls, path: Path) -> "Split":
         """Map the arrays of a split's folder."""
-        tokens, documents, names, sources = (
-            np.load(path / f"{name}.npy", mmap_mode="r") for name in ("tokens", "documents", "names", "sources")
+        tokens, documents, names, sources, sizes = (
+            np.load(path / f"{name}.npy", mmap_mode="r")
+            for name in ("tokens", "documents", "names", "sources", "bytes")
         )
         origins = json.loads((path / "sources.json").read_text(encoding="utf-8"))
-        return cls(tokens, documents, names, sources, origins)
+        return cls(tokens, documents, names, sources, origins, sizes)
 
     @cached_property
     def names_in(self) -> Ids:
