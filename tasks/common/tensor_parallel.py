@@ -72,4 +72,7 @@ def _enter(_: Any, inputs: "tuple[torch.Tensor, ...]", mesh: "DeviceMesh") -> An
 
 
 def _leave(_: Any, output: Any, mesh: "DeviceMesh") -> Any:
-    return output.to_local()
+    """Hand a norm's output to all the matrices that read it as one tensor, so that their gradients are summed once."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(output.to_local(), mesh, [Replicate()], run_check=False)
