@@ -1,9 +1,9 @@
 """Causal pretraining: our loop against Transformers' `Trainer`, on one model, the same tokens and one thread.
 
 Run as `make bench-pretrain` or `python -m benchmarks pretrain`. Both sides have AdamW, because `Trainer` takes one
-optimizer. Measured are tokens/s, seconds from the start of the process to its first optimizer step, the loss on held-out
-text after equal tokens, and whether a run that was killed and resumed ends with the bytes of one that was not. Every run
-is a process of its own (`benchmarks/training_run.py`).
+optimizer. Measured are tokens/s, seconds from the start of the process to its first optimizer step, the loss on
+held-out text after equal tokens, and whether a run that was killed and resumed ends with the bytes of one that was
+not. Every run is a process of its own (`benchmarks/training_run.py`).
 """
 
 import tempfile
