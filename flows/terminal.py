@@ -29,6 +29,7 @@ SHEET: dict[str, tuple[str, Callable[[Any], str]]] = {  # column: its heading, i
     "exact_match_heldout": ("held\nout %", lambda value: f"{100 * value:.1f}"),
     "masked_names": ("names\n%", lambda value: f"{100 * value:.1f}"),
     "perplexity": ("perpl.", lambda value: f"{value:.2f}"),
+    "bits_per_byte": ("bits/\nbyte", lambda value: f"{value:.2f}"),
     "reward_mean": ("reward", lambda value: f"{value:.2f}"),
     "distinct_2": ("dist.\n2", lambda value: f"{value:.2f}"),
     "tokens_per_second": ("tok/s", lambda value: f"{value:.0f}"),

@@ -16,7 +16,8 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from tasks.common import draw, facts, readers, stage, tables
+from tasks.common import archived_model, draw, facts, readers, stage, tables
+from tasks.common.archived_model import Checkpoint
 from tasks.common.corpus import RATED, Corpus, RefusedFile, Teller
 from tasks.common.facts import Fact, Wordings
 from tasks.common.reading import Rated, Reading
@@ -31,6 +32,7 @@ OUTPUTS = {
     "rankings": "data/ingest/rankings",
     "sources": "data/ingest/sources.json",
     "refused": "data/ingest/refused.jsonl",
+    "checkpoint": "data/ingest/checkpoint",
 }
 
 Counts = dict[str, Counter[tuple[str, str]]]  # of each table, the rows by (source, split)
@@ -62,6 +64,9 @@ class Config(Settings):
     paragraphs: int = Field(description="Paragraphs about each entity that join its statements", ge=0, le=16)
     heldout: Heldout
     ratings: Ratings
+    checkpoint: Checkpoint | None = Field(
+        description="A model that comes with the data, left in data/ingest/checkpoint; null for none"
+    )
     sources: list[Source] = Field(description="Where data comes from; later facts override earlier", min_length=1)
 
     @model_validator(mode="after")
@@ -118,7 +123,8 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     for table, rows in found.items():
         tables.write(sorted(rows, key=lambda row: row["id"]), job.outputs[table], tables.schema(table))
         counts[table] = Counter((row["source"], row["split"]) for row in rows)
-    manifest = describe(config, readings, counts)
+    archived_model.write(config.checkpoint, job.outputs["checkpoint"])
+    manifest = [*describe(config, readings, counts), *archived_model.entries(config.checkpoint, list(counts))]
     stage.write_json(job.outputs["sources"], manifest)
     return figures(counts, manifest)
 

@@ -42,6 +42,7 @@ INGEST: dict[str, Any] = {
     "paragraphs": 2,
     "heldout": {"entities": 0.25, "prose": 0.1, "rankings": 0.2},
     "ratings": {"group": 4, "scale": [-4, 4], "in_corpus": 1.0},
+    "checkpoint": None,
     "sources": [FACTS, SMALLTALK, PROSE, RATINGS, PEOPLE],
 }
 VALIDATE: dict[str, Any] = {

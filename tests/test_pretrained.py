@@ -3,8 +3,10 @@
 import copy
 import csv
 import json
+import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -277,3 +279,19 @@ def test_the_given_folder_is_an_input(foreign: Foreign, tmp_path: Path) -> None:
     assert job.inputs["start"] == foreign.model
     assert pretrain.OUTPUTS["model"].format(key="clm") == finetune.DECODER
     assert tokenize.INPUTS["source"] == "{config.tokenizer.path}"
+
+
+def test_every_example_of_the_page_is_sound() -> None:
+    """Every YAML block of docs/checkpoint.md is a part of the section that it is told of."""
+    from ruamel.yaml import YAML
+
+    from tests.data_fixtures import ingest_config
+
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/checkpoint.md").read_text(encoding="utf-8"), re.S)
+    made: dict[str, Callable[..., Any]] = {
+        "model": partial(config, "pretrain@clm"), "tokenizer": partial(config, "tokenize"), "checkpoint": ingest_config,
+    }  # fmt: skip
+    parts = [YAML(typ="safe", pure=True).load(block) for block in blocks]
+    for part in parts:
+        assert made[next(iter(part))](**part)
+    assert parts[-1]["checkpoint"] == read_params(ROOT / "profiles/smollm2.yaml")["ingest"]["checkpoint"]

@@ -51,7 +51,7 @@ class Vocabulary:
             raise StageError(
                 "masked pretraining hides tokens behind a mask token, which the tokenizer has not (a decoder's own "
                 "seldom has one): learn a tokenizer (tokenize.tokenizer.name: train), or do without the encoder and "
-                "what is made from it; the decoder's way goes on up to `dvc repro prune`."
+                "what is made from it; the decoder's way goes on up to `dvc repro evaluate@int8`."
             )
         tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         special = np.zeros(len(tokens), dtype=bool)
