@@ -205,8 +205,9 @@ def test_a_service_that_fails_ends_nothing(
     monkeypatch.setenv("PYTHONPATH", str(broken))
     job = make_job("tensorboard", "dvclive")
     history, _ = fit(job)
-    said = [line for line in capfd.readouterr().err.splitlines() if "live logging" in line]
-    assert said == ["live logging to tensorboard has ended (no route to host); the stage goes on"]
+    said = capfd.readouterr().err  # in which the progress bar may share the message's line
+    assert said.count("live logging") == 1
+    assert "live logging to tensorboard has ended (no route to host); the stage goes on" in said
     assert len(history.rows) == STEPS
     assert set(dvclive_curve(job, "loss")) == {2, 4, 6, 8, 10}
 
