@@ -5,14 +5,13 @@ in the same order whoever trains it. The batch is small, so that LAMB (and AdamW
 large a one and still take steps; the rates tried are in the notes, so that a best one at the edge can be seen.
 """
 
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import Figures, Measured, Row
-from benchmarks.pretrain import PROFILE, TOKENS, check
+from benchmarks.pretrain import PROFILE, check, shape, train
 from tasks.common.settings import read_params
 
 __all__ = ["check"]
@@ -70,18 +69,13 @@ def run(trial: Trial, steps: int) -> Figures:
     config = params["pretrain"]["clm"]
     rule = {"name": trial.name, "learning_rate": trial.rate, "weight_decay": 0.01, "clip": 1.0,
             "schedule": config["optimizer"]["schedule"], **RULES[trial.name][0]}  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="bessemer-bench-") as scratch:
-        request = {
-            "side": "ours", "config": {**config, "batch": trial.times * BATCH, "steps": steps, "optimizer": rule},
-            "numerics": params["numerics"], "tokens": str(TOKENS), "scratch": scratch, "checkpoints": False,
-            "stop_at": None, "resume": False,
-        }  # fmt: skip
-        try:
-            figures = harness.in_process("benchmarks.training_run", request)
-        except harness.BenchmarkError as error:
-            if "no longer a finite number" not in str(error):
-                raise
-            figures = {"heldout_loss": float("inf"), "steps": steps}
+    settings = {**config, "batch": trial.times * BATCH, "steps": steps, "optimizer": rule}
+    try:
+        figures = train("ours", settings, params["numerics"])
+    except harness.BenchmarkError as error:
+        if "no longer a finite number" not in str(error):
+            raise
+        figures = {"heldout_loss": float("inf"), "steps": steps}
     print(f"    {trial.side}, rate {trial.rate:g}: {figures['heldout_loss']:.3f}", flush=True)
     return figures
 
@@ -96,14 +90,13 @@ def rows(results: dict[str, list[tuple[float, Figures]]]) -> list[Row]:
 def notes(results: dict[str, list[tuple[float, Figures]]], steps: int) -> list[str]:
     """Say what was trained, and what each rate reached."""
     config = read_params(PROFILE)["pretrain"]["clm"]
-    shape = ", ".join(f"{name} {value}" for name, value in config["model"].items() if name != "path")
     tried = (
         f"{side} ({runs[0][1]['steps']} steps): "
         + ", ".join(f"{figures['heldout_loss']:.3f} at {rate:g}" for rate, figures in runs)
         for side, runs in results.items()
     )
     return [
-        f"{steps * BATCH * config['window']:,} tokens each, in windows of {config['window']}; model: {shape}.",
+        f"{steps * BATCH * config['window']:,} tokens each, in windows of {config['window']}; {shape()}.",
         "One seed each: differences of some hundredths say nothing.",
         *tried,
     ]

@@ -51,9 +51,18 @@ def run(
         numerics |= {"dtype": {"decoder": "float32", "encoder": "float32"}, "attention": "sdpa"}
     config = params["pretrain"]["clm"]
     rule = {name: value for name, value in config["optimizer"].items() if name != "momentum"} | {"name": "adamw"}
+    settings = {**config, "steps": steps, "optimizer": rule}
+    return train(side, settings, numerics, scratch, stop_at=stop_at, resume=resume)
+
+
+def train(
+    side: str, config: dict[str, Any], numerics: dict[str, Any], scratch: Path | None = None, *,
+    stop_at: int | None = None, resume: bool = False, processes: int = 1,
+) -> Figures:  # fmt: skip
+    """Do one run of `benchmarks/training_run.py` on the project's tokens; see `run`."""
     request = {
         "side": side,
-        "config": {**config, "steps": steps, "optimizer": rule},
+        "config": config,
         "numerics": numerics,
         "tokens": str(TOKENS),
         "checkpoints": scratch is not None,
@@ -62,7 +71,9 @@ def run(
     }
     with tempfile.TemporaryDirectory(prefix="bessemer-bench-") as fresh:
         place = {"scratch": str(scratch or fresh)}
-        return harness.in_process("benchmarks.training_run", {**request, **place}, killed=stop_at is not None)
+        return harness.in_process(
+            "benchmarks.training_run", {**request, **place}, killed=stop_at is not None, processes=processes
+        )
 
 
 def resumes(side: str, steps: int) -> bool:
@@ -109,13 +120,23 @@ def rows(results: dict[str, list[Figures]], resumed: dict[str, bool]) -> list[Ro
 
 def notes(results: dict[str, list[Figures]], steps: int) -> list[str]:
     """Say what was trained, and how far the rounds lie apart."""
-    config = read_params(PROFILE)["pretrain"]["clm"]
-    shape = ", ".join(f"{name} {value}" for name, value in config["model"].items() if name != "path")
     return [
-        f"{steps} steps of {config['batch']} x {config['window']} tokens; model: {shape}.",
+        trained(steps),
         f"Figures are medians of {len(results['ours'])} rounds in turn.",
         *(
             harness.spread(results, figure)
             for figure in ("tokens_per_second", "tokens_per_cpu_second", "startup_seconds")
         ),
     ]
+
+
+def trained(steps: int) -> str:
+    """Say how long what was trained."""
+    config = read_params(PROFILE)["pretrain"]["clm"]
+    return f"{steps} steps of {config['batch']} x {config['window']} tokens; {shape()}."
+
+
+def shape() -> str:
+    """Say what model was trained."""
+    model = read_params(PROFILE)["pretrain"]["clm"]["model"]
+    return "model: " + ", ".join(f"{name} {value}" for name, value in model.items() if name != "path")

@@ -6,14 +6,13 @@ one process of two threads. The ceiling is the median rate of the matrix product
 the model's own shapes (`benchmarks/shapes_run.py`), with a process a core at the same time.
 """
 
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import Figures, Measured, Row
-from benchmarks.pretrain import PROFILE, TOKENS, check
+from benchmarks.pretrain import PROFILE, check, train, trained
 from tasks.common.settings import read_params
 
 __all__ = ["check"]
@@ -52,13 +51,8 @@ def run(side: str, steps: int) -> Figures:
         numerics |= {"threads": 1, "attention": "eager", "compile": compiled, "parallel": parallel}
     if side == "trainer-defaults":
         numerics |= {"dtype": {"decoder": "float32", "encoder": "float32"}}
-    with tempfile.TemporaryDirectory(prefix="bessemer-bench-") as scratch:
-        request = {
-            "side": "ours" if ours else side, "config": {**params["pretrain"]["clm"], "steps": steps},
-            "numerics": numerics, "tokens": str(TOKENS), "scratch": scratch, "checkpoints": False, "stop_at": None,
-            "resume": False,
-        }  # fmt: skip
-        return harness.in_process("benchmarks.training_run", request, processes=CORES if ours else 1)
+    config = {**params["pretrain"]["clm"], "steps": steps}
+    return train("ours" if ours else side, config, numerics, processes=CORES if ours else 1)
 
 
 def ceiling() -> float:
@@ -99,10 +93,8 @@ def rows(results: dict[str, list[Figures]], before: float, after: float) -> list
 
 def notes(results: dict[str, list[Figures]], steps: int) -> list[str]:
     """Say what was trained, and how far the rounds lie apart."""
-    config = read_params(PROFILE)["pretrain"]["clm"]
-    shape = ", ".join(f"{name} {value}" for name, value in config["model"].items() if name != "path")
     return [
-        f"{steps} steps of {config['batch']} x {config['window']} tokens; model: {shape}.",
+        trained(steps),
         f"Figures are medians of {len(results['ours'])} rounds in turn; compilers' caches were warm after the first.",
         "Model FLOPs are PaLM's formula (tasks/common/flops.py); the ceiling was measured before and after.",
         harness.spread(results, "tokens_per_second"),
