@@ -49,10 +49,14 @@ def run(
     numerics: dict[str, Any] = dict(params["numerics"])
     if side == "trainer-defaults":
         numerics |= {"dtype": {"decoder": "float32", "encoder": "float32"}, "attention": "sdpa"}
-    config = params["pretrain"]["clm"]
+    return train(side, by_adamw(steps), numerics, scratch, stop_at=stop_at, resume=resume)
+
+
+def by_adamw(steps: int) -> dict[str, Any]:
+    """Return the profile's settings for so many steps, with the optimizer that every side has."""
+    config = read_params(PROFILE)["pretrain"]["clm"]
     rule = {name: value for name, value in config["optimizer"].items() if name != "momentum"} | {"name": "adamw"}
-    settings = {**config, "steps": steps, "optimizer": rule}
-    return train(side, settings, numerics, scratch, stop_at=stop_at, resume=resume)
+    return {**config, "steps": steps, "optimizer": rule}
 
 
 def train(

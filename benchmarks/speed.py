@@ -2,7 +2,7 @@
 
 Run as `make bench-speed` or `python -m benchmarks speed`. Every side has both cores: ours as two processes of one
 thread each, compiled (`numerics: {threads: 1, compile: always, parallel: {processes: 2, engine: data}}`), the others as
-one process of two threads. The ceiling is the median rate of the matrix products of a step, forward and backward, at
+one process of two threads. All have AdamW; the profile's own Muon stands in a row by itself. The ceiling is the median rate of the matrix products of a step, forward and backward, at
 the model's own shapes (`benchmarks/shapes_run.py`), with a process a core at the same time.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import Figures, Measured, Row
-from benchmarks.pretrain import PROFILE, check, train, trained
+from benchmarks.pretrain import PROFILE, by_adamw, check, train, trained
 from tasks.common.settings import read_params
 
 __all__ = ["check"]
@@ -23,7 +23,7 @@ PEERS = {  # side: what it is called, and by how much ours is to be faster
     "plain": ("a plain bf16 loop", 1.3),
     "plain-compiled": ("a plain bf16 loop, compiled", 1.0),
 }
-SIDES = ("ours", "ours-eager", *PEERS)
+SIDES = ("ours", "ours-eager", "ours-muon", *PEERS)
 
 
 def threads() -> int:
@@ -47,11 +47,11 @@ def run(side: str, steps: int) -> Figures:
     numerics: dict[str, Any] = {**params["numerics"], "threads": CORES, "attention": "sdpa"}
     if ours:
         parallel = {"processes": CORES, "engine": "data"}
-        compiled = "always" if side == "ours" else "never"
+        compiled = "never" if side == "ours-eager" else "always"
         numerics |= {"threads": 1, "attention": "eager", "compile": compiled, "parallel": parallel}
     if side == "trainer-defaults":
         numerics |= {"dtype": {"decoder": "float32", "encoder": "float32"}}
-    config = {**params["pretrain"]["clm"], "steps": steps}
+    config = {**params["pretrain"]["clm"], "steps": steps} if side == "ours-muon" else by_adamw(steps)
     return train("ours" if ours else side, config, numerics, processes=CORES if ours else 1)
 
 
@@ -82,10 +82,13 @@ def rows(results: dict[str, list[Figures]], before: float, after: float) -> list
             Row("process start to first step", mine["startup_seconds"], "s", other["startup_seconds"], name),
         ]  # fmt: skip
     eager, flops = middle["ours-eager"]["tokens_per_second"], results["ours"][0]["flops_per_token"]
+    muon = middle["ours-muon"]
     name = "the median product at the model's shapes"
     return [
         *found,
         Row("training speed, compiled", mine["tokens_per_second"], "tokens/s", eager, "ours, not compiled"),
+        Row("training speed by Muon", muon["tokens_per_second"], "tokens/s", mine["tokens_per_second"], "ours by AdamW"),
+        Row("held-out loss by Muon", muon["heldout_loss"], "nats/token", mine["heldout_loss"], "ours by AdamW"),
         Row("model FLOP/s", mine["tokens_per_second"] * flops / 1e9, "GFLOP/s", (before + after) / 2, name,
             "ratio >= 0.75"),
     ]  # fmt: skip

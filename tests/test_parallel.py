@@ -44,6 +44,10 @@ def names(folder: Path, stage: str) -> set[str]:
         ("finetune", "fsdp", {"method": {"name": "adapter", "width": 4}, "task": PACKED}),
         ("reward", "data", {}),
         ("pretrain clm", "tensor", {}),
+        ("pretrain clm", "zero2", {"accumulate": 2}),
+        ("pretrain mlm", "zero3", {}),
+        ("finetune", "zero3", {"method": LORA, "accumulate": 2}),
+        ("reward", "zero2", {}),
     ],
 )
 def test_two_processes_learn_as_one(
@@ -62,12 +66,13 @@ def test_two_processes_learn_as_one(
     assert json.loads(log.read_text())["stage"] == "@".join(stage.split())
 
 
-def test_two_processes_are_resumed(chain: Chain, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["fsdp", "zero2", "zero3"])
+def test_two_processes_are_resumed(engine: str, chain: Chain, tmp_path: Path) -> None:
     """Shared out, they learn as one does; killed and begun again, they end with the bytes of two that were not."""
     stage, store, none = "pretrain clm", tmp_path / "store", tmp_path / "none"
     one = clone(tmp_path / "one", chain, stage, {}, none, 1e9, dtype="float32")
     whole, again = (
-        clone(tmp_path / name, chain, stage, {}, *kept, dtype="float32", processes=2, engine="fsdp")
+        clone(tmp_path / name, chain, stage, {}, *kept, dtype="float32", processes=2, engine=engine)
         for name, kept in {"whole": (none, 1e9), "again": (store, 1e-9)}.items()
     )
     finished(one, stage)

@@ -128,6 +128,18 @@ def test_a_batch_is_cut_into_equal_parts(params: dict[str, Any]) -> None:
     )
 
 
+def test_what_deepspeed_cannot_do_is_told(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    params["numerics"] |= {"compile": "always", "parallel": {"processes": 2, "engine": "zero3"}}
+    found = problems(params)
+    assert [line.partition(": found ")[0] for line in found] == ["numerics.compile", "pretrain.clm.optimizer.name"]
+    assert "'muon', which works on whole matrices" in found[1]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "deepspeed" else object())
+    assert problems(params)[0] == (
+        "numerics.parallel.engine: found 'zero3', but deepspeed is not installed: `pip install 'bessemer[deepspeed]'` "
+        "brings it"
+    )
+
+
 def test_a_choice_that_does_not_exist_is_told_with_those_that_do(params: dict[str, Any]) -> None:
     """Where it stands in the file, and what might stand there instead."""
     params["pretrain"]["clm"]["optimizer"]["name"] = "sofia"

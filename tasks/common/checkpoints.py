@@ -7,12 +7,11 @@ renamed, and only the last one is kept until the stage is complete.
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.common.parallel import World, placed_like, whole
+from tasks.common.parallel import World
 from tasks.common.stage import Job, StageError
 
 if TYPE_CHECKING:
@@ -20,8 +19,19 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
     from tasks.common.training import History
+    from tasks.common.updates import Updates
 
 FILES = ("state.safetensors", "state.json")
+MODEL, OPTIMIZER = "model.", "optimizer."
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run goes on from: its step, and what its optimizers remember."""
+
+    step: int
+    moments: "dict[str, torch.Tensor]"
+    state: dict[str, Any]
 
 
 @dataclass
@@ -59,10 +69,8 @@ class Store:
         except OSError as error:
             print(f"the checkpoints in {self.folder} could not be dropped ({error}); nobody needs them any more")
 
-    def resume(
-        self, model: "torch.nn.Module", optimizers: "Sequence[torch.optim.Optimizer]", history: "History"
-    ) -> int:
-        """Load the last checkpoint into model, optimizers and history, and return its step; 0 where there is none.
+    def resume(self, model: "torch.nn.Module", history: "History") -> Checkpoint | None:
+        """Load the last checkpoint into model and history, and return it for the optimizers; None where there is none.
 
         Raises StageError where its tensors are not those that the model trains, or where processes see different ones.
         """
@@ -77,38 +85,28 @@ class Store:
                 "an address that each of them reaches."
             )
         if not complete:
-            return 0
+            return None
         folder = f"{self.folder}/{complete[-1]}"
         tensors = load(self.filesystem.cat_file(f"{folder}/state.safetensors"))
         state = json.loads(self.filesystem.cat_file(f"{folder}/state.json"))
-        weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-        trained = _trained(model)  # tied weights are stored once, frozen ones not at all
+        weights = _under(MODEL, tensors)
+        trained = trained_weights(model)  # tied ones are stored once, frozen ones not at all
         self._must_fit(folder, weights, trained)
         for name, value in trained.items():
-            value.copy_(placed_like(weights[name], value))
-        for number, (optimizer, groups) in enumerate(zip(optimizers, state["groups"], strict=True)):
-            optimizer.load_state_dict(_unflatten(optimizer, tensors, f"optimizer.{number}.", groups))
+            value.copy_(weights[name])
         history.rows, history.pending = state["rows"], state["pending"]
         print(f"resuming at step {step} from {folder}")
-        return step
+        return Checkpoint(step, _under(OPTIMIZER, tensors), state)
 
-    def keep(
-        self,
-        step: int,
-        model: "torch.nn.Module",
-        optimizers: "Sequence[torch.optim.Optimizer]",
-        history: "History",
-        *,
-        now: bool = False,
-    ) -> None:
+    def keep(self, step: int, updates: "Updates", history: "History", *, now: bool = False) -> None:
         """Write a checkpoint if it is time for one, or `now`, and drop the one before it."""
         if not self.world.told(now or time.monotonic() - self.last >= self.every_seconds):
             return
         from safetensors.torch import save
 
-        tensors = {f"model.{name}": whole(value) for name, value in _trained(model).items()}
-        for number, optimizer in enumerate(optimizers):
-            tensors |= _flatten(optimizer.state_dict(), f"optimizer.{number}.")
+        moments, groups = updates.state()
+        tensors = {MODEL + name: value for name, value in updates.weights().items()}
+        tensors |= {OPTIMIZER + name: value for name, value in moments.items()}
         self.last = time.monotonic()
         if self.world.rank:
             return
@@ -117,7 +115,6 @@ class Store:
         self.filesystem.makedirs(neighbour, exist_ok=True)
         content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         self.filesystem.pipe_file(f"{neighbour}/state.safetensors", content)
-        groups = [_counters(optimizer) for optimizer in optimizers]
         text = json.dumps({"rows": history.rows, "pending": history.pending, "groups": groups})
         self.filesystem.pipe_file(f"{neighbour}/state.json", text.encode())
         if step in map(int, older):  # half a move that was cut short, or the same step once more
@@ -151,36 +148,10 @@ class Store:
         return all(self.filesystem.exists(f"{self.folder}/{folder}/{name}") for name in FILES)
 
 
-def _trained(model: "torch.nn.Module") -> dict[str, "torch.Tensor"]:
+def trained_weights(model: "torch.nn.Module") -> dict[str, "torch.Tensor"]:
     """Return the weights that training changes; the others come from where they came from."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _flatten(state: dict[str, Any], prefix: str) -> dict[str, "torch.Tensor"]:
-    import torch
-
-    # Sorted, because all processes must ask for the pieces of the same tensor, and a loaded state has no order.
-    slots = sorted((index, name) for index, values in state["state"].items() for name in values)
-    return {f"{prefix}{index}.{name}": whole(torch.as_tensor(state["state"][index][name])) for index, name in slots}
-
-
-def _counters(optimizer: "torch.optim.Optimizer") -> list[dict[str, int]]:
-    """Return what an optimizer counts in its groups: some keep the number of steps there and not beside the weights."""
-    return [{"step": group["step"]} if "step" in group else {} for group in optimizer.param_groups]
-
-
-def _unflatten(
-    optimizer: "torch.optim.Optimizer",
-    tensors: dict[str, "torch.Tensor"],
-    prefix: str,
-    counters: "list[dict[str, int]]",
-) -> dict[str, Any]:
-    state = optimizer.state_dict()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    slots: dict[int, dict[str, torch.Tensor]] = {}
-    for path, value in tensors.items():
-        if path.startswith(prefix):
-            index, name = path.removeprefix(prefix).split(".", 1)
-            slots.setdefault(int(index), {})[name] = placed_like(value, parameters[int(index)])
-    groups = [{**group, **count} for group, count in zip(state["param_groups"], counters, strict=True)]
-    return {"state": slots, "param_groups": groups}
+def _under(prefix: str, tensors: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -24,7 +24,8 @@ def worthwhile(numerics: Numerics, flops: float | None) -> bool:
     """Return whether a run of so many model FLOPs (None: unknown) is to be compiled; raise StageError if it cannot."""
     workers = numerics.parallel.processes * (numerics.threads if numerics.device == "cpu" else 1)
     pays = flops is not None and flops / workers >= PAYS[numerics.device]
-    if numerics.compile == "never" or (numerics.compile == "auto" and not pays):
+    piecemeal = numerics.parallel.engine == "zero3"
+    if numerics.compile == "never" or (numerics.compile == "auto" and (piecemeal or not pays)):
         return False
     wanted = os.environ.get("CXX")
     if not any(shutil.which(name) for name in ((wanted,) if wanted else COMPILERS)):

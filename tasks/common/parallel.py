@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tasks.common import tensor_parallel
-from tasks.common.settings import IN_STEP, Numerics
+from tasks.common.settings import IN_STEP, ZERO, Numerics
 from tasks.common.stage import rank
 
 if TYPE_CHECKING:
@@ -67,7 +67,10 @@ class World:
 
         if self.engine == "tensor":
             tensor_parallel.must_divide(model, self.size)
-        plain, mesh = copy.deepcopy(model), init_device_mesh(self.device, (self.size,))
+        plain = copy.deepcopy(model)
+        if self.engine in ZERO:
+            return plain
+        mesh = init_device_mesh(self.device, (self.size,))
         if self.engine == "tensor":
             tensor_parallel.parallelize(model, mesh)
             return plain
@@ -90,8 +93,8 @@ class World:
 
     @property
     def scale(self) -> float:
-        """Return what a loss is multiplied with, because `fully_shard` divides gradients by the number of processes."""
-        return float(self.size) if self.engine == "fsdp" else 1.0
+        """Return what a loss is multiplied with, because sharding engines divide gradients by the processes."""
+        return float(self.size) if self.in_step else 1.0
 
     def sum(self, values: "torch.Tensor") -> "torch.Tensor":
         """Return the sum of the values of all shares of a batch."""

@@ -90,17 +90,28 @@ class Dtypes(Settings):
     encoder: Literal["float32", "bfloat16"] = Field(description="Type of masked models and of what is built on them")
 
 
-IN_STEP = ("fsdp",)
+ZERO = {"zero2": 2, "zero3": 3}  # DeepSpeed's engine: its stage
+ELEMENTWISE = ("sgd", "adam", "adamw", "lion")  # update rules that treat every number of a matrix alone
+IN_STEP = ("fsdp", *ZERO)
 
 
 class Parallel(Settings):
     """How many processes train a model together, and how they share it."""
 
     processes: int = Field(description="Processes; each computes with `threads` threads, or on a GPU of its own", ge=1)
-    engine: Literal["data", "fsdp", "tensor"] = Field(
+    engine: Literal["data", "fsdp", "zero2", "zero3", "tensor"] = Field(
         description="data: the whole model in each; fsdp: weights and the optimizer's state shared out, each process "
-        "reads a part of a batch; tensor: a part of every matrix in each, which all read the same (decoders)"
+        "reads a part of a batch; zero2 and zero3: DeepSpeed's, without and with the weights shared out; tensor: a "
+        "part of every matrix in each, which all read the same (decoders)"
     )
+
+    @field_validator("engine")
+    @classmethod
+    def _installed(cls, engine: str) -> str:
+        """Refuse an engine that would only be missed when training starts."""
+        if engine in ZERO and importlib.util.find_spec("deepspeed") is None:
+            raise ValueError("deepspeed is not installed: `pip install 'bessemer[deepspeed]'` brings it")
+        return engine
 
     @property
     def in_step(self) -> bool:
@@ -267,6 +278,7 @@ def _across(params: dict[str, Any]) -> Iterator[str]:
         if _at(params, path) == value and _at(params, other) != needed:
             yield f"{path}: found {value!r}, which needs {other} to be {needed} (it is {_at(params, other)}): {why}"
     yield from _processes(params)
+    yield from _zero(params)
 
 
 def _limit(params: dict[str, Any], path: str) -> Any:
@@ -304,6 +316,23 @@ def _processes(params: dict[str, Any]) -> Iterator[str]:
             yield (
                 f"{section}.batch: found {batch}, but it should be a multiple of {accumulate * processes}: "
                 f"{section}.accumulate ({accumulate}) x numerics.parallel.processes ({processes}) parts of equal size"
+            )
+
+
+def _zero(params: dict[str, Any]) -> Iterator[str]:
+    """Tell of what DeepSpeed's engines cannot do: they see stretches of weights, and no matrix whole."""
+    engine = _at(params, "numerics.parallel.engine")
+    if engine == "zero3" and _at(params, "numerics.compile") == "always":
+        yield (
+            "numerics.compile: found 'always', but under the engine zero3 each layer waits for its weights, which "
+            "leaves nothing whole to compile: take never or auto, or the engine zero2 or fsdp"
+        )
+    for section in TRAINING if engine in ZERO else ():
+        rule = _at(params, f"{section}.optimizer.name")
+        if rule not in ELEMENTWISE:
+            yield (
+                f"{section}.optimizer.name: found {rule!r}, which works on whole matrices, and the engine {engine} "
+                f"gives each process a stretch of them: take {', '.join(ELEMENTWISE)}, or the engine data or fsdp"
             )
 
 

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 from pydantic import Field
 
-from tasks.common import compiling, optimizers, tracking
+from tasks.common import compiling, tracking
 from tasks.common.checkpoints import Store
 from tasks.common.flops import Work
 from tasks.common.optimizers import Optimizer, rate_at
-from tasks.common.parallel import World, whole
+from tasks.common.parallel import World
 from tasks.common.settings import Settings
 from tasks.common.stage import Job, StageError
+from tasks.common.updates import Updates, begun
 
 if TYPE_CHECKING:
     import torch
@@ -142,11 +143,15 @@ def train(
 
     world, steps = World.join(job.numerics), config.steps
     sums = _sums(model, objective, config, job, work)
-    trained: Model = world.spread(model)
-    updates = optimizers.build(config.optimizer, model)
     history = History(every=max(1, steps // 60))
     store = Store.of(job, world)
-    first = store.resume(model, updates, history)
+    checkpoint = store.resume(model, history)
+    first = checkpoint.step if checkpoint else 0
+    trained: Model = world.spread(model)
+    updates = begun(config.optimizer, model, world)
+    if checkpoint:
+        updates.load(checkpoint)
+    del checkpoint  # as large as the model, twice
     model.train()
     tokens, started = 0, time.perf_counter()
     batches = _drawn_ahead(objective, range(first, steps), config.accumulate, world)
@@ -154,32 +159,24 @@ def train(
     with tracking.opened(job, work=work and work.of_all(world.size), first=first, earlier=history.rows) as tracker:
         for step in bar:
             rate = rate_at(config.optimizer, step, steps)
-            for group in (group for update in updates for group in update.param_groups):
-                group["lr"] = rate
             parts = next(batches)
             torch.manual_seed(_seed(job.seed, step, world.reader))  # of dropout, wherever a model has some
             with _memory_advice(job, config.accumulate):
-                losses = _backward(sums, objective.weights, parts, world)
-            world.add_up(model)
-            norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip))
-            values = torch.stack([*losses.values(), norm]).tolist()
+                losses = _backward(sums, objective.weights, parts, updates, world)
+            values = updates.step(torch.stack([*losses.values()]), rate)
             figures = dict(zip([*losses, "gradient_norm"], values, strict=True))
             if not all(map(math.isfinite, values)):
-                store.keep(step, model, updates, history, now=True)
+                store.keep(step, updates, history, now=True)
                 raise StageError(_not_finite(step, steps, figures, parts, store, rate))
-            for update in updates:
-                update.step()
-                update.zero_grad()
             figures["learning_rate"] = rate
             read = world.readers * sum(part.tokens for part in parts)
             tokens += read
             history.add(step, figures)
             tracker.log(step + 1, figures, read)
-            store.keep(step + 1, model, updates, history)
+            store.keep(step + 1, updates, history)
     history.flush(steps - 1)
     job.measured(tokens_per_second=round(tokens / max(time.perf_counter() - started, 1e-9)), resumed_at_step=first)
-    if trained is not model:
-        trained.load_state_dict({name: whole(value) for name, value in model.state_dict().items()})
+    updates.end(trained)
     world.leave()
     return trained, history
 
@@ -230,9 +227,9 @@ def _pinned(content: Any) -> Any:
 
 
 def _backward(
-    sums_of: Sums, terms: Mapping[str, float], parts: Sequence[Drawn], world: World
+    sums_of: Sums, terms: Mapping[str, float], parts: Sequence[Drawn], updates: Updates, world: World
 ) -> "dict[str, torch.Tensor]":
-    """Work the parts out, leave their gradient in the parameters, and return the loss and, where several, its terms.
+    """Work the parts out, gather their gradient, and return the loss and, where several, its terms.
 
     Each term is divided by the targets of the whole batch, so that parts of unequal size weigh what they hold.
     """
@@ -246,7 +243,7 @@ def _backward(
     for part in parts:
         sums = sums_of(part)
         found = torch.stack([sums[term] for term in names]) / targets
-        (world.scale * (found @ weights)).backward()
+        updates.backward(found @ weights)
         means += found.detach()
     means = world.sum(means)
     several = {f"{term}_loss": mean for term, mean in zip(names, means, strict=True)} if len(names) > 1 else {}
