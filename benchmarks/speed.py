@@ -2,8 +2,9 @@
 
 Run as `make bench-speed` or `python -m benchmarks speed`. Every side has both cores: ours as two processes of one
 thread each, compiled (`numerics: {threads: 1, compile: always, parallel: {processes: 2, engine: data}}`), the others as
-one process of two threads. All have AdamW; the profile's own Muon stands in a row by itself. The ceiling is the median rate of the matrix products of a step, forward and backward, at
-the model's own shapes (`benchmarks/shapes_run.py`), with a process a core at the same time.
+one process of two threads. All have AdamW; the profile's own Muon stands in rows by itself. The ceiling is the median
+rate of the matrix products of a step, forward and backward, at the model's own shapes (`benchmarks/shapes_run.py`),
+with a process a core at the same time.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -87,7 +88,8 @@ def rows(results: dict[str, list[Figures]], before: float, after: float) -> list
     return [
         *found,
         Row("training speed, compiled", mine["tokens_per_second"], "tokens/s", eager, "ours, not compiled"),
-        Row("training speed by Muon", muon["tokens_per_second"], "tokens/s", mine["tokens_per_second"], "ours by AdamW"),
+        Row("training speed by Muon", muon["tokens_per_second"], "tokens/s", mine["tokens_per_second"],
+            "ours by AdamW"),
         Row("held-out loss by Muon", muon["heldout_loss"], "nats/token", mine["heldout_loss"], "ours by AdamW"),
         Row("model FLOP/s", mine["tokens_per_second"] * flops / 1e9, "GFLOP/s", (before + after) / 2, name,
             "ratio >= 0.75"),

@@ -221,6 +221,8 @@ def main() -> None:
     loss = sides[request["side"]](run)
     if loss is None:
         raise SystemExit(f"the held-out tokens do not fill one window of {run.config.window}")
+    several = max(1, len(moments) // run.config.steps)  # optimizers, each of which steps
+    moments = moments[several - 1 :: several]
     skip = min(FIRST_STEPS, len(moments) - 2)
     tokens = (len(moments) - 1 - skip) * run.config.batch * run.config.window
     seconds, busy = (late - early for early, late in zip(moments[skip], moments[-1], strict=True))

@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from tasks.common import chat, models, optimizers, sampling, stage, tables, tracking
+from tasks.common.answering import windows_surprise
 from tasks.common.optimizers import Optimizer, rate_at
 from tasks.common.scoring import Scorer
 from tasks.common.settings import Settings
@@ -306,12 +307,8 @@ class Trainer:
 
     def ptx_loss(self, mixture: Mixture) -> "torch.Tensor":
         """Return the causal loss (nats a token) on this update's windows of pretraining text."""
-        import torch
-
-        ids = torch.from_numpy(mixture.batch(self.updates)).to(self.policy.device)  # (B, T)
-        with models.autocast(self.policy, self.job.numerics):
-            logits = self.policy(input_ids=ids, use_cache=False).logits
-        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        ids = mixture.batch(self.updates)  # (B, T)
+        return windows_surprise(self.policy, ids, self.job.numerics) / ids[:, 1:].size
 
     def steer(self, kl: float) -> None:
         """Move the KL coefficient towards its target (Ziegler et al. 2019, section 2.2): at most a fifth a horizon."""

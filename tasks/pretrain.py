@@ -115,8 +115,7 @@ class Causal:
         ids = drawn.content.to(self.model.device, non_blocking=True)
         with models.autocast(self.model, self.job.numerics):
             logits = self.model(input_ids=ids, use_cache=False).logits  # (B, T, V)
-        total = losses.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), self.config.entropy)
-        return {"causal": total}
+        return {"causal": losses.next_token(logits, ids, self.config.entropy)}
 
 
 class Masked:

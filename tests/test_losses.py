@@ -59,6 +59,21 @@ def test_the_z_loss_is_the_square_of_the_log_partition() -> None:
     )
 
 
+def test_each_token_is_told_by_those_before_it() -> None:
+    """The same sum as of logits cut by their last place, and no gradient there."""
+    import torch
+
+    ids = torch.randint(11, (3, 5))
+    logits = torch.randn(3, 5, 11, requires_grad=True)
+    total = losses.next_token(logits, ids)
+    reference = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="sum")
+    torch.testing.assert_close(total, reference)
+    total.backward()
+    assert logits.grad is not None
+    assert not logits.grad[:, -1].any()
+    assert logits.grad[:, :-1].any(dim=-1).all()
+
+
 def test_squared_error() -> None:
     """The sum of squares of the differences."""
     import torch

@@ -3,12 +3,10 @@
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from pydantic import Field
 
 from tasks.common import losses, models
 from tasks.common.conversations import Named
-from tasks.common.losses import IGNORED
 from tasks.common.packing import Encoded, Rows, packed_rows, padded_rows
 from tasks.common.settings import Numerics, Settings
 from tasks.common.shards import Ids, Mixture, Split, Weights
@@ -63,8 +61,9 @@ class Answers:
         windows = None
         if self.mixture is not None:
             windows = _share_of(self.mixture.batch(step), share)
-            targets["pretraining"] = int((windows[1] != IGNORED).sum())
-            tokens += windows[0].size if targets["pretraining"] else 0
+            ids, asked = windows
+            targets["pretraining"] = ids[:, 1:].size if asked else 0
+            tokens += ids.size if asked else 0
         return Drawn((self._rows(encoded), windows), targets, tokens, [f"conversation {name}" for name, _ in part])
 
     def _rows(self, encoded: Sequence[Encoded]) -> list[Rows]:
@@ -78,20 +77,18 @@ class Answers:
         found = {"task": answers_surprise(self.model, rows, self.job.numerics)}
         if windows is not None:
             ids, asked = windows
-            found["pretraining"] = windows_surprise(self.model, ids, asked, self.job.numerics)
+            found["pretraining"] = windows_surprise(self.model, ids, self.job.numerics) * float(asked)
         return found
 
 
-def _share_of(windows: Ids, share: Share) -> tuple[Ids, Ids]:
-    """Return the ids of a part's windows (B, T) and what is asked of them (B, T - 1).
+def _share_of(windows: Ids, share: Share) -> tuple[Ids, bool]:
+    """Return the ids of a part's windows (B, T) and whether anything is asked of them.
 
     Where there are more parts than windows a part passes one through the model, of which nothing is asked: where
     weights are shared out among processes, the others wait for its pass.
     """
     ids = windows[share.rows]
-    if len(ids):
-        return ids, ids[:, 1:]
-    return windows[:1], np.full_like(windows[:1, 1:], IGNORED)
+    return (ids, True) if len(ids) else (windows[:1], False)
 
 
 def answers_surprise(model: Any, passes: Iterable[Rows], numerics: Numerics) -> "torch.Tensor":
@@ -108,14 +105,14 @@ def answers_surprise(model: Any, passes: Iterable[Rows], numerics: Numerics) -> 
     return total
 
 
-def windows_surprise(model: Any, ids: Ids, asked: Ids, numerics: Numerics) -> "torch.Tensor":
+def windows_surprise(model: Any, ids: Ids, numerics: Numerics) -> "torch.Tensor":
     """Return the summed cross-entropy (nats) of windows (B, T), each token after the first given those before it."""
     import torch
 
-    device = next(model.parameters()).device
+    inputs = torch.from_numpy(ids).to(next(model.parameters()).device)
     with models.autocast(model, numerics):
-        logits = model(input_ids=torch.from_numpy(ids).to(device), use_cache=False).logits  # (B, T, V)
-    return losses.cross_entropy(logits[:, :-1].flatten(0, 1), torch.from_numpy(asked).to(device).flatten())
+        logits = model(input_ids=inputs, use_cache=False).logits  # (B, T, V)
+    return losses.next_token(logits, inputs)
 
 
 def mean_surprise(model: Any, encoded: Sequence[Encoded], fill: int, numerics: Numerics) -> float | None:

@@ -41,6 +41,16 @@ def cross_entropy(logits: "torch.Tensor", targets: "torch.Tensor", entropy: "Ent
     return total
 
 
+def next_token(logits: "torch.Tensor", ids: "torch.Tensor", entropy: "Entropy | None" = None) -> "torch.Tensor":
+    """Return the summed negative log-likelihood of each token of `ids` (B, T) after a row's first, by its forerunners.
+
+    The targets are moved and not the logits (B, T, V) cut: a cut costs as much again as the loss (docs/decisions.md).
+    """
+    targets = ids.roll(-1, dims=-1)
+    targets[:, -1] = IGNORED
+    return cross_entropy(logits.flatten(0, 1), targets.flatten(), entropy)
+
+
 def squared_error(scores: "torch.Tensor", values: "torch.Tensor") -> "torch.Tensor":
     """Return the summed squared error between scores and values, both (N,)."""
     return (scores.float() - values.float()).square().sum()

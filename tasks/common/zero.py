@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Any
 from tasks.common import optimizers
 from tasks.common.checkpoints import Checkpoint
 from tasks.common.optimizers import Optimizer
-from tasks.common.parallel import World
+from tasks.common.parallel import BUCKET, World
 from tasks.common.settings import ZERO
 
 if TYPE_CHECKING:
     import torch
-
-BUCKET = 2**25  # numbers that are sent at once
 
 
 class Zero:
