@@ -1,18 +1,17 @@
 """One fine-tuning in a process of its own: a model of SmolLM2-135M's shape, trained whole or by low-rank updates.
 
-`benchmarks/lora_memory.py` starts it as `python -m benchmarks.tuning_run FILE`. Sides: `make`, which writes the model
-that the others load, with fresh weights, because memory does not depend on what they are; and the methods by name,
-which load it, train it with the stage's objective and loop, merge and save it.
+`benchmarks/lora_memory.py` and `gpu.py` start it as `python -m benchmarks.tuning_run FILE`. Sides: `make`, which writes
+the model that the others load, with fresh weights, because memory does not depend on what they are; and the methods by
+name, which load it, train it with the stage's objective and loop, merge and save it.
 """
 
-import resource
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from tasks.common import methods, models
+from tasks.common import methods, models, tracking
 from tasks.common.answering import Answers, Chat, Mix
 from tasks.common.settings import Checkpoints, Numerics
 from tasks.common.stage import Job, write_json
@@ -23,11 +22,13 @@ SHAPE = {  # HuggingFaceTB/SmolLM2-135M's config.json
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
     "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 8192,
 }  # fmt: skip
+UPDATES: dict[str, Any] = {
+    "rank": 16, "alpha": 32, "dropout": 0.0, "rank_stabilized": False, "targets": "all-linear",
+}  # fmt: skip
 METHODS: dict[str, methods.Method] = {
     "full": methods.Full(name="full"),
-    "lora": methods.Lora(
-        name="lora", rank=16, alpha=32, dropout=0.0, rank_stabilized=False, targets="all-linear", dora=False
-    ),
+    "lora": methods.Lora(name="lora", dora=False, **UPDATES),
+    "qlora": methods.QLora(name="qlora", double_quantization=True, **UPDATES),
 }
 
 
@@ -41,7 +42,7 @@ def make(path: Path) -> None:
 
 
 def tune(request: dict[str, Any]) -> dict[str, Any]:
-    """Train by a method and return peak memory after loading and in all, what was trained, and seconds a step."""
+    """Train by a method and return peak memory, the GPU's where there is one, what was trained, and seconds a step."""
     import numpy as np
 
     numerics, scratch = Numerics.model_validate(request["numerics"]), Path(request["scratch"])
@@ -50,8 +51,10 @@ def tune(request: dict[str, Any]) -> dict[str, Any]:
     job = Job("finetune", None, {}, {}, SEED, numerics, f"benchmark {method.name}", checkpoints)
     models.prepare_torch(numerics, SEED)
     base = partial(models.load_decoder, Path(request["model"]), numerics)
-    model = base()
-    loaded = peak()
+    if isinstance(method, methods.QLora):
+        model = methods.load_four_bit(Path(request["model"]), method, numerics.attention)
+    else:
+        model = base()
     trained = methods.apply(model, method)
     methods.store_as_computed(trained, method, numerics.dtype.decoder)
     count = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
@@ -66,14 +69,8 @@ def tune(request: dict[str, Any]) -> dict[str, Any]:
     seconds = (time.perf_counter() - started) / config.steps
     methods.merge(trained, method, base).save_pretrained(scratch / "model")
     return {
-        "peak_memory_bytes": peak(), "loaded_memory_bytes": loaded, "trained_parameters": count,
-        "seconds_per_step": seconds,
+        "peak_memory_bytes": tracking.peak_memory(), "trained_parameters": count, "seconds_per_step": seconds,
     }  # fmt: skip
-
-
-def peak() -> int:
-    """Return the most memory that this process ever held, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:

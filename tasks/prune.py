@@ -80,10 +80,9 @@ def run(config: Config, job: Job) -> dict[str, Any]:
 
 def refuse_other_layers(policy: "PreTrainedModel") -> None:
     """Raise StageError for a model whose feed-forward layers are not gated as Llama's, of which neurons are cut."""
-    layers = getattr(getattr(policy, "model", None), "layers", None) or [None]
-    if not all(hasattr(getattr(layers[0], "mlp", None), name) for name in ("gate_proj", "up_proj", "down_proj")):
+    if not models.feed_forwards(policy):
         raise StageError(
-            "prune cuts neurons of gated feed-forward layers (gate_proj, up_proj, down_proj), and a "
+            f"prune cuts neurons of gated feed-forward layers ({', '.join(models.GATED)}), and a "
             f"{type(policy).__name__} has none; take a model built as Llama is, or end with `dvc repro ppo`."
         )
 
@@ -146,7 +145,7 @@ def importance(policy: "PreTrainedModel", measure: str, calibration: Sequence[Pa
     """Return, for each layer, the importance of its feed-forward neurons, shape (feed_forward,)."""
     import torch
 
-    layers = [layer.mlp for layer in policy.model.layers]
+    layers = models.feed_forwards(policy)
     if measure == "magnitude":
         weights = [
             (m.gate_proj.weight.norm(dim=1), m.up_proj.weight.norm(dim=1), m.down_proj.weight.norm(dim=0))
@@ -173,7 +172,7 @@ def activations(policy: "PreTrainedModel", calibration: Sequence[Part]) -> list[
     """Return, for each layer, the second moments of its feed-forward neurons, summed over tokens: (F, F) in float64."""
     import torch
 
-    layers = [layer.mlp.down_proj for layer in policy.model.layers]
+    layers = [layer.down_proj for layer in models.feed_forwards(policy)]
     moments = [torch.zeros(layer.in_features, layer.in_features, device=policy.device) for layer in layers]
 
     def watch(moment: "torch.Tensor", states: "torch.Tensor") -> None:
@@ -204,8 +203,8 @@ def hand_over(model: "PreTrainedModel", kept: Sequence["torch.Tensor"], moments:
     """
     import torch
 
-    for layer, stay, moment in zip(model.model.layers, kept, moments, strict=True):
-        read = layer.mlp.down_proj.weight.detach()  # (H, F)
+    for layer, stay, moment in zip(models.feed_forwards(model), kept, moments, strict=True):
+        read = layer.down_proj.weight.detach()  # (H, F)
         ridge = RIDGE * moment.diagonal().mean() * torch.eye(len(stay), dtype=moment.dtype, device=moment.device)
         solved = torch.linalg.solve(moment[stay][:, stay] + ridge, moment[stay] @ read.to(moment).T)  # (keep, H)
         read[:, stay] = solved.T.to(read)
@@ -215,8 +214,7 @@ def cut(model: "PreTrainedModel", kept: Sequence["torch.Tensor"]) -> "PreTrained
     """Remove the neurons that are not kept and return the smaller model."""
     import torch
 
-    for layer, stay in zip(model.model.layers, kept, strict=True):
-        mlp = layer.mlp
+    for mlp, stay in zip(models.feed_forwards(model), kept, strict=True):
         mlp.gate_proj.weight = torch.nn.Parameter(mlp.gate_proj.weight.detach()[stay].clone())
         mlp.up_proj.weight = torch.nn.Parameter(mlp.up_proj.weight.detach()[stay].clone())
         mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight.detach()[:, stay].clone())

@@ -9,13 +9,13 @@ write them into its matrices, without a rest. The paper's fixed factor on the ad
 import copy
 from typing import TYPE_CHECKING, Any
 
+from tasks.common import models
+from tasks.common.models import GATED
 from tasks.common.stage import StageError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
 def add(model: "PreTrainedModel", width: int) -> None:
@@ -25,7 +25,12 @@ def add(model: "PreTrainedModel", width: int) -> None:
     """
     import torch
 
-    layers = feed_forwards(model)
+    layers = models.feed_forwards(model)
+    if not layers:
+        raise StageError(
+            f"finetune.method is adapter, but the feed-forward layers of this {model.config.model_type} model are not "
+            f"gated ones with {', '.join(GATED)}, into which an adapter can be merged. Take {{name: lora, ...}}."
+        )
     narrow = copy.deepcopy(model.config)
     narrow.intermediate_size = width
     model.requires_grad_(False)
@@ -47,11 +52,11 @@ def merge(model: "PreTrainedModel") -> None:
     """Write the adapters' neurons into the feed-forward layers, which grow by them."""
     import torch
 
-    for layer in feed_forwards(model):
+    for layer in models.feed_forwards(model):
         adapter = layer.adapter
         layer.adapter_hook.remove()
         del layer.adapter, layer.adapter_hook
-        for part, axis in zip(PARTS, (0, 0, 1), strict=True):
+        for part, axis in zip(GATED, (0, 0, 1), strict=True):
             ours, more = getattr(layer, part), getattr(adapter, part)
             ours.weight = torch.nn.Parameter(torch.cat([ours.weight, more.weight], axis).detach())  # (out, in)
             if ours.bias is not None:
@@ -60,15 +65,3 @@ def merge(model: "PreTrainedModel") -> None:
             ours.out_features, ours.in_features = ours.weight.shape
         layer.intermediate_size = ours.in_features
     model.config.intermediate_size = ours.in_features
-
-
-def feed_forwards(model: "PreTrainedModel") -> list[Any]:
-    """Return each block's gated feed-forward layer; raise StageError for a model that has another kind."""
-    body: Any = model.base_model
-    layers = [getattr(block, "mlp", None) for block in getattr(body, "layers", ())]
-    if not layers or not all(hasattr(layer, part) for layer in layers for part in PARTS):
-        raise StageError(
-            f"finetune.method is adapter, but the feed-forward layers of this {model.config.model_type} model are not "
-            f"gated ones with {', '.join(PARTS)}, into which an adapter can be merged. Take {{name: lora, ...}}."
-        )
-    return layers

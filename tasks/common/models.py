@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 ENCODER_TYPE = "modernbert"
+GATED = ("gate_proj", "up_proj", "down_proj")  # the matrices of a feed-forward layer as Llama has it
 
 
 class Shape(Settings):
@@ -49,6 +50,8 @@ def prepare_torch(numerics: Numerics, seed: int) -> "torch.device":
     _keep_freed_memory()
     torch.set_num_threads(numerics.threads)
     torch.use_deterministic_algorithms(True, warn_only=numerics.device == "cuda")
+    # A tenth of a step, only to show who reads what nobody has written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(seed)
     if numerics.device == "cuda" and not torch.cuda.is_available():
         raise StageError(
@@ -180,6 +183,13 @@ def quiet(*libraries: str) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def feed_forwards(model: "PreTrainedModel") -> list[Any]:
+    """Return each block's feed-forward layer, gated as Llama's are; none of a model that has another kind."""
+    body: Any = model.base_model
+    layers = [getattr(block, "mlp", None) for block in getattr(body, "layers", ())]
+    return layers if all(hasattr(layer, part) for layer in layers for part in GATED) else []
 
 
 def load_decoder(path: Path, numerics: Numerics) -> "PreTrainedModel":

@@ -52,12 +52,10 @@ def open_decoder(
     if wrong:
         raise StageError(f"pretrain.clm.model.path: {source.path} cannot be trained on. " + " ".join(wrong))
     model = models.load_decoder(path, numerics)
-
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.config, name, getattr(tokenizer, name))
-    model.generation_config = GenerationConfig.from_model_config(
-        model.config
-    )  # no ways to draw that were not asked for
+    # Its own may hold ways to draw replies that nobody asked for here.
+    model.generation_config = GenerationConfig.from_model_config(model.config)
     return model
 
 

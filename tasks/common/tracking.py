@@ -8,7 +8,6 @@ is used only where the user's environment says so (WANDB_MODE, MLFLOW_TRACKING_U
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tasks.common import identity
+from tasks.common import identity, stage
 from tasks.common.flops import Work
 from tasks.common.settings import Service
 from tasks.common.stage import Job, rank
@@ -153,4 +152,4 @@ def peak_memory() -> int:
 
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return stage.peak_memory()

@@ -1,0 +1,106 @@
+"""What training does on one GPU: model FLOPs utilisation, against a plain compiled loop, and memory of tuning methods.
+
+Run as `make bench-gpu` or `python -m benchmarks gpu`; it takes no data and no network. With `BESSEMER_BENCH_DATA` set
+the fine-tuning of `benchmarks/medquad.py` is measured on the GPU as well. `--trial` without a GPU tries the script
+itself on the CPU, with toy shapes. The ceiling is the rate of a bfloat16 product of squares of 8,192.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness, lora_memory, medquad
+from benchmarks.harness import BenchmarkError, Figures, Measured, Row
+from tasks.common.settings import read_params
+
+PROFILE = harness.ROOT / "profiles" / "default.yaml"
+WINDOW = 1024
+SHAPES: dict[str, dict[str, int]] = {  # GPT-2's widths and depths with Llama's layers: 124 M and 354 M parameters
+    "125 M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "350 M": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16},
+}
+TOY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+REST = {"vocab_size": 50304, "tie_word_embeddings": True, "max_position_embeddings": WINDOW}
+BATCH = 32  # windows a step
+METHODS = ("qlora", "lora", "full")
+PLAIN = "a plain compiled loop"
+
+
+def check() -> None:
+    """Ask for nothing: whether there is a GPU is asked when it is known whether this is a trial."""
+
+
+def threads() -> int:
+    """Return the threads that a stage computes with."""
+    return int(read_params(PROFILE)["numerics"]["threads"])
+
+
+def has_gpu() -> bool:
+    """Return whether torch sees a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def measure(*, trial: bool) -> Measured:
+    """Train either shape on both sides in turn, then tune by each method."""
+    gpu = has_gpu()
+    if not gpu and not trial:
+        raise BenchmarkError("torch sees no GPU here: go to a machine with one, or try the script with --trial.")
+    device = "cuda" if gpu else "cpu"
+    measured = Measured(notes=[f"{BATCH if gpu else 2} windows of {WINDOW if gpu else 64} tokens a step, AdamW."])
+    for name, shape in (SHAPES if gpu else {"toy": TOY}).items():
+        sides = {side: partial(train, side, shape, device, 60 if gpu else 12) for side in ("ours", "plain")}
+        results = harness.alternate(sides, 1 if trial else 3)
+        measured.rows += speed_rows(name, results)
+        measured.notes.append(f"{name}: {harness.spread(results, 'tokens_per_second')}")
+    if gpu:
+        measured.rows += memory_rows()
+        if medquad.FOLDER is not None:
+            tuned = medquad.measure(trial=trial)
+            measured.rows += tuned.rows
+            measured.notes += tuned.notes
+    return measured
+
+
+def train(side: str, shape: dict[str, int], device: str, steps: int) -> Figures:
+    """Do one run of `benchmarks/gpu_run.py`."""
+    params = read_params(PROFILE)
+    rule = params["finetune"]["optimizer"] | {"learning_rate": 3e-4}
+    toy = device == "cpu"
+    with tempfile.TemporaryDirectory(prefix="bessemer-bench-") as scratch:
+        return harness.in_process("benchmarks.gpu_run", {
+            "side": side, "shape": {**REST, **shape, **({"vocab_size": 512} if toy else {})}, "scratch": scratch,
+            "window": 64 if toy else WINDOW, "batch": 2 if toy else BATCH,
+            "config": {"steps": steps, "accumulate": 1, "optimizer": rule},
+            "numerics": {**params["numerics"], "device": device, "attention": "sdpa", "compile": "always"},
+        })  # fmt: skip
+
+
+def speed_rows(name: str, results: dict[str, list[Figures]]) -> Iterator[Row]:
+    """Yield a shape's rows: speed and memory beside the plain loop's, and the share of the ceiling."""
+    mine, other = (
+        {figure: harness.median(results[side], figure) for figure in results[side][0]} for side in ("ours", "plain")
+    )
+    yield Row(f"training speed, {name}", mine["tokens_per_second"], "tokens/s", other["tokens_per_second"], PLAIN)
+    yield Row(f"peak memory, {name}", mine["memory_bytes"], "bytes", other["memory_bytes"], PLAIN)
+    yield Row(f"the ceiling, {name}", mine["ceiling"] / 1e12, "TFLOP/s")
+    share = mine["flops_per_second"] / mine["ceiling"]
+    yield Row(f"model FLOPs utilisation, {name}", share, "of the ceiling", target=">= 0.45")
+
+
+def memory_rows() -> Iterator[Row]:
+    """Yield the memory of low-rank updates, on a base in bfloat16 and in four bits, beside that of all weights."""
+    with tempfile.TemporaryDirectory(prefix="bessemer-bench-") as scratch:
+        model = Path(scratch, "model")
+        harness.in_process("benchmarks.tuning_run", {"side": "make", "model": str(model)})
+        numerics: dict[str, Any] = {"device": "cuda", "attention": "sdpa"}
+        found = {side: lora_memory.run(side, 5, model, Path(scratch, side), **numerics) for side in METHODS}
+    full = found["full"]
+    for side in METHODS[:-1]:
+        memory = found[side]["peak_memory_bytes"]
+        target = "ratio <= 0.5"
+        yield Row(f"peak memory, {side}", memory, "bytes", full["peak_memory_bytes"], lora_memory.FULL, target)
+        yield Row(f"a step, {side}", found[side]["seconds_per_step"], "s", full["seconds_per_step"], lora_memory.FULL)

@@ -1,0 +1,69 @@
+"""Ask a base and a tuned model the held-out questions of a scratch project, greedily, in a process of its own.
+
+`benchmarks/medquad.py` starts it in that project as `python -m benchmarks.medquad_run FILE`.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tasks.common import chat, models, sampling, tables
+from tasks.common.settings import Numerics
+from tasks.common.stage import write_json
+
+SEED = 1
+LONGEST = 160  # tokens of a reply
+MARK = " Source: "
+MODELS = {"base": Path("data/pretrain/clm/model"), "tuned": Path("data/finetune/model")}
+
+
+def ask(model: Path, questions: list[dict[str, Any]], numerics: Numerics) -> list[tuple[str, bool]]:
+    """Return a model's reply to each question, and whether it came to an end."""
+    tokenizer = chat.load_tokenizer(model)
+    prompts = [chat.encode_prompt(tokenizer, row["messages"][:-1]) for row in questions]
+    ids = sampling.replies(
+        models.load_decoder(model, numerics), tokenizer, prompts, max_new_tokens=LONGEST, temperature=0.0, seed=SEED,
+        numerics=numerics,
+    )  # fmt: skip
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return [(text.strip(), bool(reply) and reply[-1] == tokenizer.eos_token_id)
+            for text, reply in zip(texts, ids, strict=True)]  # fmt: skip
+
+
+def judge(replies: list[tuple[str, bool]], answers: list[str]) -> dict[str, float]:
+    """Return mean overlap with the answers' words, and the shares that name a site, the right one, and end."""
+    from transformers.data.metrics.squad_metrics import compute_f1
+
+    sites = [text.partition(MARK)[2].strip() for text, _ in replies]
+    right = [site == answer.partition(MARK)[2].strip() for site, answer in zip(sites, answers, strict=True)]
+    overlaps = [
+        compute_f1(answer.partition(MARK)[0], text.partition(MARK)[0])
+        for (text, _), answer in zip(replies, answers, strict=True)
+    ]
+    count = len(answers)
+    return {
+        "overlap": sum(overlaps) / count, "named": sum(map(bool, sites)) / count, "right": sum(right) / count,
+        "ended": sum(ended for _, ended in replies) / count,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Ask both models and write what came of it."""
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    numerics = Numerics.model_validate(request["numerics"])
+    models.prepare_torch(numerics, SEED)
+    rows = tables.read(Path("data/validate/instructions"), "heldout").to_pylist()
+    questions = sorted(rows, key=lambda row: str(row["id"]))[: request["asked"]]
+    answers = [row["messages"][-1]["content"] for row in questions]
+    found: dict[str, Any] = {}
+    example = [f"Asked: {questions[0]['messages'][-2]['content']}", f"Told by the site: {answers[0]}"]
+    for name, path in MODELS.items():
+        replies = ask(path, questions, numerics)
+        found[name] = judge(replies, answers)
+        example.append(f"The {name} model: {replies[0][0]}")
+    write_json(Path("asked.json"), {**found, "example": example})
+
+
+if __name__ == "__main__":
+    main()
