@@ -16,12 +16,12 @@ import numpy as np
 from pydantic import Field
 
 from tasks.common import chat, models, optimizers, sampling, stage, tables, tracking
-from tasks.common.answering import windows_surprise
 from tasks.common.optimizers import Optimizer, rate_at
 from tasks.common.scoring import Scorer
 from tasks.common.settings import Settings
 from tasks.common.shards import Mixture, Split, Weights
 from tasks.common.stage import Job, StageError
+from tasks.common.surprise import windows_surprise
 from tasks.common.training import History
 
 if TYPE_CHECKING:

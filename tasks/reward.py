@@ -23,7 +23,7 @@ from tasks.common.lexicon import Lexicon
 from tasks.common.scoring import Scorer, encode, score_rows
 from tasks.common.settings import Settings
 from tasks.common.stage import Job, StageError
-from tasks.common.training import Drawn, Share, Training, batch_at, summary, train
+from tasks.common.training import NAMED, Drawn, Share, Training, batch_at, summary, train
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +86,7 @@ class Ranking:
     ratings: list[float] | None
     pairs: list[tuple[int, int, float]]  # better, worse, gap in rating points (NaN where people only ranked)
     order: list[list[int]]  # the responses, best first; those in one group are tied
+    cut: int  # how many responses are longer than what the model reads of them
 
 
 def run(config: Config, job: Job) -> dict[str, Any]:
@@ -121,7 +122,14 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     scorer = Scorer(model, tokenizer, lexicon, scale, config.max_tokens, job.numerics)
     scorer.save(job.outputs["model"])
     history.write(job.outputs["history"])
-    return {"rankings": len(train_set), **summary(history), **judge(scorer, train_set, heldout)}
+    cut = [ranking for ranking in (*train_set, *heldout) if ranking.cut]
+    return {
+        "rankings": len(train_set),
+        "cut_responses": sum(ranking.cut for ranking in cut),
+        "cut_in": [ranking.id for ranking in cut[:NAMED]],
+        **summary(history),
+        **judge(scorer, train_set, heldout),
+    }
 
 
 class Judgements:
@@ -201,8 +209,9 @@ def read_ranking(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerFast", l
         for i in range(len(places)) for j in range(len(places)) if places[i] < places[j]
     ]  # fmt: skip
     order = [[i for i, other in enumerate(places) if other == place] for place in sorted(set(places))]
-    ids = [encode(tokenizer, text, longest) for text in row["responses"]]
-    return Ranking(row["id"], row["responses"], ids, ratings, pairs, order)
+    ids = [encode(tokenizer, text, longest + 1) for text in row["responses"]]
+    cut = sum(len(found) > longest for found in ids)
+    return Ranking(row["id"], row["responses"], [found[:longest] for found in ids], ratings, pairs, order, cut)
 
 
 def fit_lexicon(rankings: Sequence[Ranking], *, words: bool = True, bigrams: bool = False) -> Lexicon:

@@ -38,7 +38,7 @@ def read(rows: list[dict[str, Any]], chain: Chain) -> list[Ranking]:
 
 def group(texts: str, ratings: list[float] | None, **changes: Any) -> Ranking:
     """Return a ranking of replies of one letter each, of which the order does not matter."""
-    made = Ranking("r", list(texts), [[1]] * len(texts), ratings, [], [list(range(len(texts)))])
+    made = Ranking("r", list(texts), [[1]] * len(texts), ratings, [], [list(range(len(texts)))], cut=0)
     return replace(made, **changes)
 
 
@@ -280,6 +280,14 @@ def test_no_score_leaves_the_raters_scale(chain: Chain) -> None:
 
 
 # The stage
+
+
+def test_a_response_longer_than_what_is_read_is_counted(chain: Chain) -> None:
+    row = ranking(ratings=[1.0, 2.0, 3.0]) | {"responses": ["Yes.", "word " * 40, "word " * 50]}
+    (found,) = read([row], chain)
+    assert found.cut == 2
+    assert [len(ids) for ids in found.ids][1:] == [32, 32]
+    assert len(found.ids[0]) < 32
 
 
 @pytest.mark.parametrize(

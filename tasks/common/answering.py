@@ -11,6 +11,7 @@ from tasks.common.packing import Encoded, Rows, packed_rows, padded_rows
 from tasks.common.settings import Numerics, Settings
 from tasks.common.shards import Ids, Mixture, Split, Weights
 from tasks.common.stage import Job
+from tasks.common.surprise import windows_surprise
 from tasks.common.training import Drawn, Share, batch_at
 
 if TYPE_CHECKING:
@@ -103,16 +104,6 @@ def answers_surprise(model: Any, passes: Iterable[Rows], numerics: Numerics) -> 
             logits = model(**rows.inputs, use_cache=False).logits  # (B, T, V)
         total = total + losses.cross_entropy(logits[:, :-1][wanted], rows.inputs["input_ids"][:, 1:][wanted])
     return total
-
-
-def windows_surprise(model: Any, ids: Ids, numerics: Numerics) -> "torch.Tensor":
-    """Return the summed cross-entropy (nats) of windows (B, T), each token after the first given those before it."""
-    import torch
-
-    inputs = torch.from_numpy(ids).to(next(model.parameters()).device)
-    with models.autocast(model, numerics):
-        logits = model(input_ids=inputs, use_cache=False).logits  # (B, T, V)
-    return losses.next_token(logits, inputs)
 
 
 def mean_surprise(model: Any, encoded: Sequence[Encoded], fill: int, numerics: Numerics) -> float | None:

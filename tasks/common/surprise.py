@@ -1,4 +1,4 @@
-"""How surprised a causal model is by held-out text, in bits a byte of it, which models of any tokenizer share.
+"""How surprised a causal model is by text: as a loss, and of held-out text in bits a byte, which all tokenizers share.
 
 Perplexity is of tokens, and another tokenizer has other tokens. The surprise of a text, summed over whatever tokens it
 is cut into, is that of the text itself: divided by ln 2 and by its bytes in UTF-8 (Gao et al. 2020, "The Pile",
@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from tasks.common import losses, models
+from tasks.common.settings import Numerics
 from tasks.common.shards import Split
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 Rows = npt.NDArray[np.integer]  # (N, T) token ids
@@ -65,3 +68,13 @@ def model_nats(model: "PreTrainedModel", rows: Rows) -> list[float]:
             ids = torch.from_numpy(rows[start : start + together].astype(np.int64)).to(model.device)
             sums += row_nats(model(input_ids=ids).logits, ids)
     return sums
+
+
+def windows_surprise(model: Any, ids: Rows, numerics: Numerics) -> "torch.Tensor":
+    """Return the summed cross-entropy (nats) of windows (B, T), each token after the first given those before it."""
+    import torch
+
+    inputs = torch.from_numpy(ids).to(next(model.parameters()).device)
+    with models.autocast(model, numerics):
+        logits = model(input_ids=inputs, use_cache=False).logits  # (B, T, V)
+    return losses.next_token(logits, inputs)

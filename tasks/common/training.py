@@ -34,7 +34,7 @@ Item = TypeVar("Item")
 Model = TypeVar("Model", bound="torch.nn.Module")
 
 AHEAD = 2  # steps whose batches are drawn, by a thread of its own, while one is worked out
-NAMED = 12  # items of a batch that a message names
+NAMED = 12  # items of a batch, or of what was cut, that are named
 
 
 @dataclass(frozen=True)
