@@ -47,6 +47,7 @@ def prepare_torch(numerics: Numerics, seed: int) -> "torch.device":
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA's matrix products need to be deterministic
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DS_ACCELERATOR", numerics.device)  # DeepSpeed would guess, and say so
     _keep_freed_memory()
     torch.set_num_threads(numerics.threads)
     torch.use_deterministic_algorithms(True, warn_only=numerics.device == "cuda")

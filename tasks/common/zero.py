@@ -7,7 +7,6 @@ group end to end and gives each process a stretch, so an update rule must treat 
 
 import logging
 import math
-import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +103,6 @@ class Zero:
 
 def _engine(model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", clip: float, world: World) -> Any:
     """Return DeepSpeed's engine. What its `forward` would do is done here: objectives call the model's own."""
-    os.environ.setdefault("DS_ACCELERATOR", world.device)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # its own use of them
     import deepspeed
 
