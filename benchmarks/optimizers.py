@@ -5,6 +5,7 @@ in the same order whoever trains it. The batch is small, so that LAMB (and AdamW
 large a one and still take steps; the rates tried are in the notes, so that a best one at the edge can be seen.
 """
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +20,13 @@ __all__ = ["check"]
 BATCH, SIDE_BY_SIDE = 8, 2
 ADAM: dict[str, Any] = {"betas": [0.9, 0.98], "epsilon": 1e-9}
 RULES: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {  # what each is told beside the rest, and rates to try
-    "sgd": ({"momentum": 0.9, "nesterov": True}, (0.1, 0.3, 1.0)),
+    "sgd": ({"momentum": 0.9, "nesterov": True}, (0.03, 0.1, 0.3)),
     "adam": (ADAM, (1e-3, 3e-3, 1e-2)),
     "adamw": (ADAM, (1e-3, 3e-3, 1e-2)),
     "lamb": (ADAM, (3e-3, 1e-2, 3e-2)),
     "muon": ({**ADAM, "momentum": 0.95}, (1e-3, 3e-3, 1e-2)),
     "lion": ({"betas": [0.9, 0.99]}, (1e-4, 3e-4, 1e-3)),
-    "adafactor": ({"threshold": 1.0}, (3e-3, 1e-2, 3e-2)),
+    "adafactor": ({"threshold": 1.0}, (1e-2, 3e-2, 1e-1)),
 }
 LARGE = {"lamb": (8, 32), "adamw": (8, 32)}
 BASELINE = "adamw"
@@ -54,13 +55,18 @@ def measure(*, trial: bool) -> Measured:
     """Train with every optimizer at every rate, two at a time: nothing here is timed."""
     steps = 64 if trial else 640
     trials = [Trial(name, times, rate) for name, (_, rates) in RULES.items() for times in (1, *LARGE.get(name, ()))
-              for rate in rates]  # fmt: skip
+              for rate in scaled(name, rates, times)]  # fmt: skip
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         found = list(pool.map(lambda item: run(item, steps // item.times), trials))
     results: dict[str, list[tuple[float, Figures]]] = {}
     for item, figures in zip(trials, found, strict=True):
         results.setdefault(item.side, []).append((item.rate, figures))
     return Measured(rows(results), notes(results, steps))
+
+
+def scaled(name: str, rates: tuple[float, ...], times: int) -> list[float]:
+    """Return the rates to try at so many times the batch; LAMB's grow with its root (You et al. 2020)."""
+    return [rate * math.sqrt(times) if name == "lamb" else rate for rate in rates]
 
 
 def run(trial: Trial, steps: int) -> Figures:
@@ -76,7 +82,7 @@ def run(trial: Trial, steps: int) -> Figures:
         if "no longer a finite number" not in str(error):
             raise
         figures = {"heldout_loss": float("inf"), "steps": steps}
-    print(f"    {trial.side}, rate {trial.rate:g}: {figures['heldout_loss']:.3f}", flush=True)
+    print(f"    {trial.side}, rate {trial.rate:.2g}: {figures['heldout_loss']:.3f}", flush=True)
     return figures
 
 
@@ -92,7 +98,7 @@ def notes(results: dict[str, list[tuple[float, Figures]]], steps: int) -> list[s
     config = read_params(PROFILE)["pretrain"]["clm"]
     tried = (
         f"{side} ({runs[0][1]['steps']} steps): "
-        + ", ".join(f"{figures['heldout_loss']:.3f} at {rate:g}" for rate, figures in runs)
+        + ", ".join(f"{figures['heldout_loss']:.3f} at {rate:.2g}" for rate, figures in runs)
         for side, runs in results.items()
     )
     return [
