@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 
 from tests.test_resume import clone, finished, start, steps
-from tests.training_fixtures import LORA, Chain, chain
+from tests.training_fixtures import LORA, RULE, RULES, Chain, chain
 
 __all__ = ["chain"]
 
@@ -66,13 +66,16 @@ def test_two_processes_learn_as_one(
     assert json.loads(log.read_text())["stage"] == "@".join(stage.split())
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "zero2", "zero3"])
-def test_two_processes_are_resumed(engine: str, chain: Chain, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("engine", "changes"),
+    [("fsdp", {}), ("zero2", {"optimizer": {"name": "lion", **RULE, **RULES["lion"]}}), ("zero3", {})],
+)
+def test_two_processes_are_resumed(engine: str, changes: dict[str, Any], chain: Chain, tmp_path: Path) -> None:
     """Shared out, they learn as one does; killed and begun again, they end with the bytes of two that were not."""
     stage, store, none = "pretrain clm", tmp_path / "store", tmp_path / "none"
-    one = clone(tmp_path / "one", chain, stage, {}, none, 1e9, dtype="float32")
+    one = clone(tmp_path / "one", chain, stage, changes, none, 1e9, dtype="float32")
     whole, again = (
-        clone(tmp_path / name, chain, stage, {}, *kept, dtype="float32", processes=2, engine=engine)
+        clone(tmp_path / name, chain, stage, changes, *kept, dtype="float32", processes=2, engine=engine)
         for name, kept in {"whole": (none, 1e9), "again": (store, 1e-9)}.items()
     )
     finished(one, stage)

@@ -178,6 +178,11 @@ def groups(config: _Rule, model: "torch.nn.Module", parameters: "list[torch.nn.P
     return [group for group in found if group["params"]]
 
 
+def counters(optimizer: "torch.optim.Optimizer") -> list[dict[str, int]]:
+    """Return what an optimizer counts in its groups: some keep the number of steps there and not beside the weights."""
+    return [{"step": group["step"]} if "step" in group else {} for group in optimizer.param_groups]
+
+
 def _adam(config: _Rule, made: list[dict[str, Any]]) -> "torch.optim.Optimizer":
     import torch
 

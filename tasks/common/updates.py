@@ -92,7 +92,7 @@ class Torch:
         tensors: dict[str, torch.Tensor] = {}
         for number, optimizer in enumerate(self.optimizers):
             tensors |= _flatten(optimizer.state_dict(), f"{number}.")
-        return tensors, [_counters(optimizer) for optimizer in self.optimizers]
+        return tensors, [optimizers.counters(optimizer) for optimizer in self.optimizers]
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Place the tensors as the parameters that they belong to are."""
@@ -111,11 +111,6 @@ def _flatten(state: dict[str, Any], prefix: str) -> dict[str, "torch.Tensor"]:
     # Sorted, because all processes must ask for the pieces of the same tensor, and a loaded state has no order.
     slots = sorted((index, name) for index, values in state["state"].items() for name in values)
     return {f"{prefix}{index}.{name}": whole(torch.as_tensor(state["state"][index][name])) for index, name in slots}
-
-
-def _counters(optimizer: "torch.optim.Optimizer") -> list[dict[str, int]]:
-    """Return what an optimizer counts in its groups: some keep the number of steps there and not beside the weights."""
-    return [{"step": group["step"]} if "step" in group else {} for group in optimizer.param_groups]
 
 
 def _unflatten(

@@ -53,19 +53,18 @@ class Zero:
         for number, stretch in enumerate(self._stretches()):
             for name, value in sorted(self._memory()[stretch].items()):
                 tensors[f"{number}.{name}"] = self._end_to_end(value) if value.ndim else value
-        return tensors, []
+        return tensors, optimizers.counters(self.engine.optimizer)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Take this process's part of every stretch."""
-        import torch
-
         stretches = self._stretches()
         for path, value in checkpoint.moments.items():
             number, name = path.split(".", 1)
             stretch = stretches[int(number)]
             mine = value.chunk(self.world.size)[self.world.rank] if value.ndim else value
-            place = stretch.device if value.ndim else torch.device("cpu")
-            self._memory()[stretch][name] = mine.clone().to(place)
+            self._memory()[stretch][name] = mine.clone().to(stretch.device)
+        for group, count in zip(self.engine.optimizer.param_groups, checkpoint.state["groups"], strict=True):
+            group.update(count)
 
     def end(self, trained: "torch.nn.Module") -> None:
         """Gather all weights into the plain model, one after the other."""
