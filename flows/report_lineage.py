@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
+from math import ceil
 
 from markupsafe import Markup
 
@@ -51,10 +52,10 @@ def draw(boxes: Sequence[Box]) -> Markup:
     layers = layout({box.name: box.needs for box in boxes})
     spots = {spot.name: spot for layer in layers for spot in layer if spot.name}
     edges = [_edge(spot, target) for spot in spots.values() for target in spot.after]
-    bottom = max(spot.y + spot.height / 2 for layer in layers for spot in layer) + 1
+    bottom = ceil(max(spot.y + spot.height / 2 for layer in layers for spot in layer) + 1)
     right = len(layers) * (WIDTH + GAP_X) - GAP_X + 2
     drawn = [_box(box, spots[box.name]) for box in boxes]
-    head = f'<svg class="lineage" viewBox="0 0 {right:.0f} {bottom:.0f}" role="img" aria-label="Lineage of the stages">'
+    head = f'<svg class="lineage" viewBox="0 0 {right:.0f} {bottom}" role="img" aria-label="Lineage of the stages">'
     return Markup(f'{head}<path class="edge" d="{"".join(edges)}"/>{"".join(drawn)}</svg>')
 
 
