@@ -4,7 +4,9 @@
 """
 
 import json
+import string
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from tasks.common.stage import write_json
 SEED = 1
 LONGEST = 160  # tokens of a reply
 MARK = " Source: "
+ARTICLES = ("a", "an", "the")
 MODELS = {"base": Path("data/pretrain/clm/model"), "tuned": Path("data/finetune/model")}
 
 
@@ -31,14 +34,23 @@ def ask(model: Path, questions: list[dict[str, Any]], numerics: Numerics) -> lis
             for text, reply in zip(texts, ids, strict=True)]  # fmt: skip
 
 
+def overlap(reply: str, answer: str) -> float:
+    """Return SQuAD's F1 of a reply: over words in lower case, without punctuation and articles."""
+
+    def words(text: str) -> Counter[str]:
+        plain = text.lower().translate(str.maketrans("", "", string.punctuation))
+        return Counter(word for word in plain.split() if word not in ARTICLES)
+
+    ours, theirs = words(reply), words(answer)
+    return 2 * (ours & theirs).total() / max(1, ours.total() + theirs.total())
+
+
 def judge(replies: list[tuple[str, bool]], answers: list[str]) -> dict[str, float]:
     """Return mean overlap with the answers' words, and the shares that name a site, the right one, and end."""
-    from transformers.data.metrics.squad_metrics import compute_f1
-
     sites = [text.partition(MARK)[2].strip() for text, _ in replies]
     right = [site == answer.partition(MARK)[2].strip() for site, answer in zip(sites, answers, strict=True)]
     overlaps = [
-        compute_f1(answer.partition(MARK)[0], text.partition(MARK)[0])
+        overlap(text.partition(MARK)[0], answer.partition(MARK)[0])
         for (text, _), answer in zip(replies, answers, strict=True)
     ]
     count = len(answers)

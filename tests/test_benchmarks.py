@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import curation_run, endpoint, harness, machine, pipeline
+from benchmarks import curation_run, endpoint, harness, machine, medquad, medquad_run, pipeline
 from benchmarks.harness import BenchmarkError, Measured, Row
 from tasks.common.near_duplicates import NearDuplicates
 
@@ -23,7 +23,7 @@ AROUND = {"commit": "0" * 40, "hardware": {"cpu": "none", "cores": 2}, "versions
 def test_committed_results_are_complete(path: Path) -> None:
     result = json.loads(path.read_text(encoding="utf-8"))
     assert harness.problems(result) == []
-    assert result["name"] in command.NAMES
+    assert result["name"] in (*command.NAMES, *command.ELSEWHERE)
     assert path.stem.partition("-")[0] == result["name"]
     assert "-dirty" not in result["commit"], "a record names a commit that holds all of its code"
 
@@ -238,3 +238,18 @@ def test_copies_are_planted_of_each_kind_and_precision_is_counted() -> None:
     assert curation_run.precision(everything, range(60, 66), settings) == 1
     assert curation_run.precision(["a b c d e f", "g h i j k l"], [1], settings) == 0
     assert curation_run.ours(everything, settings).tolist() == [False] * 60 + [True] * 6
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "expected"),
+    [("A rare, severe disease.", "the rare disease", 0.8), ("", "something", 0.0), ("X-linked", "xlinked", 1.0)],
+)
+def test_overlap_is_squads(reply: str, answer: str, expected: float) -> None:
+    assert medquad_run.overlap(reply, answer) == pytest.approx(expected)
+
+
+def test_an_answers_opening_ends_with_a_sentence() -> None:
+    assert medquad.opening("Key Points\n - It is  rare. It is mild.") == "It is rare. It is mild."
+    long = "It is rare. " + "word " * 100
+    assert medquad.opening(long) == "It is rare."
+    assert medquad.opening("word " * 100) is None
