@@ -85,10 +85,10 @@ def test_the_endpoint_answers_with_curl_and_with_openai(chain: Project, tmp_path
         names = httpx.post(f"{url}/fill-mask", json={"input": "The capital of [MASK] is Paris."}, timeout=60)
         assert names.status_code == 200
         assert httpx.get(f"{url}/provenance", timeout=60).json()["model"] == provenance(chain)["model"]
-        client = OpenAI(base_url=f"{url}/v1", api_key="none")
-        reply = client.chat.completions.create(
-            model="bessemer", messages=[{"role": "user", "content": "What is the capital of France?"}]
-        )
+        with OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+            reply = client.chat.completions.create(
+                model="bessemer", messages=[{"role": "user", "content": "What is the capital of France?"}]
+            )
         assert reply.choices[0].message.content == answer.json()["output"]
 
 
