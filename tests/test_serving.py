@@ -40,8 +40,10 @@ def client(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.fixture(scope="module")
-def ai(client: httpx.Client) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{client.base_url}/v1/".replace("//v1", "/v1"), api_key="none", max_retries=0)
+def ai(client: httpx.Client) -> Iterator[openai.OpenAI]:
+    base = f"{client.base_url}/v1/".replace("//v1", "/v1")
+    with openai.OpenAI(base_url=base, api_key="none", max_retries=0) as asking:
+        yield asking
 
 
 def test_generate(client: httpx.Client) -> None:
