@@ -5,77 +5,84 @@ the fine-tuning of `benchmarks/medquad.py` is measured on the GPU as well. `--tr
 itself on the CPU, with toy shapes. The ceiling is the rate of a bfloat16 product of squares of 8,192.
 """
 
+import os
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness, lora_memory, medquad
+from benchmarks import harness, lora_memory, machine, medquad
 from benchmarks.harness import BenchmarkError, Figures, Measured, Row
+from benchmarks.pretrain import PROFILE, by_adamw, threads
 from tasks.common.settings import read_params
 
-PROFILE = harness.ROOT / "profiles" / "default.yaml"
-WINDOW = 1024
-SHAPES: dict[str, dict[str, int]] = {  # GPT-2's widths and depths with Llama's layers: 124 M and 354 M parameters
-    "125 M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
-    "350 M": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16},
-}
-TOY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-REST = {"vocab_size": 50304, "tie_word_embeddings": True, "max_position_embeddings": WINDOW}
-BATCH = 32  # windows a step
+__all__ = ["threads"]
+
 METHODS = ("qlora", "lora", "full")
 PLAIN = "a plain compiled loop"
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is trained: shapes by name, and the steps that each is trained for."""
+
+    shapes: dict[str, dict[str, int]]
+    vocabulary: int
+    window: int
+    batch: int  # windows a step
+    steps: int
+
+
+FULL = Size(  # GPT-2's widths and depths with Llama's layers: 124 M and 354 M parameters
+    {
+        "125 M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
+        "350 M": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16},
+    },
+    vocabulary=50304, window=1024, batch=32, steps=60,
+)  # fmt: skip
+TOY = Size(
+    {"toy": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}},
+    vocabulary=512, window=64, batch=2, steps=12,
+)  # fmt: skip
 
 
 def check() -> None:
     """Ask for nothing: whether there is a GPU is asked when it is known whether this is a trial."""
 
 
-def threads() -> int:
-    """Return the threads that a stage computes with."""
-    return int(read_params(PROFILE)["numerics"]["threads"])
-
-
-def has_gpu() -> bool:
-    """Return whether torch sees a GPU."""
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def measure(*, trial: bool) -> Measured:
     """Train either shape on both sides in turn, then tune by each method."""
-    gpu = has_gpu()
+    gpu = machine.has_gpu()
     if not gpu and not trial:
         raise BenchmarkError("torch sees no GPU here: go to a machine with one, or try the script with --trial.")
-    device = "cuda" if gpu else "cpu"
-    measured = Measured(notes=[f"{BATCH if gpu else 2} windows of {WINDOW if gpu else 64} tokens a step, AdamW."])
-    for name, shape in (SHAPES if gpu else {"toy": TOY}).items():
-        sides = {side: partial(train, side, shape, device, 60 if gpu else 12) for side in ("ours", "plain")}
+    size = FULL if gpu else TOY
+    measured = Measured(notes=[f"{size.batch} windows of {size.window} tokens a step, AdamW."])
+    for name, shape in size.shapes.items():
+        sides = {side: partial(train, side, shape, size, "cuda" if gpu else "cpu") for side in ("ours", "plain")}
         results = harness.alternate(sides, 1 if trial else 3)
         measured.rows += speed_rows(name, results)
         measured.notes.append(f"{name}: {harness.spread(results, 'tokens_per_second')}")
     if gpu:
         measured.rows += memory_rows()
-        if medquad.FOLDER is not None:
+        if medquad.VARIABLE in os.environ:
             tuned = medquad.measure(trial=trial)
             measured.rows += tuned.rows
             measured.notes += tuned.notes
     return measured
 
 
-def train(side: str, shape: dict[str, int], device: str, steps: int) -> Figures:
+def train(side: str, shape: dict[str, int], size: Size, device: str) -> Figures:
     """Do one run of `benchmarks/gpu_run.py`."""
-    params = read_params(PROFILE)
-    rule = params["finetune"]["optimizer"] | {"learning_rate": 3e-4}
-    toy = device == "cpu"
+    numerics = read_params(PROFILE)["numerics"]
+    config = by_adamw(size.steps) | {"window": size.window, "batch": size.batch}
+    config["optimizer"]["learning_rate"] = 3e-4
+    rest = {"vocab_size": size.vocabulary, "tie_word_embeddings": True, "max_position_embeddings": size.window}
     with tempfile.TemporaryDirectory(prefix="bessemer-bench-") as scratch:
         return harness.in_process("benchmarks.gpu_run", {
-            "side": side, "shape": {**REST, **shape, **({"vocab_size": 512} if toy else {})}, "scratch": scratch,
-            "window": 64 if toy else WINDOW, "batch": 2 if toy else BATCH,
-            "config": {"steps": steps, "accumulate": 1, "optimizer": rule},
-            "numerics": {**params["numerics"], "device": device, "attention": "sdpa", "compile": "always"},
+            "side": side, "shape": {**shape, **rest}, "scratch": scratch, "config": config,
+            "numerics": {**numerics, "device": device, "attention": "sdpa", "compile": "always"},
         })  # fmt: skip
 
 

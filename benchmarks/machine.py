@@ -29,12 +29,21 @@ def surroundings(threads: int) -> dict[str, Any]:
     """Measure the ceiling on a number of threads, print it, and return what a result says of its surroundings."""
     busy = _busy_percent()
     ceiling = harness.in_process("benchmarks.machine", {"threads": threads})
-    hardware = {**_hardware(), "busy_before_percent": busy, "ceiling": {"threads": threads, **ceiling}}
+    gpu = ceiling.pop("gpu")
+    hardware = {**_hardware(), **({"gpu": gpu} if gpu else {}), "busy_before_percent": busy}
+    hardware["ceiling"] = {"threads": threads, **ceiling}
     rates = ", ".join(f"{ceiling[kind]:,.0f} GFLOP/s in {kind.removesuffix('_gflops')}" for kind in ceiling)
     print(f"  {hardware['cpu']}, {hardware['cores']} cores; a matrix product on {threads} thread(s): {rates}")
     if busy > BUSY_PERCENT:
         print(f"  Others keep {busy:.0f} % of the cores busy: take these figures for a trial, not for a record.")
     return {"commit": commit(), "hardware": hardware, "versions": versions()}
+
+
+def has_gpu() -> bool:
+    """Return whether torch sees a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _busy_percent() -> float:
@@ -98,7 +107,8 @@ def main() -> None:
     request = harness.read_request()
     torch.set_num_threads(request["threads"])
     figures = {f"{name}_gflops": _product(dtype) for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))}
-    stage.write_json(Path(request["result"]), figures)
+    gpu = torch.cuda.get_device_name() if has_gpu() else None
+    stage.write_json(Path(request["result"]), {**figures, "gpu": gpu})
 
 
 if __name__ == "__main__":

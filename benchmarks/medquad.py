@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from benchmarks import data
+from benchmarks import data, machine
 from benchmarks.harness import BenchmarkError, Figures, Measured, Row
 from tasks.common.settings import read_params
 
-PROFILE = data.PROFILE
-FOLDER = Path(os.environ["BESSEMER_BENCH_DATA"]) if "BESSEMER_BENCH_DATA" in os.environ else None
+VARIABLE = "BESSEMER_BENCH_DATA"
 QUESTIONS, TEXT, MODEL = "medquad/qa.jsonl", "wikitext2/train.txt", "smollm2"
 OPENING = 400  # characters of an answer, cut after a sentence
 ASKED = 300  # held-out questions
@@ -28,11 +27,18 @@ BASE = "before fine-tuning"
 
 def check() -> None:
     """Raise BenchmarkError where the data is not at hand."""
-    if FOLDER is None:
-        raise BenchmarkError(f"set BESSEMER_BENCH_DATA to a folder that holds {QUESTIONS} and {TEXT}.")
-    absent = [name for name in (QUESTIONS, TEXT) if not (FOLDER / name).exists()]
+    folder()
+
+
+def folder() -> Path:
+    """Return where the data lies; raise BenchmarkError where it is not at hand."""
+    if VARIABLE not in os.environ:
+        raise BenchmarkError(f"set {VARIABLE} to a folder that holds {QUESTIONS} and {TEXT}.")
+    found = Path(os.environ[VARIABLE])
+    absent = [name for name in (QUESTIONS, TEXT) if not (found / name).exists()]
     if absent:
-        raise BenchmarkError(f"{FOLDER} (BESSEMER_BENCH_DATA) lacks {', '.join(absent)}.")
+        raise BenchmarkError(f"{found} ({VARIABLE}) lacks {', '.join(absent)}.")
+    return found
 
 
 def threads() -> int:
@@ -42,11 +48,10 @@ def threads() -> int:
 
 def measure(*, trial: bool) -> Measured:
     """Run the chain as far as `finetune` in a scratch project, and ask both models."""
-    check()
-    assert FOLDER is not None
+    source = folder()
     with data.project() as place:
-        kept = convert(FOLDER / QUESTIONS, place / "data/sources/medquad.jsonl")
-        (place / "data/sources/wikitext.txt").write_text(paragraphs(FOLDER / TEXT), encoding="utf-8")
+        kept = convert(source / QUESTIONS, place / "data/sources/medquad.jsonl")
+        (place / "data/sources/wikitext.txt").write_text(paragraphs(source / TEXT), encoding="utf-8")
         params = settings(trial=trial)
         (place / "params.yaml").write_text(json.dumps(params), encoding="utf-8")  # JSON is YAML
         for stage in STAGES:
@@ -89,9 +94,7 @@ def paragraphs(source: Path) -> str:
 
 def settings(*, trial: bool) -> dict[str, Any]:
     """Return the default profile's settings on these sources; on a GPU with SmolLM2 instead of a model of our own."""
-    from benchmarks.gpu import has_gpu
-
-    params: dict[str, Any] = read_params(PROFILE)
+    params: dict[str, Any] = read_params(data.PROFILE)
     files, chats = {"kind": "files", "licence": "see its page"}, {"format": "alpaca", "table": "instructions"}
     params["ingest"]["sources"] = [
         {**files, "name": "wikitext", "group": "wiki", "path": "wikitext.txt", "format": "txt", "table": "corpus"},
@@ -109,9 +112,8 @@ def settings(*, trial: bool) -> dict[str, Any]:
         "mix": {"weight": 0.1, "batch": 4, "window": 128, "mixture": prose}, "too_long": "truncate", "heldout": ASKED,
         "steps": 10 if trial else 1200,
     }  # fmt: skip
-    if has_gpu():
-        assert FOLDER is not None
-        given = str((FOLDER / MODEL).resolve())
+    if machine.has_gpu():
+        given = str((folder() / MODEL).resolve())
         params["tokenize"]["tokenizer"] = {"name": "from", "path": given}
         params["pretrain"]["clm"]["model"] = {"name": "from", "path": given}
         params["numerics"] |= {"device": "cuda", "attention": "sdpa"}

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import harness
 from tasks import pretrain
@@ -26,6 +26,9 @@ from tasks.common.losses import IGNORED
 from tasks.common.settings import Checkpoints, Numerics
 from tasks.common.shards import Mixture, Split
 from tasks.common.stage import Job, write_json
+
+if TYPE_CHECKING:
+    import torch
 
 NEVER, ALWAYS = 1e9, 1e-9  # seconds between two checkpoints of our loop
 FIRST_STEPS = 5  # left out of the speed: allocators and caches are still warming up
@@ -117,16 +120,22 @@ def plain(run: Run, *, compiled: bool) -> float | None:
         done = max(0.0, (step - warmup) / (config.steps - warmup))
         rising = (step + 1) / (warmup + 1)
         optimizer.param_groups[0]["lr"] = peak * min(rising, 0.1 + 0.45 * (1 + math.cos(math.pi * done)))
-        ids = torch.from_numpy(mixture.batch(step))
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = called(input_ids=ids, use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        plain_step(model, called, optimizer, torch.from_numpy(mixture.batch(step)))
     models.save(model, tokenizer, job.outputs["model"])
     return pretrain.heldout_loss(model, splits["heldout"], config.window)
+
+
+def plain_step(model: Any, called: Any, optimizer: "torch.optim.Optimizer", ids: "torch.Tensor") -> None:
+    """Take a step on windows of token ids (B, T) as nanoGPT does; `called` is the model, compiled or not."""
+    import torch
+
+    with torch.autocast(ids.device.type, torch.bfloat16):
+        logits = called(input_ids=ids, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _windows(config: pretrain.CausalConfig, split: Split) -> Any:
