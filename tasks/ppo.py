@@ -307,8 +307,10 @@ class Trainer:
 
     def ptx_loss(self, mixture: Mixture) -> "torch.Tensor":
         """Return the causal loss (nats a token) on this update's windows of pretraining text."""
-        ids = mixture.batch(self.updates)  # (B, T)
-        return windows_surprise(self.policy, ids, self.job.numerics) / ids[:, 1:].size
+        import torch
+
+        ids = torch.from_numpy(mixture.batch(self.updates))  # (B, T)
+        return windows_surprise(self.policy, ids, self.job.numerics) / ids[:, 1:].numel()
 
     def steer(self, kl: float) -> None:
         """Move the KL coefficient towards its target (Ziegler et al. 2019, section 2.2): at most a fifth a horizon."""

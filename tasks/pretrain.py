@@ -20,7 +20,7 @@ from tasks.common.models import Shape
 from tasks.common.pretrained import From, New
 from tasks.common.shards import Batches, Mixture, Split, Weights
 from tasks.common.stage import Job
-from tasks.common.surprise import bits_per_byte, model_nats
+from tasks.common.surprise import bits_per_byte, model_nats, windows_surprise
 from tasks.common.training import WHOLE, Drawn, Share, Training, summary, train
 
 if TYPE_CHECKING:
@@ -112,10 +112,7 @@ class Causal:
 
     def sums(self, drawn: Drawn) -> dict[str, "torch.Tensor"]:
         """Return the summed surprise (nats) of each token after its window's first."""
-        ids = drawn.content.to(self.model.device, non_blocking=True)
-        with models.autocast(self.model, self.job.numerics):
-            logits = self.model(input_ids=ids, use_cache=False).logits  # (B, T, V)
-        return {"causal": losses.next_token(logits, ids, self.config.entropy)}
+        return {"causal": windows_surprise(self.model, drawn.content, self.job.numerics, self.config.entropy)}
 
 
 class Masked:

@@ -63,8 +63,8 @@ class Answers:
         if self.mixture is not None:
             windows = _share_of(self.mixture.batch(step), share)
             ids, asked = windows
-            targets["pretraining"] = ids[:, 1:].size if asked else 0
-            tokens += ids.size if asked else 0
+            targets["pretraining"] = ids[:, 1:].numel() if asked else 0
+            tokens += ids.numel() if asked else 0
         return Drawn((self._rows(encoded), windows), targets, tokens, [f"conversation {name}" for name, _ in part])
 
     def _rows(self, encoded: Sequence[Encoded]) -> list[Rows]:
@@ -82,14 +82,16 @@ class Answers:
         return found
 
 
-def _share_of(windows: Ids, share: Share) -> tuple[Ids, bool]:
+def _share_of(windows: Ids, share: Share) -> "tuple[torch.Tensor, bool]":
     """Return the ids of a part's windows (B, T) and whether anything is asked of them.
 
     Where there are more parts than windows a part passes one through the model, of which nothing is asked: where
     weights are shared out among processes, the others wait for its pass.
     """
+    import torch
+
     ids = windows[share.rows]
-    return (ids, True) if len(ids) else (windows[:1], False)
+    return torch.from_numpy(ids if len(ids) else windows[:1]), len(ids) > 0
 
 
 def answers_surprise(model: Any, passes: Iterable[Rows], numerics: Numerics) -> "torch.Tensor":

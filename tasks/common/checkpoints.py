@@ -27,11 +27,11 @@ MODEL, OPTIMIZER = "model.", "optimizer."
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run goes on from: its step, and what its optimizers remember."""
+    """What a run goes on from: its step, and what its optimizers remember and count."""
 
     step: int
     moments: "dict[str, torch.Tensor]"
-    state: dict[str, Any]
+    counters: list[Any]  # whatever the engine's `updates.Updates.state` gave
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Store:
             value.copy_(weights[name])
         history.rows, history.pending = state["rows"], state["pending"]
         print(f"resuming at step {step} from {folder}")
-        return Checkpoint(step, _under(OPTIMIZER, tensors), state)
+        return Checkpoint(step, _under(OPTIMIZER, tensors), state["groups"])
 
     def keep(self, step: int, updates: "Updates", history: "History", *, now: bool = False) -> None:
         """Write a checkpoint if it is time for one, or `now`, and drop the one before it."""

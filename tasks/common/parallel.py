@@ -60,8 +60,8 @@ class World:
     def spread(self, model: Model) -> Model:
         """Make a model that the processes train together, in place, and return what its end is to be loaded into.
 
-        Under `fsdp` each block is gathered when it is needed and given up again afterwards. Raises StageError where the
-        engine cannot share such a model out.
+        Under `fsdp` each block is gathered when it is needed and given up again afterwards. What DeepSpeed shares out
+        is left to it (`tasks/common/zero.py`). Raises StageError where the engine cannot share such a model out.
         """
         if self.engine == "data":
             return model
@@ -138,11 +138,13 @@ class World:
 def _buckets(tensors: "list[torch.Tensor]") -> "Iterator[list[torch.Tensor]]":
     """Yield the tensors in groups of about `BUCKET` numbers: a message of its own for each costs six times as much."""
     bucket: list[torch.Tensor] = []
+    numbers = 0
     for tensor in tensors:
         bucket.append(tensor)
-        if sum(each.numel() for each in bucket) >= BUCKET:
+        numbers += tensor.numel()
+        if numbers >= BUCKET:
             yield bucket
-            bucket = []
+            bucket, numbers = [], 0
     if bucket:
         yield bucket
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tasks.common import losses, models
+from tasks.common.losses import Entropy
 from tasks.common.settings import Numerics
 from tasks.common.shards import Split
 
@@ -70,11 +71,11 @@ def model_nats(model: "PreTrainedModel", rows: Rows) -> list[float]:
     return sums
 
 
-def windows_surprise(model: Any, ids: Rows, numerics: Numerics) -> "torch.Tensor":
+def windows_surprise(
+    model: Any, ids: "torch.Tensor", numerics: Numerics, entropy: Entropy | None = None
+) -> "torch.Tensor":
     """Return the summed cross-entropy (nats) of windows (B, T), each token after the first given those before it."""
-    import torch
-
-    inputs = torch.from_numpy(ids).to(next(model.parameters()).device)
+    ids = ids.to(next(model.parameters()).device, non_blocking=True)
     with models.autocast(model, numerics):
-        logits = model(input_ids=inputs, use_cache=False).logits  # (B, T, V)
-    return losses.next_token(logits, inputs)
+        logits = model(input_ids=ids, use_cache=False).logits  # (B, T, V)
+    return losses.next_token(logits, ids, entropy)

@@ -96,7 +96,7 @@ class Torch:
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Place the tensors as the parameters that they belong to are."""
-        for number, (optimizer, groups) in enumerate(zip(self.optimizers, checkpoint.state["groups"], strict=True)):
+        for number, (optimizer, groups) in enumerate(zip(self.optimizers, checkpoint.counters, strict=True)):
             optimizer.load_state_dict(_unflatten(optimizer, checkpoint.moments, f"{number}.", groups))
 
     def end(self, trained: "torch.nn.Module") -> None:

@@ -63,7 +63,7 @@ class Zero:
             stretch = stretches[int(number)]
             mine = value.chunk(self.world.size)[self.world.rank] if value.ndim else value
             self._memory()[stretch][name] = mine.clone().to(stretch.device)
-        for group, count in zip(self.engine.optimizer.param_groups, checkpoint.state["groups"], strict=True):
+        for group, count in zip(self.engine.optimizer.param_groups, checkpoint.counters, strict=True):
             group.update(count)
 
     def end(self, trained: "torch.nn.Module") -> None:
