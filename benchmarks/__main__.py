@@ -1,7 +1,7 @@
 """Measure against peers: `make bench` or `python -m benchmarks` runs all, `make bench-NAME` or a name behind it one.
 
-Each leaves `benchmarks/results/NAME.json`. `--trial` measures briefly and writes nothing: it is for trying the
-benchmarks themselves, or a busy machine, whose figures must not pass for a record.
+Each leaves `benchmarks/results/NAME.json`, on a machine with a GPU `NAME-GPU.json`. `--trial` measures briefly and
+writes nothing: it is for trying the benchmarks themselves, or a busy machine, whose figures must not pass for a record.
 """
 
 import argparse
@@ -52,7 +52,8 @@ def _run(name: str, *, trial: bool) -> None:
     measured: harness.Measured = module.measure(trial=trial)
     harness.show(measured)
     if not trial:
-        print(f"  -> {harness.write(name, measured, around).relative_to(harness.ROOT)}", flush=True)
+        file = "-".join([name, *around["hardware"].get("gpu", "").lower().split()])
+        print(f"  -> {harness.write(name, measured, around, file=file).relative_to(harness.ROOT)}", flush=True)
 
 
 if __name__ == "__main__":

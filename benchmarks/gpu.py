@@ -1,4 +1,4 @@
-"""What training does on one GPU: model FLOPs utilisation, against a plain compiled loop, and memory of tuning methods.
+"""What training does on one GPU: model FLOPs utilisation, against a plain compiled loop, resume, memory of methods.
 
 Run as `make bench-gpu` or `python -m benchmarks gpu`; it takes no data and no network. With `BESSEMER_BENCH_DATA` set
 the fine-tuning of `benchmarks/medquad.py` is measured on the GPU as well. `--trial` without a GPU tries the script
@@ -59,9 +59,11 @@ def measure(*, trial: bool) -> Measured:
         raise BenchmarkError("torch sees no GPU here: go to a machine with one, or try the script with --trial.")
     size = FULL if gpu else TOY
     measured = Measured(notes=[f"{size.batch} windows of {size.window} tokens a step, AdamW."])
+    device = "cuda" if gpu else "cpu"
+    measured.rows.append(resume_row(device))
     for name, shape in size.shapes.items():
-        sides = {side: partial(train, side, shape, size, "cuda" if gpu else "cpu") for side in ("ours", "plain")}
-        results = harness.alternate(sides, 1 if trial else 3)
+        sides = {side: partial(train, side, shape, size, device) for side in ("ours", "plain")}
+        results = harness.alternate(sides, 1 if trial else 2)
         measured.rows += speed_rows(name, results)
         measured.notes.append(f"{name}: {harness.spread(results, 'tokens_per_second')}")
     if gpu:
@@ -74,16 +76,33 @@ def measure(*, trial: bool) -> Measured:
 
 
 def train(side: str, shape: dict[str, int], size: Size, device: str) -> Figures:
-    """Do one run of `benchmarks/gpu_run.py`."""
-    numerics = read_params(PROFILE)["numerics"]
+    """Do one compiled run of `benchmarks/gpu_run.py`."""
+    with tempfile.TemporaryDirectory(prefix="bessemer-bench-") as scratch:
+        return run(side, shape, size, device, scratch, compile="always")
+
+
+def run(
+    side: str, shape: dict[str, int], size: Size, device: str, scratch: str, *, compile: str, stop_at: int | None = None
+) -> Figures:
+    """Do one run, or go on with one that was killed `stop_at` a step in the same scratch folder."""
+    numerics = read_params(PROFILE)["numerics"] | {"device": device, "attention": "sdpa", "compile": compile}
     config = by_adamw(size.steps) | {"window": size.window, "batch": size.batch}
     config["optimizer"]["learning_rate"] = 3e-4
     rest = {"vocab_size": size.vocabulary, "tie_word_embeddings": True, "max_position_embeddings": size.window}
+    request = {"side": side, "shape": {**shape, **rest}, "scratch": scratch, "config": config, "numerics": numerics}
+    request |= {"stop_at": stop_at, "checkpoint_seconds": 1e9 if compile == "always" else 1e-9}
+    return harness.in_process("benchmarks.gpu_run", request, killed=stop_at is not None)
+
+
+def resume_row(device: str) -> Row:
+    """Train twice, once in one piece and once killed half-way and resumed, and say whether the bytes are the same."""
+    once = partial(run, "ours", TOY.shapes["toy"], TOY, device, compile="never")
     with tempfile.TemporaryDirectory(prefix="bessemer-bench-") as scratch:
-        return harness.in_process("benchmarks.gpu_run", {
-            "side": side, "shape": {**shape, **rest}, "scratch": scratch, "config": config,
-            "numerics": {**numerics, "device": device, "attention": "sdpa", "compile": "always"},
-        })  # fmt: skip
+        whole = once(str(Path(scratch, "whole")))
+        once(str(Path(scratch, "killed")), stop_at=TOY.steps // 2)
+        resumed = once(str(Path(scratch, "killed")))
+    same = resumed["weights"] == whole["weights"] and resumed["steps"] < whole["steps"]
+    return Row("killed and resumed as uninterrupted", int(same), "1 = same bytes", target=">= 1")
 
 
 def speed_rows(name: str, results: dict[str, list[Figures]]) -> Iterator[Row]:

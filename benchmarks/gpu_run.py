@@ -4,6 +4,8 @@
 `plain`, a compiled loop as nanoGPT has it (bf16 autocast, SDPA, fused AdamW). Random tokens cost what text costs.
 """
 
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from benchmarks import harness
 from benchmarks.training_run import plain_step
 from tasks import pretrain
 from tasks.common import flops, models, tracking
+from tasks.common.identity import file_hash
 from tasks.common.settings import Checkpoints, Numerics
 from tasks.common.shards import Ids, Mixture
 from tasks.common.stage import Job, write_json
@@ -63,6 +66,8 @@ def main() -> None:
     ours = request["side"] == "ours"
     if ours:  # deterministic algorithms are our promise, not the plain loop's
         models.prepare_torch(numerics, SEED)
+    else:
+        torch.manual_seed(SEED)
     ceiling = flops.ceiling(flops.GPU_WIDTH, flops.GPU_WIDTH, "bfloat16", numerics.device)
     model: Any = LlamaForCausalLM(LlamaConfig(**request["shape"], attn_implementation=numerics.attention))
     model.to(numerics.device)
@@ -72,21 +77,26 @@ def main() -> None:
         if numerics.device == "cuda":
             torch.cuda.synchronize()
         moments.append(time.perf_counter())
+        if len(moments) == request["stop_at"]:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     register_optimizer_step_post_hook(note)
     noise = Noise(model.config.vocab_size, config)
     if ours:
-        checkpoints = Checkpoints(url=str(Path(request["scratch"], "checkpoints")), every_seconds=1e9)
+        store = str(Path(request["scratch"], "checkpoints"))
+        checkpoints = Checkpoints(url=store, every_seconds=request["checkpoint_seconds"])
         job = Job("pretrain", "clm", {}, {}, SEED, numerics, "benchmark", checkpoints)
         train(model, Causal(config, job, model, noise), config, job)
     else:
         plain(model, config, noise)
+    model.save_pretrained(Path(request["scratch"], "model"))
     warm = min(WARM, len(moments) - 2)
     tokens = (len(moments) - 1 - warm) * config.batch * config.window
     rate, cost = tokens / (moments[-1] - moments[warm]), flops.per_token(model, config.window)
     write_json(Path(request["result"]), {
         "tokens_per_second": rate, "flops_per_second": rate * cost, "ceiling": ceiling,
         "parameters": models.parameters(model), "memory_bytes": tracking.peak_memory(),
+        "steps": len(moments), "weights": file_hash(Path(request["scratch"], "model", "model.safetensors")),
     })  # fmt: skip
 
 

@@ -90,9 +90,10 @@ def write(
     surroundings: Mapping[str, Any],
     folder: Path = RESULTS,
     *,
+    file: str | None = None,
     now: datetime | None = None,
 ) -> Path:
-    """Write a result file and return its path."""
+    """Write a result file, called as the benchmark where no other name is given, and return its path."""
     result = {
         "name": name,
         "command": f"python -m benchmarks {name}",
@@ -101,7 +102,7 @@ def write(
         "rows": [row.plain() for row in measured.rows],
         "notes": measured.notes,
     }
-    path = folder / f"{name}.json"
+    path = folder / f"{file or name}.json"
     write_json(path, {key: result[key] for key in RESULT_KEYS})
     return path
 
