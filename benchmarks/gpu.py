@@ -22,6 +22,7 @@ __all__ = ["threads"]
 
 METHODS = ("qlora", "lora", "full")
 PLAIN = "a plain compiled loop"
+FIGURES = ("tokens_per_second", "flops_per_second", "ceiling", "memory_bytes")
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def resume_row(device: str) -> Row:
 def speed_rows(name: str, results: dict[str, list[Figures]]) -> Iterator[Row]:
     """Yield a shape's rows: speed and memory beside the plain loop's, and the share of the ceiling."""
     mine, other = (
-        {figure: harness.median(results[side], figure) for figure in results[side][0]} for side in ("ours", "plain")
+        {figure: harness.median(results[side], figure) for figure in FIGURES} for side in ("ours", "plain")
     )
     yield Row(f"training speed, {name}", mine["tokens_per_second"], "tokens/s", other["tokens_per_second"], PLAIN)
     yield Row(f"peak memory, {name}", mine["memory_bytes"], "bytes", other["memory_bytes"], PLAIN)
