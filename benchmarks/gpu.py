@@ -108,9 +108,7 @@ def resume_row(device: str) -> Row:
 
 def speed_rows(name: str, results: dict[str, list[Figures]]) -> Iterator[Row]:
     """Yield a shape's rows: speed and memory beside the plain loop's, and the share of the ceiling."""
-    mine, other = (
-        {figure: harness.median(results[side], figure) for figure in FIGURES} for side in ("ours", "plain")
-    )
+    mine, other = ({figure: harness.median(results[side], figure) for figure in FIGURES} for side in ("ours", "plain"))
     yield Row(f"training speed, {name}", mine["tokens_per_second"], "tokens/s", other["tokens_per_second"], PLAIN)
     yield Row(f"peak memory, {name}", mine["memory_bytes"], "bytes", other["memory_bytes"], PLAIN)
     yield Row(f"the ceiling, {name}", mine["ceiling"] / 1e12, "TFLOP/s")

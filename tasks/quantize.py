@@ -17,7 +17,7 @@ from pydantic import Field
 
 from serving.folders import load_genai
 from tasks.common import chat, models, stage
-from tasks.common.settings import Settings
+from tasks.common.settings import Dtypes, Settings
 from tasks.common.stage import Job
 
 if TYPE_CHECKING:
@@ -49,12 +49,14 @@ KEYS = {"policy": PolicyConfig, "encoder": Config}
 
 def run(config: Config, job: Job) -> dict[str, Any]:
     """Write the INT8 folder of the job's model and return its size against FP32's."""
-    models.prepare_torch(job.numerics, job.seed)
+    # Whatever the chain computes on: INT8 runs on the CPU, and so does torch beside it, with its faster attention.
+    plain = Dtypes(decoder="float32", encoder="float32")
+    numerics = job.numerics.model_copy(update={"device": "cpu", "attention": "sdpa", "dtype": plain})
+    models.prepare_torch(numerics, job.seed)
     source, target = job.inputs["model"], job.outputs["model"]
     target.mkdir()
     load = models.load_decoder if job.key == "policy" else models.load_encoder
-    # Whatever the chain computes on: INT8 runs on the CPU, and so does torch beside it, with its faster attention.
-    model = load(source, job.numerics.model_copy(update={"device": "cpu", "attention": "sdpa"}))
+    model = load(source, numerics)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         fp32 = export(source, Path(scratch), decoder=job.key == "policy")
         quantize(fp32, target / "model.onnx", config)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from tasks.common import chat
+from tasks.common import bfloat16, chat
 from tasks.common.settings import Numerics, Settings
 
 if TYPE_CHECKING:
@@ -54,6 +54,10 @@ def prepare_torch(numerics: Numerics, seed: int) -> "torch.device":
     # A tenth of a step, only to show who reads what nobody has written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(seed)
+    narrow = "bfloat16" in (numerics.dtype.decoder, numerics.dtype.encoder)
+    if numerics.device == "cpu" and narrow and not bfloat16.built_in():
+        print("this processor has no products in bfloat16: they are computed in float32", flush=True)
+        bfloat16.provide()
     if numerics.device == "cuda" and not torch.cuda.is_available():
         raise StageError(
             "numerics.device is cuda, but this machine shows no GPU to torch; set it to cpu or go to one that does."
