@@ -15,9 +15,9 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import Figures, Measured, Row
-from tasks.common import archives, readers
-from tasks.common.reading import Reading
 from tasks.common.settings import read_params
+from tasks.common.sources import archives, readers
+from tasks.common.sources.reading import Reading
 
 PROFILE = harness.ROOT / "profiles" / "default.yaml"
 TIMES = 4

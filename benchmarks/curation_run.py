@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks import harness
-from tasks.common import archives, readers
-from tasks.common.near_duplicates import Duplicates, NearDuplicates, rows_of_a_band
-from tasks.common.reading import Reading
+from tasks.common.sources import archives, readers
+from tasks.common.sources.reading import Reading
 from tasks.common.stage import write_json
-from tasks.common.words import words
+from tasks.common.validation.near_duplicates import Duplicates, NearDuplicates, rows_of_a_band
+from tasks.common.validation.words import words
 
 SHARE = 0.05  # of a paragraph's words are changed, dropped or appended
 PLANTED = 0.1  # copies for each paragraph

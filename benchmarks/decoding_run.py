@@ -47,7 +47,7 @@ def torch_fp32(request: dict[str, Any]) -> tuple[Callable[[], None], Answer]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tasks.common import chat
+    from tasks.common.text import chat
 
     torch.set_num_threads(request["threads"])
     tokenizer = chat.load_tokenizer(Path(request["fp32"]))

@@ -15,12 +15,13 @@ import numpy as np
 from benchmarks import harness
 from benchmarks.training_run import plain_step
 from tasks import pretrain
-from tasks.common import flops, models, tracking
 from tasks.common.identity import file_hash
+from tasks.common.modelling import models
 from tasks.common.settings import Checkpoints, Numerics
-from tasks.common.shards import Ids, Mixture
 from tasks.common.stage import Job, write_json
-from tasks.common.training import train
+from tasks.common.text.shards import Ids, Mixture
+from tasks.common.training import flops, tracking
+from tasks.common.training.loop import train
 
 SEED = 1
 WARM = 10  # steps before the clock starts: compilation, caches and the allocator

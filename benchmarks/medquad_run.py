@@ -10,9 +10,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tasks.common import chat, models, sampling, tables
+from tasks.common import tables
+from tasks.common.evaluation import sampling
+from tasks.common.modelling import models
 from tasks.common.settings import Numerics
 from tasks.common.stage import write_json
+from tasks.common.text import chat
 
 SEED = 1
 LONGEST = 160  # tokens of a reply

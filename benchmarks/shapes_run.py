@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from tasks.common.models import Shape
-from tasks.common.pretrained import New
+from tasks.common.modelling.models import Shape
+from tasks.common.modelling.pretrained import New
 from tasks.common.stage import write_json
 
 SECONDS, WARM = 0.3, 3  # each product is repeated for so long, after so many that warm up

@@ -101,6 +101,6 @@ def notes(results: dict[str, list[Figures]], steps: int) -> list[str]:
     return [
         trained(steps),
         f"Figures are medians of {len(results['ours'])} rounds in turn; compilers' caches were warm after the first.",
-        "Model FLOPs are PaLM's formula (tasks/common/flops.py); the ceiling was measured before and after.",
+        "Model FLOPs are PaLM's formula (tasks/common/training/flops.py); the ceiling was measured before and after.",
         harness.spread(results, "tokens_per_second"),
     ]

@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import harness
 from tasks import pretrain
-from tasks.common import chat, flops, models, optimizers
 from tasks.common.identity import file_hash
-from tasks.common.losses import IGNORED
+from tasks.common.modelling import models
 from tasks.common.settings import Checkpoints, Numerics
-from tasks.common.shards import Mixture, Split
 from tasks.common.stage import Job, write_json
+from tasks.common.text import chat
+from tasks.common.text.shards import Mixture, Split
+from tasks.common.training import flops, optimizers
+from tasks.common.training.losses import IGNORED
 
 if TYPE_CHECKING:
     import torch
@@ -210,7 +212,7 @@ def watch_steps(stop_at: int | None) -> list[Moment]:
 
 
 def flops_per_token(run: Run) -> float:
-    """Return the model FLOPs of a token, by the formula of tasks/common/flops.py."""
+    """Return the model FLOPs of a token, by the formula of tasks/common/training/flops.py."""
     model = models.load_decoder(run.job().outputs["model"], run.numerics)
     return flops.per_token(model, run.config.window)
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from tasks.common import methods, models, tracking
-from tasks.common.answering import Answers, Chat, Mix
+from tasks.common.modelling import methods, models
 from tasks.common.settings import Checkpoints, Numerics
 from tasks.common.stage import Job, write_json
-from tasks.common.training import Training, train
+from tasks.common.training import tracking
+from tasks.common.training.answering import Answers, Chat, Mix
+from tasks.common.training.loop import Training, train
 
 SEED = 1
 SHAPE = {  # HuggingFaceTB/SmolLM2-135M's config.json

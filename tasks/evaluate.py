@@ -15,14 +15,16 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from serving.names import MASK, Candidates, codec_of, log_scores, only_slot
-from tasks.common import chat, models, stage, tables
-from tasks.common.answers import Extractor, exact_match
-from tasks.common.candidates import Decoder, Encoder, open_decoder, open_encoder
-from tasks.common.scoring import Scorer
+from tasks.common import stage, tables
+from tasks.common.evaluation.answers import Extractor, exact_match
+from tasks.common.evaluation.candidates import Decoder, Encoder, open_decoder, open_encoder
+from tasks.common.evaluation.scoring import Scorer
+from tasks.common.evaluation.surprise import bits_per_byte
+from tasks.common.modelling import models
 from tasks.common.settings import Settings
-from tasks.common.shards import Split
 from tasks.common.stage import Job, StageError
-from tasks.common.surprise import bits_per_byte
+from tasks.common.text import chat
+from tasks.common.text.shards import Split
 
 DECODERS = {
     "base": "data/pretrain/clm/model",

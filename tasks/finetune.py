@@ -2,8 +2,8 @@
 
 Run as `python -m tasks.finetune`. On conversations the loss is `answer loss + w x pretraining loss`: without the
 second term the facts of entities that no question mentions are lost (docs/decisions.md has the figures). Methods are
-in `tasks/common/methods.py`, objectives in `tasks/common/answering.py` and `heads.py`. Rows that are not used as they
-stand are listed in `aside.jsonl` with their reason.
+in `tasks/common/modelling/methods.py`, objectives in `answering.py` and `heads.py` of `tasks/common/training/`. Rows
+that are not used as they stand are listed in `aside.jsonl` with their reason.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from tasks.common import chat, conversations, heads, methods, models, stage, tables
-from tasks.common.answering import Answers, Chat, Mix, mean_surprise
-from tasks.common.conversations import Aside, Named
-from tasks.common.flops import Work
-from tasks.common.heads import Classification, Labelled, Regression
-from tasks.common.methods import Adapter, Full, Lora, QLora, Top
-from tasks.common.packing import Encoded
+from tasks.common import stage, tables
+from tasks.common.modelling import methods, models
+from tasks.common.modelling.methods import Adapter, Full, Lora, QLora, Top
 from tasks.common.stage import Job
-from tasks.common.training import History, Objective, Training, summary, train
+from tasks.common.text import chat, conversations
+from tasks.common.text.conversations import Aside, Named
+from tasks.common.text.packing import Encoded
+from tasks.common.training import heads
+from tasks.common.training.answering import Answers, Chat, Mix, mean_surprise
+from tasks.common.training.flops import Work
+from tasks.common.training.heads import Classification, Labelled, Regression
+from tasks.common.training.loop import History, Objective, Training, summary, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

@@ -16,13 +16,14 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from tasks.common import archived_model, draw, facts, readers, stage, tables
-from tasks.common.archived_model import Checkpoint
-from tasks.common.corpus import RATED, Corpus, RefusedFile, Teller
-from tasks.common.facts import Fact, Wordings
-from tasks.common.reading import Rated, Reading
+from tasks.common import draw, stage, tables
 from tasks.common.settings import Settings
-from tasks.common.sources import Source, SourcePath, read_source
+from tasks.common.sources import archived_model, facts, readers
+from tasks.common.sources.archived_model import Checkpoint
+from tasks.common.sources.corpus import RATED, Corpus, RefusedFile, Teller
+from tasks.common.sources.facts import Fact, Wordings
+from tasks.common.sources.kinds import Source, SourcePath, read_source
+from tasks.common.sources.reading import Rated, Reading
 from tasks.common.stage import Job, StageError
 
 INPUTS = {"sources": "data/sources"}

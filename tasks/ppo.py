@@ -15,14 +15,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
-from tasks.common import chat, models, optimizers, sampling, stage, tables, tracking
-from tasks.common.optimizers import Optimizer, rate_at
-from tasks.common.scoring import Scorer
+from tasks.common import stage, tables
+from tasks.common.evaluation import sampling
+from tasks.common.evaluation.scoring import Scorer
+from tasks.common.evaluation.surprise import windows_surprise
+from tasks.common.modelling import models
 from tasks.common.settings import Settings
-from tasks.common.shards import Mixture, Split, Weights
 from tasks.common.stage import Job, StageError
-from tasks.common.surprise import windows_surprise
-from tasks.common.training import History
+from tasks.common.text import chat
+from tasks.common.text.shards import Mixture, Split, Weights
+from tasks.common.training import optimizers, tracking
+from tasks.common.training.loop import History
+from tasks.common.training.optimizers import Optimizer, rate_at
 
 if TYPE_CHECKING:
     import torch

@@ -1,8 +1,8 @@
 """Pretrain a decoder (`clm`, next-token prediction) or a small encoder (`mlm`, masked tokens and whole names).
 
 Run as `python -m tasks.pretrain clm` or `python -m tasks.pretrain mlm`. Causal: Radford et al. 2018; from nothing, or
-from a given model (`tasks/common/pretrained.py`). Masked: Devlin et al. 2019; what is hidden is chosen in
-`tasks/common/masking.py`, a whole name of a text among it, so that the encoder learns to name what is missing.
+from a given model (`tasks/common/modelling/pretrained.py`). Masked: Devlin et al. 2019; what is hidden is chosen in
+`tasks/common/text/masking.py`, a whole name of a text among it, so that the encoder learns to name what is missing.
 """
 
 import math
@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from tasks.common import chat, losses, models, pretrained, stage
-from tasks.common.flops import Work
-from tasks.common.losses import IGNORED, Entropy
-from tasks.common.masking import Masker, Masking, Vocabulary
-from tasks.common.models import Shape
-from tasks.common.pretrained import From, New
-from tasks.common.shards import Batches, Mixture, Split, Weights
+from tasks.common import stage
+from tasks.common.evaluation.surprise import bits_per_byte, model_nats, windows_surprise
+from tasks.common.modelling import models, pretrained
+from tasks.common.modelling.models import Shape
+from tasks.common.modelling.pretrained import From, New
 from tasks.common.stage import Job
-from tasks.common.surprise import bits_per_byte, model_nats, windows_surprise
-from tasks.common.training import WHOLE, Drawn, Share, Training, summary, train
+from tasks.common.text import chat
+from tasks.common.text.masking import Masker, Masking, Vocabulary
+from tasks.common.text.shards import Batches, Mixture, Split, Weights
+from tasks.common.training import losses
+from tasks.common.training.flops import Work
+from tasks.common.training.loop import WHOLE, Drawn, Share, Training, summary, train
+from tasks.common.training.losses import IGNORED, Entropy
 
 if TYPE_CHECKING:
     import torch

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from tasks.common import chat, models, sampling, stage, tables
-from tasks.common.shards import Mixture, Split, Weights
+from tasks.common import stage, tables
+from tasks.common.evaluation import sampling
+from tasks.common.modelling import models
 from tasks.common.stage import Job, StageError
-from tasks.common.training import WHOLE, Drawn, Share, Training, summary, train
+from tasks.common.text import chat
+from tasks.common.text.shards import Mixture, Split, Weights
+from tasks.common.training.loop import WHOLE, Drawn, Share, Training, summary, train
 
 if TYPE_CHECKING:
     import torch

@@ -16,9 +16,11 @@ import numpy as np
 from pydantic import Field
 
 from serving.folders import load_genai
-from tasks.common import chat, models, stage
+from tasks.common import stage
+from tasks.common.modelling import models
 from tasks.common.settings import Dtypes, Settings
 from tasks.common.stage import Job
+from tasks.common.text import chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from tasks.common import chat, losses, models, stage, tables
-from tasks.common.lexicon import Lexicon
-from tasks.common.scoring import Scorer, encode, score_rows
+from tasks.common import stage, tables
+from tasks.common.evaluation.scoring import Scorer, encode, score_rows
+from tasks.common.modelling import models
+from tasks.common.modelling.lexicon import Lexicon
 from tasks.common.settings import Settings
 from tasks.common.stage import Job, StageError
-from tasks.common.training import NAMED, Drawn, Share, Training, batch_at, summary, train
+from tasks.common.text import chat
+from tasks.common.training import losses
+from tasks.common.training.loop import NAMED, Drawn, Share, Training, batch_at, summary, train
 
 if TYPE_CHECKING:
     import torch

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from tasks.common import chat, shards, stage, tables
-from tasks.common.encoding import Encoder, Ids, NotTheSame
+from tasks.common import stage, tables
 from tasks.common.settings import Settings
 from tasks.common.stage import Job, StageError
+from tasks.common.text import chat, shards
+from tasks.common.text.encoding import Encoder, Ids, NotTheSame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

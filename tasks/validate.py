@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.common import checks, stage, suites, tables, validation_report
-from tasks.common.curation import Curation, Curator, Look
+from tasks.common import stage, tables
 from tasks.common.stage import Job, StageError
-from tasks.common.validation_report import Marked, Shown, Summary
+from tasks.common.validation import checks, report, suites
+from tasks.common.validation.curation import Curation, Curator, Look
+from tasks.common.validation.report import Marked, Shown, Summary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,11 +69,11 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         shown = split_off(table, judged, len(frame), job)
         share = (len(told) - len(frame)) / max(len(told), 1)
         verdicts = suites.run(table, frame, share, config) if len(frame) else []
-        summaries[table] = validation_report.summarise(table, frame, told, shown, verdicts)
+        summaries[table] = report.summarise(table, frame, told, shown, verdicts)
         failures += [failure(verdict, job) for verdict in verdicts if not verdict.success]
         failures += [] if len(frame) else [empty_message(table, told)]
     in_order = [summaries[table] for table in tables.TABLES]
-    validation_report.write(in_order, job.outputs["report"])
+    report.write(in_order, job.outputs["report"])
     if failures:
         keep_failed(job)
         said = ["the data does not meet its expectations.", *failures, f"The report is {FAILED}/index.html."]
@@ -158,7 +159,7 @@ def failure(verdict: suites.Verdict, job: Job) -> str:
     clean, refused = job.outputs[verdict.suite], job.outputs["refused"] / verdict.suite
     content = refused if verdict.shows_refused and tables.count(refused) else clean
     positions = verdict.rows or range(suites.EXAMPLES)
-    examples = [validation_report.line(row) for row in tables.rows_at(content, positions)]
+    examples = [report.line(row) for row in tables.rows_at(content, positions)]
     head = f'suite {verdict.suite}, expectation "{verdict.says}" ({verdict.type}): found {verdict.observed}.'
     kind = "Rows that show it" if verdict.rows else "Refused rows" if content is refused else "The first rows"
     return "\n".join([head, f"  {kind}:", *(f"    {example}" for example in examples)])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tasks.common.answers import Extractor, exact_match, normalise
+from tasks.common.evaluation.answers import Extractor, exact_match, normalise
 from tests.training_fixtures import CAPITALS, TONES, instructions
 
 WORDINGS = (

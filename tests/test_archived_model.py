@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from tasks.common import archived_model, archives, chat, gguf_file, identity
-from tasks.common.archived_model import Checkpoint
+from tasks.common import identity
+from tasks.common.sources import archived_model, archives, gguf_file
+from tasks.common.sources.archived_model import Checkpoint
 from tasks.common.stage import StageError
+from tasks.common.text import chat
 from tests.foreign_fixtures import TEMPLATE, foreign_model, foreign_tokenizer
 from tests.training_fixtures import corpus
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tasks.common import archives
 from tasks.common.identity import tree_hash
+from tasks.common.sources import archives
 from tasks.common.stage import StageError
 from tests.data_fixtures import FACTS, copy_sources, ingest_into, manifest, table
 

@@ -14,7 +14,7 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks import curation_run, endpoint, harness, machine, medquad, medquad_run, pipeline
 from benchmarks.harness import BenchmarkError, Measured, Row
-from tasks.common.near_duplicates import NearDuplicates
+from tasks.common.validation.near_duplicates import NearDuplicates
 
 AROUND = {"commit": "0" * 40, "hardware": {"cpu": "none", "cores": 2}, "versions": {"python": "3.11"}}
 

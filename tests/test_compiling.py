@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 import pytest
 
-from tasks.common.compiling import PAYS, worthwhile
 from tasks.common.settings import Numerics, Parallel
 from tasks.common.stage import StageError
+from tasks.common.training.compiling import PAYS, worthwhile
 from tests.training_fixtures import NUMERICS, Chain, chain, config
 
 __all__ = ["chain"]

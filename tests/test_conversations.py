@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import pytest
 
-from tasks.common import chat
-from tasks.common.conversations import Reader, TooLong, last_only, nothing_left, tally, unanswered, write_aside
+from tasks.common.text import chat
+from tasks.common.text.conversations import Reader, TooLong, last_only, nothing_left, tally, unanswered, write_aside
 from tests.training_fixtures import Chain, chain
 
 __all__ = ["chain"]

@@ -11,11 +11,12 @@ import pytest
 from pydantic import ValidationError
 
 from tasks import validate
-from tasks.common import curation, quality, tables
-from tasks.common.contamination import Evaluation, Wordings
-from tasks.common.personal import Personal, marked, refused_kind
-from tasks.common.quality import Language, Quality
-from tasks.common.words import words
+from tasks.common import tables
+from tasks.common.validation import curation, quality
+from tasks.common.validation.contamination import Evaluation, Wordings
+from tasks.common.validation.personal import Personal, marked, refused_kind
+from tasks.common.validation.quality import Language, Quality
+from tasks.common.validation.words import words
 from tests.data_fixtures import job, validate_config
 
 LANGUAGE = Language(keep=["en"], characters=50, probability=0.9)

@@ -12,11 +12,12 @@ from pydantic import ValidationError
 
 from flows.runner import BAR
 from tasks import evaluate
-from tasks.common import models, tables
-from tasks.common.candidates import OnnxDecoder, TorchDecoder
-from tasks.common.scoring import Scorer
-from tasks.common.shards import Document, Split, write_split
+from tasks.common import tables
+from tasks.common.evaluation.candidates import OnnxDecoder, TorchDecoder
+from tasks.common.evaluation.scoring import Scorer
+from tasks.common.modelling import models
 from tasks.common.stage import StageError
+from tasks.common.text.shards import Document, Split, write_split
 from tests.training_fixtures import CAPITALS, HELD_OUT, NUMERICS, TONES, Chain, chain, config, instructions
 
 __all__ = ["chain"]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tasks.common import facts
-from tasks.common.facts import Fact, Wordings
+from tasks.common.sources import facts
+from tasks.common.sources.facts import Fact, Wordings
 from tasks.common.stage import StageError
 from tests.data_fixtures import SOURCES
 

@@ -10,13 +10,16 @@ import pytest
 from pydantic import ValidationError
 
 from tasks import finetune
-from tasks.common import answering, chat, models, tables
-from tasks.common.answering import Answers
-from tasks.common.packing import Encoded
+from tasks.common import tables
+from tasks.common.modelling import models
 from tasks.common.settings import read_params
-from tasks.common.shards import Mixture, Split
 from tasks.common.stage import Job, StageError
-from tasks.common.training import WHOLE, Share
+from tasks.common.text import chat
+from tasks.common.text.packing import Encoded
+from tasks.common.text.shards import Mixture, Split
+from tasks.common.training import answering
+from tasks.common.training.answering import Answers
+from tasks.common.training.loop import WHOLE, Share
 from tests.conftest import ROOT
 from tests.training_fixtures import MIX, MIXTURE, NUMERICS, QLORA, Chain, chain, config
 
@@ -282,7 +285,7 @@ def test_no_conversation_that_fits_is_told(chain: Chain, tmp_path: Path) -> None
 
 def test_text_without_names_needs_no_statements(chain: Chain, tmp_path: Path) -> None:
     """Where the pretraining term has no weight, a corpus that cannot give it is no obstacle."""
-    from tasks.common.shards import write_split
+    from tasks.common.text.shards import write_split
 
     settings = config("finetune", steps=1, mix={**MIX, "weight": 0.0})
     job = chain.job("finetune", settings, tmp_path)

@@ -8,8 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tasks.common import chat, models, tables
-from tasks.common.heads import (
+from tasks.common import tables
+from tasks.common.modelling import models
+from tasks.common.settings import SettingsError, check, read_params
+from tasks.common.stage import Job, StageError
+from tasks.common.text import chat
+from tasks.common.training.heads import (
     Classification,
     Example,
     Head,
@@ -20,9 +24,7 @@ from tasks.common.heads import (
     labels_of,
     number_figures,
 )  # fmt: skip
-from tasks.common.settings import SettingsError, check, read_params
-from tasks.common.stage import Job, StageError
-from tasks.common.training import WHOLE
+from tasks.common.training.loop import WHOLE
 from tests.conftest import ROOT
 from tests.training_fixtures import ADJECTIVES, LORA, MIX, NUMERICS, THINGS, Chain, chain, config
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tasks.common import checks, formats
-from tasks.common.importers import Layout
+from tasks.common.sources import formats
+from tasks.common.sources.importers import Layout
 from tasks.common.stage import StageError
+from tasks.common.validation import checks
 from tests.data_fixtures import (
     FACTS,
     copy_sources,

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from tasks import ingest
-from tasks.common import readers, sorting, tables
-from tasks.common.corpus import Corpus, Teller
+from tasks.common import tables
 from tasks.common.identity import tree_hash
-from tasks.common.reading import Reading
+from tasks.common.sources import readers, sorting
+from tasks.common.sources.corpus import Corpus, Teller
+from tasks.common.sources.reading import Reading
 from tasks.common.stage import StageError
 from tests.data_fixtures import (
     CHAT,

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tasks.common.lexicon import RIDGE, Lexicon
+from tasks.common.modelling.lexicon import RIDGE, Lexicon
 from tests.training_fixtures import ADJECTIVES, THINGS
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tasks.common import losses
-from tasks.common.losses import IGNORED, Entropy
+from tasks.common.training import losses
+from tasks.common.training.losses import IGNORED, Entropy
 
 
 def logits(rows: int = 6, vocabulary: int = 11) -> Any:

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tasks.common.losses import IGNORED
-from tasks.common.masking import Masker, Masking, Vocabulary
+from tasks.common.text.masking import Masker, Masking, Vocabulary
+from tasks.common.training.losses import IGNORED
 from tests.training_fixtures import Chain, chain
 
 __all__ = ["chain"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tasks.common import adapters, methods, models
+from tasks.common.modelling import adapters, methods, models
 from tasks.common.settings import Dtypes, SettingsError, check, read_params
 from tasks.common.stage import StageError
 from tests.conftest import ROOT

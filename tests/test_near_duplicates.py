@@ -9,8 +9,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from tasks.common import near_duplicates
-from tasks.common.near_duplicates import Duplicates, ExactDuplicates, NearDuplicates
+from tasks.common.validation import near_duplicates
+from tasks.common.validation.near_duplicates import Duplicates, ExactDuplicates, NearDuplicates
 from tests.conftest import ROOT
 
 SETTINGS = NearDuplicates(shingle=2, jaccard=0.6, permutations=128, fewest_words=10)
@@ -121,7 +121,7 @@ def test_bands_find_a_pair_at_the_threshold(jaccard_index: float) -> None:
 
 def test_signatures_are_the_same_in_every_process() -> None:
     code = (
-        "from tasks.common import near_duplicates as n; import hashlib;"
+        "from tasks.common.validation import near_duplicates as n; import hashlib;"
         "s = n.NearDuplicates(shingle=2, jaccard=0.6, permutations=128, fewest_words=10);"
         "w = [[f'word{a * b % 97}' for b in range(80)] for a in range(1, 300)];"
         "print(hashlib.sha256(n.signatures(w, s).tobytes()).hexdigest())"

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from tasks.common import models, optimizers
-from tasks.common.models import Shape
-from tasks.common.optimizers import Optimizer, rate_at
+from tasks.common.modelling import models
+from tasks.common.modelling.models import Shape
+from tasks.common.training import optimizers
+from tasks.common.training.optimizers import Optimizer, rate_at
 from tests.training_fixtures import NUMERICS, RULE, RULES, SHAPE, Chain, chain
 
 if TYPE_CHECKING:

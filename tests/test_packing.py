@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 
-from tasks.common import answering, chat, models, tables
-from tasks.common.packing import Encoded, block_mask, first_fit, packed_rows, padded_rows
+from tasks.common import tables
+from tasks.common.modelling import models
 from tasks.common.settings import SettingsError, check, read_params
+from tasks.common.text import chat
+from tasks.common.text.packing import Encoded, block_mask, first_fit, packed_rows, padded_rows
+from tasks.common.training import answering
 from tests.conftest import ROOT
 from tests.training_fixtures import NUMERICS, Chain, chain, config
 

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from tasks import ppo
-from tasks.common import chat, models, tables
-from tasks.common.shards import Mixture, Split
+from tasks.common import tables
+from tasks.common.modelling import models
 from tasks.common.stage import StageError
+from tasks.common.text import chat
+from tasks.common.text.shards import Mixture, Split
 from tests.training_fixtures import CONSTANT, MIX, NUMERICS, OPTIMIZER, Chain, chain, config
 
 __all__ = ["chain"]

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from tasks import pretrain
-from tasks.common import models
-from tasks.common.losses import IGNORED
-from tasks.common.masking import Vocabulary
-from tasks.common.shards import Split
-from tasks.common.training import Share
+from tasks.common.modelling import models
+from tasks.common.text.masking import Vocabulary
+from tasks.common.text.shards import Split
+from tasks.common.training.loop import Share
+from tasks.common.training.losses import IGNORED
 from tasks.pretrain import Causal, Masked
 from tests.training_fixtures import NUMERICS, SHAPE, Chain, chain, config
 

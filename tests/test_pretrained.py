@@ -15,13 +15,14 @@ import pytest
 from serving.decoding import Sampling
 from serving.engine import TextEngine
 from tasks import evaluate, finetune, pretrain, prune, reward, tokenize
-from tasks.common import chat, models, pretrained
-from tasks.common.masking import Vocabulary
-from tasks.common.pretrained import From
+from tasks.common.modelling import models, pretrained
+from tasks.common.modelling.pretrained import From
 from tasks.common.settings import SettingsError, check, read_params
-from tasks.common.shards import Split
 from tasks.common.stage import Job, StageError
-from tasks.common.training import Share
+from tasks.common.text import chat
+from tasks.common.text.masking import Vocabulary
+from tasks.common.text.shards import Split
+from tasks.common.training.loop import Share
 from tests.conftest import ROOT
 from tests.foreign_fixtures import POSITIONS, foreign_model, foreign_tokenizer, write_foreign
 from tests.training_fixtures import LORA, NUMERICS, SETTINGS, Chain, chain, config

@@ -8,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from tasks import prune
-from tasks.common import chat, models
+from tasks.common.modelling import models
+from tasks.common.text import chat
 from tests.training_fixtures import NUMERICS, SHAPE, Chain, chain, config
 
 __all__ = ["chain"]

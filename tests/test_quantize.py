@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from serving.decoding import Sampling
 from serving.engine import MaskEngine, TextEngine
 from serving.names import MASK, Candidates, codec_of, log_scores, only_slot
-from tasks.common import identity, models
-from tasks.common.candidates import OnnxEncoder, TorchDecoder, TorchEncoder, open_decoder, open_encoder
+from tasks.common import identity
+from tasks.common.evaluation.candidates import OnnxEncoder, TorchDecoder, TorchEncoder, open_decoder, open_encoder
+from tasks.common.modelling import models
 from tests.training_fixtures import CAPITALS, NUMERICS, QUESTIONS, SETTINGS, Chain, chain, config
 
 __all__ = ["chain"]

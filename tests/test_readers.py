@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.common import readers
-from tasks.common.reading import Reading, Refusal
+from tasks.common.sources import readers
+from tasks.common.sources.reading import Reading, Refusal
 
 
 def read(reader: str, members: dict[str, bytes]) -> Reading:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from tasks.common import remote
+from tasks.common.sources import remote
 from tasks.common.stage import StageError
 from tests.data_fixtures import FACTS, copy_sources, ingest_config, ingest_into, manifest, refusals, table
 from tests.servers import free_port, serving

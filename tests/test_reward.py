@@ -10,11 +10,13 @@ import pytest
 from pydantic import ValidationError
 
 from tasks import reward
-from tasks.common import losses, models, tables
-from tasks.common.lexicon import Lexicon
-from tasks.common.scoring import Scorer, encode, score_rows
+from tasks.common import tables
+from tasks.common.evaluation.scoring import Scorer, encode, score_rows
+from tasks.common.modelling import models
+from tasks.common.modelling.lexicon import Lexicon
 from tasks.common.stage import StageError
-from tasks.common.training import Share
+from tasks.common.training import losses
+from tasks.common.training.loop import Share
 from tasks.reward import Ranking
 from tests.training_fixtures import NUMERICS, Chain, chain, config, rankings
 

@@ -4,7 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tasks.common import chat, models, sampling
+from tasks.common.evaluation import sampling
+from tasks.common.modelling import models
+from tasks.common.text import chat
 from tests.training_fixtures import CAPITALS, NUMERICS, QUESTIONS, Chain, chain
 
 if TYPE_CHECKING:

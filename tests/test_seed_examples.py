@@ -11,14 +11,18 @@ import pytest
 
 from serving.names import Candidates, best, codec_of, log_scores, only_slot
 from tasks import package
-from tasks.common import chat, losses, models, optimizers, sampling, tables
-from tasks.common.answering import answers_surprise
-from tasks.common.candidates import TorchEncoder
-from tasks.common.optimizers import Sgd
-from tasks.common.packing import padded_rows
-from tasks.common.scoring import Scorer
+from tasks.common import tables
+from tasks.common.evaluation import sampling
+from tasks.common.evaluation.candidates import TorchEncoder
+from tasks.common.evaluation.scoring import Scorer
+from tasks.common.modelling import models
 from tasks.common.settings import Checkpoints
 from tasks.common.stage import Job
+from tasks.common.text import chat
+from tasks.common.text.packing import padded_rows
+from tasks.common.training import losses, optimizers
+from tasks.common.training.answering import answers_surprise
+from tasks.common.training.optimizers import Sgd
 from tests.training_fixtures import CAPITALS, NUMERICS, RULE, Chain, chain, config, rankings
 
 __all__ = ["chain"]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from tasks.common.shards import Batches, Document, Mixture, Split, Stream, Weights, Windows, apportion, write_split
 from tasks.common.stage import StageError
+from tasks.common.text.shards import Batches, Document, Mixture, Split, Stream, Weights, Windows, apportion, write_split
 
 FILL = 0
 HALVES = {"statements": 0.5, "prose": 0.5}

@@ -5,8 +5,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from tasks.common import draw, sorting
-from tasks.common.sorting import Sorter
+from tasks.common import draw
+from tasks.common.sources import sorting
+from tasks.common.sources.sorting import Sorter
 
 SCHEMA = pa.schema([("id", pa.string()), ("text", pa.string())])
 

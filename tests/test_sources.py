@@ -9,8 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from tasks import ingest
-from tasks.common import rows
-from tasks.common.reading import Reading
+from tasks.common.sources import rows
+from tasks.common.sources.reading import Reading
 from tasks.common.stage import StageError
 from tests.data_fixtures import (
     CHAT,

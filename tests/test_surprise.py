@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tasks.common import models
-from tasks.common.shards import Document, Split, write_split
-from tasks.common.surprise import bits_per_byte, model_nats, pieces
+from tasks.common.evaluation.surprise import bits_per_byte, model_nats, pieces
+from tasks.common.modelling import models
+from tasks.common.text.shards import Document, Split, write_split
 from tests.training_fixtures import NUMERICS, Chain, chain, corpus
 
 __all__ = ["chain"]

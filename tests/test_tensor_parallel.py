@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM, ModernBertConfig, ModernBertForMaskedLM
 
 from tasks.common.stage import StageError
-from tasks.common.tensor_parallel import must_divide, parallelize
+from tasks.common.training.tensor_parallel import must_divide, parallelize
 
 SHAPE: dict[str, Any] = {"vocab_size": 32, "hidden_size": 24, "num_hidden_layers": 1, "intermediate_size": 48}
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from tasks import tokenize
-from tasks.common import chat, encoding, identity, tables
-from tasks.common.encoding import Encoder, NotTheSame
-from tasks.common.shards import Split
+from tasks.common import identity, tables
 from tasks.common.stage import StageError
+from tasks.common.text import chat, encoding
+from tasks.common.text.encoding import Encoder, NotTheSame
+from tasks.common.text.shards import Split
 from tests.training_fixtures import CAPITALS, SETTINGS, Chain, chain, config, corpus, instructions
 
 if TYPE_CHECKING:

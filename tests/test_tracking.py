@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from tasks.common import flops, methods, models, tracking
-from tasks.common.flops import Work
-from tasks.common.methods import Adapter, Lora, Top
-from tasks.common.models import Shape
+from tasks.common.modelling import methods, models
+from tasks.common.modelling.methods import Adapter, Lora, Top
+from tasks.common.modelling.models import Shape
 from tasks.common.settings import SERVICES, Checkpoints, Dtypes, Service, SettingsError, Tracking, check, read_params
 from tasks.common.stage import Job
-from tasks.common.training import History, train
+from tasks.common.training import flops, tracking
+from tasks.common.training.flops import Work
+from tasks.common.training.loop import History, train
 from tests.conftest import ROOT, Project
 from tests.test_training import Toy, settings
 from tests.training_fixtures import LORA, NUMERICS, Chain, chain, config
@@ -232,7 +233,7 @@ def test_points_of_a_stage_that_is_killed_are_written(project: Project) -> None:
     code = """
 import os, signal
 from tests.test_tracking import make_job
-from tasks.common import tracking
+from tasks.common.training import tracking
 with tracking.opened(make_job("dvclive", every=1)) as tracker:
     for step in range(1, 4):
         tracker.log(step, {"loss": 1.0})

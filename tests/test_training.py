@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import pytest
 from pydantic import ValidationError
 
-from tasks.common import identity, models
-from tasks.common.checkpoints import Store
-from tasks.common.models import Shape
-from tasks.common.parallel import World
+from tasks.common import identity
+from tasks.common.modelling import models
+from tasks.common.modelling.models import Shape
 from tasks.common.settings import Checkpoints, Dtypes
 from tasks.common.stage import Job, StageError
-from tasks.common.training import Drawn, History, Share, Training, batch_at, train
+from tasks.common.training.checkpoints import Store
+from tasks.common.training.loop import Drawn, History, Share, Training, batch_at, train
+from tasks.common.training.parallel import World
 from tests.training_fixtures import CONSTANT, LORA, NUMERICS, RULE, RULES, SHAPE, Chain, chain, config
 
 if TYPE_CHECKING:

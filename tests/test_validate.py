@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from tasks import validate
-from tasks.common import chat, checks, suites, tables, validation_report
-from tasks.common.curation import Curator
+from tasks.common import tables
 from tasks.common.identity import tree_hash
 from tasks.common.stage import StageError
+from tasks.common.text import chat
+from tasks.common.validation import checks, report, suites
+from tasks.common.validation.curation import Curator
 from tests.data_fixtures import copy_sources, ingest_into, job, table, validate_config
 
 Rows = dict[str, list[dict[str, Any]]]
@@ -338,5 +340,5 @@ def test_the_report_is_one_page_without_the_internet(rows: Rows, tmp_path: Path)
 
 
 def test_signs_that_cannot_be_shown_are_written_as_codes() -> None:
-    assert validation_report.shorten("a\x07b\nc") == "a\\u0007b c"
-    assert len(validation_report.shorten("x" * 1000)) == validation_report.LINE_CHARACTERS
+    assert report.shorten("a\x07b\nc") == "a\\u0007b c"
+    assert len(report.shorten("x" * 1000)) == report.LINE_CHARACTERS

@@ -224,7 +224,7 @@ class Chain:
 
     def tokenizer(self) -> "PreTrainedTokenizerFast":
         """Return the chain's tokenizer."""
-        from tasks.common import chat
+        from tasks.common.text import chat
 
         return chat.load_tokenizer(self.path("data/tokenize/tokenizer"))
 

@@ -168,7 +168,7 @@ class Checkpoints(Settings):
 
 
 class Tracking(Settings):
-    """Where a training stage's figures can be watched while it runs; see `tasks/common/tracking.py`."""
+    """Where a training stage's figures can be watched while it runs; see `tasks/common/training/tracking.py`."""
 
     to: list[Service] = Field(description="Services that they are written for; none where it is empty")
     every: int = Field(description="Steps between two points of a curve", ge=1)

@@ -1,0 +1,1 @@
+"""Evaluation: replies, their scores, and how exact or surprised a model is."""

@@ -1,0 +1,1 @@
+"""Text as models read it: chat templates, token shards, packed rows, masks."""
