@@ -10,7 +10,6 @@ schedule, clipping at 1) on the same windows.
 
 import math
 import os
-import resource
 import signal
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from tasks import pretrain
 from tasks.common.identity import file_hash
 from tasks.common.modelling import models
 from tasks.common.settings import Checkpoints, Numerics
-from tasks.common.stage import Job, write_json
+from tasks.common.stage import Job, peak_memory, write_json
 from tasks.common.text import chat
 from tasks.common.text.shards import Mixture, Split
 from tasks.common.training import flops, optimizers
@@ -244,7 +243,7 @@ def main() -> None:
         "tokens_per_cpu_second": tokens / busy,
         "heldout_loss": loss,
         "flops_per_token": flops_per_token(run),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_memory(),
         "steps": len(moments),
         "weights": file_hash(run.scratch / "model" / "model.safetensors"),
     }

@@ -267,7 +267,7 @@ def test_four_bits_without_bitsandbytes_say_what_to_install(chain: Chain, monkey
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(StageError, match=r"pip install 'bessemer\[qlora\]'"):
+    with pytest.raises(StageError, match=r"pip install -c requirements.lock -e '.\[qlora\]'"):
         methods.load_four_bit(chain.path("data/pretrain/clm/model"), method(**QLORA), "eager")
 
 

@@ -135,8 +135,8 @@ def test_what_deepspeed_cannot_do_is_told(params: dict[str, Any], monkeypatch: p
     assert "'muon', which works on whole matrices" in found[1]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "deepspeed" else object())
     assert problems(params)[0] == (
-        "numerics.parallel.engine: found 'zero3', but deepspeed is not installed: `pip install 'bessemer[deepspeed]'` "
-        "brings it"
+        "numerics.parallel.engine: found 'zero3', but deepspeed is not installed: "
+        "`pip install -c requirements.lock -e '.[deepspeed]'` brings it"
     )
 
 

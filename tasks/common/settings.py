@@ -110,7 +110,8 @@ class Parallel(Settings):
     def _installed(cls, engine: str) -> str:
         """Refuse an engine that would only be missed when training starts."""
         if engine in ZERO and importlib.util.find_spec("deepspeed") is None:
-            raise ValueError("deepspeed is not installed: `pip install 'bessemer[deepspeed]'` brings it")
+            remedy = "`pip install -c requirements.lock -e '.[deepspeed]'` brings it"
+            raise ValueError(f"deepspeed is not installed: {remedy}")
         return engine
 
     @property

@@ -137,7 +137,9 @@ def load_four_bit(path: Path, method: QLora, attention: str) -> "PreTrainedModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise StageError("finetune.method is qlora, which needs bitsandbytes: pip install 'bessemer[qlora]'.")
+        raise StageError(
+            "finetune.method is qlora, which needs bitsandbytes: pip install -c requirements.lock -e '.[qlora]'."
+        )
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -1,4 +1,4 @@
-"""ZeRO by DeepSpeed (`pip install 'bessemer[deepspeed]'`): the engines `zero2` and `zero3`.
+"""ZeRO by DeepSpeed (`pip install -c requirements.lock -e '.[deepspeed]'`): the engines `zero2` and `zero3`.
 
 Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models": stage 2 shares the
 optimizer's state and the gradient out among the processes, stage 3 the weights too. DeepSpeed lays the weights of a
