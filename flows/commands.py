@@ -12,6 +12,7 @@ from flows import environment, graph, records
 from flows.graph import Graph
 from tasks.common import settings
 from tasks.common.settings import BessemerError, read_params
+from tasks.common.stage import must_find_devices
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,8 +30,7 @@ NEXT = (
 
 def run(project: Path, names: Sequence[str]) -> None:
     """Bring the chain (or `names` and what they need) up to date; raise BessemerError where that fails."""
-    settings.check(read_params(project / "params.yaml"))
-    stages = graph.select(graph.read(project), names)
+    stages = _selected(project, names)
     from flows import terminal
 
     out = terminal.console()
@@ -40,6 +40,8 @@ def run(project: Path, names: Sequence[str]) -> None:
             _build(out, project)
         terminal.show_commands(out, NEXT)
         return
+    numerics = read_params(project / "params.yaml")["numerics"]
+    must_find_devices(numerics["parallel"]["processes"], numerics["device"])
     terminal.show_plan(out, project, stages)
     environment.prepare(project, console=False)
     signal.signal(signal.SIGTERM, _terminated)
@@ -59,6 +61,18 @@ def run(project: Path, names: Sequence[str]) -> None:
     if records.rows(project):
         terminal.show_sheet(out, project)
     terminal.show_commands(out, NEXT)
+
+
+def _selected(project: Path, names: Sequence[str]) -> Graph:
+    """Return the stages that `names` and what they need are; raise SettingsError where the settings keep one from it.
+
+    Asked are those that would run: a model that answers may lie there from before a classifier was asked for.
+    """
+    params = read_params(project / "params.yaml")
+    settings.check(params)
+    stages = graph.select(graph.read(project), names)
+    settings.check(params, stages=[name for name, stage in stages.items() if stage.dirty])
+    return stages
 
 
 def _build(out: "Console", project: Path) -> None:
@@ -89,8 +103,7 @@ def _flow(project: Path, names: Sequence[str], watcher: "Terminal") -> Any:
 
 def plan(project: Path, names: Sequence[str]) -> None:
     """Print what `run` would do."""
-    settings.check(read_params(project / "params.yaml"))
-    stages = graph.select(graph.read(project), names)
+    stages = _selected(project, names)
     from flows import terminal
 
     out = terminal.console()

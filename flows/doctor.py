@@ -16,6 +16,7 @@ from tasks.common.settings import BessemerError, check, read_params
 
 NEEDED_DISK_GB = 3.0
 NEEDED_MEMORY_GB = 4.0
+CPU_INFO = Path("/proc/cpuinfo")
 PORTS = {3000: "the endpoint (`bessemer serve --port` takes another)", 4200: "Prefect's page (`bessemer ui --port`)"}
 
 
@@ -30,7 +31,17 @@ class Finding:
 
 def examine(project: Path) -> Iterator[Finding]:
     """Yield what was found, one thing after another."""
-    checks: tuple[Callable[[Path], Finding], ...] = (_python, _packages, _settings, _git, _dvc, _disk, _cores, _memory)
+    checks: tuple[Callable[[Path], Finding], ...] = (
+        _python,
+        _packages,
+        _settings,
+        _git,
+        _dvc,
+        _disk,
+        _cores,
+        _processor,
+        _memory,
+    )
     for one in checks:
         yield one(project)
     for port, what in PORTS.items():
@@ -110,6 +121,13 @@ def _cores(project: Path) -> Finding:
     cores = available_cores()
     few = cores < 2
     return Finding(True, f"{cores} cores" + (": it works, at half the speed of two" if few else ""), note=few)
+
+
+def _processor(project: Path) -> Finding:
+    flags = CPU_INFO.read_text(encoding="utf-8").split() if CPU_INFO.exists() else []
+    slow = "sse2" in flags and "avx512bw" not in flags  # an x86 processor on which torch has no products of bfloat16
+    text = "no AVX-512: products of bfloat16 are computed in float32, and training is as slow as that"
+    return Finding(True, text if slow else "the processor multiplies bfloat16, as far as is known here", note=slow)
 
 
 def _memory(project: Path) -> Finding:

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from tasks.common import stage, tables
 from tasks.common.modelling import methods, models
 from tasks.common.modelling.methods import Adapter, Full, Lora, QLora, Top
-from tasks.common.stage import Job
+from tasks.common.stage import Job, StageError, rank
 from tasks.common.text import chat, conversations
 from tasks.common.text.conversations import Aside, Named
 from tasks.common.text.packing import Encoded
@@ -123,6 +123,11 @@ def tune_head(
     labels = heads.labels_of(rows["train"], task) if isinstance(task, Classification) else None
     reader = heads.Reader(tokenizer, tokenizer.model_max_length, config.too_long, labels)
     (usable, aside), (heldout, more) = read_both(reader, rows)
+    if rows["heldout"] and not heldout:
+        raise StageError(
+            f"none of the {len(rows['heldout'])} held-out conversations can be asked ({conversations.tally(more)}): "
+            "what is learnt could not be judged. Labels must be answers that come on both sides of the split."
+        )
     with models.quiet("transformers"):  # the head is fresh, and is about to be trained
         if labels is None:
             model = models.load_scorer(job.inputs["model"], job.numerics)
@@ -168,6 +173,10 @@ def read_both(reader: Any, rows: dict[str, list[dict[str, Any]]]) -> list[tuple[
     usable, aside = read[0]
     if not usable:
         raise conversations.nothing_left(len(rows["train"]), aside, reader.longest)
+    left = conversations.tally([*aside, *read[1][1]])
+    if left and not rank():
+        told = ", ".join(f"{count} {reason}" for reason, count in left.items())
+        print(f"conversations that are not used as they stand ({told}): data/finetune/aside.jsonl names them")
     return read
 
 

@@ -127,7 +127,10 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     archived_model.write(config.checkpoint, job.outputs["checkpoint"])
     manifest = [*describe(config, readings, counts), *archived_model.entries(config.checkpoint, list(counts))]
     stage.write_json(job.outputs["sources"], manifest)
-    return figures(counts, manifest)
+    told = figures(counts, manifest)
+    if told["refused_rows"]:
+        print(f"{told['refused_rows']} rows of the sources were refused: data/ingest/refused.jsonl says why")
+    return told
 
 
 def load_names(path: Path) -> dict[tuple[str, str], Naming]:

@@ -78,6 +78,11 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         keep_failed(job)
         said = ["the data does not meet its expectations.", *failures, f"The report is {FAILED}/index.html."]
         raise StageError("\n".join(said))
+    for summary in in_order:
+        if summary.refused:
+            print(
+                f"{summary.refused} rows of {summary.table} were refused; the report and data/validate/refused say why"
+            )
     return figures(in_order)
 
 

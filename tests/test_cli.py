@@ -1,7 +1,9 @@
 """The command line on the toy project: what it says, how it ends, and that nothing to do starts no server."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,12 +25,17 @@ from serving import build, serve
 from serving.build import Built
 from serving.errors import ServingError
 from tasks.common import settings
-from tasks.common.settings import BessemerError
+from tasks.common.settings import BessemerError, SettingsError, read_params
 from tasks.common.stage import write_json
 from tests.conftest import ROOT, Project
 
 # The toy's params.yaml is none of Bessemer's, so its check is left out.
-DRIVER = "from tasks.common import settings; settings.check = lambda params: None; from flows.cli import main; main()"
+DRIVER = """
+from tasks.common import settings
+settings.check = lambda params, stages=(): None
+from flows.cli import main
+main()
+"""
 
 
 def bessemer(project: Project, *arguments: str) -> subprocess.Popen[str]:
@@ -63,7 +70,7 @@ def wait_for(condition: Callable[[], Any], what: str) -> Any:
 def inside(toy: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
     """The toy project as the current folder, its settings not checked."""
     monkeypatch.chdir(toy.path)
-    monkeypatch.setattr(settings, "check", lambda params: None)
+    monkeypatch.setattr(settings, "check", lambda params, stages=(): None)
     before = signal.getsignal(signal.SIGTERM)
     yield toy
     signal.signal(signal.SIGTERM, before)
@@ -150,7 +157,7 @@ from serving import build, serve
 from serving.build import Built
 from serving.errors import ServingError
 from tasks.common import settings
-settings.check = lambda params: None
+settings.check = lambda params, stages=(): None
 commands.run(Path(), [])
 assert not [name for name in sys.modules if name.partition(".")[0] in ("prefect", "torch", "transformers")]
 """
@@ -197,6 +204,33 @@ assert not [name for name in sys.modules if name.partition(".")[0] in ("prefect"
     def test_an_unknown_stage_is_told_with_those_there_are(self, inside: Project) -> None:
         with pytest.raises(BessemerError, match=r"no stage 'polish'.*side@left"):
             commands.run(Path(), ["polish"])
+
+
+class TestRefusals:
+    """What params.yaml or the machine cannot do is told before a stage runs."""
+
+    def test_more_processes_than_cores(self, inside: Project) -> None:
+        inside.settings(numerics={"parallel": {"processes": 4096, "engine": "data"}})
+        with pytest.raises(BessemerError, match="4096 processes are to train on this machine"):
+            commands.run(inside.path, [])
+        assert not (inside.path / "dvc.lock").exists()
+
+    @pytest.mark.parametrize("command", [commands.run, commands.plan])
+    def test_a_chain_that_cannot_end(
+        self, command: Callable[[Path, list[str]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A classifier answers no questions: as the end of a chain it is sound, with PPO behind it it is not."""
+        for part in ("dvc.yaml", "params.yaml", "requirements.lock"):
+            shutil.copy(ROOT / part, tmp_path)
+        (tmp_path / ".dvc").mkdir()
+        (tmp_path / ".dvc" / "config").write_text("[core]\n    no_scm = true\n", encoding="utf-8")
+        params = read_params(tmp_path / "params.yaml")
+        params["finetune"]["task"] = {"name": "classification", "labels": 5}
+        params["finetune"]["mix"]["weight"] = 0.0
+        (tmp_path / "params.yaml").write_text(json.dumps(params), encoding="utf-8")
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SettingsError, match=r"found 'classification', but .*ppo.* need chat"):
+            command(tmp_path, [])
 
 
 class TestPlanAndStatus:

@@ -250,7 +250,7 @@ class TestFlow:
     @pytest.fixture(autouse=True)
     def unchecked(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Leave the check of the settings out: the toy's params.yaml is none of Bessemer's."""
-        monkeypatch.setattr(settings, "check", lambda params: None)
+        monkeypatch.setattr(settings, "check", lambda params, stages=(): None)
         monkeypatch.setattr(workplace, "_check", lambda path: None)
 
     def test_independent_stages_overlap_and_the_second_run_does_nothing(self, toy: Project) -> None:

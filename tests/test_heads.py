@@ -234,7 +234,7 @@ def test_later_stages_refuse_a_model_that_does_not_answer(stage: str) -> None:
     params["finetune"]["mix"]["weight"] = 0.0
     params["finetune"]["task"] = {"name": "regression"}
     for sound in (None, "finetune", "pretrain@mlm", "quantize@encoder", "evaluate@base", "reward"):
-        check(params, stage=sound)
+        check(params, stages=[sound] if sound else [])
     params["reward"]["model"] = "data/finetune/model"
     with pytest.raises(SettingsError, match=f"finetune.task.name: found 'regression', but {stage} needs chat"):
-        check(params, stage=stage)
+        check(params, stages=[stage])

@@ -140,6 +140,58 @@ def test_what_deepspeed_cannot_do_is_told(params: dict[str, Any], monkeypatch: p
     )
 
 
+def test_an_unknown_key_is_told_with_those_beside_it(params: dict[str, Any]) -> None:
+    """Those of the choice that was made, where there is one: AdamW has no momentum, and SGD has."""
+    params["finetune"]["optimizer"]["momentum"] = 0.9
+    params["ingest"]["sources"][0]["colour"] = "red"
+    params["numerics"]["parallel"]["workers"] = 2
+    assert problems(params) == [
+        "numerics.parallel.workers: unknown key (found 2); there are processes, engine",
+        "ingest.sources.0.colour: unknown key (found 'red'); there are name, licence, group, kind, requirement, "
+        "archive, sha256, reader, members, limit",
+        "finetune.optimizer.momentum: unknown key (found 0.9); there are learning_rate, weight_decay, clip, schedule, "
+        "betas, epsilon, name",
+    ]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["pretrain.clm.window", "pretrain.mlm.window", "finetune.mix.window", "reward.max_tokens", "ppo.ptx.window",
+     "prune.window", "evaluate.window"],
+)  # fmt: skip
+def test_nothing_is_read_beyond_the_context(path: str, params: dict[str, Any]) -> None:
+    """Models that know 256 positions would take 257 without a word, and answer from a place they never learnt."""
+    *sections, name = path.split(".")
+    inner = params
+    for section in sections:
+        inner = inner[section]
+    inner[name] = params["tokenize"]["context"]
+    check(params)
+    inner[name] += 1
+    assert problems(params) == [
+        f"{path}: found 257, but it should be at most tokenize.context, which is 256: the models read no longer rows"
+    ]
+
+
+def test_tensor_cuts_matrices_and_not_batches(params: dict[str, Any]) -> None:
+    """Three processes read the same 32 windows, but cannot share four heads out."""
+    params["numerics"]["parallel"] = {"processes": 3, "engine": "tensor"}
+    [found] = problems(params)
+    assert found.startswith("pretrain.clm.model.heads: found 4, but under the engine tensor it should be a multiple of")
+    params["pretrain"]["clm"]["model"]["heads"] = 3
+    check(params)
+
+
+def test_stages_that_tensor_cannot_cut_are_named_together(params: dict[str, Any]) -> None:
+    params["numerics"]["parallel"] = {"processes": 2, "engine": "tensor"}
+    check(params, stages=["pretrain@clm", "finetune", "ppo"])
+    with pytest.raises(SettingsError, match="found 'tensor', but pretrain@mlm, reward train what it cannot cut"):
+        check(params, stages=["pretrain@clm", "pretrain@mlm", "finetune", "reward"])
+    params["finetune"]["method"] = {"name": "adapter", "width": 8}
+    with pytest.raises(SettingsError, match="found 'tensor', but finetune trains what it cannot cut"):
+        check(params, stages=["finetune"])
+
+
 def test_a_choice_that_does_not_exist_is_told_with_those_that_do(params: dict[str, Any]) -> None:
     """Where it stands in the file, and what might stand there instead."""
     params["pretrain"]["clm"]["optimizer"]["name"] = "sofia"
@@ -163,7 +215,8 @@ def test_what_is_wrong_within_a_choice_is_told_where_it_stands(params: dict[str,
     del params["prune"]["optimizer"]["schedule"]["floor"]
     assert sorted(problems(params)) == [
         "prune.optimizer.betas.1: found 1.5, but it should be less than 1",
-        "prune.optimizer.momentum: unknown key (found 0.9); remove it or mend its spelling",
+        "prune.optimizer.momentum: unknown key (found 0.9); there are learning_rate, weight_decay, clip, "
+        "schedule, betas, epsilon, name",
         "prune.optimizer.schedule.floor: this key is missing",
     ]
 

@@ -6,11 +6,10 @@ that is missing, unknown or out of range is an error, and all of them are told b
 
 import importlib
 import importlib.util
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -18,7 +17,6 @@ STAGES = (
     "ingest", "validate", "tokenize", "pretrain", "finetune", "reward", "ppo", "prune", "quantize", "evaluate",
     "compare", "package",
 )  # fmt: skip
-TRAINING = ("pretrain.clm", "pretrain.mlm", "finetune", "reward", "prune")
 Service = Literal["dvclive", "tensorboard", "wandb", "mlflow"]
 SERVICES: dict[Service, str] = {  # what pip installs for each; all of mlflow does not fit beside what else is pinned
     "dvclive": "dvclive>=3.49",
@@ -26,41 +24,6 @@ SERVICES: dict[Service, str] = {  # what pip installs for each; all of mlflow do
     "wandb": "wandb>=0.31",
     "mlflow": "mlflow-skinny>=3.17",
 }
-AT_MOST = {  # setting: the one of another section that it must not exceed, and why; {tuned}: what finetune starts from
-    "finetune.method.layers": ("pretrain.{tuned}.model.layers", "the model has no more blocks to train"),
-    "finetune.method.rank": ("pretrain.{tuned}.model.hidden", "a matrix of the model's width has no higher rank"),
-    "finetune.task.packing": ("tokenize.context", "the model reads no longer rows"),
-    **dict.fromkeys(
-        ("tokenize.context", "pretrain.clm.window"),
-        ("pretrain.clm.model.positions", "the model that training goes on from knows no more positions"),
-    ),
-    **dict.fromkeys(
-        ("ppo.max_new_tokens", "prune.max_new_tokens", "evaluate.max_new_tokens"),
-        ("quantize.policy.max_new_tokens", "the exported model says no more at once"),
-    ),
-}
-ONLY_WITH = (  # setting, its value, the setting that another value is wrong for, the value it needs, and why
-    ("finetune.method.name", "qlora", "numerics.device", "cuda", "it computes on four-bit weights, which takes a GPU"),
-    ("finetune.method.name", "qlora", "numerics.parallel.engine", "data", "four-bit weights cannot be shared out"),
-    (
-        "pretrain.clm.model.name",
-        "from",
-        "tokenize.tokenizer.name",
-        "from",
-        "a model reads with its own tokenizer alone",
-    ),
-)
-GIVEN = "pretrain.clm.model"  # where it names a folder, its size is in that folder's config.json, called so:
-IN_CONFIG = {
-    "layers": ("num_hidden_layers", "n_layer"),
-    "hidden": ("hidden_size", "n_embd"),
-    "positions": ("max_position_embeddings", "n_positions"),
-}
-ANSWERS = ("finetune.task.name", "chat", "works with a model that answers, which only the task chat trains")
-STAGE_NEEDS = dict.fromkeys(  # stage: another section's setting, the value it needs, and why; told where it runs
-    ("ppo", "prune", "quantize@policy", "evaluate@tuned", "evaluate@policy", "evaluate@pruned", "evaluate@int8"),
-    ANSWERS,
-)
 
 
 class BessemerError(Exception):
@@ -91,7 +54,6 @@ class Dtypes(Settings):
 
 
 ZERO = {"zero2": 2, "zero3": 3}  # DeepSpeed's engine: its stage
-ELEMENTWISE = ("sgd", "adam", "adamw", "lion")  # update rules that treat every number of a matrix alone
 IN_STEP = ("fsdp", *ZERO)
 
 
@@ -231,14 +193,16 @@ def config_of(module: ModuleType, params: dict[str, Any], key: str | None) -> tu
     return stage, module.Config.model_validate(params[stage])
 
 
-def check(params: dict[str, Any], name: str = "params.yaml", stage: str | None = None) -> None:
+def check(params: dict[str, Any], name: str = "params.yaml", stages: Iterable[str] = ()) -> None:
     """Raise SettingsError with every problem in the file (which is called `name`), or return.
 
-    With `stage` (`quantize@policy`), also what keeps that one stage from running although the settings are sound.
+    With `stages` (`quantize@policy`), also what keeps these from running although the settings are sound.
 
     Stage modules are imported by name, not statically: another stage's settings never change this stage's bytes,
     so its code must not enter this stage's recipe.
     """
+    from tasks.common import consistency
+
     problems: list[str] = []
     expected = {"base", "numerics", "placement", *STAGES}
     unknown = [section for section in params if section not in expected]
@@ -259,88 +223,12 @@ def check(params: dict[str, Any], name: str = "params.yaml", stage: str | None =
             problems += [f"{section}.{key}: unknown key; there are {', '.join(keys)}" for key in odd]
         for key, model in keys.items():
             problems += _problems(model, params, (section, key))
-    problems += _across(params)
-    problems += _of_stage(params, stage)
+    problems += consistency.of_settings(params)
+    problems += consistency.of_stages(params, stages)
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
         raise SettingsError(f"{name} has {count}; nothing was run.\n{listed}")
-
-
-def _across(params: dict[str, Any]) -> Iterator[str]:
-    """Tell of settings that are right by themselves and wrong together; what is no number is told elsewhere."""
-    tuned = "mlm" if _at(params, "finetune.model") == "data/pretrain/mlm/model" else "clm"
-    for path, (limit_path, why) in AT_MOST.items():
-        limit = limit_path.format(tuned=tuned)
-        value, most = _at(params, path), _limit(params, limit)
-        if isinstance(value, int) and isinstance(most, int) and value > most:
-            yield f"{path}: found {value}, but it should be at most {limit}, which is {most}: {why}"
-    for path, value, other, needed, why in ONLY_WITH:
-        if _at(params, path) == value and _at(params, other) != needed:
-            yield f"{path}: found {value!r}, which needs {other} to be {needed} (it is {_at(params, other)}): {why}"
-    yield from _processes(params)
-    yield from _zero(params)
-
-
-def _limit(params: dict[str, Any], path: str) -> Any:
-    """Return a setting, or the number in the config of a given model; None where that is not there (yet)."""
-    section, _, name = path.rpartition(".")
-    if section != GIVEN or _at(params, f"{GIVEN}.name") != "from":
-        return _at(params, path)
-    try:
-        config = json.loads(Path(str(_at(params, f"{GIVEN}.path")), "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # a stage is still to make it, or it is none: then the stage that reads it says so
-        return None
-    return next((config[key] for key in IN_CONFIG[name] if key in config), None) if isinstance(config, dict) else None
-
-
-def _of_stage(params: dict[str, Any], stage: str | None) -> Iterator[str]:
-    """Tell of another section's setting that a stage cannot run with."""
-    needs = dict(STAGE_NEEDS)
-    if _at(params, "reward.model") == "data/finetune/model":
-        needs["reward"] = ANSWERS
-    if stage in needs:
-        path, needed, why = needs[stage]
-        found = _at(params, path)
-        if found != needed:
-            yield f"{path}: found {found!r}, but {stage} needs {needed}: it {why}; end with `dvc repro finetune`"
-
-
-def _processes(params: dict[str, Any]) -> Iterator[str]:
-    """Tell of batches that cannot be shared out among the processes."""
-    processes = _at(params, "numerics.parallel.processes")
-    for section in TRAINING:
-        batch, accumulate = _at(params, f"{section}.batch"), _at(params, f"{section}.accumulate")
-        if all(isinstance(value, int) and value > 0 for value in (processes, batch, accumulate)) and (
-            batch % (accumulate * processes)
-        ):
-            yield (
-                f"{section}.batch: found {batch}, but it should be a multiple of {accumulate * processes}: "
-                f"{section}.accumulate ({accumulate}) x numerics.parallel.processes ({processes}) parts of equal size"
-            )
-
-
-def _zero(params: dict[str, Any]) -> Iterator[str]:
-    """Tell of what DeepSpeed's engines cannot do: they see stretches of weights, and no matrix whole."""
-    engine = _at(params, "numerics.parallel.engine")
-    if engine == "zero3" and _at(params, "numerics.compile") == "always":
-        yield (
-            "numerics.compile: found 'always', but under the engine zero3 each layer waits for its weights, which "
-            "leaves nothing whole to compile: take never or auto, or the engine zero2 or fsdp"
-        )
-    for section in TRAINING if engine in ZERO else ():
-        rule = _at(params, f"{section}.optimizer.name")
-        if rule not in ELEMENTWISE:
-            yield (
-                f"{section}.optimizer.name: found {rule!r}, which works on whole matrices, and the engine {engine} "
-                f"gives each process a stretch of them: take {', '.join(ELEMENTWISE)}, or the engine data or fsdp"
-            )
-
-
-def _at(params: Any, path: str) -> Any:
-    for name in path.split("."):
-        params = params.get(name) if isinstance(params, dict) else None
-    return params
 
 
 def _problems(model: type[Settings], params: dict[str, Any], path: tuple[str, ...]) -> Iterator[str]:
@@ -355,22 +243,43 @@ def _problems(model: type[Settings], params: dict[str, Any], path: tuple[str, ..
         model.model_validate(value)
     except ValidationError as error:
         for item in error.errors():
-            yield _sentence(path, value, item)
+            yield _sentence(model, path, value, item)
 
 
-def _sentence(path: tuple[str, ...], value: Any, item: Any) -> str:
+def _sentence(model: type[Settings], path: tuple[str, ...], value: Any, item: Any) -> str:
     where = ".".join((*path, *_keys(value, item["loc"])))
     kind, found = item["type"], item["input"]
     if kind == "missing":
         return f"{where}: this key is missing"
     if kind == "extra_forbidden":
-        return f"{where}: unknown key (found {found!r}); remove it or mend its spelling"
+        return f"{where}: unknown key (found {found!r}); there are {_names_beside(model, item['loc'])}"
     if kind == "union_tag_not_found":
         return f"{where}.name: this key is missing"
     if kind == "union_tag_invalid":
         choices = item["ctx"]["expected_tags"].replace("'", "")
         return f"{where}.name: found {item['ctx']['tag']!r}, but it should be one of {choices}"
     return f"{where}: found {_short(found)}, but {_rule(item['msg'])}"
+
+
+def _names_beside(model: type[Settings], location: tuple[str | int, ...]) -> str:
+    """Return the keys that a group of settings has at a location; of a choice, pydantic's names the chosen too."""
+    groups = [model]
+    for key in location[:-1]:
+        fields = [group.model_fields for group in groups]
+        inside = [kind for named in fields if key in named for kind in _groups(named[str(key)].annotation)]
+        chosen = [
+            group for group in groups if any(key in get_args(kind.annotation) for kind in group.model_fields.values())
+        ]
+        groups = inside or chosen or groups
+    return ", ".join(dict.fromkeys(name for group in groups for name in group.model_fields))
+
+
+def _groups(kind: Any) -> Iterator[type[Settings]]:
+    """Yield the groups of settings that a type allows."""
+    if isinstance(kind, type) and issubclass(kind, Settings):
+        yield kind
+    for part in get_args(kind):
+        yield from _groups(part)
 
 
 def _keys(value: Any, location: tuple[str | int, ...]) -> Iterator[str]:

@@ -145,7 +145,7 @@ def _disk_full(error: Exception) -> bool:
 def execute(module: ModuleType, key: str | None) -> dict[str, Any]:
     """Run one stage in this process and return its record; raise SettingsError or StageError for the user's errors."""
     params, stage = read_params(), module.__name__.rpartition(".")[2]
-    check(params, stage=name_of(stage, key))
+    check(params, stages=[name_of(stage, key)])
     seed = params["base"]["seed"]
     section, config = config_of(module, params, key)
     numerics = Numerics.model_validate(params["numerics"])
@@ -194,14 +194,14 @@ def _gather_processes(module: ModuleType, key: str | None, numerics: Numerics) -
             f"{size} processes were started, but numerics.parallel.processes is {processes}: make them equal. The "
             "number is part of the model's identity, because it changes the order of sums."
         )
-    _must_find_devices(int(os.environ.get("LOCAL_WORLD_SIZE", size)) if started else processes, numerics.device)
+    must_find_devices(int(os.environ.get("LOCAL_WORLD_SIZE", size)) if started else processes, numerics.device)
     if processes > 1 and not started:
         os.environ["OMP_NUM_THREADS"] = str(numerics.threads)
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         os.execv(sys.executable, [*torchrun, "-m", module.__name__, *([key] if key else [])])
 
 
-def _must_find_devices(processes: int, device: str) -> None:
+def must_find_devices(processes: int, device: str) -> None:
     """Refuse more processes on this machine than it has devices.
 
     On a CPU that is a core each, whatever `threads` says: more threads than cores are slow, but a model that was made

@@ -57,7 +57,6 @@ def prepare_torch(numerics: Numerics, seed: int) -> "torch.device":
     torch.manual_seed(seed)
     narrow = "bfloat16" in (numerics.dtype.decoder, numerics.dtype.encoder)
     if numerics.device == "cpu" and narrow and not bfloat16.built_in():
-        print("this processor has no products in bfloat16: they are computed in float32", flush=True)
         bfloat16.provide()
     if numerics.device == "cuda" and not torch.cuda.is_available():
         raise StageError(

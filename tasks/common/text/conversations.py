@@ -133,8 +133,8 @@ def nothing_left(count: int, aside: Sequence[Aside], longest: int) -> StageError
     reasons = ", ".join(f"{found} {reason}" for reason, found in tally(aside).items()) or "it is empty"
     first = "".join(f" {row.id} ({row.detail})" for row in aside[:1])
     return StageError(
-        f"none of the {count} conversations to train on is left ({reasons}): the context is {longest} tokens "
-        f"(tokenize.context).{' The first is' if first else ''}{first}."
+        f"none of the {count} conversations to train on is left ({reasons}).{' The first is' if first else ''}{first}. "
+        f"No more than {longest} tokens are read (tokenize.context); docs/finetune.md says what each reason means."
     )
 
 

@@ -119,6 +119,8 @@ def _engine(model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", clip: 
             "stage3_prefetch_bucket_size": BUCKET,
         },
     }
+    if world.device == "cpu" and not world.rank:
+        print("DeepSpeed compiles a helper where it has none yet, which takes some minutes", flush=True)
     deepspeed.init_distributed(verbose=False)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine

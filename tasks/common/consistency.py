@@ -1,0 +1,146 @@
+"""Settings that are right by themselves and wrong together, and settings that keep a stage from running.
+
+What is no number, or is missing, `settings.check` tells by itself; here it is passed over.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tasks.common.settings import ZERO
+
+TRAINING = ("pretrain.clm", "pretrain.mlm", "finetune", "reward", "prune")
+AT_MOST = (  # setting, the one of another section that it must not exceed, and why; {tuned}: what finetune starts from
+    ("finetune.method.layers", "pretrain.{tuned}.model.layers", "the model has no more blocks to train"),
+    ("finetune.method.rank", "pretrain.{tuned}.model.hidden", "a matrix of the model's width has no higher rank"),
+    ("tokenize.context", "pretrain.clm.model.positions", "the model that training goes on from knows no more"),
+    *(
+        (setting, "tokenize.context", "the models read no longer rows")
+        for setting in (
+            "pretrain.clm.window", "pretrain.mlm.window", "finetune.task.packing", "finetune.mix.window",
+            "reward.max_tokens", "ppo.ptx.window", "prune.window", "evaluate.window",
+        )
+    ),
+    *(
+        (setting, "quantize.policy.max_new_tokens", "the exported model says no more at once")
+        for setting in ("ppo.max_new_tokens", "prune.max_new_tokens", "evaluate.max_new_tokens")
+    ),
+)  # fmt: skip
+ONLY_WITH = (  # setting, its value, the setting that another value is wrong for, the value it needs, and why
+    ("finetune.method.name", "qlora", "numerics.device", "cuda", "it computes on four-bit weights, which takes a GPU"),
+    ("finetune.method.name", "qlora", "numerics.parallel.engine", "data", "four-bit weights cannot be shared out"),
+    ("pretrain.clm.model.name", "from", "tokenize.tokenizer.name", "from", "a model reads its own tokens alone"),
+)  # fmt: skip
+GIVEN = "pretrain.clm.model"  # where it names a folder, its size is in that folder's config.json, called so:
+IN_CONFIG = {
+    "layers": ("num_hidden_layers", "n_layer"),
+    "hidden": ("hidden_size", "n_embd"),
+    "positions": ("max_position_embeddings", "n_positions"),
+}
+ELEMENTWISE = ("sgd", "adam", "adamw", "lion")  # update rules that treat every number of a matrix alone
+ENCODER = "data/pretrain/mlm/model"
+ANSWERING = ("ppo", "prune", "quantize@policy", "evaluate@tuned", "evaluate@policy", "evaluate@pruned", "evaluate@int8")
+
+
+def of_settings(params: dict[str, Any]) -> Iterator[str]:
+    """Tell of settings that contradict each other."""
+    tuned = "mlm" if _at(params, "finetune.model") == ENCODER else "clm"
+    for path, limit_path, why in AT_MOST:
+        limit = limit_path.format(tuned=tuned)
+        value, most = _at(params, path), _limit(params, limit)
+        if isinstance(value, int) and isinstance(most, int) and value > most:
+            yield f"{path}: found {value}, but it should be at most {limit}, which is {most}: {why}"
+    for path, value, other, needed, why in ONLY_WITH:
+        if _at(params, path) == value and _at(params, other) != needed:
+            yield f"{path}: found {value!r}, which needs {other} to be {needed} (it is {_at(params, other)}): {why}"
+    yield from _shares(params)
+    yield from _zero(params)
+
+
+def of_stages(params: dict[str, Any], stages: Iterable[str]) -> Iterator[str]:
+    """Tell of settings that some of these stages cannot run with, although others can."""
+    wanted = list(stages)
+    answering = (*ANSWERING, *(["reward"] if _at(params, "reward.model") == "data/finetune/model" else []))
+    task, names = _at(params, "finetune.task.name"), [stage for stage in wanted if stage in answering]
+    if task != "chat" and names:
+        yield (
+            f"finetune.task.name: found {task!r}, but {', '.join(names)} need{'s' * (len(names) == 1)} chat, which "
+            "alone trains a model that answers; end with `dvc repro finetune`"
+        )
+    plain = _at(params, "finetune.method.name") in ("full", "top") and task == "chat"
+    uncut = ("pretrain@mlm", "reward", *([] if plain else ["finetune"]))
+    names = [stage for stage in wanted if stage in uncut]
+    if _engine(params) == "tensor" and names:
+        yield (
+            f"numerics.parallel.engine: found 'tensor', but {', '.join(names)} train{'s' * (len(names) == 1)} what it "
+            "cannot cut: an encoder, a head, low-rank updates or adapters. Take data, fsdp or a ZeRO engine, or end "
+            "with `dvc repro pretrain@clm`"
+        )
+
+
+def _limit(params: dict[str, Any], path: str) -> Any:
+    """Return a setting, or the number in the config of a given model; None where that is not there (yet)."""
+    section, _, name = path.rpartition(".")
+    if section != GIVEN or _at(params, f"{GIVEN}.name") != "from":
+        return _at(params, path)
+    try:
+        config = json.loads(Path(str(_at(params, f"{GIVEN}.path")), "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a stage is still to make it, or it is none: then the stage that reads it says so
+        return None
+    return next((config[key] for key in IN_CONFIG[name] if key in config), None) if isinstance(config, dict) else None
+
+
+def _engine(params: dict[str, Any]) -> Any:
+    """Return the engine of several processes; one has none."""
+    return None if _at(params, "numerics.parallel.processes") == 1 else _at(params, "numerics.parallel.engine")
+
+
+def _shares(params: dict[str, Any]) -> Iterator[str]:
+    """Tell of batches, or under `tensor` matrices, that cannot be shared out among the processes."""
+    processes = _at(params, "numerics.parallel.processes")
+    if _engine(params) == "tensor":
+        for name in ("heads", "feed_forward"):
+            path = f"{GIVEN}.{name}"
+            if _at(params, f"{GIVEN}.name") == "new" and _divides(processes, _at(params, path)) is False:
+                yield (
+                    f"{path}: found {_at(params, path)}, but under the engine tensor it should be a multiple of "
+                    f"numerics.parallel.processes ({processes}), each of which takes an equal part of every block"
+                )
+    for section in TRAINING:
+        batch, accumulate = _at(params, f"{section}.batch"), _at(params, f"{section}.accumulate")
+        told, parts = f"{section}.accumulate ({accumulate})", accumulate
+        if _engine(params) != "tensor" and isinstance(accumulate, int) and isinstance(processes, int):
+            told, parts = f"{told} x numerics.parallel.processes ({processes})", accumulate * processes
+        if _divides(parts, batch) is False:
+            yield f"{section}.batch: found {batch}, but it should be a multiple of {parts}: {told} parts of equal size"
+
+
+def _divides(parts: Any, whole: Any) -> bool | None:
+    """Return whether a number is a multiple of another; None where one of them is no number that could be."""
+    if not all(isinstance(value, int) and value > 0 for value in (parts, whole)):
+        return None
+    return bool(whole % parts == 0)
+
+
+def _zero(params: dict[str, Any]) -> Iterator[str]:
+    """Tell of what DeepSpeed's engines cannot do: they see stretches of weights, and no matrix whole."""
+    engine = _at(params, "numerics.parallel.engine")
+    if engine == "zero3" and _at(params, "numerics.compile") == "always":
+        yield (
+            "numerics.compile: found 'always', but under the engine zero3 each layer waits for its weights, which "
+            "leaves nothing whole to compile: take never or auto, or the engine zero2 or fsdp"
+        )
+    for section in TRAINING if engine in ZERO else ():
+        rule = _at(params, f"{section}.optimizer.name")
+        if rule not in ELEMENTWISE:
+            yield (
+                f"{section}.optimizer.name: found {rule!r}, which works on whole matrices, and the engine {engine} "
+                f"gives each process a stretch of them: take {', '.join(ELEMENTWISE)}, or the engine data or fsdp"
+            )
+
+
+def _at(params: Any, path: str) -> Any:
+    for name in path.split("."):
+        params = params.get(name) if isinstance(params, dict) else None
+    return params
