@@ -246,7 +246,7 @@ def params(foreign: Foreign) -> dict[str, Any]:
     params = copy.deepcopy(read_params(ROOT / "profiles/default.yaml"))
     given = {"name": "from", "path": str(foreign.model)}
     params["pretrain"]["clm"]["model"] = params["tokenize"]["tokenizer"] = given
-    params["tokenize"]["context"] = POSITIONS
+    params["tokenize"]["context"] = params["evaluate"]["window"] = POSITIONS
     return params
 
 
@@ -262,7 +262,7 @@ def test_settings_know_the_size_of_a_given_model(params: dict[str, Any]) -> None
         "finetune.method.rank: found 33, but it should be at most pretrain.clm.model.hidden, which is 32: a matrix of "
         "the model's width has no higher rank",
         "tokenize.context: found 97, but it should be at most pretrain.clm.model.positions, which is 96: the model "
-        "that training goes on from knows no more positions",
+        "that training goes on from knows no more",
     ]
     params["pretrain"]["clm"]["model"]["path"] = "data/no/such/folder"
     check(params)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from serving.decoding import Sampling
 from serving.engine import MaskEngine, TextEngine
+from serving.folders import load_genai, load_onnx
 from serving.names import MASK, Candidates, codec_of, log_scores, only_slot
 from tasks.common import identity
 from tasks.common.evaluation.candidates import OnnxEncoder, TorchDecoder, TorchEncoder, open_decoder, open_encoder
@@ -87,9 +88,7 @@ def test_logits_are_close_to_fp32(key: str, chain: Chain) -> None:
 
 def decoder_logits(path: Path, ids: Any) -> Any:
     """Return the INT8 decoder's logits through its export's own inputs and outputs."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path / "model.onnx", providers=["CPUExecutionProvider"])
+    session = load_onnx(path / "model.onnx", None)
     config = json.loads((path / "genai_config.json").read_text())["model"]["decoder"]
     heads, size = config["num_key_value_heads"], config["head_size"]
     feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
@@ -100,6 +99,19 @@ def decoder_logits(path: Path, ids: Any) -> Any:
     wanted = {item.name for item in session.get_inputs()}
     assert wanted <= set(feed)
     return session.run([config["outputs"]["logits"]], {name: feed[name] for name in wanted})[0]
+
+
+def test_the_served_engine_computes_as_onnx_runtime_does(chain: Chain) -> None:
+    """Both are told to add up without overflow, which processors without VNNI else do not."""
+    path = chain.path("data/quantize/policy/model")
+    ids = np.random.default_rng(1).integers(7, SETTINGS["tokenize"]["tokenizer"]["vocabulary"], (1, 24))
+    import onnxruntime_genai
+
+    model = load_genai(path, 1)
+    generator = onnxruntime_genai.Generator(model, onnxruntime_genai.GeneratorParams(model))
+    generator.append_tokens(ids[0].tolist())
+    expected = decoder_logits(path, ids)
+    np.testing.assert_allclose(generator.get_output("logits"), expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_the_same_names_are_found(chain: Chain) -> None:

@@ -51,7 +51,7 @@ def run(config, job):
     return {"portions": 2}
 
 if __name__ == "__main__":
-    stage.check = lambda params, stage: None
+    stage.check = lambda params, stages: None
     stage.main("cook")
 '''
 PARAMS = """
@@ -347,7 +347,7 @@ class imported:
     def __enter__(self) -> ModuleType:
         self.monkeypatch.chdir(self.kitchen.path)
         self.monkeypatch.syspath_prepend(self.kitchen.path)
-        self.monkeypatch.setattr(stage, "check", lambda params, stage: None)
+        self.monkeypatch.setattr(stage, "check", lambda params, stages: None)
         identity._local_imports.cache_clear()
         return importlib.import_module("cook")
 
