@@ -30,7 +30,8 @@ NEXT = (
 
 def run(project: Path, names: Sequence[str]) -> None:
     """Bring the chain (or `names` and what they need) up to date; raise BessemerError where that fails."""
-    stages = _selected(project, names)
+    params = read_params(project / "params.yaml")
+    stages = _selected(project, names, params)
     from flows import terminal
 
     out = terminal.console()
@@ -40,7 +41,7 @@ def run(project: Path, names: Sequence[str]) -> None:
             _build(out, project)
         terminal.show_commands(out, NEXT)
         return
-    numerics = read_params(project / "params.yaml")["numerics"]
+    numerics = params["numerics"]
     must_find_devices(numerics["parallel"]["processes"], numerics["device"])
     terminal.show_plan(out, project, stages)
     environment.prepare(project, console=False)
@@ -63,12 +64,11 @@ def run(project: Path, names: Sequence[str]) -> None:
     terminal.show_commands(out, NEXT)
 
 
-def _selected(project: Path, names: Sequence[str]) -> Graph:
+def _selected(project: Path, names: Sequence[str], params: dict[str, Any]) -> Graph:
     """Return the stages that `names` and what they need are; raise SettingsError where the settings keep one from it.
 
     Asked are those that would run: a model that answers may lie there from before a classifier was asked for.
     """
-    params = read_params(project / "params.yaml")
     settings.check(params)
     stages = graph.select(graph.read(project), names)
     settings.check(params, stages=[name for name, stage in stages.items() if stage.dirty])
@@ -103,7 +103,7 @@ def _flow(project: Path, names: Sequence[str], watcher: "Terminal") -> Any:
 
 def plan(project: Path, names: Sequence[str]) -> None:
     """Print what `run` would do."""
-    stages = _selected(project, names)
+    stages = _selected(project, names, read_params(project / "params.yaml"))
     from flows import terminal
 
     out = terminal.console()

@@ -167,21 +167,28 @@ def _reasons(stage: Any, project: Path) -> Iterator[str]:
     yield from _changed_settings(stage)
     changed = [(_path(dep, project), state) for dep in stage.deps for state in _file_states(dep)]
     code = [path for path, _ in changed if path.endswith(".py")]
+    locks = [path for path, _ in changed if path.endswith(".lock")]
     if code:
         yield f"code: {_some(code)}"
-    for path, state in changed:
-        if path.endswith(".lock"):
-            yield f"packages: {path}"
-        elif path not in code:
-            yield f"input: {path}" + {"deleted": " is missing", "new": " is newly listed"}.get(state, "")
-    for out in stage.outs:
-        for state in out.status().values():
-            words = {
-                "deleted": "is missing",
-                "modified": "was changed by hand",
-                "not in cache": "is not in DVC's cache",
-            }
-            yield f"output: {_path(out, project)} {words.get(state, state)}"
+    if locks:
+        yield f"packages: {_some(locks)}"
+    yield from _by_state("input", [(path, state) for path, state in changed if path not in (*code, *locks)])
+    yield from _by_state(
+        "output", [(_path(out, project), state) for out in stage.outs for state in out.status().values()]
+    )
+
+
+STATES = {"deleted": "missing", "new": "newly listed", "not in cache": "not in DVC's cache"}
+
+
+def _by_state(kind: str, found: list[tuple[str, str]]) -> Iterator[str]:
+    """Yield a line for each state that some inputs or outputs are in, with the first of them."""
+    for state in dict.fromkeys(state for _, state in found):
+        paths = list(dict.fromkeys(path for path, other in found if other == state))
+        words = f" {'is' if len(paths) == 1 else 'are'} {STATES[state]}" if state in STATES else ""
+        if state == "modified" and kind == "output":
+            words = f" {'was' if len(paths) == 1 else 'were'} changed by hand"
+        yield f"{kind}: {_some(paths)}{words}"
 
 
 def _some(paths: list[str]) -> str:

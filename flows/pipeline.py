@@ -29,6 +29,8 @@ def chain(project: str = ".", stages: list[str] | None = None, worktree: bool = 
     run_id = runtime.flow_run.name
     with workplace.place(Path(project), run_id, worktree=worktree) as place, Run(run_id, place) as run:
         plan = graph.select(graph.read(place), stages or [])
+        if worktree:  # elsewhere `bessemer run` has asked
+            workplace.check(place, [name for name in plan if plan[name].dirty])
         work_through(run, plan)
         records.write_flow(place, run_id, run.outcomes)
         report(run.quoted, return_state=True)  # where it breaks, its task says so; the models are made all the same

@@ -10,7 +10,7 @@ import fcntl
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,7 +24,7 @@ import sys
 from tasks.common import settings
 
 try:
-    settings.check(settings.read_params())
+    settings.check(settings.read_params(), stages=sys.argv[1:])
 except settings.BessemerError as error:
     sys.exit(str(error))
 """
@@ -45,7 +45,7 @@ def place(project: Path, run_id: str, *, worktree: bool) -> Iterator[Path]:
         _drop_abandoned(project, folder)
         _git(project, "worktree", "add", "--quiet", "--detach", str(path), "HEAD")
         try:
-            _check(path)
+            check(path)
             _share(project, path)
             yield path
         finally:
@@ -75,9 +75,12 @@ def _drop_abandoned(project: Path, folder: Path) -> None:
     _git(project, "worktree", "prune")
 
 
-def _check(path: Path) -> None:
-    """Raise SettingsError where the worktree's settings are wrong, by its own code: the project's may be under edit."""
-    done = subprocess.run([sys.executable, "-c", CHECK], cwd=path, capture_output=True, text=True, check=False)
+def check(path: Path, stages: Sequence[str] = ()) -> None:
+    """Raise SettingsError where a worktree's settings are wrong or keep one of the stages from running.
+
+    They are read by its own code: the project's may be under edit.
+    """
+    done = subprocess.run([sys.executable, "-c", CHECK, *stages], cwd=path, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SettingsError(done.stderr.strip())
 

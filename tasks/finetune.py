@@ -125,8 +125,9 @@ def tune_head(
     (usable, aside), (heldout, more) = read_both(reader, rows)
     if rows["heldout"] and not heldout:
         raise StageError(
-            f"none of the {len(rows['heldout'])} held-out conversations can be asked ({conversations.tally(more)}): "
-            "what is learnt could not be judged. Labels must be answers that come on both sides of the split."
+            f"none of the {len(rows['heldout'])} held-out conversations can be asked "
+            f"({conversations.told(conversations.tally(more))}): what is learnt could not be judged. Labels must be "
+            "answers that come on both sides of the split."
         )
     with models.quiet("transformers"):  # the head is fresh, and is about to be trained
         if labels is None:
@@ -175,7 +176,7 @@ def read_both(reader: Any, rows: dict[str, list[dict[str, Any]]]) -> list[tuple[
         raise conversations.nothing_left(len(rows["train"]), aside, reader.longest)
     left = conversations.tally([*aside, *read[1][1]])
     if left and not rank():
-        told = ", ".join(f"{count} {reason}" for reason, count in left.items())
+        told = conversations.told(left)
         print(f"conversations that are not used as they stand ({told}): data/finetune/aside.jsonl names them")
     return read
 

@@ -28,7 +28,7 @@ THREE = [
 
 def row(messages: list[dict[str, str]], name: str = "a") -> dict[str, Any]:
     """Return a row of the instructions table."""
-    return {"id": name, "split": "train", "messages": messages}
+    return {"id": name, "split": "train", "messages": messages, "source": "mine"}
 
 
 def read(
@@ -133,5 +133,5 @@ def test_every_row_is_used_or_named(chain: Chain, tmp_path: Path) -> None:
     write_aside(aside, tmp_path / "aside.jsonl")
     lines = (tmp_path / "aside.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["id"] for line in lines] == ["long", "empty", "none"]
-    assert set(json.loads(lines[0])) == {"id", "split", "reason", "used", "detail"}
+    assert set(json.loads(lines[0])) == {"id", "split", "reason", "used", "detail", "source", "begins"}
     assert "4 conversations" in str(nothing_left(4, aside[1:], 9))

@@ -142,7 +142,7 @@ def source(name: str, path: str, kind: str = "instructions") -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", list(ROWS))
 @pytest.mark.parametrize("form", ["array", "lines", "parquet"])
-def test_rows_are_used_or_refused_with_file_line_and_reason(tmp_path: Path, name: str, form: str) -> None:
+def test_rows_are_used_or_refused_with_file_place_and_reason(tmp_path: Path, name: str, form: str) -> None:
     copied = copy_sources(tmp_path)
     text = json.dumps(ROWS[name])
     good, empty = ROWS[name], json.loads(text.replace("Bonjour", "").replace("Hello to you!", ""))
@@ -158,7 +158,8 @@ def test_rows_are_used_or_refused_with_file_line_and_reason(tmp_path: Path, name
         path.write_text(f"{json.dumps(good)}\n\n\n{json.dumps(empty)}\n", encoding="utf-8")
     folder = ingest_into(tmp_path / "out", copied, sources=[FACTS, source(name, path.name)])
     (refused,) = refusals(folder)
-    assert refused["reason"] == f"{path.name}, line {2 if form == 'parquet' else 4}: an empty answer"
+    place = {"array": "item 2 (line 4)", "lines": "line 4", "parquet": "row 2"}[form]
+    assert refused["reason"] == f"{path.name}, {place}: an empty answer"
     (row,) = [row for row in table(folder, "instructions") if row["source"] == "mine"]
     assert row["messages"][-1]["role"] == "assistant"
     assert row["entity"] == row["messages"][0]["content"]
@@ -207,8 +208,9 @@ def test_an_array_longer_than_what_is_read_at_once_gives_all_its_rows(
     monkeypatch.setattr(formats, "CHARACTERS_AT_ONCE", piece)
     items = [{"text": "café, [x] \\ {y}" * 9}, 1234567, ["]", [5]], None, {}]
     path = tmp_path / "mine.json"
+    places = [f"item {number} (line {2 * number})" for number in range(1, 6)]
     path.write_text("\n [" + ",\n\n".join(map(json.dumps, items)) + " ]\n", encoding="utf-8")
-    assert list(formats.objects("mine", path)) == list(zip((2, 4, 6, 8, 10), items, strict=True))
+    assert list(formats.objects("mine", path)) == list(zip(places, items, strict=True))
 
 
 def test_imported_chats_belong_to_no_group_and_say_so() -> None:
@@ -270,7 +272,7 @@ def test_the_data_sets_named_are_read_into_their_tables(tmp_path: Path) -> None:
     (ranking,) = table(folder, "rankings")
     assert (ranking["responses"], ranking["ranks"]) == (["This.", "That."], [1, 2])
     (refused,) = refusals(folder)
-    assert refused["reason"] == "plain.json, line 1: output missing; expected instruction, output"
+    assert refused["reason"] == "plain.json, item 2 (line 1): output missing; expected instruction, output"
     entry = manifest(folder)["factory"]
     assert (entry["read"], entry["used"], entry["rows"]) == (4, 3, {"corpus": 0, "instructions": 2, "rankings": 1})
     assert list(entry["files"]) == ["lf/dataset_info.json", "lf/plain.json", "lf/tagged.jsonl", "lf/preferred.json"]

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -91,3 +93,28 @@ def test_two_processes_are_resumed(engine: str, changes: dict[str, Any], chain: 
     assert "resuming at step" in said
     path = "data/pretrain/clm/model/model.safetensors"
     assert (again / path).read_bytes() == (whole / path).read_bytes()
+
+
+def test_what_is_wrong_is_said_once(chain: Chain, tmp_path: Path) -> None:
+    """By one of the processes, and without torchrun's own account of it."""
+    mixture = {"mixture": {"statements": 0.5, "verse": 0.5}}
+    folder = clone(tmp_path, chain, "pretrain clm", mixture, tmp_path / "none", 1e9, processes=2)
+    process = start(folder, "pretrain clm")
+    said, _ = process.communicate()
+    assert process.returncode == 1
+    assert re.fullmatch(r"pretrain@clm: .*verse.*\n", said)
+
+
+def test_a_process_that_is_killed_is_named(chain: Chain, tmp_path: Path) -> None:
+    """The machine's memory ran out, say: nothing else would tell."""
+    folder = clone(tmp_path, chain, "pretrain clm", {}, store := tmp_path / "store", 1e-9, processes=2)
+    process = start(folder, "pretrain clm")
+    while not steps(store):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    said, _ = process.communicate()
+    assert process.returncode == 1
+    assert re.search(r"^pretrain@clm: process [01] of 2 was killed by SIGKILL; the run can be resumed\.$", said, re.M)
+    assert "Traceback" not in said

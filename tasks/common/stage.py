@@ -8,6 +8,7 @@ beside the outputs (`record.json`); what was measured goes to `runs/<run id>/<st
 import errno
 import importlib
 import json
+import logging
 import os
 import platform
 import resource
@@ -16,13 +17,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from tasks.common import identity
 from tasks.common.settings import (
@@ -40,6 +41,7 @@ from tasks.common.settings import (
 RUN_ID = "BESSEMER_RUN_ID"
 SCRATCH = Path("data/.scratch")
 RUNS = Path("runs")
+FIRST_SAYS_S = 10.0  # within which the first process has met an error that it shares with the others
 LEFT_BY_RUNS = ("benchmarks/results", "docs", "dvc.lock", "metrics")  # tracked, and no part of what is run
 
 
@@ -123,7 +125,7 @@ def main(module_name: str) -> None:
         execute(module, key)
     except BessemerError as error:
         if int(os.environ.get("LOCAL_RANK", "0")):
-            raise SystemExit(1) from error  # the first process of each machine says it
+            _leave_it_to_the_first()
         raise SystemExit(f"{name_of(module_name.rpartition('.')[2], key)}: {error}") from error
     except Exception as error:
         if not _disk_full(error):
@@ -135,6 +137,15 @@ def main(module_name: str) -> None:
         ) from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def _leave_it_to_the_first() -> None:
+    """Wait for the launcher to end this process: what is wrong here is wrong in all; a machine's first says it.
+
+    Where the first goes on, this one's own error was the only one, and this returns.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(FIRST_SAYS_S)
 
 
 def _disk_full(error: Exception) -> bool:
@@ -149,11 +160,11 @@ def execute(module: ModuleType, key: str | None) -> dict[str, Any]:
     seed = params["base"]["seed"]
     section, config = config_of(module, params, key)
     numerics = Numerics.model_validate(params["numerics"])
-    _gather_processes(module, key, numerics)
     inputs = {name: Path(path) for name, path in declared_inputs(module, key, config).items()}
     absent = [str(path) for path in inputs.values() if not path.exists()]
     if absent:
         raise StageError(f"{', '.join(absent)} is missing; `dvc repro {name_of(stage, key)}` makes it first.")
+    _gather_processes(module, key, numerics)
     record = _describe(module, stage, key, section, config, numerics, seed, inputs)
     targets = {name: Path(path) for name, path in declared_outputs(module, key).items()}
     with _scratch(name_of(stage, key) + (f".{rank()}" if rank() else ""), targets) as outputs:
@@ -182,7 +193,7 @@ def _gather_processes(module: ModuleType, key: str | None, numerics: Numerics) -
 
     Raises StageError where another number of them was started than the settings say, or more than find a device here.
     """
-    processes, name = numerics.parallel.processes, name_of(module.__name__, key)
+    processes, name = numerics.parallel.processes, name_of(module.__name__.rpartition(".")[2], key)
     started = "RANK" in os.environ
     if not getattr(module, "PARALLEL", False):
         if started:
@@ -197,8 +208,27 @@ def _gather_processes(module: ModuleType, key: str | None, numerics: Numerics) -
     must_find_devices(int(os.environ.get("LOCAL_WORLD_SIZE", size)) if started else processes, numerics.device)
     if processes > 1 and not started:
         os.environ["OMP_NUM_THREADS"] = str(numerics.threads)
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        os.execv(sys.executable, [*torchrun, "-m", module.__name__, *([key] if key else [])])
+        _torchrun(name, processes, [module.__name__, *([key] if key else [])])
+
+
+def _torchrun(name: str, processes: int, command: Sequence[str]) -> NoReturn:
+    """Run a module in several processes under torchrun, and end as they end, with their words and none of its own."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.disable(logging.ERROR)  # it tells every failure twice
+    try:
+        run.main(["--standalone", f"--nproc-per-node={processes}", "-m", *command])
+    except ChildFailedError as error:
+        number, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            killed = f"was killed by {signal.Signals(-failure.exitcode).name}; the run can be resumed"
+            raise SystemExit(f"{name}: process {number} of {processes} {killed}.") from None
+        raise SystemExit(failure.exitcode) from None
+    except SignalException:
+        raise SystemExit(130) from None
+    raise SystemExit(0)
 
 
 def must_find_devices(processes: int, device: str) -> None:

@@ -1,7 +1,8 @@
 """Formats of files: how the rows of one are read, one after the other, without the file being held in memory.
 
-`FORMATS` maps a format's name to the function that reads it. Each yields (line, row), the row a mapping or a line of
-JSON that is still to be decoded, and raises StageError with the source's name where the file is of another kind.
+`FORMATS` maps a format's name to the function that reads it. Each yields (place, row): where the row stands ("line 3")
+and a mapping or a line of JSON that is still to be decoded; each raises StageError with the source's name where the
+file is of another kind.
 """
 
 import csv
@@ -13,7 +14,7 @@ from typing import Any
 from tasks.common.sources import readers
 from tasks.common.stage import StageError
 
-Rows = Iterator[tuple[int, Any]]
+Rows = Iterator[tuple[str, Any]]
 ROWS_AT_ONCE = 1000  # of a Parquet file
 CHARACTERS_AT_ONCE = 2**16  # of a JSON array
 HEAD_BYTES = 4096  # that tell what a file is
@@ -21,12 +22,13 @@ HEAD_BYTES = 4096  # that tell what a file is
 
 def text(name: str, path: Path, wanted: Set[str]) -> Rows:
     """Yield the paragraphs of a text file."""
-    yield from ((0, {"text": paragraph}) for paragraph in readers.paragraphs(_lines(name, path)))
+    paragraphs = readers.paragraphs(_lines(name, path))
+    yield from ((f"paragraph {number}", {"text": paragraph}) for number, paragraph in enumerate(paragraphs, 1))
 
 
 def json_lines(name: str, path: Path, wanted: Set[str]) -> Rows:
     """Yield the lines of a file that hold something; a line that is no JSON is a bad row, not a bad file."""
-    yield from ((number, line) for number, line in enumerate(_lines(name, path), 1) if line.strip())
+    yield from ((f"line {number}", line) for number, line in enumerate(_lines(name, path), 1) if line.strip())
 
 
 def comma_separated(name: str, path: Path, wanted: Set[str]) -> Rows:
@@ -36,7 +38,7 @@ def comma_separated(name: str, path: Path, wanted: Set[str]) -> Rows:
         header = readers.header(reader)
         _columns(name, path, wanted, set(header))
         for row in reader:
-            yield reader.line_num, row
+            yield f"line {reader.line_num}", row
     except csv.Error as error:
         raise StageError(
             f"source {name}: expected CSV in {path}, found something else (after line {reader.line_num}: {error}); "
@@ -56,7 +58,7 @@ def parquet(name: str, path: Path, wanted: Set[str]) -> Rows:
             for batch in opened.iter_batches(batch_size=ROWS_AT_ONCE):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, row
+                    yield f"row {number}", row
     except (pa.ArrowException, OSError) as error:
         raise StageError(f"source {name}: expected a Parquet file at {path}, found something else: {error}") from error
 
@@ -74,8 +76,8 @@ def objects(name: str, path: Path) -> Rows:
 
 
 def _array(name: str, path: Path) -> Rows:
-    """Yield the items of a JSON array one by one, with the line where each starts; only a piece of the text is held."""
-    line = 1
+    """Yield the items of a JSON array one by one, with their numbers and lines; only a piece of the text is held."""
+    line, number = 1, 0
     try:
         with path.open(encoding="utf-8-sig") as file:
             head, _, held = file.read(CHARACTERS_AT_ONCE).partition("[")
@@ -87,7 +89,8 @@ def _array(name: str, path: Path) -> Rows:
                     return
                 row, end, told = _first_item(held)
                 if end < len(held):  # what goes to the very end may go on in the next piece
-                    yield line, row
+                    number += 1
+                    yield f"item {number} (line {line})", row
                     line, held = line + held.count("\n", 0, end), held[end:]
                 elif piece := file.read(max(CHARACTERS_AT_ONCE, len(held))):
                     held += piece

@@ -285,20 +285,20 @@ def _import(layout: importers.Layout, path: Path, called: str, reading: Reading)
 
 
 def _take_rows(
-    table: str, found: Iterable[tuple[int, Any]], called: str, reading: Reading, meaning: Meaning = dict
+    table: str, found: Iterable[tuple[str, Any]], called: str, reading: Reading, meaning: Meaning = dict
 ) -> None:
-    """Take rows as they are meant; a bad one is refused with its line. Where none fits, the schema is another: stop."""
+    """Take rows as they are meant; a bad one is refused with its place. Where none fits, it is another schema: stop."""
     count, refusals, first = 0, 0, ""
-    for line, row in found:
+    for place, row in found:
         count += 1
         try:
             rows.add(table, meaning(_decoded(row)), reading)
         except ValueError as error:
-            first = first or f"line {line}: {error}"
+            first = first or f"{place}: {error}"
             refusals += 1
             reading.read += 1
             reading.refuse(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str),
-                           f"{called}, line {line}: {error}")  # fmt: skip
+                           f"{called}, {place}: {error}")  # fmt: skip
         if reading.full:
             return
     if count and refusals == count:
@@ -326,12 +326,12 @@ def _dataset(source: Dataset, folder: Path, reading: Reading) -> None:
     """Take a dataset's rows as they come; their hash, which no file of the hub's cache has, grows with them."""
     hashed = hashlib.sha256()
 
-    def rows_of() -> Iterator[tuple[int, Any]]:
+    def rows_of() -> Iterator[tuple[str, Any]]:
         for number, row in enumerate(_readable(source, folder), 1):
             head = "\x00" if number > 1 else ""
             content = head + json.dumps(row, sort_keys=True, default=str)
             hashed.update(content.encode("utf-8", "surrogatepass"))
-            yield number, row
+            yield f"row {number}", row
 
     _take_rows(source.table, rows_of(), source.path, reading)
     reading.files = {name: identity.file_hash(folder / name) for name in source.data_files}

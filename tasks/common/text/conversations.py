@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 Named = tuple[str, Encoded]  # a row's id, and its tokens
 TooLong = Literal["refuse", "truncate"]
+BEGINS = 80  # characters
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,15 @@ class Aside:
     reason: str  # too_long | empty_answer | no_answer | no_number | unseen_label
     used: bool  # whether what is left of it is used
     detail: str
+    source: str
+    begins: str  # the first words of its first question
+
+    @classmethod
+    def of(cls, row: Row, reason: str, detail: str, *, used: bool = False) -> "Aside":
+        """Keep a row of the instructions table aside."""
+        asked = next((turn["content"] for turn in row["messages"] if turn["role"] == "user"), "")
+        begins = " ".join(asked.split())[:BEGINS]
+        return cls(row["id"], row["split"], reason, used, detail, row["source"], begins)
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ def fit(
     if tokens <= longest:
         return whole, None
     if too_long == "refuse":
-        return None, Aside(row["id"], row["split"], "too_long", False, f"{tokens} tokens")
+        return None, Aside.of(row, "too_long", f"{tokens} tokens")
     shorter, dropped = shorten(messages, lambda part: len(encode(part)[0]), longest)
     ids, asked = encode(shorter)
     detail = f"{tokens} tokens; cut: {dropped} earlier turns, the last {max(0, len(ids) - longest)} tokens"
@@ -85,18 +95,17 @@ def fit(
     if not used:
         detail += ", which leaves nothing of an answer"
     encoded = (ids[:longest], asked[:longest]) if used else None
-    return encoded, Aside(row["id"], row["split"], "too_long", used, detail)
+    return encoded, Aside.of(row, "too_long", detail, used=used)
 
 
 def unanswered(row: Row) -> Aside | None:
     """Return why nothing can be learnt from a row at all, or None."""
     replies = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
     if not replies:
-        return Aside(row["id"], row["split"], "no_answer", False, f"{len(row['messages'])} turns")
+        return Aside.of(row, "no_answer", f"{len(row['messages'])} turns")
     empty = [str(place) for place, reply in enumerate(replies, 1) if not reply.strip()]
     if empty:
-        detail = f"answer {', '.join(empty)} of {len(replies)}"
-        return Aside(row["id"], row["split"], "empty_answer", False, detail)
+        return Aside.of(row, "empty_answer", f"answer {', '.join(empty)} of {len(replies)}")
     return None
 
 
@@ -130,7 +139,7 @@ def shorten(
 
 def nothing_left(count: int, aside: Sequence[Aside], longest: int) -> StageError:
     """Return the error for a table of which no row can be learnt from: how many, why, and the first of them."""
-    reasons = ", ".join(f"{found} {reason}" for reason, found in tally(aside).items()) or "it is empty"
+    reasons = told(tally(aside)) or "it is empty"
     first = "".join(f" {row.id} ({row.detail})" for row in aside[:1])
     return StageError(
         f"none of the {count} conversations to train on is left ({reasons}).{' The first is' if first else ''}{first}. "
@@ -141,6 +150,11 @@ def nothing_left(count: int, aside: Sequence[Aside], longest: int) -> StageError
 def tally(aside: Iterable[Aside]) -> dict[str, int]:
     """Return how many rows were kept aside for each reason; those that are still used in part count as shortened."""
     return dict(sorted(Counter(row.reason if not row.used else "shortened" for row in aside).items()))
+
+
+def told(counts: Mapping[str, int]) -> str:
+    """Return a tally in words: "3 too_long, 1 empty_answer"."""
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items())
 
 
 def write_aside(aside: Iterable[Aside], path: Path) -> None:

@@ -86,12 +86,12 @@ class Reader:
         if self.labels is not None:
             if answer in self.labels:
                 return self.labels.index(answer)
-            return Aside(row["id"], row["split"], "unseen_label", False, f"{answer!r} is no answer of the training")
+            return Aside.of(row, "unseen_label", f"{answer!r} is no answer of the training")
         try:
             number = float(answer)
         except ValueError:
             number = math.nan
-        return number if math.isfinite(number) else Aside(row["id"], row["split"], "no_number", False, repr(answer))
+        return number if math.isfinite(number) else Aside.of(row, "no_number", repr(answer))
 
     def _encode(self, messages: Sequence[Message]) -> Encoded:
         ids = chat.encode_prompt(self.tokenizer, messages)
