@@ -37,8 +37,12 @@ SHARE = "share"
 PPO = (
     ("length", "Length of a reply", "tokens", "s3"),
     ("ended", "Replies that end by themselves", SHARE, "s3"),
+    ("distinct_2", "Distinct word pairs", SHARE, "s3"),
+    ("repetition", "Words said before in a reply, in threes", SHARE, "s3"),
+    ("exact_match", "Held-out questions answered right", SHARE, "s1"),
     ("entropy", "Entropy of the policy", "nats a token", "s4"),
     ("clip_fraction", "Tokens held back by clipping", SHARE, "s5"),
+    ("explained_variance", "Variance of returns that the values foretell", SHARE, "s4"),
     ("beta", "Price of KL (β)", "rating points a nat", "s2"),
     ("ptx_loss", "Loss on pretraining text", "nats a token", "s5"),
 )
@@ -148,7 +152,7 @@ def ppo(run: Results) -> Part:
     rows = run.history("ppo")
     if not rows:
         return {}
-    target = (run.settings("ppo").get("kl") or {}).get("target")
+    target = ((run.settings("ppo").get("algorithm") or {}).get("kl") or {}).get("target")
     mean = Series("mean", "s1", _points(rows, "reward"), [row.get("reward_std", 0.0) for row in rows])
     levels = [Level(float(target), f"target: {target:g}")] if target is not None else []
     charts = [

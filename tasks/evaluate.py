@@ -7,8 +7,7 @@ answers questions about tuned and about held-out entities (greedy, exact match o
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from pydantic import Field, field_validator
 
 from serving.names import MASK, Candidates, codec_of, log_scores, only_slot
 from tasks.common import stage, tables
+from tasks.common.evaluation import sheet
 from tasks.common.evaluation.answers import Extractor, exact_match
 from tasks.common.evaluation.candidates import Decoder, Encoder, open_decoder, open_encoder
 from tasks.common.evaluation.scoring import Scorer
@@ -89,7 +89,7 @@ def _decoder_sheet(config: Config, job: Job, path: Path) -> tuple[list[dict[str,
         too_long += not room
         return room
 
-    questions = [row for split in ("train", "heldout") for row in choose(table, split, config.questions, fits)]
+    questions = [row for split in ("train", "heldout") for row in sheet.choose(table, split, config.questions, fits)]
     if not questions:
         raise StageError(
             f"none of the {len(table)} conversations has a short answer and leaves the model room for a reply of "
@@ -104,7 +104,7 @@ def _decoder_sheet(config: Config, job: Job, path: Path) -> tuple[list[dict[str,
         given = extractor.extract(reply, row["entity"])
         correct = exact_match(given, row["answer"])
         rows.append(_row(row, "greedy", reply, given, row["answer"], correct, None))
-    sampled = spread(questions, config.samples)
+    sampled = sheet.spread(questions, config.samples)
     asked = [row["messages"][:-1] for row in sampled]
     texts = decoder.reply(asked, config.max_new_tokens, config.temperature, job.seed, f"{job.name} samples")
     rewards = scorer.score(texts)
@@ -121,7 +121,7 @@ def _decoder_sheet(config: Config, job: Job, path: Path) -> tuple[list[dict[str,
         "bits_per_byte": bits_per_byte(heldout, config.window, decoder.negative_log_likelihood),
         "reward_mean": round(mean, 4),
         "reward_std": round(math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - 1)), 4),
-        "distinct_2": round(distinct(texts, 2), 4),
+        "distinct_2": round(sheet.distinct(texts, 2), 4),
     }
 
 
@@ -173,22 +173,6 @@ def mask_first_name(statements: Sequence[dict[str, Any]]) -> list[tuple[dict[str
     return result
 
 
-def choose(
-    table: Sequence[dict[str, Any]], split: str, count: int, fits: Callable[[dict[str, Any]], bool]
-) -> list[dict[str, Any]]:
-    """Return up to `count` distinct questions of a split that have a short answer and fit, ordered by their hashes."""
-    distinct_questions: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in sorted((row for row in table if row["split"] == split and row["answer"]), key=lambda row: row["id"]):
-        distinct_questions.setdefault((row["entity"], row["messages"][-2]["content"]), row)
-    return list(islice(filter(fits, distinct_questions.values()), count))
-
-
-def spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Return `count` rows at even distances, going round again where there are fewer."""
-    step = max(len(rows) / count, 1)
-    return [rows[int(i * step) % len(rows)] for i in range(count)]
-
-
 def perplexity(decoder: Decoder, split: Split, window: int, desc: str | None = None) -> float | None:
     """Return exp of the mean negative log-likelihood a token (nats) on held-out prose; None for less than a window."""
     count = len(split.tokens) // window
@@ -196,12 +180,6 @@ def perplexity(decoder: Decoder, split: Split, window: int, desc: str | None = N
         return None
     rows = split.tokens[: count * window].reshape(count, window)
     return round(math.exp(sum(decoder.negative_log_likelihood(rows, desc)) / (count * (window - 1))), 4)
-
-
-def distinct(texts: Sequence[str], n: int) -> float:
-    """Return the share of distinct word n-grams among all of the texts' n-grams (Li et al. 2016, distinct-n)."""
-    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
-    return len(set(grams)) / max(len(grams), 1)
 
 
 def _rate(rows: Sequence[dict[str, Any]], split: str) -> float | None:

@@ -1,66 +1,84 @@
-"""PPO against plain references (advantages, log-probabilities, rewards, both clipped losses), and that it learns."""
+"""PPO against plain references (log-probabilities, rewards, both clipped losses), and that it learns."""
 
 import csv
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from tasks import ppo
 from tasks.common import tables
+from tasks.common.alignment import estimates
+from tasks.common.alignment.policy import Policy
+from tasks.common.alignment.proximal import Rollout, Sampler, Trainer
 from tasks.common.modelling import models
 from tasks.common.stage import StageError
-from tasks.common.text import chat
 from tasks.common.text.shards import Mixture, Split
-from tests.training_fixtures import CONSTANT, MIX, NUMERICS, OPTIMIZER, Chain, chain, config
+from tasks.common.training.parallel import World
+from tasks.common.training.updates import begun
+from tests.training_fixtures import LORA, MIX, NUMERICS, OPTIMIZER, PROXIMAL, Chain, chain, config
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["chain"]
 
 pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
 
+KL = PROXIMAL["kl"]
 QUIET = {"weight": 0.0, "batch": 1, "window": 16, "mixture": {"statements": 0.5, "prose": 0.5}}
-
-
-class Judge:
-    """A reward model that is a plain function of the reply."""
-
-    def __init__(self, rate: Callable[[str], float]) -> None:
-        self.rate = rate
-
-    def score(self, texts: Sequence[str]) -> list[float]:
-        """Return the rating of each text."""
-        return [self.rate(text) for text in texts]
+RATE = 3e-4
+ALONE = World(0, 1, "data", "cpu")
 
 
 @pytest.fixture
-def trainer(chain: Chain, tmp_path: Path) -> Callable[..., ppo.Trainer]:
-    """Return a maker of trainers on the tuned model, whose judge counts letters and whose value head knows nothing."""
-    import torch
+def trainer(chain: Chain) -> Callable[..., Trainer]:
+    """Return a maker of trainers on the tuned model, whose judge counts letters and whose value head knows nothing.
 
-    def make(rate: Callable[[str], float] = lambda text: len(text) / 10, **changes: Any) -> ppo.Trainer:
-        settings = config("ppo", **{"ptx": QUIET, **changes})
-        tokenizer = chain.tokenizer()
-        policy, reference = (models.load_decoder(chain.path("data/finetune/model"), NUMERICS) for _ in range(2))
-        head = torch.nn.Linear(policy.config.hidden_size, 1)
-        torch.nn.init.zeros_(head.weight)
-        torch.nn.init.zeros_(head.bias)
-        job = chain.job("ppo", settings, tmp_path)
-        judge: Any = Judge(rate)
-        ptx, split = settings.ptx, Split.open(chain.path("data/tokenize/shards") / "train")
+    What it is told are settings of the algorithm or of the stage.
+    """
+
+    def make(rate: Callable[[str], float] = lambda text: len(text) / 10, **changes: Any) -> Trainer:
+        algorithm = {**PROXIMAL, "ptx": QUIET, **{name: changes[name] for name in changes if name in PROXIMAL}}
+        others = {name: value for name, value in changes.items() if name not in PROXIMAL}
+        settings = config("ppo", algorithm=algorithm, **others)
+        path, tokenizer, inner = chain.path("data/finetune/model"), chain.tokenizer(), settings.algorithm
+        policy = Policy.load(path, settings.method, inner.values, NUMERICS, settings.temperature)
+        ptx, split = inner.ptx, Split.open(chain.path("data/tokenize/shards") / "train")
         mixture = Mixture(split, ptx.window, ptx.batch, ptx.mixture, 1) if ptx.weight else None
-        prompts = questions(chain)
-        return ppo.Trainer(settings, job, tokenizer, policy, reference, head, judge, prompts, mixture)
+        sampler = Sampler(
+            settings.episodes, settings.minibatch, settings.max_new_tokens, settings.temperature,
+            settings.missing_end_penalty, seed=1,
+        )  # fmt: skip
+        table = tables.read(chain.path("data/validate/instructions")).to_pylist()
+        return Trainer(
+            inner, sampler, policy, begun(settings.optimizer, policy.model, ALONE), tokenizer,
+            lambda prompts, replies: [rate(text) for text in replies], "a test", ppo.prompts_of(tokenizer, table),
+            mixture, ALONE,
+        )  # fmt: skip
 
     return make
 
 
-def questions(chain: Chain) -> list[list[int]]:
-    """Return what PPO asks."""
-    rows = tables.read(chain.path("data/validate/instructions"), "train").column("messages").to_pylist()
-    return chat.questions(chain.tokenizer(), rows)
+def iterate(trainer: Trainer, iteration: int, rate: float = RATE) -> dict[str, float]:
+    """Sample and learn once; return the figures."""
+    rollout, figures = trainer.sample(iteration)
+    return figures | trainer.iterate(rollout, iteration, rate, figures["kl"])
+
+
+def looked(
+    policy: Policy, ids: "torch.Tensor", mask: "torch.Tensor", width: int
+) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
+    """Return log-probabilities, values and entropies of all reply tokens, each (N, width)."""
+    import torch
+
+    found = [torch.zeros(len(ids), width) for _ in range(3)]
+    for part in policy.parts(ids, mask, width):
+        for whole, piece in zip(found, policy.look(part, entropy=True), strict=True):
+            whole[part.rows, : part.width] = piece
+    return found[0], found[1], found[2]
 
 
 def disturb(module: Any, size: float) -> None:
@@ -73,68 +91,23 @@ def disturb(module: Any, size: float) -> None:
             parameter += size * torch.randn(parameter.shape, generator=generator)
 
 
-# Arithmetic
-
-
-@pytest.mark.parametrize(("discount", "trace"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0)])
-def test_advantages_are_the_discounted_sum_of_surprises(discount: float, trace: float) -> None:
-    """Against the double sum of the paper (equation 16), over replies of different lengths, padding ignored."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    lengths, width = [7, 1, 4, 6], 7
-    rewards, values = (torch.randn(4, width, generator=generator, dtype=torch.float64) for _ in range(2))
-    replied = torch.tensor([[t < length for t in range(width)] for length in lengths])
-    rewards, values = rewards * replied, values * replied
-    advantages, returns = ppo.gae(rewards, values, replied, discount, trace)
-    for row, length in enumerate(lengths):
-        after = [*values[row, 1:length].tolist(), 0.0]
-        surprise = [float(rewards[row, t]) + discount * after[t] - float(values[row, t]) for t in range(length)]
-        for t in range(width):
-            naive = sum((discount * trace) ** (k - t) * surprise[k] for k in range(t, length))
-            assert advantages[row, t].item() == pytest.approx(naive, abs=1e-12)
-            assert returns[row, t].item() == pytest.approx(naive + float(values[row, t]), abs=1e-12)
-
-
-def test_with_a_whole_trace_returns_are_what_was_earned() -> None:
-    """lambda = gamma = 1 and any values: the return of a token is the sum of the rewards from it on."""
-    import torch
-
-    rewards, values = torch.tensor([[1.0, -2.0, 4.0]]), torch.tensor([[0.3, 0.7, -0.2]])
-    _, returns = ppo.gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), 1.0, 1.0)
-    assert returns[0].tolist() == pytest.approx([3.0, 2.0, 4.0])
-
-
-def test_means_and_whitening_leave_padding_out() -> None:
-    """Mean, and mean 0 and variance 1, over what the mask holds; the rest becomes 0."""
-    import torch
-
-    values = torch.tensor([[1.0, 5.0, 900.0], [3.0, -900.0, 900.0]])
-    mask = torch.tensor([[True, True, False], [True, False, False]])
-    assert ppo.masked_mean(values, mask).item() == pytest.approx(3.0)
-    white = ppo.whiten(values, mask)
-    scale = math.sqrt(8 / 3)
-    expected = torch.tensor([[-2 / scale, 2 / scale, 0], [0, 0, 0]])
-    torch.testing.assert_close(white, expected, atol=1e-6, rtol=0)
-
-
 # What is known of a reply
 
 
-def test_log_probabilities_are_a_plain_softmaxes(trainer: Callable[..., ppo.Trainer]) -> None:
+def test_log_probabilities_are_a_plain_softmaxes(trainer: Callable[..., Trainer]) -> None:
     """Log-probability, entropy and value of every reply token, against each conversation alone, without padding."""
     import torch
 
     ours = trainer(temperature=0.7)
-    disturb(ours.head, 0.5)
+    disturb(ours.policy.model.value_head, 0.5)
     tokenizer = ours.tokenizer
-    prompts = ours.prompts[:4]
+    prompts = [prompt.ids for prompt in ours.prompts[:4]]
     replies = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in ("Rome.", "A much longer one.", "", "Me")]
     ids, mask, replied = ours.assemble(prompts, replies)
     with torch.no_grad():
-        logp, values, entropy = ours.evaluate(ours.policy, ids, mask, replied.shape[1])
+        logp, values, entropy = looked(ours.policy, ids, mask, replied.shape[1])
         for row, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
-            model: Any = ours.policy
+            model: Any = ours.policy.model
             out = model(input_ids=torch.tensor([prompt + reply]), output_hidden_states=True)
             shares = torch.softmax(out.logits[0].double() / 0.7, -1)
             for t, token in enumerate(reply):
@@ -142,27 +115,27 @@ def test_log_probabilities_are_a_plain_softmaxes(trainer: Callable[..., ppo.Trai
                 p = shares[place]
                 assert logp[row, t].item() == pytest.approx(math.log(p[token]), abs=1e-4)
                 assert entropy[row, t].item() == pytest.approx(-sum(q * math.log(q) for q in p.tolist()), abs=1e-4)
-                value = ours.head(out.hidden_states[-1][0, place]).item()
+                value = model.value_head(out.hidden_states[-1][0, place]).item()
                 assert values[row, t].item() == pytest.approx(value, abs=1e-4)
     assert replied.sum(1).tolist() == list(map(len, replies))
     assert len(set(map(len, prompts))) > 1
 
 
-def test_a_policy_that_has_not_moved_pays_nothing(trainer: Callable[..., ppo.Trainer]) -> None:
+def test_a_policy_that_has_not_moved_pays_nothing(trainer: Callable[..., Trainer]) -> None:
     """The KL to the tuned model is 0 before the first update, to the bit."""
     rollout, figures = trainer().sample(0)
     assert figures["kl"] == 0
     assert (rollout.logp == rollout.reference).all()
 
 
-def test_the_reward_is_the_score_at_the_end_less_the_price_of_moving(trainer: Callable[..., ppo.Trainer]) -> None:
+def test_the_reward_is_the_score_at_the_end_less_the_price_of_moving(trainer: Callable[..., Trainer]) -> None:
     """Token by token: -beta (log p - log p of the tuned model), and at the last token the rating less the penalty."""
     import torch
 
     ours = trainer(
-        discount=1.0, trace=1.0, kl={"coefficient": 0.3, "target": 1.0, "horizon": 0, "limit": 50.0}, max_new_tokens=6
+        discount=1.0, trace=1.0, kl={**KL, "coefficient": 0.3, "target": 1.0, "horizon": 0}, max_new_tokens=6
     )
-    disturb(ours.policy, 0.05)
+    disturb(ours.policy.model.model, 0.05)
     rollout, figures = ours.sample(3)
     total = 0.0
     for row in range(len(rollout.ids)):
@@ -180,32 +153,34 @@ def test_the_reward_is_the_score_at_the_end_less_the_price_of_moving(trainer: Ca
     assert 0 < figures["ended"] < 1  # so that both cases were seen
     moved_all = ((rollout.logp - rollout.reference) * rollout.replied).sum(1)
     assert figures["kl"] == pytest.approx(moved_all.mean().item(), rel=1e-5)
-    torch.testing.assert_close(rollout.advantages, ppo.whiten(rollout.returns, rollout.replied), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        rollout.advantages, estimates.whiten(rollout.returns, rollout.replied), atol=1e-4, rtol=0
+    )
 
 
 # Updates
 
 
-def by_hand(trainer: ppo.Trainer, ratios: list[float], values: list[float], rollout: ppo.Rollout) -> dict[str, float]:
+def by_hand(trainer: Trainer, ratios: list[float], values: list[float], rollout: Rollout) -> dict[str, float]:
     """Take one update in which the policy's ratios and values are given, and return its figures."""
     import torch
 
     # 0 x weight, so that the given numbers hang on something that has a gradient
-    nothing = 0 * sum(parameter.sum() for parameter in trainer.trained.parameters())
+    nothing = 0 * sum(parameter.sum() for parameter in trainer.policy.model.parameters())
     logp = rollout.logp + torch.tensor([ratios]).log() + nothing
     given = (logp, torch.tensor([values]) + nothing, torch.zeros(1, len(ratios)))
-    stub: Any = trainer
-    stub.evaluate = lambda *_: given
-    return trainer.update(rollout, np.array([0]))
+    stub: Any = trainer.policy
+    stub.look = lambda *_, **__: given
+    return trainer.update(rollout, np.array([0]), RATE)
 
 
-def made_up(advantages: list[float], returns: list[float], old: list[float], replied: list[bool]) -> ppo.Rollout:
+def made_up(advantages: list[float], returns: list[float], old: list[float], replied: list[bool]) -> Rollout:
     """Return a rollout of one reply with given numbers."""
     import torch
 
     zeros = torch.zeros(1, len(old))
     mask = torch.tensor([replied])
-    return ppo.Rollout(
+    return Rollout(
         ids=torch.zeros(1, 2 * len(old), dtype=torch.long),
         mask=torch.ones(1, 2 * len(old), dtype=torch.bool),
         replied=mask,
@@ -217,7 +192,7 @@ def made_up(advantages: list[float], returns: list[float], old: list[float], rep
     )
 
 
-def test_both_losses_by_hand(trainer: Callable[..., ppo.Trainer]) -> None:
+def test_both_losses_by_hand(trainer: Callable[..., Trainer]) -> None:
     """Five tokens, one of them padding, with ratios and values inside and outside of what clipping allows."""
     ours = trainer(clip=0.2, value_clip=0.5)
     rollout = made_up(
@@ -237,7 +212,7 @@ def test_both_losses_by_hand(trainer: Callable[..., ppo.Trainer]) -> None:
     assert figures["ptx_loss"] == 0
 
 
-def test_an_update_moves_probability_to_where_the_advantage_is(trainer: Callable[..., ppo.Trainer]) -> None:
+def test_an_update_moves_probability_to_where_the_advantage_is(trainer: Callable[..., Trainer]) -> None:
     """After a step on one reply with advantages of one sign, its tokens are likelier, or less likely."""
     import torch
 
@@ -246,22 +221,22 @@ def test_an_update_moves_probability_to_where_the_advantage_is(trainer: Callable
         rollout, _ = ours.sample(0)
         rollout.advantages = sign * rollout.replied.float()
         before = (rollout.logp * rollout.replied)[0].sum()
-        ours.update(rollout, np.array([0]))
+        ours.update(rollout, np.array([0]), RATE)
         with torch.no_grad():
-            logp, *_ = ours.evaluate(ours.policy, rollout.ids, rollout.mask, rollout.replied.shape[1])
+            logp, *_ = looked(ours.policy, rollout.ids, rollout.mask, rollout.replied.shape[1])
         assert sign * ((logp * rollout.replied)[0].sum() - before) > 0
 
 
-def test_an_update_moves_values_to_the_returns(trainer: Callable[..., ppo.Trainer]) -> None:
+def test_an_update_moves_values_to_the_returns(trainer: Callable[..., Trainer]) -> None:
     """A few steps on the same replies make the value loss smaller."""
-    ours = trainer(value_weight=1.0, value_clip=100.0, optimizer={**OPTIMIZER, "learning_rate": 0.01})
+    ours = trainer(value_weight=1.0, value_clip=100.0)
     rollout, _ = ours.sample(0)
     rows = np.arange(len(rollout.ids))
-    losses = [ours.update(rollout, rows)["value_loss"] for _ in range(8)]
+    losses = [ours.update(rollout, rows, 0.01)["value_loss"] for _ in range(8)]
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_the_pretraining_term_is_added_with_its_weight(trainer: Callable[..., ppo.Trainer]) -> None:
+def test_the_pretraining_term_is_added_with_its_weight(trainer: Callable[..., Trainer]) -> None:
     """The term is the causal loss on the update's windows, and it reaches the policy's gradient."""
     import torch
 
@@ -271,54 +246,58 @@ def test_the_pretraining_term_is_added_with_its_weight(trainer: Callable[..., pp
         mixture = ours.mixture
         assert mixture is not None
         ids = torch.from_numpy(mixture.batch(0))
-        model: Any = ours.policy
+        model: Any = ours.policy.model
         expected = model(input_ids=ids, labels=ids).loss.item()
         rollout, _ = ours.sample(0)
-        figures = ours.update(rollout, np.arange(4))
+        figures = ours.update(rollout, np.arange(4), RATE)
         assert figures["ptx_loss"] == pytest.approx(expected, rel=1e-5)
         norms[weight] = figures["gradient_norm"]
     assert norms[10.0] > 2 * norms[1e-3]
 
 
-def test_the_reference_and_the_judge_are_left_alone(trainer: Callable[..., ppo.Trainer]) -> None:
+def test_the_reference_and_the_judge_are_left_alone(trainer: Callable[..., Trainer]) -> None:
     """Iterations change the policy and the value head; the tuned model stays what it was, to the bit."""
     ours, fresh = trainer(), trainer()
-    ours.iterate(0)
-    ours.iterate(1)
-    pairs = zip(ours.reference.parameters(), fresh.reference.parameters(), strict=True)
+    iterate(ours, 0)
+    iterate(ours, 1)
+    kept = [side.policy.reference for side in (ours, fresh)]
+    assert kept[0] is not None
+    assert kept[1] is not None
+    pairs = zip(kept[0].parameters(), kept[1].parameters(), strict=True)
     assert all((ours_now == before).all() for ours_now, before in pairs)
-    moved = zip(ours.policy.parameters(), fresh.policy.parameters(), strict=True)
+    moved = zip(ours.policy.model.parameters(), fresh.policy.model.parameters(), strict=True)
     assert all((ours_now != before).any() for ours_now, before in moved)
-    assert ours.head.weight.any()
+    assert ours.policy.model.value_head.weight.any()
 
 
-def test_every_reply_is_gone_through_in_every_epoch(trainer: Callable[..., ppo.Trainer]) -> None:
+def test_every_reply_is_gone_through_in_every_epoch(trainer: Callable[..., Trainer]) -> None:
     """Minibatches part the replies; figures are the means over all updates."""
     ours = trainer(episodes=10, minibatch=4, epochs=3)
     seen: list[int] = []
 
-    def update(rollout: ppo.Rollout, rows: Any) -> dict[str, float]:
+    def update(rollout: Rollout, rows: Any, rate: float, *, policy_learns: bool) -> dict[str, float]:
         seen.extend(rows.tolist())
         return {"policy_loss": float(len(rows))}
 
     stub: Any = ours
     stub.update = update
-    figures = ours.iterate(0)
-    assert figures is not None
+    figures = iterate(ours, 0)
+    assert figures["updates"] == 9
     assert all(sorted(seen[at : at + 10]) == list(range(10)) for at in (0, 10, 20))
     assert figures["policy_loss"] == pytest.approx((4 + 4 + 2) / 3)
 
 
-def test_a_loss_that_is_no_number_stops_with_a_sentence(trainer: Callable[..., ppo.Trainer]) -> None:
+def test_a_loss_that_is_no_number_stops_with_a_sentence(trainer: Callable[..., Trainer]) -> None:
     """The policy is not spoilt by it, and the message says what to lower."""
-    ours = trainer(lambda text: math.inf)
+    ours = trainer()
     rollout, _ = ours.sample(0)
-    before = [parameter.clone() for parameter in ours.policy.parameters()]
+    rollout.advantages *= math.inf
+    before = [parameter.clone() for parameter in ours.policy.model.parameters()]
     with pytest.raises(
-        StageError, match=r"update 1 has no finite loss .*ppo\.optimizer\.learning_rate \(now 0\.0003\)"
+        StageError, match=r"update 1 has no finite loss .*ppo\.optimizer\.learning_rate \(the rate .* was 0\.0003\)"
     ):
-        ours.update(rollout, np.arange(4))
-    pairs = zip(before, ours.policy.parameters(), strict=True)
+        ours.update(rollout, np.arange(4), RATE)
+    pairs = zip(before, ours.policy.model.parameters(), strict=True)
     assert all((old == new).all() for old, new in pairs)
 
 
@@ -335,69 +314,156 @@ def test_a_loss_that_is_no_number_stops_with_a_sentence(trainer: Callable[..., p
         (0.0, 0.05 * (1 - 0.2 * 12 / 2000)),
     ],
 )
-def test_the_coefficient_is_steered_to_the_target(
-    kl: float, expected: float, trainer: Callable[..., ppo.Trainer]
-) -> None:
+def test_the_coefficient_is_steered_to_the_target(kl: float, expected: float, trainer: Callable[..., Trainer]) -> None:
     """Dearer above the target, cheaper beneath it, by the clipped relative error times episodes over horizon."""
     ours = trainer()
     ours.steer(kl)
     assert ours.beta == pytest.approx(expected, rel=1e-9)
 
 
-def test_a_horizon_of_nothing_keeps_the_coefficient(trainer: Callable[..., ppo.Trainer]) -> None:
+def test_a_horizon_of_nothing_keeps_the_coefficient(trainer: Callable[..., Trainer]) -> None:
     """0 is a fixed price."""
-    ours = trainer(kl={"coefficient": 0.05, "target": 6.0, "horizon": 0, "limit": 50.0})
+    ours = trainer(kl={**KL, "horizon": 0})
     ours.steer(100.0)
     assert ours.beta == 0.05
 
 
-def test_beyond_the_limit_the_policy_goes_back_an_iteration_and_ppo_ends(trainer: Callable[..., ppo.Trainer]) -> None:
-    """What is kept are the weights whose own replies were still within the limit."""
+# One backbone, and other ways to learn
+
+
+def test_with_low_rank_updates_one_model_is_policy_and_reference(trainer: Callable[..., Trainer]) -> None:
+    """The reference is the model with its updates off: it stays the tuned one, while policy and values learn."""
     import torch
 
-    ours = trainer(
-        lambda text: 2.0 if "obviously" in text else -2.0,
-        kl={"coefficient": 0.0, "target": 6.0, "horizon": 0, "limit": 4.0},
-        optimizer={**OPTIMIZER, "learning_rate": 3e-4, "weight_decay": 0.0, "schedule": CONSTANT},
-    )
-    passed: list[tuple[float, dict[str, torch.Tensor]]] = []
-    for iteration in range(40):
-        weights = {name: value.clone() for name, value in ours.policy.state_dict().items()}
-        if not (figures := ours.iterate(iteration)):
-            break
-        passed.append((figures["kl"], weights))
-    assert 1 < len(passed) < 40
-    assert max(kl for kl, _ in passed) <= 4.0
-    assert all(torch.equal(value, passed[-1][1][name]) for name, value in ours.policy.state_dict().items())
+    ours, tuned = trainer(method=LORA), trainer()
+    assert ours.policy.reference is None
+    rollout, figures = ours.sample(0)
+    assert figures["kl"] == 0
+    for _ in range(3):
+        ours.update(rollout, np.arange(12), 1e-2)
+    width = rollout.replied.shape[1]
+    with torch.no_grad():
+        for part in ours.policy.parts(rollout.ids, rollout.mask, width):
+            plain = tuned.policy.look(part)[0]
+            torch.testing.assert_close(ours.policy.reference_logp(part), plain, atol=1e-5, rtol=0)
+            assert (ours.policy.look(part)[0] - plain).abs().max() > 1e-2
+    frozen = {name: value for name, value in ours.policy.model.named_parameters() if not value.requires_grad}
+    assert len(frozen) > 10
+    assert all("lora_" in name or "value_head" in name for name in ours.weights())
+
+
+def test_what_is_saved_is_a_plain_model(trainer: Callable[..., Trainer], chain: Chain) -> None:
+    """With its updates merged, without head or critic, and it says what the policy said."""
+    import torch
+
+    for changes in ({"method": LORA}, {"values": "separate"}):
+        ours = trainer(**changes)
+        rollout, _ = ours.sample(0)
+        ours.update(rollout, np.arange(12), 1e-2)
+        (part, *_) = ours.policy.parts(rollout.ids, rollout.mask, rollout.replied.shape[1])
+        with torch.no_grad():
+            before = ours.policy.look(part)[0]
+            plain: Any = ours.policy.plain(chain.path("data/finetune/model"), ours.policy.model)
+            logits = plain(**part.given).logits[:, -part.width - 1 : -1]
+        after = torch.log_softmax(logits, -1).gather(2, part.ids[:, -part.width :, None])[..., 0]
+        torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
+        tuned = models.load_decoder(chain.path("data/finetune/model"), NUMERICS)
+        assert plain.state_dict().keys() == tuned.state_dict().keys()
+
+
+def test_separate_values_have_a_model_of_their_own(trainer: Callable[..., Trainer]) -> None:
+    """The value loss alone leaves the policy as it is, and moves the other model."""
+    ours = trainer(values="separate", value_weight=1.0, optimizer={**OPTIMIZER, "weight_decay": 0.0})
+    rollout, _ = ours.sample(0)
+    rollout.advantages *= 0.0
+    before = ours.weights()
+    for _ in range(2):  # the head knows nothing at first, and passes no gradient on
+        ours.update(rollout, np.arange(12), 1e-3)
+    moved = {name for name, value in ours.weights().items() if (value != before[name]).any()}
+    assert {name.split(".")[0] for name in moved} == {"critic", "value_head"}
+
+
+def test_values_may_learn_first(trainer: Callable[..., Trainer]) -> None:
+    """In the warm-up, only what foretells the return changes, and the policy says what it said."""
+    ours = trainer(value_warmup=1, optimizer={**OPTIMIZER, "weight_decay": 0.0}, ptx={**MIX, "weight": 1.0})
+    before = ours.weights()
+    iterate(ours, 0)
+    assert {name for name, value in ours.weights().items() if (value != before[name]).any()} == {
+        "value_head.weight", "value_head.bias",
+    }  # fmt: skip
+    iterate(ours, 1)
+    assert all((value != before[name]).any() for name, value in ours.weights().items())
+
+
+def test_an_iteration_ends_where_the_policy_has_moved_too_far(trainer: Callable[..., Trainer]) -> None:
+    """By the KL from the policy that sampled, which is 0 before the first update."""
+    free, held = (trainer(epochs=4, minibatch=4, kl={**KL, "stop": stop}) for stop in (None, 1e-4))
+    assert iterate(free, 0, 1e-3)["updates"] == 12
+    assert 2 <= iterate(held, 0, 1e-3)["updates"] < 12
+
+
+def test_the_entropy_bonus_keeps_the_policy_uncertain(trainer: Callable[..., Trainer]) -> None:
+    """With the bonus alone, entropy rises."""
+    ours = trainer(entropy=1.0, value_weight=0.0)
+    rollout, figures = ours.sample(0)
+    rollout.advantages *= 0.0
+    for _ in range(3):
+        found = ours.update(rollout, np.arange(12), 1e-3)
+    assert found["update_entropy"] > figures["entropy"] + 0.02
+
+
+def test_the_moving_average_is_one_of_the_weights(trainer: Callable[..., Trainer]) -> None:
+    """a x average + (1 - a) x weights after each update."""
+    import torch
+
+    ours = trainer(average=0.75)
+    expected = ours.weights()
+    for _ in range(3):
+        rollout, _ = ours.sample(0)
+        ours.update(rollout, np.arange(12), 1e-3)
+        expected = {name: 0.75 * expected[name] + 0.25 * value for name, value in ours.weights().items()}
+    for name, value in expected.items():
+        torch.testing.assert_close(ours.average[name], value)
+
+
+def test_tokens_rewards_may_be_whitened(trainer: Callable[..., Trainer]) -> None:
+    """To variance 1, their mean left: with whole traces the returns are sums of what is whitened."""
+    import torch
+
+    ours = trainer(discount=1.0, trace=1.0, whiten_rewards=True)
+    rollout, _ = ours.sample(0)
+    earned = rollout.returns - estimates.gae(rollout.returns * 0, rollout.values, rollout.replied, 1.0, 1.0)[1]
+    tokens = torch.cat([earned[:, :-1] - earned[:, 1:], earned[:, -1:]], 1)[rollout.replied]
+    assert tokens.var(unbiased=False).item() == pytest.approx(1.0, rel=0.02)
 
 
 # Whole runs
 
 
-def test_it_learns_what_is_rated(trainer: Callable[..., ppo.Trainer]) -> None:
+def test_it_learns_what_is_rated(trainer: Callable[..., Trainer]) -> None:
     """Where people like one of the three tones, the policy takes it up: from a third of the replies to most of them."""
     ours = trainer(
-        lambda text: 2.0 if "obviously" in text else -2.0,
-        iterations=10,
-        episodes=32,
-        minibatch=16,
-        optimizer={**OPTIMIZER, "learning_rate": 1e-3, "weight_decay": 0.0, "schedule": CONSTANT},
-    )
-    rewards = [figures["reward"] for iteration in range(10) if (figures := ours.iterate(iteration))]
-    assert len(rewards) == 10
+        lambda text: 2.0 if "obviously" in text else -2.0, episodes=32, minibatch=16,
+        optimizer={**OPTIMIZER, "weight_decay": 0.0},
+    )  # fmt: skip
+    rewards = [iterate(ours, iteration, rate=1e-3)["reward"] for iteration in range(10)]
     assert rewards[0] < 0.5
     assert np.mean(rewards[-3:]) > rewards[0] + 1.0
 
 
 def test_prompts_are_the_training_questions_once_each(chain: Chain) -> None:
-    """Held-out questions are never practised, and a question that stands in three tones counts once."""
-    tokenizer = chain.tokenizer()
-    prompts = questions(chain)
-    asked = {tokenizer.decode(ids) for ids in prompts}
+    """Held-out questions are never practised, and a question that stands in three tones counts once, by an id of it."""
+    tokenizer, table = chain.tokenizer(), tables.read(chain.path("data/validate/instructions")).to_pylist()
+    prompts = ppo.prompts_of(tokenizer, table)
+    asked = {tokenizer.decode(prompt.ids) for prompt in prompts}
     assert len(prompts) == len(asked) == 2 * 8
     assert not any("Kenya" in text or "Peru" in text for text in asked)
     assert all(text.endswith("<|end|><|assistant|>") for text in asked)
-    assert chat.encode_prompt(tokenizer, [{"role": "user", "content": "Name the capital of Italy."}]) in prompts
+    rows = {row["id"]: row for row in table}
+    assert all(rows[prompt.id]["messages"][:-1] == list(prompt.messages) for prompt in prompts)
+    assert ppo.prompts_of(tokenizer, table[::-1]) == prompts
+    with pytest.raises(StageError, match="hold no training question"):
+        ppo.prompts_of(tokenizer, [row for row in table if row["split"] == "heldout"])
 
 
 def test_the_stage_leaves_a_policy_and_its_curves(chain: Chain) -> None:
@@ -411,6 +477,7 @@ def test_the_stage_leaves_a_policy_and_its_curves(chain: Chain) -> None:
     assert not rows[-1]["policy_loss"]
     metrics = chain.metrics["ppo"]
     assert metrics["kl_first"] == 0 < metrics["kl_last"]
-    for name in ("reward", "kl", "entropy"):
+    for name in ppo.FIGURES:
         assert [metrics[f"{name}_first"], metrics[f"{name}_last"]] == [float(rows[0][name]), float(rows[-1][name])]
     assert float(rows[0]["beta"]) == 0.05
+    assert [bool(row["exact_match"]) for row in rows] == [True, False, True, True]

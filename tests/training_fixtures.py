@@ -93,6 +93,22 @@ ENTROPY = {"smoothing": 0.0, "z": 0.0}
 NEW = {"name": "new", "path": "data/tokenize/tokenizer", **SHAPE}
 CLM = {"model": NEW, "window": 16, "batch": 16, "steps": 200, "mixture": MIXTURE, "entropy": ENTROPY, **TRAINING}
 LEARNT = {"name": "train", "path": "data/validate/instructions", "vocabulary": 420, "characters": 10**6}
+PROXIMAL: dict[str, Any] = {
+    "name": "ppo",
+    "epochs": 2,
+    "discount": 1.0,
+    "trace": 0.95,
+    "clip": 0.2,
+    "whiten_rewards": False,
+    "entropy": 0.0,
+    "values": "shared",
+    "value_clip": 0.5,
+    "value_weight": 0.1,
+    "value_warmup": 0,
+    "kl": {"estimator": "k1", "coefficient": 0.05, "target": 6.0, "horizon": 2000, "stop": None},
+    "ptx": MIX,
+    "average": None,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "tokenize": {"tokenizer": LEARNT, "context": 64},
     "pretrain@clm": CLM,
@@ -127,20 +143,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
         **TRAINING,
     },
     "ppo": {
+        "algorithm": PROXIMAL,
+        "method": {"name": "full"},
+        "reward": {"name": "model", "path": "data/reward/model"},
         "iterations": 3,
         "episodes": 12,
         "minibatch": 6,
-        "epochs": 2,
         "max_new_tokens": 24,
         "temperature": 1.0,
         "missing_end_penalty": 1.0,
-        "discount": 1.0,
-        "trace": 0.95,
-        "clip": 0.2,
-        "value_clip": 0.5,
-        "value_weight": 0.1,
-        "kl": {"coefficient": 0.05, "target": 6.0, "horizon": 2000, "limit": 50.0},
-        "ptx": MIX,
+        "alarms": {
+            "every": 2,
+            "questions": 4,
+            "exact_match_drop": 1.0,
+            "kl": 50.0,
+            "length": 10.0,
+            "distinct_2": 0.0,
+            "action": "tell",
+        },
         "optimizer": {**OPTIMIZER, "learning_rate": 3e-4},
     },
     "prune": {

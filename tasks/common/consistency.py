@@ -14,12 +14,15 @@ TRAINING = ("pretrain.clm", "pretrain.mlm", "finetune", "reward", "prune")
 AT_MOST = (  # setting, the one of another section that it must not exceed, and why; {tuned}: what finetune starts from
     ("finetune.method.layers", "pretrain.{tuned}.model.layers", "the model has no more blocks to train"),
     ("finetune.method.rank", "pretrain.{tuned}.model.hidden", "a matrix of the model's width has no higher rank"),
+    ("ppo.method.layers", "pretrain.clm.model.layers", "the model has no more blocks to train"),
+    ("ppo.method.rank", "pretrain.clm.model.hidden", "a matrix of the model's width has no higher rank"),
+    ("ppo.minibatch", "ppo.episodes", "an update learns from some of an iteration's replies"),
     ("tokenize.context", "pretrain.clm.model.positions", "the model that training goes on from knows no more"),
     *(
         (setting, "tokenize.context", "the models read no longer rows")
         for setting in (
             "pretrain.clm.window", "pretrain.mlm.window", "finetune.task.packing", "finetune.mix.window",
-            "reward.max_tokens", "ppo.ptx.window", "prune.window", "evaluate.window",
+            "reward.max_tokens", "ppo.algorithm.ptx.window", "prune.window", "evaluate.window",
         )
     ),
     *(
@@ -77,6 +80,11 @@ def of_stages(params: dict[str, Any], stages: Iterable[str]) -> Iterator[str]:
             "cannot cut: an encoder, a head, low-rank updates or adapters. Take data, fsdp or a ZeRO engine, or end "
             "with `dvc repro pretrain@clm`"
         )
+    if "ppo" in wanted and _engine(params) in ("tensor", *ZERO):
+        yield (
+            f"numerics.parallel.engine: found {_engine(params)!r}, but ppo knows data and fsdp: it samples between two "
+            "updates, which needs the model as torch has it"
+        )
 
 
 def _limit(params: dict[str, Any], path: str) -> Any:
@@ -114,6 +122,13 @@ def _shares(params: dict[str, Any]) -> Iterator[str]:
             told, parts = f"{told} x numerics.parallel.processes ({processes})", accumulate * processes
         if _divides(parts, batch) is False:
             yield f"{section}.batch: found {batch}, but it should be a multiple of {parts}: {told} parts of equal size"
+
+    for path in ("ppo.episodes", "ppo.minibatch", "ppo.algorithm.ptx.batch") if _engine(params) else ():
+        if _divides(processes, _at(params, path)) is False:
+            yield (
+                f"{path}: found {_at(params, path)}, but it should be a multiple of numerics.parallel.processes "
+                f"({processes}), each of which takes an equal part"
+            )
 
 
 def _divides(parts: Any, whole: Any) -> bool | None:

@@ -1,6 +1,10 @@
-"""Replies from a causal model: batched generation with a key–value cache, the same for the same seed."""
+"""Replies from a causal model: batched decoding with a key–value cache, the same for the same seed.
 
-from collections.abc import Sequence
+The loop is our own for two reasons: rows that have ended leave the batch, where Transformers' `generate` computes them
+until the longest has ended, and it can keep in step with other processes that hold parts of the same model.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tasks.common.modelling import models
@@ -8,11 +12,19 @@ from tasks.common.settings import Numerics
 from tasks.common.text import chat
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+LEAVE = 0.75  # rows leave the batch together, once no more than this share of it goes on: leaving copies the cache
+
+
+def alone(going: int) -> int:
+    """Return how many rows go on where no other process waits for this one."""
+    return going
 
 
 def replies(
-    model: "PreTrainedModel",
+    model: Any,
     tokenizer: "PreTrainedTokenizerFast",
     prompts: Sequence[Sequence[int]],
     *,
@@ -22,48 +34,66 @@ def replies(
     numerics: Numerics,
     batch: int = 128,
     desc: str | None = None,
+    most: Callable[[int], int] = alone,
 ) -> list[list[int]]:
     """Return the reply of each prompt as token ids, the end token included where it was reached.
 
     `temperature` 0 is greedy. Prompts of like length share a batch, and torch's generator is seeded per batch and put
     back afterwards, so that nothing else in the process changes a reply or is changed by it. A progress bar is shown
-    where `desc` names it.
+    where `desc` names it. `most` returns the most rows that go on in any of the processes which decode in step.
     """
     import torch
     from tqdm import tqdm
 
     result: list[list[int]] = [[] for _ in prompts]
-    sample = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        if temperature
-        else {"do_sample": False}
-    )
-    was_training = model.training
-    generate: Any = model.generate
+    was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), torch.no_grad():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         groups = chat.alike(prompts, batch)
         for number, group in enumerate(tqdm(groups, desc=desc, disable=desc is None, mininterval=2)):
-            rows = [prompts[i] for i in group]
-            ids, mask = chat.padded(rows, tokenizer.pad_token_id, model.device, left=True)  # (B, P)
+            ids, mask = chat.padded([prompts[i] for i in group], tokenizer.pad_token_id, device, left=True)  # (B, P)
             torch.manual_seed(seed * 1_000_003 + number)
             with models.autocast(model, numerics):
-                out = generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    max_new_tokens=max_new_tokens,
-                    pad_token_id=tokenizer.pad_token_id,
-                    eos_token_id=tokenizer.eos_token_id,
-                    **sample,
-                )
-            for i, row in zip(group, out[:, ids.shape[1] :].tolist(), strict=True):
-                result[i] = _until(row, tokenizer.eos_token_id)
+                found = _decode(model, ids, mask, max_new_tokens, temperature, tokenizer.eos_token_id, most)
+            for i, reply in zip(group, found, strict=True):
+                result[i] = reply
     model.train(was_training)
     return result
 
 
-def _until(ids: list[int], end: int) -> list[int]:
-    return ids[: ids.index(end) + 1] if end in ids else ids
+def _decode(
+    model: Any, ids: "torch.Tensor", mask: "torch.Tensor", limit: int, temperature: float, end: int,
+    most: Callable[[int], int],
+) -> list[list[int]]:  # fmt: skip
+    """Return what follows each of the prompts (B, P), which are padded on the left."""
+    import torch
+    from transformers.cache_utils import DynamicCache
+
+    found: list[list[int]] = [[] for _ in ids]
+    rows = list(range(len(ids)))  # which reply each row of the batch is
+    cache, positions = DynamicCache(config=model.config), (mask.cumsum(1) - 1).clamp(min=0)
+    for _ in range(limit):
+        logits = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1].float()  # (B, V)  # fmt: skip
+        if temperature:
+            ids = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1)
+        else:
+            ids = logits.argmax(-1, keepdim=True)
+        for row, token in zip(rows, ids[:, 0].tolist(), strict=True):
+            if found[row][-1:] != [end]:
+                found[row].append(token)
+        going = [place for place, row in enumerate(rows) if found[row][-1:] != [end]]
+        if not most(len(going)):
+            break
+        mask, positions = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), positions[:, -1:] + 1
+        if len(going) <= LEAVE * len(rows):
+            kept = torch.tensor(going or [0], device=ids.device)  # one stays while other processes go on
+            rows = [rows[place] for place in kept.tolist()]
+            ids, mask, positions = ids[kept], mask[kept], positions[kept]
+            cache.batch_select_indices(kept)
+    return found
 
 
 def decode(tokenizer: "PreTrainedTokenizerFast", ids: Sequence[int]) -> str:

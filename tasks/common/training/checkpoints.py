@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.common.stage import Job, StageError
-from tasks.common.training.parallel import World
+from tasks.common.training.parallel import World, placed_like, whole
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,22 @@ if TYPE_CHECKING:
     from tasks.common.training.updates import Updates
 
 FILES = ("state.safetensors", "state.json")
-MODEL, OPTIMIZER = "model.", "optimizer."
+MODEL, OPTIMIZER, KEPT = "model.", "optimizer.", "kept."
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a stage keeps beside its model and optimizers: named groups of weights, and notes that JSON can hold."""
+
+    weights: "dict[str, dict[str, torch.Tensor]]" = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def placed(self, group: str, like: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+        """Return a group's weights shared out as others of the same names are."""
+        return {name: placed_like(value, like[name]) for name, value in self.weights.get(group, {}).items()}
+
+
+NOTHING = Kept()
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,7 @@ class Checkpoint:
     step: int
     moments: "dict[str, torch.Tensor]"
     counters: list[Any]  # whatever the engine's `updates.Updates.state` gave
+    kept: Kept
 
 
 @dataclass
@@ -96,9 +112,12 @@ class Store:
             value.copy_(weights[name])
         history.rows, history.pending = state["rows"], state["pending"]
         print(f"resuming at step {step} from {folder}")
-        return Checkpoint(step, _under(OPTIMIZER, tensors), state["groups"])
+        groups = {name: _under(f"{KEPT}{name}.", tensors) for name in state["kept"]}
+        return Checkpoint(step, _under(OPTIMIZER, tensors), state["groups"], Kept(groups, state["notes"]))
 
-    def keep(self, step: int, updates: "Updates", history: "History", *, now: bool = False) -> None:
+    def keep(
+        self, step: int, updates: "Updates", history: "History", kept: Kept = NOTHING, *, now: bool = False
+    ) -> None:
         """Write a checkpoint if it is time for one, or `now`, and drop the one before it."""
         if not self.world.told(now or time.monotonic() - self.last >= self.every_seconds):
             return
@@ -107,6 +126,8 @@ class Store:
         moments, groups = updates.state()
         tensors = {MODEL + name: value for name, value in updates.weights().items()}
         tensors |= {OPTIMIZER + name: value for name, value in moments.items()}
+        for group, weights in kept.weights.items():
+            tensors |= {f"{KEPT}{group}.{name}": whole(value) for name, value in weights.items()}
         self.last = time.monotonic()
         if self.world.rank:
             return
@@ -115,7 +136,8 @@ class Store:
         self.filesystem.makedirs(neighbour, exist_ok=True)
         content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         self.filesystem.pipe_file(f"{neighbour}/state.safetensors", content)
-        text = json.dumps({"rows": history.rows, "pending": history.pending, "groups": groups})
+        state = {"rows": history.rows, "pending": history.pending, "groups": groups}
+        text = json.dumps({**state, "kept": list(kept.weights), "notes": kept.notes})
         self.filesystem.pipe_file(f"{neighbour}/state.json", text.encode())
         if step in map(int, older):  # half a move that was cut short, or the same step once more
             self.filesystem.rm(target, recursive=True)

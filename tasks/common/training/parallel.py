@@ -114,6 +114,16 @@ class World:
             torch.distributed.all_reduce(values)
         return values
 
+    def most(self, number: int) -> int:
+        """Return the largest of the processes' numbers where they must make as many passes, else this one's."""
+        import torch
+
+        if not self.in_step:
+            return number
+        found = torch.tensor([number], device=self.device)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        return int(found.item())
+
     def told(self, number: int) -> int:
         """Return the first process's number, on which all then act."""
         import torch

@@ -1,0 +1,1 @@
+"""Alignment with a reward: what PPO and the methods beside it share."""

@@ -1,0 +1,74 @@
+"""The arithmetic of PPO: KL estimators, generalized advantages, whitening. Matrices are (N, R): replies by tokens.
+
+`replied` is true at a reply's own tokens; what stands elsewhere is padding and changes nothing. `total` adds a tensor
+up over the processes that train together; alone, it is the tensor itself.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+Total = Callable[["torch.Tensor"], "torch.Tensor"]
+Estimator = Literal["k1", "k3"]
+
+
+def alone(values: "torch.Tensor") -> "torch.Tensor":
+    """Return what a process that trains by itself adds up: its own."""
+    return values
+
+
+def kl(logp: "torch.Tensor", reference: "torch.Tensor", estimator: Estimator) -> "torch.Tensor":
+    """Return an estimate of KL(policy, reference) in nats for each token that the policy sampled.
+
+    k1 is log(p/q): right on average, of either sign. k3 is q/p - 1 - log(q/p): right on average, never negative and
+    of less variance (Schulman 2020, "Approximating KL Divergence").
+    """
+    ratio = reference - logp
+    return -ratio if estimator == "k1" else ratio.exp() - 1 - ratio
+
+
+def gae(
+    rewards: "torch.Tensor", values: "torch.Tensor", replied: "torch.Tensor", discount: float, trace: float
+) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Return advantages and returns by generalized advantage estimation (Schulman et al. 2016, equation 16).
+
+    Nothing comes after a reply's end: the value there is 0.
+    """
+    import torch
+
+    advantages = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        next_value = values[:, t + 1] if t + 1 < rewards.shape[1] else torch.zeros_like(following)
+        delta = rewards[:, t] + discount * next_value - values[:, t]
+        following = (delta + discount * trace * following) * replied[:, t]
+        advantages[:, t] = following
+    return advantages, advantages + values
+
+
+def masked_mean(values: "torch.Tensor", mask: "torch.Tensor", total: Total = alone) -> "torch.Tensor":
+    """Return the mean of the values at which the mask holds, over all processes."""
+    import torch
+
+    found = total(torch.stack([(values * mask).sum(), mask.sum().to(values.dtype)]))
+    return found[0] / found[1]
+
+
+def whiten(values: "torch.Tensor", mask: "torch.Tensor", total: Total = alone, *, shift: bool = True) -> "torch.Tensor":
+    """Return values scaled to variance 1 over the mask, and shifted to mean 0 or left at their mean."""
+    mean = masked_mean(values, mask, total)
+    variance = masked_mean((values - mean).square(), mask, total)
+    white = (values - mean) * (variance + 1e-8).rsqrt()
+    return (white if shift else white + mean) * mask
+
+
+def explained_variance(
+    values: "torch.Tensor", returns: "torch.Tensor", mask: "torch.Tensor", total: Total = alone
+) -> float:
+    """Return the share of the returns' variance that the values foretell: 1 all of it, 0 no more than their mean."""
+    missed = returns - values
+    spread = masked_mean((returns - masked_mean(returns, mask, total)).square(), mask, total)
+    left = masked_mean((missed - masked_mean(missed, mask, total)).square(), mask, total)
+    return (1 - left / spread).item() if spread > 0 else 0.0

@@ -1,0 +1,137 @@
+"""The policy, the model that it must stay near, and the value function, on as few backbones as may be.
+
+Where all weights are trained the reference is a second model. Where low-rank updates are (LoRA), it is the same one
+with the updates switched off, and nothing is held twice. The value head sits on the policy's last states, or on a model
+of its own (`values: separate`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tasks.common.modelling import methods, models
+from tasks.common.modelling.methods import Full, Lora, Top
+from tasks.common.settings import Numerics
+from tasks.common.text import chat
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+Method = Full | Top | Lora
+HEAD, CRITIC = "value_head", "critic"  # what is added to the model, and taken off before it is saved
+
+
+@dataclass
+class Policy:
+    """A causal model in training, with what PPO asks of it. Tensors of it are (N, R): replies by their tokens.
+
+    `model` carries the value head, so that whatever shares a model out among processes shares out both.
+    """
+
+    model: Any
+    reference: "PreTrainedModel | None"  # None: the model itself, its updates switched off
+    method: Method
+    numerics: Numerics
+    temperature: float
+
+    @classmethod
+    def load(
+        cls, path: Path, method: Method, values: Literal["shared", "separate"], numerics: Numerics, temperature: float
+    ) -> "Policy":
+        """Load the tuned model of a folder three times, or once; its value head foretells 0."""
+        import torch
+
+        base = models.load_decoder(path, numerics)
+        reference = None
+        if not isinstance(method, Lora):
+            reference = models.load_decoder(path, numerics).eval().requires_grad_(False)
+        width, device = base.config.hidden_size, base.device
+        model: Any = methods.apply(base, method)
+        methods.store_as_computed(model, method, numerics.dtype.decoder)
+        head = torch.nn.Linear(width, 1, device=device)
+        torch.nn.init.zeros_(head.weight)
+        torch.nn.init.zeros_(head.bias)
+        model.add_module(HEAD, head)
+        if values == "separate":
+            model.add_module(CRITIC, models.load_decoder(path, numerics).base_model)
+        return cls(model.eval(), reference, method, numerics, temperature)  # dropout would change every ratio
+
+    def plain(self, path: Path, trained: Any) -> "PreTrainedModel":
+        """Return the plain causal model that a trained one stands for; `path` holds the one that it began as."""
+        for name in (HEAD, CRITIC):
+            if hasattr(trained, name):
+                delattr(trained, name)
+        return methods.merge(trained, self.method, lambda: models.load_decoder(path, self.numerics))
+
+    def parts(self, ids: "torch.Tensor", mask: "torch.Tensor", width: int) -> "Iterator[Part]":
+        """Yield replies of like length together, without the padding that none of them needs.
+
+        `ids` and `mask` are (N, P + R): prompts padded on the left, then replies of up to `width` = R tokens.
+        """
+        ends = mask.shape[1] - mask.flip(1).long().argmax(1)  # (N,) where each reply ends
+        for rows in ends.argsort(stable=True).split(chat.TOGETHER):
+            first, end = int(mask[rows].any(0).long().argmax()), int(ends[rows].max())
+            yield Part(rows, ids[rows, first:end], mask[rows, first:end], end - (ids.shape[1] - width))
+
+    def look(
+        self, part: "Part", *, entropy: bool = False, backbone: bool = True
+    ) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
+        """Return log-probability, value and entropy (nats) of a part's reply tokens, each (B, part.width).
+
+        The token at position t is predicted, and valued, from the state at t - 1. The temperature is the sampler's.
+        Without `entropy` that is 0; without `backbone` the values' gradient stops at the head.
+        """
+        import torch
+
+        with models.autocast(self.model, self.numerics):
+            out = self.model(**part.given, logits_to_keep=part.width + 1, output_hidden_states=True, use_cache=False)
+            states = out.hidden_states[-1]
+            if hasattr(self.model, CRITIC):
+                states = self.model.critic(**part.given, use_cache=False).last_hidden_state
+        states = states[:, -part.width - 1 : -1].float()
+        values = self.model.value_head(states if backbone else states.detach())[..., 0]
+        logp, uncertain = self._log_probabilities(out.logits, part, entropy=entropy)
+        return logp, values, torch.zeros_like(logp) if uncertain is None else uncertain
+
+    def reference_logp(self, part: "Part") -> "torch.Tensor":
+        """Return the log-probability of a part's reply tokens under the tuned model, (B, part.width)."""
+        model = self.model if self.reference is None else self.reference
+        with self.switched_off(), models.autocast(model, self.numerics):
+            logits = model(**part.given, logits_to_keep=part.width + 1, use_cache=False).logits
+        return self._log_probabilities(logits, part, entropy=False)[0]
+
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Within this, the model is the tuned one again where the two share a backbone."""
+        with nullcontext() if self.reference is not None else self.model.disable_adapter():
+            yield
+
+    def _log_probabilities(
+        self, logits: "torch.Tensor", part: "Part", *, entropy: bool
+    ) -> tuple["torch.Tensor", "torch.Tensor | None"]:
+        """Return the part's log-probabilities, and the distributions' entropies where asked for."""
+        scaled = logits[:, -part.width - 1 : -1].float() / self.temperature  # (B, width, V)
+        norm = scaled.logsumexp(-1)
+        logp = scaled.gather(2, part.ids[:, -part.width :, None])[..., 0] - norm
+        if not entropy:
+            return logp, None
+        return logp, norm - ((scaled - norm[..., None]).exp() * scaled).sum(-1)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the replies, cut to what they need."""
+
+    rows: "torch.Tensor"  # (B,) their places among all
+    ids: "torch.Tensor"  # (B, T)
+    mask: "torch.Tensor"  # (B, T)
+    width: int  # tokens of the longest of these replies, which are the last ones
+
+    @property
+    def given(self) -> dict[str, "torch.Tensor"]:
+        """What a model is called with."""
+        positions = (self.mask.long().cumsum(1) - 1).clamp(min=0)
+        return {"input_ids": self.ids, "attention_mask": self.mask.long(), "position_ids": positions}

@@ -1,0 +1,328 @@
+"""Proximal policy optimization, written to be read beside its sources; the steps are numbered in order.
+
+Schulman et al. 2017 (PPO, equations 7 and 9), Schulman et al. 2016 (GAE, equation 16), Ziegler et al. 2019 (KL reward
+and its adaptive coefficient, section 2.2), Ouyang et al. 2022 (PTX term, equation 2), Huang et al. 2024, arXiv
+2403.17031 (the details: whitening, reward at the last token, a penalty for replies that do not end).
+
+Matrices are (N, R): this process's N replies, padded on the right to R tokens.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from tasks.common.alignment import estimates, rewards
+from tasks.common.alignment.estimates import Estimator, masked_mean
+from tasks.common.alignment.policy import Part, Policy
+from tasks.common.alignment.rewards import Judge, RewardError
+from tasks.common.evaluation import sampling, sheet
+from tasks.common.evaluation.surprise import windows_surprise
+from tasks.common.settings import Settings
+from tasks.common.stage import StageError
+from tasks.common.text import chat
+from tasks.common.text.chat import Message
+from tasks.common.text.shards import Mixture, Weights
+from tasks.common.training.checkpoints import trained_weights
+from tasks.common.training.parallel import World
+from tasks.common.training.updates import Updates
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+
+class Kl(Settings):
+    """What keeps the policy near the tuned model."""
+
+    estimator: Estimator = Field(description="How a token's KL is estimated: k1 or k3 (estimates.kl)")
+    coefficient: float = Field(description="beta: price of a nat of KL, in reward", ge=0)
+    target: float = Field(description="KL of a reply (nats) that the coefficient is steered to", gt=0)
+    horizon: float = Field(description="Episodes over which it is steered; 0 keeps it fixed", ge=0)
+    stop: float | None = Field(
+        description="KL (nats a token) from the policy that sampled, beyond which an iteration's updates end; or null",
+        gt=0,
+    )
+
+
+class Ptx(Settings):
+    """Pretraining text in the policy's loss, so that facts are kept."""
+
+    weight: float = Field(description="gamma: weight of the pretraining loss; 0 leaves it out", ge=0)
+    batch: int = Field(description="Windows an update", ge=1)
+    window: int = Field(description="Length of a window, in tokens", ge=16)
+    mixture: Weights
+
+
+class Proximal(Settings):
+    """Settings of PPO."""
+
+    name: Literal["ppo"] = Field(description="Algorithm")
+    epochs: int = Field(description="Times that an iteration's replies are gone through", ge=1)
+    discount: float = Field(description="gamma of GAE", gt=0, le=1)
+    trace: float = Field(description="lambda of GAE", ge=0, le=1)
+    clip: float = Field(description="epsilon: how far a token's probability ratio may move", gt=0, lt=1)
+    whiten_rewards: bool = Field(description="Scale tokens' rewards to variance 1 before GAE")
+    entropy: float = Field(description="Weight of the entropy bonus", ge=0)
+    values: Literal["shared", "separate"] = Field(
+        description="shared: the value head sits on the policy; separate: on a model of its own"
+    )
+    value_clip: float = Field(description="How far a value may move, in reward", gt=0)
+    value_weight: float = Field(description="Weight of the value loss", ge=0)
+    value_warmup: int = Field(description="First iterations in which only the values learn", ge=0)
+    kl: Kl
+    ptx: Ptx
+    average: float | None = Field(
+        description="Memory of a moving average of the policy's weights, which is then what is kept; or null",
+        gt=0,
+        lt=1,
+    )
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How replies are sampled."""
+
+    episodes: int  # of all processes
+    minibatch: int  # of all processes
+    max_new_tokens: int
+    temperature: float
+    missing_end_penalty: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the policy is asked."""
+
+    id: str
+    messages: Sequence[Message]
+    ids: list[int]
+
+
+@dataclass
+class Rollout:
+    """An iteration's replies."""
+
+    ids: "torch.Tensor"  # (N, P + R) prompt, padded on the left, then reply
+    mask: "torch.Tensor"  # (N, P + R)
+    replied: "torch.Tensor"  # (N, R) true at the reply's own tokens
+    logp: "torch.Tensor"  # (N, R) log-probability under the policy that sampled
+    reference: "torch.Tensor"  # (N, R) the same under the tuned model
+    values: "torch.Tensor"  # (N, R)
+    advantages: "torch.Tensor"  # (N, R)
+    returns: "torch.Tensor"  # (N, R)
+
+
+@dataclass
+class Trainer:
+    """Policy, value function and everything they learn from."""
+
+    config: Proximal
+    sampler: Sampler
+    policy: Policy
+    updates: Updates
+    tokenizer: "PreTrainedTokenizerFast"
+    judge: Judge
+    judged_by: str
+    prompts: Sequence[Prompt]
+    mixture: Mixture | None  # what the pretraining term reads; None where it has no weight
+    world: World
+    beta: float = field(init=False)
+    steps: int = 0  # optimizer steps taken
+    average: "dict[str, torch.Tensor]" = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.beta = self.config.kl.coefficient
+        if self.config.average is not None:
+            self.average = self.weights()
+
+    def weights(self) -> "dict[str, torch.Tensor]":
+        """Return a copy of the weights that are trained, or of this process's parts of them."""
+        return {name: value.clone() for name, value in trained_weights(self.policy.model).items()}
+
+    def take_up(self, weights: "dict[str, torch.Tensor]") -> None:
+        """Go on with other trained weights."""
+        for name, value in trained_weights(self.policy.model).items():
+            value.copy_(weights[name])
+
+    def iterate(self, rollout: Rollout, iteration: int, rate: float, kl: float) -> dict[str, float]:
+        """Learn from an iteration's replies, whose KL was `kl`; return the means over its updates."""
+        random = np.random.default_rng([self.sampler.seed, iteration, 2])
+        minibatch, found = self.sampler.minibatch // self.world.size, list[dict[str, float]]()
+        orders = (random.permutation(len(rollout.ids)) for _ in range(self.config.epochs))
+        batches = (order[start : start + minibatch] for order in orders for start in range(0, len(order), minibatch))
+        for rows in batches:
+            found.append(self.update(rollout, rows, rate, policy_learns=iteration >= self.config.value_warmup))
+            if self.config.kl.stop is not None and found[-1]["moved"] > self.config.kl.stop:
+                break
+        beta = self.beta
+        self.steer(kl)
+        means = {name: sum(part[name] for part in found) / len(found) for name in found[0]}
+        return {**means, "updates": len(found), "beta": beta}
+
+    def sample(self, iteration: int) -> tuple[Rollout, dict[str, float]]:
+        """Return an iteration's replies with all that the updates need, and the figures to watch."""
+        import torch
+
+        config, sampler, world = self.config, self.sampler, self.world
+        random = np.random.default_rng([sampler.seed, iteration, 1])
+        chosen = random.choice(len(self.prompts), sampler.episodes)[world.rank :: world.size]
+        prompts = [self.prompts[i] for i in chosen]
+        # 1. Replies of the policy as it stands.
+        replies = sampling.replies(
+            self.policy.model, self.tokenizer, [prompt.ids for prompt in prompts],
+            max_new_tokens=sampler.max_new_tokens, temperature=sampler.temperature,
+            seed=(sampler.seed + iteration) * world.size + world.rank, numerics=self.policy.numerics, most=world.most,
+        )  # fmt: skip
+        texts = [sampling.decode(self.tokenizer, reply) for reply in replies]
+        # 2. Their rewards, less a penalty where a reply does not end.
+        ids, mask, replied = self.assemble([prompt.ids for prompt in prompts], replies)
+        ended = torch.tensor([reply[-1] == self.tokenizer.eos_token_id for reply in replies], device=ids.device)
+        scores = torch.tensor(self.rated(prompts, texts), device=ids.device)
+        scores = scores - sampler.missing_end_penalty * ~ended
+        # 3. Log-probabilities and values of every reply token, under the policy and the tuned model.
+        logp, values, entropy, reference = (torch.zeros(replied.shape, device=ids.device) for _ in range(4))
+        with torch.no_grad():
+            for part in self.policy.parts(ids, mask, replied.shape[1]):
+                seen = self.policy.look(part, entropy=True)
+                for whole, piece in zip((logp, values, entropy), seen, strict=True):
+                    whole[part.rows, : part.width] = piece
+                reference[part.rows, : part.width] = self.policy.reference_logp(part)
+        values = values * replied
+        # 4. Reward of a token: the price of leaving the tuned model; the score at the last one (Ziegler et al. 2.2).
+        kl = estimates.kl(logp, reference, config.kl.estimator) * replied
+        earned = -self.beta * kl
+        last = replied.sum(1) - 1
+        earned[torch.arange(len(last)), last] += scores
+        if config.whiten_rewards:
+            earned = estimates.whiten(earned, replied, world.sum, shift=False)
+        # 5. Advantages and returns.
+        advantages, returns = estimates.gae(earned, values, replied, config.discount, config.trace)
+        white = estimates.whiten(advantages, replied, world.sum)
+        rollout = Rollout(ids, mask, replied, logp, reference, values, white, returns)
+        every = torch.ones_like(scores)
+        mean = masked_mean(scores, every, world.sum)
+        figures = {
+            "reward": mean, "reward_std": masked_mean((scores - mean).square(), every, world.sum).sqrt(),
+            "kl": masked_mean(kl.sum(1), every, world.sum),
+            "entropy": masked_mean(entropy, replied, world.sum),
+            "length": masked_mean(replied.sum(1).float(), every, world.sum),
+            "ended": masked_mean(ended.float(), every, world.sum),
+            "distinct_2": masked_mean(sheet.distinct(texts, 2) * every, every, world.sum),
+            "repetition": masked_mean(sheet.repetition(texts) * every, every, world.sum),
+        }  # fmt: skip
+        explained = estimates.explained_variance(values, returns, replied, world.sum)
+        return rollout, {name: value.item() for name, value in figures.items()} | {"explained_variance": explained}
+
+    def rated(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        """Return the judge's rewards; raise StageError, in all processes, where any of them got none."""
+        import torch
+
+        ids, asked, failed, found = (
+            [prompt.id for prompt in prompts],
+            [p.messages for p in prompts],
+            None,
+            list[float](),
+        )
+        try:
+            found = rewards.rated(self.judge, self.judged_by, ids, asked, texts)
+        except RewardError as error:
+            failed = error
+        if self.world.sum(torch.tensor(int(failed is not None), device=self.world.device)):
+            raise failed or RewardError(f"the reward {self.judged_by} could not be used by another process.")
+        return found
+
+    def assemble(
+        self, prompts: Sequence[list[int]], replies: Sequence[list[int]]
+    ) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
+        """Return ids and mask (N, P + R), prompts padded on the left, replies on the right, and replied (N, R)."""
+        import torch
+
+        fill, device = self.tokenizer.pad_token_id, self.world.device
+        asked, prompted = chat.padded(prompts, fill, device, left=True)
+        said, replied = chat.padded(replies, fill, device)
+        return torch.cat([asked, said], 1), torch.cat([prompted, replied], 1).bool(), replied.bool()
+
+    def update(
+        self, rollout: Rollout, rows: "np.ndarray[Any, Any]", rate: float, *, policy_learns: bool = True
+    ) -> dict[str, float]:
+        """Take one gradient step on some of the replies and return its figures.
+
+        They are worked out some at a time; each sum is divided by the tokens of all.
+        """
+        import torch
+
+        config = self.config
+        replied = rollout.replied[rows]
+        tokens = self.world.sum(replied.sum().float())
+        totals = torch.zeros(5, device=tokens.device)
+        for part in self.policy.parts(rollout.ids[rows], rollout.mask[rows], replied.shape[1]):
+            sums = self.sums(rollout, torch.as_tensor(rows, device=part.rows.device)[part.rows], part, policy_learns)
+            weights = sums.new_tensor(
+                [float(policy_learns), config.value_weight, -config.entropy * policy_learns, 0, 0]
+            )
+            self.updates.backward((sums * weights).sum() / tokens)
+            totals += sums.detach()
+        names = ("policy_loss", "value_loss", "update_entropy", "clip_fraction", "moved")
+        means = dict(zip(names, self.world.sum(totals) / tokens, strict=True))
+        # 9. The pretraining term (Ouyang et al. 2022, equation 2).
+        means["ptx_loss"] = self.ptx(self.mixture) if self.mixture and policy_learns else tokens.new_zeros(())
+        # 10. The step.
+        found = dict(
+            zip([*means, "gradient_norm"], self.updates.step(torch.stack([*means.values()]), rate), strict=True)
+        )
+        if not all(map(math.isfinite, found.values())):
+            raise StageError(
+                f"update {self.steps + 1} has no finite loss ({found}); lower ppo.optimizer.learning_rate (the rate of "
+                f"this update was {rate:g})."
+            )
+        self.steps += 1
+        for name, value in trained_weights(self.policy.model).items() if self.average else ():
+            self.average[name].lerp_(value, 1 - (config.average or 0))
+        return found
+
+    def sums(self, rollout: Rollout, rows: "torch.Tensor", part: Part, policy_learns: bool) -> "torch.Tensor":
+        """Return the sums over a part's tokens of: policy loss, value loss, entropy, clipped tokens, KL moved."""
+        import torch
+
+        config = self.config
+        logp, values, entropy = self.policy.look(part, entropy=config.entropy > 0, backbone=policy_learns)
+
+        def of(whole: "torch.Tensor") -> "torch.Tensor":
+            return whole[rows, : part.width]
+
+        # 6. Clipped policy loss (Schulman et al. 2017, equation 7).
+        A = of(rollout.advantages)
+        ratio = (logp - of(rollout.logp)).exp()
+        policy_loss = torch.maximum(-A * ratio, -A * ratio.clamp(1 - config.clip, 1 + config.clip))
+        # 7. Clipped value loss: the worse of the value and the value kept near the old one.
+        old, R = of(rollout.values), of(rollout.returns)
+        near = old + (values - old).clamp(-config.value_clip, config.value_clip)
+        value_loss = 0.5 * torch.maximum((values - R).square(), (near - R).square())
+        # 8. What is only watched: how many ratios the clip holds back, and KL(policy that sampled, policy).
+        clipped = ((ratio - 1).abs() > config.clip).float()
+        moved = estimates.kl(of(rollout.logp), logp, "k3").detach()
+        return torch.stack(
+            [(item * of(rollout.replied)).sum() for item in (policy_loss, value_loss, entropy, clipped, moved)]
+        )
+
+    def ptx(self, mixture: Mixture) -> "torch.Tensor":
+        """Add the gradient of this update's windows of pretraining text; return their causal loss (nats a token)."""
+        import torch
+
+        ids = torch.from_numpy(mixture.batch(self.steps))[self.world.rank :: self.world.size]  # (B, T)
+        count = self.world.sum(torch.tensor(float(ids[:, 1:].numel()), device=self.world.device))
+        mean = windows_surprise(self.policy.model, ids, self.policy.numerics) / count
+        self.updates.backward(self.config.ptx.weight * mean)
+        return self.world.sum(mean.detach())
+
+    def steer(self, kl: float) -> None:
+        """Move the KL coefficient towards its target (Ziegler et al. 2019, section 2.2): at most a fifth a horizon."""
+        config = self.config.kl
+        if config.horizon:
+            error = min(max(kl / config.target - 1, -0.2), 0.2)
+            self.beta *= 1 + error * self.sampler.episodes / config.horizon

@@ -1,0 +1,36 @@
+"""The held-out sheet's parts: which questions are asked, which are answered freely, how diverse the replies are."""
+
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any
+
+
+def choose(
+    table: Sequence[dict[str, Any]], split: str, count: int, fits: Callable[[dict[str, Any]], bool]
+) -> list[dict[str, Any]]:
+    """Return up to `count` distinct questions of a split that have a short answer and fit, ordered by their hashes."""
+    distinct_questions: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in sorted((row for row in table if row["split"] == split and row["answer"]), key=lambda row: row["id"]):
+        distinct_questions.setdefault((row["entity"], row["messages"][-2]["content"]), row)
+    return list(islice(filter(fits, distinct_questions.values()), count))
+
+
+def spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Return `count` rows at even distances, going round again where there are fewer."""
+    step = max(len(rows) / count, 1)
+    return [rows[int(i * step) % len(rows)] for i in range(count)]
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Return the share of distinct word n-grams among all of the texts' n-grams (Li et al. 2016, distinct-n)."""
+    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / max(len(grams), 1)
+
+
+def repetition(texts: Sequence[str], n: int = 3) -> float:
+    """Return the mean share of a text's word n-grams that it has said before."""
+    shares = []
+    for words in map(str.split, texts):
+        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
+    return sum(shares) / max(len(shares), 1)
