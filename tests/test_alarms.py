@@ -61,7 +61,8 @@ def test_what_is_kept_passed_with_the_most_reward() -> None:
         ({"reward": 2.0}, {"reward": 1.5}, {"reward": 9.0, "exact_match": 0.0}, {"reward": 1.0}), 1
     ):
         ours.look(iteration, {**FIRST, **change}, lambda number=iteration: {"number": number})  # type: ignore[misc]
-    assert (ours.best_iteration, ours.best_reward, ours.best) == (1, 2.0, {"number": 1})
+    assert (ours.best_iteration, ours.best_reward) == (1, 2.0)
+    assert dict(ours.best) == {"number": 1}
 
 
 def test_looks_are_every_few_iterations_and_at_the_end() -> None:
@@ -87,7 +88,7 @@ def test_the_sheet_is_of_held_out_questions(chain: Chain) -> None:
     replies = [f"The capital of {row['entity']} is {row['answer']}." for row in sheet.rows]
     assert sheet.right(replies) == 1.0
     assert sheet.right(["The capital of Kenya is Lima.", *replies[1:]]) == pytest.approx(2 / 3)
-    assert Sheet.of([], 3, lambda row: True).right([]) is None
+    assert Sheet.of([], 3, lambda row: True).questions == []
 
 
 # The stage

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from flows.runner import BAR
 from tasks import evaluate
 from tasks.common import tables
+from tasks.common.evaluation import sheet
 from tasks.common.evaluation.candidates import OnnxDecoder, TorchDecoder
 from tasks.common.evaluation.scoring import Scorer
 from tasks.common.modelling import models
@@ -60,7 +61,7 @@ def test_a_decoders_figures_follow_from_its_answers(key: str, sheets: Any, chain
     assert len(rewards) == config("evaluate").samples
     assert figures["reward_mean"] == pytest.approx(np.mean(rewards), abs=1e-4)
     assert figures["reward_std"] == pytest.approx(np.std(rewards, ddof=1), abs=1e-4)
-    assert figures["distinct_2"] == round(evaluate.distinct([row["reply"] for row in sampled], 2), 4)
+    assert figures["distinct_2"] == round(sheet.distinct([row["reply"] for row in sampled], 2), 4)
     scorer = Scorer.load(chain.path("data/reward/model"), NUMERICS)
     assert rewards == pytest.approx(scorer.score([row["reply"] for row in sampled]), abs=2e-5)
 
@@ -164,18 +165,18 @@ def test_questions_are_distinct_and_do_not_hang_on_the_order() -> None:
     """A question in three tones is one question; which rows are chosen follows from their ids alone."""
     table = list(instructions())
     for split, entities in (("train", 8), ("heldout", 2)):
-        chosen = evaluate.choose(table, split, 100, all_fit)
+        chosen = sheet.choose(table, split, 100, all_fit)
         asked = {(row["entity"], row["messages"][0]["content"]) for row in chosen}
         assert len(chosen) == len(asked) == 2 * entities
-        assert evaluate.choose(table[::-1], split, 100, all_fit) == chosen
-        assert evaluate.choose(table, split, 3, all_fit) == chosen[:3]
+        assert sheet.choose(table[::-1], split, 100, all_fit) == chosen
+        assert sheet.choose(table, split, 3, all_fit) == chosen[:3]
     assert len(TONES) == 3
 
 
 def test_questions_without_a_short_answer_are_not_asked() -> None:
     """Small talk has no right answer."""
     table = [{**row, "answer": None} for row in instructions()]
-    assert evaluate.choose(table, "train", 100, all_fit) == []
+    assert sheet.choose(table, "train", 100, all_fit) == []
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,7 @@ def test_questions_without_a_short_answer_are_not_asked() -> None:
 )
 def test_samples_are_spread_evenly(rows: int, count: int, expected: list[int]) -> None:
     """At even distances, and round again where there are fewer questions than samples."""
-    assert [row["n"] for row in evaluate.spread([{"n": n} for n in range(rows)], count)] == expected
+    assert [row["n"] for row in sheet.spread([{"n": n} for n in range(rows)], count)] == expected
 
 
 @pytest.mark.parametrize(
@@ -257,4 +258,4 @@ def test_the_surprise_of_a_text_is_a_plain_sum(chain: Chain) -> None:
 )
 def test_diversity_is_the_share_of_different_pairs(texts: list[str], expected: float) -> None:
     """Word pairs within replies, counted over all of them; pairs do not straddle two replies."""
-    assert evaluate.distinct(texts, 2) == pytest.approx(expected)
+    assert sheet.distinct(texts, 2) == pytest.approx(expected)

@@ -5,13 +5,17 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors import safe_open
 
+from tests.conftest import ROOT
 from tests.test_resume import clone, finished, start, steps
 from tests.training_fixtures import LORA, RULE, RULES, Chain, chain
 
@@ -118,3 +122,52 @@ def test_a_process_that_is_killed_is_named(chain: Chain, tmp_path: Path) -> None
     assert process.returncode == 1
     assert re.search(r"^pretrain@clm: process [01] of 2 was killed by SIGKILL; the run can be resumed\.$", said, re.M)
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(("engine", "method"), [("data", {"name": "full"}), ("fsdp", {"name": "full"}), ("fsdp", LORA)])
+def test_two_processes_update_a_policy_as_one(
+    engine: str, method: dict[str, Any], chain: Chain, tmp_path: Path
+) -> None:
+    """On the same replies, half of them each, in float32."""
+    request = {"method": method, "engine": engine, "data": str(chain.root / "data"), "iteration": 0}
+    chain.path("data/finetune/model")
+    weights = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        (folder / "request.json").write_text(json.dumps({**request, "processes": processes}), encoding="utf-8")
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, *(launcher if processes > 1 else []), str(Path(__file__).with_name("one_update.py"))]
+        done = subprocess.run(
+            [*command, str(folder)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        with safe_open(folder / "weights.safetensors", "numpy") as file:
+            weights.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a mapping
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        assert np.abs(value - weights[1][name]).max() < 2e-6, name
+    assert any(name.endswith("value_head.weight") and value.any() for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize(("engine", "changes"), [("data", {"method": LORA}), ("fsdp", {})])
+def test_two_processes_align_a_policy_and_are_resumed(
+    engine: str, changes: dict[str, Any], chain: Chain, tmp_path: Path
+) -> None:
+    """Killed and begun again, they end with the bytes of two that were not."""
+    store, none = tmp_path / "store", tmp_path / "none"
+    whole, again = (
+        clone(tmp_path / name, chain, "ppo", changes, *kept, processes=2, engine=engine)
+        for name, kept in {"whole": (none, 1e9), "again": (store, 1e-9)}.items()
+    )
+    finished(whole, "ppo")
+    process = start(again, "ppo")
+    while not any(step >= 7 for step in steps(store)):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert "resuming at step" in finished(again, "ppo")
+    path = "data/ppo/model/model.safetensors"
+    assert (again / path).read_bytes() == (whole / path).read_bytes()

@@ -28,7 +28,10 @@ STAGES: list[tuple[str, dict[str, Any]]] = [
     ("pretrain mlm", {}),
     ("finetune", {"method": {**LORA, "dropout": 0.1}}),
     ("reward", {}),
+    ("ppo", {}),
+    ("ppo", {"method": LORA}),
 ]
+SMALL = {"iterations": STEPS, "episodes": 4, "minibatch": 2, "max_new_tokens": 8}  # of ppo, whose steps are iterations
 
 
 def clone(
@@ -38,13 +41,19 @@ def clone(
     """Return a folder with the project, the toy chain's data, and settings that train a stage for a few steps."""
     for needed in ("data/tokenize/shards", "data/pretrain/clm/model", "data/pretrain/mlm/model"):
         chain.path(needed)
+    for needed in ("data/finetune/model", "data/reward/model") if stage == "ppo" else ():
+        chain.path(needed)
     copy_project(path, "smoke")
     yaml, settings = YAML(), path / "params.yaml"
     params = yaml.load(settings.read_text(encoding="utf-8"))
     section = params
     for name in stage.split():
         section = section[name]
-    section |= {"steps": STEPS, "window": 16, "batch": 4} if "window" in section else {"steps": STEPS, "batch": 4}
+    if stage == "ppo":
+        section |= SMALL
+        section["algorithm"] |= {"average": 0.9, "ptx": {**section["algorithm"]["ptx"], "window": 16, "batch": 4}}
+    else:
+        section |= {"steps": STEPS, "window": 16, "batch": 4} if "window" in section else {"steps": STEPS, "batch": 4}
     section |= changes
     if "mix" in section:
         section["mix"]["window"] = 16

@@ -55,13 +55,13 @@ class Sheet:
         """The conversations up to the answer."""
         return [list(row["messages"][:-1]) for row in self.rows]
 
-    def right(self, replies: Sequence[str]) -> float | None:
-        """Return the share of replies that give the right answer; None where there are no questions."""
+    def right(self, replies: Sequence[str]) -> float:
+        """Return the share of replies, of which there are some, that give the right answer."""
         found = [
             exact_match(self.extractor.extract(reply, row["entity"]), row["answer"])
             for row, reply in zip(self.rows, replies, strict=True)
         ]
-        return sum(found) / len(found) if found else None
+        return sum(found) / len(found)
 
 
 @dataclass
