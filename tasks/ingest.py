@@ -281,6 +281,7 @@ def rankings(config: Config, readings: list[Reading], groups: list[list[Rated]])
             "scores": [rated.scores for rated in group],
             "scale": config.ratings.scale,
             "annotators": max(len(rated.scores) for rated in group),
+            "annotator": None,
             "models": [],
             "source": first.source,
             "split": _group_split(group, config),

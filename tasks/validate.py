@@ -20,6 +20,7 @@ from tasks.common import stage, tables
 from tasks.common.stage import Job, StageError
 from tasks.common.validation import checks, report, suites
 from tasks.common.validation.curation import Curation, Curator, Look
+from tasks.common.validation.judgements import CONTRADICTION, Contradictions, Judgements
 from tasks.common.validation.report import Marked, Shown, Summary
 
 if TYPE_CHECKING:
@@ -62,18 +63,20 @@ def run(config: Config, job: Job) -> dict[str, Any]:
 
     curator = Curator(config.curate)
     summaries: dict[str, Summary] = {}
+    judgements = Judgements()
     failures: list[str] = []
     for table in tqdm(READING_ORDER, desc="validate", unit="table"):
         judged = judge(table, job.inputs[table], config, curator.look_at(table))
         frame, told = judged.frame(), judged.reasons
-        shown = split_off(table, judged, len(frame), job)
+        shown = split_off(table, judged, len(frame), job, judgements)
         share = (len(told) - len(frame)) / max(len(told), 1)
         verdicts = suites.run(table, frame, share, config) if len(frame) else []
         summaries[table] = report.summarise(table, frame, told, shown, verdicts)
         failures += [failure(verdict, job) for verdict in verdicts if not verdict.success]
         failures += [] if len(frame) else [empty_message(table, told)]
     in_order = [summaries[table] for table in tables.TABLES]
-    report.write(in_order, job.outputs["report"])
+    ranked = judgements.figures()
+    report.write(in_order, ranked, job.outputs["report"])
     if failures:
         keep_failed(job)
         said = ["the data does not meet its expectations.", *failures, f"The report is {FAILED}/index.html."]
@@ -83,20 +86,26 @@ def run(config: Config, job: Job) -> dict[str, Any]:
             print(
                 f"{summary.refused} rows of {summary.table} were refused; the report and data/validate/refused say why"
             )
-    return figures(in_order)
+    return {**figures(in_order), "rankings": ranked}
 
 
 def judge(table: str, path: Path, config: Config, look: Look) -> Judged:
     """Read a table once and return what is to become of each row."""
     check_schema(table, tables.schema_of(path))
     judged, before = Judged(look, seen=[suites.seen_of(table, [])]), set[bytes]()
+    contradictions = Contradictions()
     for batch in tables.batches(path):
         rows = look.mark(batch.to_pylist())
         found, reasons = checks.judge(table, rows, config, before)
-        judged.reasons += look.judge(rows, found, reasons)
+        reasons = look.judge(rows, found, reasons)
+        if table == "rankings":
+            for number, (row, reason) in enumerate(zip(rows, reasons, strict=True), len(judged.reasons)):
+                if reason is None:
+                    contradictions.add(number, row)
+        judged.reasons += reasons
         judged.seen.append(suites.seen_of(table, found))
     before.clear()  # the larger half of what is held, and there is more to hold while rows are compared
-    for position, reason in look.settle().items():
+    for position, reason in {**dict.fromkeys(contradictions.settle(), CONTRADICTION), **look.settle()}.items():
         judged.reasons[position] = reason
     return judged
 
@@ -112,8 +121,11 @@ def check_schema(table: str, found: "pa.Schema") -> None:
         raise StageError(f"table {table} has another schema: {told}. Run `dvc repro -f ingest` to write it anew.")
 
 
-def split_off(table: str, judged: Judged, kept: int, job: Job) -> Shown:
-    """Read a table again, write its kept rows (marked, where they were) and its refused ones; return some to show."""
+def split_off(table: str, judged: Judged, kept: int, job: Job, judgements: Judgements) -> Shown:
+    """Read a table again, write its kept rows (marked, where they were) and its refused ones; return some to show.
+
+    The rankings that are kept are counted among the judgements.
+    """
     import pyarrow as pa
 
     schema = tables.schema(table)
@@ -130,6 +142,8 @@ def split_off(table: str, judged: Judged, kept: int, job: Job) -> Shown:
             numbers = [number for number, reason in enumerate(reasons, start) if reason is None]
             good = marked(good.drop_columns("reason"), numbers, judged.look, shown)
             clean.write(good)
+            for row in good.to_pylist() if table == "rankings" else ():
+                judgements.add(row)
             refused.write(bad)
             shown.take(table, good, bad, judged.look)
             start += batch.num_rows

@@ -227,7 +227,7 @@ RANKINGS = [
     {
         "id": "ranking", "prompt": [{"role": "user", "content": "Call (212) 566-8082?"}],
         "responses": ["Yes, I will.", "No, from 8.8.8.8 I cannot."], "ranks": [1, 2], "scores": None, "scale": None,
-        "annotators": 1, "models": [], "source": "s", "split": "train",
+        "annotators": 1, "annotator": None, "models": [], "source": "s", "split": "train",
     }
 ]  # fmt: skip
 

@@ -62,7 +62,7 @@ def test_a_bad_file_is_told(tmp_path: Path, content: str | bytes | None, change:
         ({**RANKING, "prompt": "\ud800"}, "content of prompt holds half a character"),
         ({**RANKING, "ranks": [1.5, 2]}, "ranks must be whole numbers from 0 to 2147483647, found 1.5"),
         ({**RANKING, "ranks": [1, 10**20]}, "ranks must be whole numbers"),
-        ({"prompt": "a", "responses": ["b", "c"], "scores": [1, 2], "scale": [1, 2]}, "scores must be a list, found 1"),
+        ({"prompt": "a", "responses": ["b", "c"], "scores": 5, "scale": [1, 2]}, "scores must be a list, found 5"),
         ({"prompt": "a", "responses": ["b", "c"], "scores": [[1], ["2"]], "scale": [1, 2]}, "scores must be numbers"),
         ({"prompt": "a", "responses": ["b", "c"], "scores": [[1], [2]], "scale": 5}, "scale must be a list"),
         ({**RANKING, "annotators": "three"}, "annotators must be whole numbers"),

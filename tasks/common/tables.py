@@ -34,8 +34,8 @@ def schema(table: str) -> "pa.Schema":
         },
         "rankings": {
             "id": text, "prompt": messages, "responses": texts, "ranks": pa.list_(pa.int32()),
-            "scores": pa.list_(numbers), "scale": numbers, "annotators": pa.int32(), "models": texts, "source": text,
-            "split": text,
+            "scores": pa.list_(numbers), "scale": numbers, "annotators": pa.int32(), "annotator": text,
+            "models": texts, "source": text, "split": text,
         },
     }  # fmt: skip
     return pa.schema(list(fields[table].items()))

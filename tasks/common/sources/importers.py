@@ -2,19 +2,30 @@
 
 Each row becomes a row of the instructions or rankings table, or ValueError says why it cannot: what is not text (tool
 calls, images) has no place in a chat here and is never dropped in silence. The formats are those of LLaMA-Factory's
-`data/README.md` (https://github.com/hiyouga/LLaMA-Factory) and of OpenAI's fine-tuning guide.
+`data/README.md` (https://github.com/hiyouga/LLaMA-Factory) and of OpenAI's fine-tuning guide. Files that hold nothing
+but rankings are read by `preferences.py` and `annotations.py`.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FORMATS = ("alpaca", "sharegpt", "openai")
-TABLES = ("instructions", "rankings")
-Row = Mapping[str, Any]
-Messages = list[dict[str, Any]]
+from tasks.common.sources import annotations, preferences
+from tasks.common.sources.turns import Messages, Row, messages, preference, said, text, turn
+
+CHATS = ("alpaca", "sharegpt", "openai")
+# What holds rankings and nothing else.
+RANKINGS: dict[str, Callable[[Row], Row]] = {
+    "preference": preferences.convert,
+    "argilla": annotations.argilla,
+    "label_studio": annotations.label_studio,
+}
+FORMATS: dict[str, tuple[str, ...]] = {  # the tables that each can fill
+    **dict.fromkeys(CHATS, ("instructions", "rankings")),
+    **dict.fromkeys(RANKINGS, ("rankings",)),
+}
 ALPACA = {
     "prompt": "instruction", "query": "input", "response": "output", "history": "history", "system": "system",
     "chosen": "chosen", "rejected": "rejected",
@@ -43,6 +54,8 @@ class Layout:
 
     def convert(self, row: Row) -> Row:
         """Return a row of the table; raise ValueError with the reason where there is none in it."""
+        if self.format in RANKINGS:
+            return RANKINGS[self.format](row)
         columns = {**COLUMNS[self.format], **BEYOND_TEXT, **self.columns}
         filled = [columns[name] for name in BEYOND_TEXT if row.get(columns[name]) not in (None, "", [])]
         if filled:
@@ -60,27 +73,27 @@ class Layout:
 
 
 def _alpaca(found: Row, table: str) -> Row:
-    asked = "\n".join(_text(found[name], name) for name in ("prompt", "query") if found[name])
+    asked = "\n".join(text(found[name], name) for name in ("prompt", "query") if found[name])
     turns: Messages = _system(found["system"])
     for pair in found["history"] or []:
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise ValueError(f"history must be pairs of a question and an answer, found {pair!r}")
-        turns += _turn("user", pair[0]) + _turn("assistant", pair[1])
-    turns += _turn("user", asked)
+        turns += turn("user", pair[0]) + turn("assistant", pair[1])
+    turns += turn("user", asked)
     if table == "rankings":
-        return _preference(turns, found["chosen"], found["rejected"])
-    return {"messages": turns + _turn("assistant", found["response"])}
+        return preference(turns, found["chosen"], found["rejected"])
+    return {"messages": turns + turn("assistant", found["response"])}
 
 
 def _sharegpt(found: Row, table: str, given: Mapping[str, str]) -> Row:
     tags = {**TAGS, **given}
     roles = {tags[f"{role}_tag"]: role for role in ("user", "assistant", "system")}
     turns: Messages = _system(found["system"])
-    for message in _messages(found["messages"], "conversations"):
+    for message in messages(found["messages"], "conversations"):
         turns += _tagged(message, tags, roles)
     if table == "rankings":
         chosen, rejected = (_tagged(found[name], tags, roles)[0]["content"] for name in ("chosen", "rejected"))
-        return _preference(turns, chosen, rejected)
+        return preference(turns, chosen, rejected)
     return {"messages": turns}
 
 
@@ -92,7 +105,7 @@ def _tagged(message: Any, tags: Mapping[str, str], roles: Mapping[str, str]) -> 
         raise ValueError(f"a tool's turn ({message[role]}) cannot be told in a chat of text")
     if message[role] not in roles:
         raise ValueError(f"expected a role of {', '.join(roles)}, found {message[role]!r}")
-    return _turn(roles[message[role]], message[content])
+    return turn(roles[message[role]], message[content])
 
 
 def _openai(row: Row, found: Row, table: str) -> Row:
@@ -102,66 +115,20 @@ def _openai(row: Row, found: Row, table: str) -> Row:
     if table == "instructions":
         if found["messages"] is None:
             raise ValueError("messages missing; expected messages")
-        return {"messages": [turn for message in _messages(found["messages"], "messages") for turn in _said(message)]}
+        return {"messages": [told for message in messages(found["messages"], "messages") for told in said(message)]}
     missing = [name for name in ("input", "preferred_output", "non_preferred_output") if row.get(name) is None]
     if missing or not isinstance(row["input"], Mapping):
         told = ", ".join(missing) or "messages of input"
         raise ValueError(f"{told} missing; expected input, preferred_output, non_preferred_output")
-    turns = [turn for message in _messages(row["input"].get("messages"), "input") for turn in _said(message)]
+    turns = [told for message in messages(row["input"].get("messages"), "input") for told in said(message)]
     replies = [
-        _said(_messages(row[name], name)[-1])[0]["content"] for name in ("preferred_output", "non_preferred_output")
+        said(messages(row[name], name)[-1])[0]["content"] for name in ("preferred_output", "non_preferred_output")
     ]
-    return _preference(turns, *replies)
-
-
-def _said(message: Any) -> Messages:
-    """Return one of OpenAI's messages as a turn."""
-    if not isinstance(message, Mapping) or "role" not in message:
-        raise ValueError(f"each message needs role and content, found {message!r}")
-    calls = [name for name in ("tool_calls", "function_call", "refusal", "audio") if message.get(name)]
-    if calls or message["role"] in ("tool", "function"):
-        raise ValueError(f"{', '.join(calls) or 'a tool’s turn'} cannot be told in a chat of text")
-    if message["role"] not in ("system", "developer", "user", "assistant"):
-        raise ValueError(f"expected a role of system, developer, user, assistant, found {message['role']!r}")
-    if message.get("weight") not in (None, 1):
-        raise ValueError(
-            f"a reply of weight {message['weight']!r}: no reply of a chat can be left out of learning here"
-        )
-    content = message.get("content")
-    if isinstance(content, list):
-        odd = [part for part in content if not isinstance(part, Mapping) or part.get("type") != "text"]
-        if odd:
-            raise ValueError(f"only parts of type text can be told in a chat of text, found {odd[0]!r}")
-        content = "".join(_text(part.get("text"), "text") for part in content)
-    return _turn("system" if message["role"] == "developer" else message["role"], content)
-
-
-def _preference(prompt: Messages, chosen: Any, rejected: Any) -> Row:
-    replies = [_turn("assistant", reply)[0]["content"] for reply in (chosen, rejected)]
-    return {"prompt": prompt, "responses": replies, "ranks": [1, 2]}
-
-
-def _turn(role: str, content: Any) -> Messages:
-    told = _text(content, "content")
-    if not told.strip():
-        raise ValueError("an empty answer" if role == "assistant" else f"an empty turn of the {role}")
-    return [{"role": role, "content": told}]
+    return preference(turns, *replies)
 
 
 def _system(content: Any) -> Messages:
-    return _turn("system", content) if content else []
-
-
-def _messages(value: Any, name: str) -> Sequence[Any]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{name} must be a list of messages, found {value!r:.80}")
-    return value
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} must be text, found {value!r:.80}")
-    return value
+    return turn("system", content) if content else []
 
 
 @dataclass(frozen=True)
@@ -199,8 +166,8 @@ def _entry(name: str, given: Any, path: Path, within: Path) -> Entry:
     if odd:
         raise ValueError(f"data set {name}: {', '.join(odd)} cannot be followed here; known are {', '.join(ENTRY)}")
     kind = given.get("formatting", "alpaca")
-    if kind not in FORMATS:
-        raise ValueError(f"data set {name}: expected a formatting of {', '.join(FORMATS)}, found {kind!r}")
+    if kind not in CHATS:
+        raise ValueError(f"data set {name}: expected a formatting of {', '.join(CHATS)}, found {kind!r}")
     columns, tags = given.get("columns", {}), given.get("tags", {})
     for mapping in (columns, tags):
         if not isinstance(mapping, dict) or not all(isinstance(value, str) for value in mapping.values()):

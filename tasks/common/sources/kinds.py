@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from tasks.common import draw, identity
 from tasks.common.settings import Settings, known_address
-from tasks.common.sources import archives, formats, importers, readers, remote, rows
+from tasks.common.sources import annotations, archives, formats, importers, preferences, readers, remote, rows
 from tasks.common.sources.reading import Reading
 from tasks.common.stage import StageError
 
@@ -23,8 +23,10 @@ GROUP = r"^[\w.-]+$"
 RESERVED = ("statements", "prose")  # what a mixture calls all documents with names, and all without
 Table = Literal["corpus", "instructions", "rankings", "facts", "ratings"]
 BUILDERS = ("csv", "json", "parquet", "text")
-Format = Literal["txt", "jsonl", "csv", "parquet", "alpaca", "sharegpt", "openai"]
-FORMAT = "Format of the file; the last three are other tools' conversations as JSON, JSON lines or Parquet"
+Format = Literal[
+    "txt", "jsonl", "csv", "parquet", "alpaca", "sharegpt", "openai", "preference", "argilla", "label_studio"
+]  # fmt: skip
+FORMAT = "Format of the file; the last six are other tools' conversations and rankings as JSON, JSON lines or Parquet"
 Meaning = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # from a row as it was found to one of a table
 DATASETS_CACHE = "data/.cache/datasets"
 # What Python and the libraries raise about an archive whose members are not what its reader understands.
@@ -84,8 +86,9 @@ def _fit_together(source: "Files | Remote | Dataset") -> None:
     form = getattr(source, "format", None)
     if form == "txt" and source.table != "corpus":
         raise ValueError("a txt file holds paragraphs for the corpus table")
-    if form in importers.FORMATS and source.table not in importers.TABLES:
-        raise ValueError(f"the format {form} is for the tables {' and '.join(importers.TABLES)}")
+    tables = importers.FORMATS.get(form or "", (source.table,))
+    if source.table not in tables:
+        raise ValueError(f"the format {form} is for the table{'s' * (len(tables) > 1)} {' and '.join(tables)}")
 
 
 class Package(Told):
@@ -147,10 +150,16 @@ class Dataset(Told):
             raise ValueError(f"data_files belong to the builders {', '.join(BUILDERS)}, and to them alone")
         if self.on_hub and self.revision is None:
             raise ValueError("a dataset on the hub needs revision, the 40 digits of a commit: branches and tags move")
-        lacking = sorted(rows.REQUIRED[self.table] - set(self.columns))
+        needed = preferences.NEEDED if self.of_preferences else rows.REQUIRED[self.table]
+        lacking = sorted(set(needed) - set(self.columns))
         if lacking:
             raise ValueError(f"columns must say where {', '.join(lacking)} of table {self.table} is found")
         return self
+
+    @property
+    def of_preferences(self) -> bool:
+        """Whether its rows are pairs of a chosen and a rejected reply."""
+        return self.table == "rankings" and not rows.REQUIRED["rankings"] <= set(self.columns)
 
     @property
     def on_hub(self) -> bool:
@@ -280,8 +289,11 @@ def _take(
 
 
 def _import(layout: importers.Layout, path: Path, called: str, reading: Reading) -> None:
-    """Take the conversations or preferences of a file of another tool."""
-    _take_rows(layout.table, formats.objects(reading.source, path), called, reading, layout.convert)
+    """Take the conversations, preferences or rankings of a file of another tool."""
+    found = formats.objects(reading.source, path)
+    if layout.format in annotations.ANSWERS:
+        found = annotations.spread(layout.format, found)
+    _take_rows(layout.table, found, called, reading, layout.convert)
 
 
 def _take_rows(
@@ -333,7 +345,7 @@ def _dataset(source: Dataset, folder: Path, reading: Reading) -> None:
             hashed.update(content.encode("utf-8", "surrogatepass"))
             yield f"row {number}", row
 
-    _take_rows(source.table, rows_of(), source.path, reading)
+    _take_rows(source.table, rows_of(), source.path, reading, preferences.convert if source.of_preferences else dict)
     reading.files = {name: identity.file_hash(folder / name) for name in source.data_files}
     reading.sha256 = hashed.hexdigest()
 

@@ -83,21 +83,38 @@ def _rankings(row: Mapping[str, Any], reading: Reading) -> None:
         raise ValueError("exactly one of ranks and scores must be given")
     if scores is not None and row.get("scale") is None:
         raise ValueError("scores need the scale's two ends (scale: [low, high])")
-    scale, annotators, models = row.get("scale"), row.get("annotators"), row.get("models")
+    scores = None if scores is None else _list(scores, "scores", _raters)
+    raters = max([1, *map(len, scores or ())])
+    scale, models, annotator = row.get("scale"), row.get("models"), _annotator(row, reading.source)
+    annotators = _whole(row.get("annotators") or raters, "annotators")
+    if annotator and max(annotators, raters) > 1:
+        raise ValueError(f"annotator names one person, but {max(annotators, raters)} judged; give each a row")
     turns = [text for message in messages for text in (message["role"], message["content"])]
+    people = [annotator] if annotator else []
     kept = {
-        "id": draw.short_id("rankings", *turns, *responses, repr(ranks), repr(scores)),
+        "id": draw.short_id("rankings", *turns, *responses, repr(ranks), repr(scores), *people),
         "prompt": messages,
         "responses": responses,
         "ranks": None if ranks is None else _list(ranks, "ranks", _whole),
-        "scores": None if scores is None else _list(scores, "scores", _numbers),
+        "scores": scores,
         "scale": None if scale is None else _numbers(scale, "scale"),
-        "annotators": 1 if annotators is None else _whole(annotators, "annotators") or 1,
+        "annotators": annotators,
+        "annotator": annotator,
         "models": [] if models is None else _list(models, "models", _string),
         "source": reading.source,
         "split": None,
     }
     _keep("rankings", kept, reading)
+
+
+def _annotator(row: Mapping[str, Any], source: str) -> str | None:
+    """Return a pseudonym of who judged: names and addresses stay out of the table, and differ from source to source."""
+    told = row.get("annotator")
+    if told is None or told == "":
+        return None
+    if isinstance(told, bool) or not isinstance(told, int | str):
+        raise ValueError(f"annotator must be a name or a number, found {reprlib.repr(told)}")
+    return draw.short_id("annotator", source, _string(str(told), "annotator"))
 
 
 def _keep(table: str, row: dict[str, Any], reading: Reading) -> None:
@@ -136,6 +153,11 @@ def _number(value: Any, column: str) -> float:
 
 def _numbers(value: Any, column: str) -> list[float]:
     return _list(value, column, _number)
+
+
+def _raters(value: Any, column: str) -> list[float]:
+    """Return what each rater gave a response; where there is one rater, a plain number will do."""
+    return _numbers(value, column) if isinstance(value, list) else [_number(value, column)]
 
 
 def _list(value: Any, column: str, item: Callable[[Any, str], T]) -> list[T]:

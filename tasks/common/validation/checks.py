@@ -85,14 +85,26 @@ def rankings_features(row: Row) -> Features:
         "text": "\n".join([asked, *responses]),
         "turns": " ".join([*(str(message.get("role")) for message in prompt), "assistant"]),
         "responses": len(responses),
-        "distinct": len(set(plain)),
+        "repeated": len(plain) - len(set(plain)),
         "shortest": min(map(len, (*plain, asked.strip())), default=0),
         "longest": max(map(len, (*responses, asked)), default=0),
         "fit": judgement_fit(row, len(responses)),
-        "same": "\n".join([asked, *sorted(plain)]),
+        # What one person said twice; the same responses judged by another, or otherwise, are another ranking.
+        "same": "\n".join(
+            [row.get("annotator") or "", asked, *sorted(map(repr, zip(plain, _worth(row), strict=False)))]
+        ),
         # A prompt may stand on both sides only with other responses ("Write a sentence."), a response likewise.
         "pairs": tuple(digest(f"{asked}\x00{response}") for response in plain),
     }
+
+
+def _worth(row: Row) -> list[Any]:
+    """Return what each response was judged to be: its rank, counted without gaps after ties, or its scores."""
+    ranks = row["ranks"]
+    if ranks is None:
+        return list(row["scores"] or [])
+    order = sorted({rank for rank in ranks if rank is not None})
+    return [None if rank is None else order.index(rank) for rank in ranks]
 
 
 def judgement_fit(row: Row, responses: int) -> str:
@@ -164,8 +176,10 @@ def _chat_objection(features: Features, limits: Limits) -> str | None:
 def _ranking_objection(features: Features, limits: Limits) -> str | None:
     if not re.match(TURNS, features["turns"]):
         return "the prompt is not: system (if any), then user and assistant in turn, the user last"
-    if features["distinct"] < 2:
+    if features["responses"] - features["repeated"] < 2:
         return "fewer than two distinct responses"
+    if features["repeated"]:
+        return "two of the responses are the same text"
     if not features["shortest"]:
         return "an empty response"
     if features["longest"] > limits.message_characters:

@@ -25,9 +25,12 @@ th { text-align: left; font-weight: 600; color: var(--soft); }
 th, td { padding: .3rem .8rem .3rem 0; vertical-align: top; border-bottom: 1px solid var(--rule); }
 tr:last-child td { border-bottom: 0; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.name { white-space: nowrap; }
 td.verdict { width: 5.5rem; white-space: nowrap; } td.seen { color: var(--soft); text-align: right; }
 .bar { display: flex; height: .8rem; width: 100%; min-width: 8rem; margin-top: .35rem; }
 .bar i { display: block; background: var(--steel); } .bar i + i { background: var(--pale); }
+.bar.half { position: relative; } .bar.half::after { content: ""; position: absolute; left: 50%; top: -.2rem;
+  height: 1.2rem; border-left: 2px solid var(--ink); }
 .key { display: inline-block; width: .7rem; height: .7rem; margin: 0 .3rem 0 .9rem; background: var(--steel); }
 .key.second { background: var(--pale); }
 ul.rows { margin: .3rem 0; padding: 0; list-style: none; font: .84rem/1.5 ui-monospace, monospace;
@@ -62,7 +65,8 @@ found {{ verdict.observed }}</li>
 {% endfor %}{% endfor %}
 </ul>
 {% endif %}
-<nav>{% for item in summaries %}<a href="#{{ item.table }}">{{ item.table }}</a>{% endfor %}</nav>
+<nav>{% for item in summaries %}<a href="#{{ item.table }}">{{ item.table }}</a>{% endfor %}
+{% if judged %}<a href="#judgements">how the rankings were judged</a>{% endif %}</nav>
 <section>
 <div class="scroll"><table>
 <tr><th></th><th class="number" colspan="3">rows</th>
@@ -133,6 +137,67 @@ style="width:{{ '%.2f'|format(100 * row.heldout / (item.kept or 1)) }}%"></i></d
 </details>
 </section>
 {% endfor %}
+{% if judged %}
+<section id="judgements">
+<h2>How the rankings were judged</h2>
+<p class="soft">Of the {{ judged|sum(attribute="rankings")|thousands }} rankings that were kept, by source and by how
+they were judged.</p>
+<h3>Rankings by number of responses</h3>
+<div class="scroll"><table>
+<tr><th>source</th><th>judged by</th>
+{% for size in sizes %}<th class="number">{{ size }} responses</th>{% endfor %}
+<th class="number">all</th><th class="number">without a preference</th></tr>
+{% for row in judged %}
+<tr><td class="name">{{ row.source }}</td><td class="name">{{ row.judged_by }}</td>
+{% for size in sizes %}<td class="number">{{ row.responses.get(size, 0)|thousands }}</td>{% endfor %}
+<td class="number">{{ row.rankings|thousands }}</td><td class="number">{{ row.undecided|thousands }}</td></tr>
+{% endfor %}
+</table></div>
+<h3>Agreement between raters: Krippendorff’s α</h3>
+<div class="scroll"><table>
+<tr><th>source</th><th>judged by</th><th class="number">people named</th>
+<th class="number">judged by several</th><th class="number">judgements</th><th class="number">α</th><th></th></tr>
+{% for row in judged %}
+<tr><td class="name">{{ row.source }}</td><td class="name">{{ row.judged_by }}</td>
+<td class="number">{{ row.annotators|thousands }}</td>
+<td class="number">{{ row.units|thousands }} {{ row.unit }}{{ "" if row.units == 1 else "s" }}</td>
+<td class="number">{{ row.judgements|thousands }}</td>
+{% if row.alpha is none %}
+<td class="number">–</td><td class="soft name">{% if row.units %}all judged alike{% elif row.unnamed == row.rankings %}
+nobody is named{% else %}nobody judged the same as another{% endif %}</td>
+{% else %}
+<td class="number strong">{{ "%.2f"|format(row.alpha)|replace("-", "−") }}</td><td class="soft name">{{ row.says }}</td>
+{% endif %}</tr>
+{% endfor %}
+</table></div>
+<p class="soft">1 is perfect agreement, 0 what chance would give; Krippendorff asks for 0.8, for tentative conclusions
+for 0.67. Ranks are compared pair by pair on an ordinal scale, scores response by response on an interval scale. Where
+people differ nothing is refused: it is how far one may trust the next ranking.</p>
+<h3>Length bias</h3>
+<div class="scroll"><table>
+<tr><th>source</th><th>judged by</th>
+<th class="number">pairs</th><th class="number">the longer is preferred</th>
+<th style="width:10rem"></th><th class="number">rating and length, r</th></tr>
+{% for row in judged %}
+<tr><td class="name">{{ row.source }}</td><td class="name">{{ row.judged_by }}</td>
+<td class="number">{{ row.pairs|thousands }}</td>
+{% if row.longer_preferred is none %}
+<td class="number">–</td><td></td>
+{% else %}
+<td class="number strong">{{ "%.1f"|format(100 * row.longer_preferred) }} %</td>
+<td><div class="bar half"><i style="width:{{ '%.2f'|format(100 * row.longer_preferred) }}%"></i><i
+style="width:{{ '%.2f'|format(100 - 100 * row.longer_preferred) }}%"></i></div></td>
+{% endif %}
+<td class="number">{% if row.rating_length_correlation is none %}–{% else %}
+{{ "%.2f"|format(row.rating_length_correlation)|replace("-", "−") }}{% endif %}</td></tr>
+{% endfor %}
+</table></div>
+<p class="soft">Pairs of responses of which one is preferred; those of the same length are left out of the share, of
+which 50 % (the line) would be no bias. r is
+Pearson’s correlation of a response’s mean score with its length in characters; ranks have none. A reward model learns
+such a bias with the rest.</p>
+</section>
+{% endif %}
 </body>
 </html>
 """

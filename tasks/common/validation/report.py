@@ -4,6 +4,7 @@ All three hold deterministic bytes: no dates and no run ids, because DVC tracks 
 """
 
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 
 SAMPLES = 6
 LINE_CHARACTERS = 220
+RELIABLE = ((0.8, "reliable"), (0.667, "tentative"), (-math.inf, "people differ"))  # least alpha: Krippendorff's bounds
+JUDGED = (
+    "| source | judged by | rankings | Krippendorff's α | the longer is preferred | rating and length, r |",
+    "| --- | --- | ---: | ---: | ---: | ---: |",
+)
+Ranked = Mapping[str, Mapping[str, Mapping[str, Any]]]  # figures by source and by how its rankings were judged
 
 
 @dataclass(frozen=True)
@@ -167,25 +174,29 @@ def shorten(text: str) -> str:
     return shown if len(shown) <= LINE_CHARACTERS else f"{shown[: LINE_CHARACTERS - 1]}…"
 
 
-def write(summaries: Sequence[Summary], folder: Path) -> None:
+def write(summaries: Sequence[Summary], ranked: Ranked, folder: Path) -> None:
     """Write `index.html`, `validation.md`, `validation.json` and `marked.jsonl` into the report's folder."""
     folder.mkdir(parents=True)
     plain = [{key: value for key, value in asdict(summary).items() if key != "marks"} for summary in summaries]
+    plain = [{**item, "judgements": ranked} if item["table"] == "rankings" else item for item in plain]
     write_json(folder / "validation.json", plain)
     lines = (json.dumps(asdict(marked)) for summary in summaries for marked in summary.marks)
     (folder / "marked.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    (folder / "validation.md").write_text(markdown(summaries), encoding="utf-8")
-    (folder / "index.html").write_text(page(summaries), encoding="utf-8")
+    (folder / "validation.md").write_text(markdown(summaries, ranked), encoding="utf-8")
+    (folder / "index.html").write_text(page(summaries, ranked), encoding="utf-8")
 
 
-def page(summaries: Sequence[Summary]) -> str:
+def page(summaries: Sequence[Summary], ranked: Ranked) -> str:
     """Return the page."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters["thousands"] = lambda number: f"{number:,}"
+    judged = judged_rows(ranked)
     return environment.from_string(PAGE).render(
         summaries=summaries,
+        judged=judged,
+        sizes=sorted({size for row in judged for size in row["responses"]}, key=int),
         failed=sum(summary.failed for summary in summaries),
         checked=sum(len(summary.verdicts) for summary in summaries),
         refused=sum(summary.refused for summary in summaries),
@@ -194,7 +205,24 @@ def page(summaries: Sequence[Summary]) -> str:
     )
 
 
-def markdown(summaries: Sequence[Summary]) -> str:
+def judged_rows(ranked: Ranked) -> list[dict[str, Any]]:
+    """Return the figures of the rankings as rows of a table, each with what it is about and what its alpha means."""
+    rows = [
+        {"source": source, "judged_by": judged.replace("-", "−"), **figures}
+        for source, ways in ranked.items()
+        for judged, figures in ways.items()
+    ]
+    return [
+        {
+            **row,
+            "unit": "pair" if row["judged_by"] == "ranks" else "response",
+            "says": next(says for least, says in RELIABLE if (row["alpha"] or 0) >= least),
+        }
+        for row in rows
+    ]
+
+
+def markdown(summaries: Sequence[Summary], ranked: Ranked) -> str:
     """Return the short form that the Prefect UI shows as an artifact."""
     lines = ["| table | read | kept | refused | expectations met |", "| --- | ---: | ---: | ---: | ---: |"]
     for item in summaries:
@@ -209,6 +237,12 @@ def markdown(summaries: Sequence[Summary]) -> str:
         marks = ", ".join(f"{count:,} × {kind}" for kind, count in item.marked.items())
         lines += [f"- marked in {rows_of(item.marked_rows)}: {marks}"] if marks else []
         lines += [f"- **not met**: {verdict.says} (found {verdict.observed})" for verdict in failed]
+    if ranked:
+        lines += ["", "**how the rankings were judged**", "", *JUDGED]
+    for row in judged_rows(ranked):
+        longer = "–" if row["longer_preferred"] is None else f"{row['longer_preferred']:.1%}"
+        alpha, r = ("–" if row[name] is None else f"{row[name]:.2f}" for name in ("alpha", "rating_length_correlation"))
+        lines.append(f"| {row['source']} | {row['judged_by']} | {row['rankings']:,} | {alpha} | {longer} | {r} |")
     return "\n".join(lines) + "\n"
 
 

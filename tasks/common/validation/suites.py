@@ -23,7 +23,7 @@ FEW = ("text", "source", "licence")  # columns of few different values, each hel
 COLUMNS = {
     "corpus": (*EVERY, "licence", "absent_names"),
     "instructions": (*CHAT, "entity", "answer_given", "heldout_question", "pairs"),
-    "rankings": (*CHAT, "responses", "distinct", "fit", "pairs"),
+    "rankings": (*CHAT, "responses", "repeated", "fit", "pairs"),
 }
 
 
@@ -119,7 +119,7 @@ def _rankings(limits: Limits) -> list[Expectation]:
     return [
         *_turns(limits, "response"),
         _expect("there are two or more responses", "ExpectColumnValuesToBeBetween", column="responses", min_value=2),
-        _expect("two or more of them are distinct", "ExpectColumnValuesToBeBetween", column="distinct", min_value=2),
+        _expect("all of them are distinct", "ExpectColumnValuesToBeBetween", column="repeated", max_value=0),
         _expect("ranks or scores fit the responses and the scale", "ExpectColumnValuesToBeInSet",
                 column="fit", value_set=["fits"]),
         _expect("no prompt with its response stands on both sides of the split", "ExpectColumnValuesToBeBetween",
@@ -142,7 +142,7 @@ def schema(table: str) -> "pa.Schema":
 
     kinds = {"pairs": pa.list_(pa.binary(16)), **dict.fromkeys(("damaged", "answer_given"), pa.bool_())}
     kinds |= dict.fromkeys(FEW, pa.dictionary(pa.int32(), pa.string()))
-    kinds |= dict.fromkeys(("characters", "absent_names", "shortest", "longest", "responses", "distinct"), pa.int32())
+    kinds |= dict.fromkeys(("characters", "absent_names", "shortest", "longest", "responses", "repeated"), pa.int32())
     return pa.schema([(column, kinds.get(column, pa.string())) for column in COLUMNS[table]])
 
 

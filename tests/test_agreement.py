@@ -1,0 +1,67 @@
+"""Krippendorff's alpha: his worked example, and the definition by loops over all pairs of values."""
+
+import math
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tasks.common.validation import agreement
+
+Units = list[list[float]]
+# Four observers, twelve units: example C of Krippendorff, Computing Krippendorff's Alpha-Reliability (2011); 0 is none.
+OBSERVED = [
+    [1, 2, 3, 3, 2, 1, 4, 1, 2, 0, 0, 0],
+    [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, 0, 3],
+    [0, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, 0],
+    [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, 0],
+]
+WORKED: Units = [[float(value) for value in unit if value] for unit in zip(*OBSERVED, strict=True)]
+
+
+def interval(units: Units) -> float | None:
+    sums = [(len(unit), sum(unit), sum(value**2 for value in unit)) for unit in units]
+    return agreement.interval(*zip(*sums, strict=True))
+
+
+def ordinal(units: Units) -> float | None:
+    ranks = sorted({value for unit in units for value in unit})
+    return agreement.ordinal([[unit.count(rank) for rank in ranks] for unit in units])
+
+
+def by_definition(units: Units, level: str) -> float:
+    """One less observed over expected disagreement, both as plain means over ordered pairs of values."""
+    pairable = [unit for unit in units if len(unit) > 1]
+    values = [value for unit in pairable for value in unit]
+
+    def distance(one: float, other: float) -> float:
+        if level == "interval":
+            return (one - other) ** 2
+        low, high = sorted((one, other))
+        between = sum(low <= value <= high for value in values)
+        return 0.0 if one == other else (between - (values.count(one) + values.count(other)) / 2) ** 2
+
+    observed = sum(distance(*pair) / (len(unit) - 1) for unit in pairable for pair in permutations(unit, 2))
+    expected = sum(distance(*pair) for pair in permutations(values, 2)) / (len(values) - 1)
+    return 1 - observed / expected
+
+
+def test_the_worked_example_comes_out_as_published() -> None:
+    assert round(ordinal(WORKED) or 0, 3) == 0.815
+    assert round(interval(WORKED) or 0, 3) == 0.849
+
+
+@pytest.mark.parametrize(("level", "alpha"), [("interval", interval), ("ordinal", ordinal)])
+def test_any_ratings_give_what_the_definition_gives(level: str, alpha: Any) -> None:
+    generator = np.random.default_rng(7)
+    for _ in range(20):
+        units = [list(generator.integers(-2, 3, generator.integers(0, 5)).astype(float)) for _ in range(12)]
+        assert alpha(units) == pytest.approx(by_definition(units, level))
+
+
+@pytest.mark.parametrize("alpha", [interval, ordinal])
+def test_all_alike_in_each_unit_is_perfect_and_all_alike_throughout_says_nothing(alpha: Any) -> None:
+    assert math.isclose(alpha([[1.0, 1.0], [3.0, 3.0, 3.0], [2.0]]), 1)
+    assert alpha([[2.0, 2.0], [2.0, 2.0]]) is None
+    assert alpha([[1.0], [2.0]]) is None
