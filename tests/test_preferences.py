@@ -1,6 +1,9 @@
 """Rankings from other tools: pairs of Hugging Face data sets, exports of Argilla and Label Studio, one row a person."""
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +11,21 @@ import pytest
 from pydantic import ValidationError
 
 from tasks.common import draw
-from tasks.common.sources import annotations
+from tasks.common.sources import annotations, kinds, rows
 from tasks.common.sources.importers import Layout
+from tasks.common.sources.reading import Reading
 from tasks.common.stage import StageError
-from tests.data_fixtures import FACTS, copy_sources, ingest_config, ingest_into, manifest, refusals, table
+from tasks.common.validation import checks
+from tests.data_fixtures import (
+    FACTS,
+    copy_sources,
+    ingest_config,
+    ingest_into,
+    manifest,
+    refusals,
+    table,
+    validate_config,
+)
 
 ASKED = {"role": "user", "content": "What color is the sky?"}
 BLUE, GREEN = ({"role": "assistant", "content": f"It is {color}."} for color in ("blue", "green"))
@@ -206,6 +220,37 @@ def test_what_label_studio_exports_besides_is_refused(row: dict[str, Any], told:
     assert told in str(caught.value)
 
 
+def mangled(value: Any, junk: Any) -> Iterator[Any]:
+    """Yield a value with junk in its place, then in the place of each of its parts."""
+    yield junk
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        for other in mangled(part, junk):
+            yield {**value, key: other} if isinstance(value, dict) else [*value[:key], other, *value[key + 1 :]]
+
+
+SOUND = [
+    *(("preference", row) for row, _ in PAIRS),
+    *(("argilla", row) for row, _ in BY_ARGILLA),
+    *(("label_studio", row) for row, _ in BY_LABEL_STUDIO),
+]
+
+
+@pytest.mark.parametrize("junk", [None, 5, "x", "", [], {}, [[1]], [{}], {"a": [1]}, [None, 5, "response1"]])
+def test_nothing_in_a_row_stops_the_run(junk: Any) -> None:
+    """Whatever stands anywhere in a row, it is taken or refused, and never another error."""
+    for form, sound in SOUND:
+        for row in mangled(sound, junk):
+            found = annotations.spread(form, [("row 1", row)]) if form in annotations.ANSWERS else [("row 1", row)]
+            for _, one in found:
+                reading = Reading("mine", "MIT")
+                with suppress(ValueError):
+                    rows.add("rankings", Layout(form, "rankings").convert(kinds._decoded(one)), reading)
+                assert all(
+                    isinstance(text, str) for kept in reading.rows.get("rankings", []) for text in kept["responses"]
+                )
+
+
 # Through the stage
 
 
@@ -301,3 +346,20 @@ def test_a_file_without_any_ranking_stops_the_run(tmp_path: Path) -> None:
     (copied / "mine.json").write_text("[1, 2]", encoding="utf-8")
     with pytest.raises(StageError, match=r"none of the 2 rows of mine\.json is a row of rankings; item 1"):
         ingest_into(tmp_path / "out", copied, sources=[FACTS, source("argilla", "mine.json")])
+
+
+def test_every_example_of_the_documentation_is_read(tmp_path: Path) -> None:
+    """Each with the format of its section: the first three as they are, then the importers'."""
+    told = (Path(__file__).parents[1] / "docs/rankings.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```json\n(.*?)```", told, re.DOTALL)
+    forms = ["jsonl", "jsonl", "preference", "preference", "argilla", "label_studio"]
+    counts = []
+    for number, (form, example) in enumerate(zip(forms, examples, strict=True)):
+        copied = copy_sources(tmp_path / str(number))
+        (copied / "mine.json").write_text(example, encoding="utf-8")
+        folder = ingest_into(tmp_path / str(number) / "out", copied, sources=[FACTS, source(form, "mine.json")])
+        assert refusals(folder) == []
+        found = table(folder, "rankings")
+        assert checks.judge("rankings", found, validate_config(), set())[1] == [None] * len(found)
+        counts.append(len(found))
+    assert counts == [1, 2, 1, 2, 1, 2]

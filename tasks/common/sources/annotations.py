@@ -13,6 +13,7 @@ Neither export says all that was on the screen: which texts were compared is kno
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice, zip_longest
 from typing import Any
 
 from tasks.common.sources.turns import Row
@@ -20,6 +21,7 @@ from tasks.common.sources.turns import Row
 PROMPTS = ("prompt", "instruction", "question", "query", "input")
 # response1, answer_2, reply-b, answerA, text_left: names that differ in such an ending stand for what is compared.
 ENDING = re.compile(r"(.+?)(?:[ _-]?(\d+)|[ _-]([A-Za-z]|left|right)|(?<=[a-z])([A-Z]))")
+ANSWER = {"fields", "annotator", "answers", "status"}  # one person's, to a record of Argilla
 UNTOUCHED = "_"  # where Label Studio keeps what nobody moved into a bucket
 
 
@@ -67,27 +69,20 @@ def _argilla_told(record: Row) -> Iterator[tuple[str, Row]]:
     nested = record.get("responses")
     if isinstance(nested, Mapping):
         for question, answers in nested.items():
-            yield from ((question, answer) for answer in answers or () if isinstance(answer, Mapping))
+            yield from ((question, answer) for answer in _items(answers) if isinstance(answer, Mapping))
         return
     for column, values in record.items():
         if column.endswith(".responses") and isinstance(values, list):
-            users, states = (record.get(f"{column}.{name}") or [None] * len(values) for name in ("users", "status"))
-            for value, user, status in zip(values, users, states, strict=False):
+            users, states = (_items(record.get(f"{column}.{name}")) for name in ("users", "status"))
+            for value, user, status in islice(zip_longest(values, users, states), len(values)):
                 yield column.removesuffix(".responses"), {"value": value, "user_id": user, "status": status}
         else:
             yield from ((column, item) for item in _items(values) if isinstance(item, Mapping) and "user_id" in item)
 
 
-def _items(value: Any) -> list[Any]:
-    """Return a list as it is, and one of objects also where Parquet holds it as a list a column; of the rest none."""
-    if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
-        return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=False)]
-    return value if isinstance(value, list) else []
-
-
 def argilla(answer: Row) -> Row:
     """Return one person's answer as a ranking; raise ValueError with the reason where it is none."""
-    if "answers" not in answer:
+    if set(answer) != ANSWER:
         raise ValueError("nobody has answered this record; expected responses with value and user_id")
     if answer["status"] not in (None, "submitted"):
         raise ValueError(f"an answer that is {answer['status']}, not submitted")
@@ -99,12 +94,12 @@ def argilla(answer: Row) -> Row:
             f"({', '.join(ranked) or 'none'}); questions: {', '.join(answers)}; fields: {', '.join(fields)}"
         )
     (order,) = ranked.values()
-    absent = [str(option) for option, rank in order if not isinstance(fields.get(option), str) or rank is None]
+    absent = [str(option) for option, rank in order if not isinstance(fields.get(str(option)), str) or rank is None]
     if absent:
         raise ValueError(f"{', '.join(absent)} without a text or a rank; fields: {', '.join(fields)}")
     return {
-        "prompt": _prompt(fields, [option for option, _ in order]),
-        "responses": [fields[option] for option, _ in order],
+        "prompt": _prompt(fields, [str(option) for option, _ in order]),
+        "responses": [fields[str(option)] for option, _ in order],
         "ranks": [rank for _, rank in order],
         "annotator": answer["annotator"],
     }
@@ -142,7 +137,7 @@ def label_studio(task: Row) -> Row:
         raise ValueError("nobody has annotated this task")
     if annotations[0].get("was_cancelled"):
         raise ValueError("an annotation that was skipped")
-    results = [item for item in annotations[0].get("result") or () if isinstance(item, Mapping)]
+    results = [item for item in _items(annotations[0].get("result")) if isinstance(item, Mapping)]
     judged = [item for item in results if item.get("type") in ("pairwise", "ranker")]
     if len(judged) != 1 or not isinstance(judged[0].get("value"), Mapping):
         kinds = ", ".join(str(item.get("type")) for item in results) or "none"
@@ -187,15 +182,21 @@ def _ranker(data: Row, result: Row) -> Row:
     if not isinstance(ranked, list):
         raise ValueError(f"expected ids in their order, found {ranked!r:.80}")
     for name, value in data.items():
-        items = {item.get("id"): item for item in value if isinstance(item, Mapping)} if isinstance(value, list) else {}
-        if items and set(map(str, ranked)) <= set(map(str, items)):
-            known = {str(identifier): item for identifier, item in items.items()}
-            texts = [known[str(identifier)].get("body") or known[str(identifier)].get("title") for identifier in ranked]
+        items = {str(item.get("id")): item for item in _items(value) if isinstance(item, Mapping)}
+        if items and set(map(str, ranked)) <= set(items):
+            texts = [items[str(identifier)].get("body") or items[str(identifier)].get("title") for identifier in ranked]
             return {"prompt": _prompt(data, [name]), "responses": texts, "ranks": list(range(1, len(texts) + 1))}
     raise ValueError(f"no list in data holds the ids {', '.join(map(str, ranked))}; data: {', '.join(data)}")
 
 
 # What both have
+
+
+def _items(value: Any) -> list[Any]:
+    """Return a list as it is, and one of objects also where Parquet holds it as a list a column; of the rest none."""
+    if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
+        return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=False)]
+    return value if isinstance(value, list) else []
 
 
 def _compared(name: str, names: Iterable[str]) -> list[str]:

@@ -159,7 +159,7 @@ class Dataset(Told):
     @property
     def of_preferences(self) -> bool:
         """Whether its rows are pairs of a chosen and a rejected reply."""
-        return self.table == "rankings" and not rows.REQUIRED["rankings"] <= set(self.columns)
+        return self.table == "rankings" and not self.columns.keys().isdisjoint(preferences.NEEDED)
 
     @property
     def on_hub(self) -> bool:
