@@ -36,6 +36,11 @@ class Package:
 
         return TextEngine(self.folder / "policy")
 
+    @property
+    def models(self) -> dict[str, "TextEngine"]:
+        """The models that answer conversations, by tag; the first one answers where none is named."""
+        return {self.tag: self.text}
+
     @cached_property
     def masks(self) -> "MaskEngine":
         """The encoder: it fills in names."""
