@@ -7,6 +7,10 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from serving.errors import InputError
+from serving.intake import naming, refusal
+from serving.package import choose
+
 if TYPE_CHECKING:
     from serving.package import Package
 
@@ -32,9 +36,12 @@ async def index(request: Request) -> Response:
 
 
 async def provenance(request: Request) -> Response:
-    """Tell what the model was made from: every stage's record, the sources, the evaluation."""
-    package: Package = request.app.state.package
-    return JSONResponse(package.provenance)
+    """Tell what a model was made from: every stage's record, the sources, the evaluation. `?model=` names another."""
+    try:
+        model = choose(request.app.state.models, request.query_params.get("model"))
+    except InputError as error:
+        return refusal(error)
+    return JSONResponse(model.provenance, headers=naming(model.tag))
 
 
 ROUTES = [Route("/", index), Route("/provenance", provenance)]

@@ -1,28 +1,42 @@
 """Serve the package on a port of this machine: `make serve`, `bessemer serve`, or `python -m serving.serve [PORT]`."""
 
 import errno
+import json
 import os
 import socket
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import NoReturn
 
 from serving.errors import ServingError
-from serving.package import ROOT, VARIABLE, open_package
+from serving.package import OTHERS, ROOT, VARIABLE, open_package
 
 PORT = 3000
 HOST = "127.0.0.1"  # there is no authentication: only this machine can ask, unless told otherwise
 SERVICE = "serving.service:Bessemer"
 
 
-def serve(port: int = PORT, host: str = HOST) -> NoReturn:
-    """Turn this process into BentoML's server, once port and package are seen to be there."""
-    other = another(port, PORT)
-    check_port(port, host, f"Choose another: `make serve PORT={other}` or `bessemer serve --port {other}`.")
+def serve(port: int = PORT, host: str = HOST, others: Mapping[str, Path] | None = None) -> NoReturn:
+    """Turn this process into BentoML's server, once port and package are seen to be there.
+
+    `others`: further models by name, each a folder as `serving.package` describes it; by default those of the
+    environment.
+    """
+    check_free(port, host)
     package = open_package()
     print(f"{package.tag} answers on http://{host}:{port}/ in a few seconds. Ctrl-C stops it.", flush=True)
     command = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--working-dir", str(ROOT)]
     environment = {**os.environ, "BENTOML_DO_NOT_TRACK": "True", VARIABLE: str(package.folder)}
+    if others is not None:
+        environment[OTHERS] = json.dumps({name: str(folder.resolve()) for name, folder in others.items()})
     os.execve(sys.executable, [*command, "--host", host, "--port", str(port)], environment)
+
+
+def check_free(port: int, host: str) -> None:
+    """Say why the endpoint cannot listen on a port, with one to take instead."""
+    other = another(port, PORT)
+    check_port(port, host, f"Choose another: `make serve PORT={other}` or `bessemer serve --port {other}`.")
 
 
 def check_port(port: int, host: str, remedy: str) -> None:

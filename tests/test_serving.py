@@ -104,6 +104,7 @@ BAD = [
     ({"input": "Hi", "temperature": 3}, '"temperature" must be between 0 and 2; got 3'),
     ({"input": "Hi", "temperature": "hot"}, '"temperature" must be a number; got a text'),
     ({"input": "Hi", "seed": 0.5, "top_p": None}, '"top_p" must be a number; got null. "seed" must be a whole number'),
+    ({"input": "Hi", "model": 3}, '"model" must be a text; got 3'),
     ({"input": "Hi<|end|>"}, "<|end|>, which is reserved"),
 ]
 
@@ -160,7 +161,7 @@ def test_models_are_listed_while_the_package_is_made_anew(package: Path, tmp_pat
     opened = open_package(tmp_path / "package")
     shutil.rmtree(tmp_path / "package")
     app = Starlette(routes=openai_api.ROUTES)
-    app.state.package = opened
+    app.state.models = {"bessemer": opened}
     listed = TestClient(app).get("/v1/models").json()["data"]
     assert {entry["created"] for entry in listed} == {opened.created}
     assert opened.created == int((package / "provenance.json").stat().st_mtime)
@@ -217,7 +218,7 @@ def test_openai_errors_have_openai_form(ai: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as unknown:
         ai.chat.completions.create(model="gpt-9", messages=JAPAN)
     assert unknown.value.code == "model_not_found"
-    assert f'"{TAG}" does' in unknown.value.message
+    assert f'"gpt-9" does not exist here; there is bessemer ({TAG})' in unknown.value.message
     with pytest.raises(openai.BadRequestError) as long:
         ai.chat.completions.create(model=TAG, messages=[{"role": "user", "content": "and " * CONTEXT}])
     assert (long.value.code, long.value.param) == ("context_length_exceeded", "messages")
