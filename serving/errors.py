@@ -9,10 +9,6 @@ class PackageError(ServingError):
     """The folder of exported models is missing, incomplete or unreadable."""
 
 
-class FeedbackError(ServingError):
-    """The store of people's rankings cannot be opened, read or written."""
-
-
 class InputError(ServingError):
     """A request that cannot be answered as it stands; `field` names its part and `code` the kind of problem."""
 

@@ -20,8 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from serving.errors import FeedbackError, InputError
-from serving.judgements import Answer, Opinion, Ranking, check_id, check_opinion, check_ranks
+from serving.errors import InputError
+from serving.judgements import Answer, FeedbackError, Opinion, Ranking, check_id, check_opinion, check_ranks
 from serving.package import ROOT
 
 VARIABLE = "BESSEMER_FEEDBACK"
@@ -86,7 +86,7 @@ class Store:
             self.id = str(self._connection.execute("SELECT id FROM store").fetchone()[0])
 
     def _make_tables(self) -> None:
-        with self._change() as change:
+        with self.change() as change:
             [found] = change.execute("PRAGMA user_version").fetchone()
             if found > VERSION:
                 raise FeedbackError(
@@ -114,7 +114,7 @@ class Store:
             ) from (error)
 
     @contextmanager
-    def _change(self) -> Iterator[sqlite3.Connection]:
+    def change(self) -> Iterator[sqlite3.Connection]:
         """A transaction: on disk when the block ends, undone where it raises."""
         with self._lock, self._told():
             self._connection.execute("BEGIN IMMEDIATE")
@@ -126,28 +126,28 @@ class Store:
                     self._connection.execute("ROLLBACK")
                 raise
 
-    def _rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
+    def rows(self, query: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[sqlite3.Row]:
+        """Return what a query finds."""
         with self._lock, self._told():
             return self._connection.execute(query, values).fetchall()
 
     def add_answers(self, prompt: Sequence[Message], given: Sequence[tuple[str, str, float, int | None]]) -> list[str]:
         """Keep answers (text, model tag, temperature, seed) to one prompt and return their ids, in order."""
-        plain = _packed([{"role": turn["role"], "content": turn["content"]} for turn in prompt])
-        rows = [(new_id(), plain, *answer, _now()) for answer in given]
-        with self._change() as change:
+        rows = [(new_id(), packed_prompt(prompt), *answer, now()) for answer in given]
+        with self.change() as change:
             change.executemany("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
         return [row[0] for row in rows]
 
     def answer(self, identifier: str) -> Answer:
         """Return an answer that was kept; raise InputError where there is none."""
-        found = self._rows("SELECT * FROM answers WHERE id = ?", identifier)
+        found = self.rows("SELECT * FROM answers WHERE id = ?", (identifier,))
         if not found:
             raise InputError(
                 f'There is no answer "{identifier[:64]}" here: only answers that this endpoint gave can be judged.',
                 field="answers", code="unknown_answer", status=404,
             )  # fmt: skip
         row = found[0]
-        return Answer(row["id"], json.loads(row["prompt"]), row["text"], row["model"])
+        return Answer(**{**row, "prompt": json.loads(row["prompt"])})
 
     def add_ranking(self, identifier: str, answers: Sequence[str], ranks: Sequence[int], annotator: str) -> Ranking:
         """Keep a ranking of answers by their ids and return it; sent again under the same id it is there once.
@@ -158,7 +158,7 @@ class Store:
         check_id("annotator", annotator)
         check_ranks(answers, ranks)
         shown = [self.answer(answer) for answer in answers]
-        prompts = {_packed(answer.prompt) for answer in shown}
+        prompts = {packed(answer.prompt) for answer in shown}
         if len(prompts) > 1:
             raise InputError(
                 f"The {len(shown)} answers belong to {len(prompts)} prompts: rank answers to one and the same prompt.",
@@ -170,14 +170,14 @@ class Store:
             )
         order = sorted(set(ranks))
         row = (
-            identifier, prompts.pop(), _packed([answer.text for answer in shown]),
-            _packed([order.index(rank) + 1 for rank in ranks]), _packed([answer.model for answer in shown]),
-            _packed(list(answers)), annotator,
+            identifier, prompts.pop(), packed([answer.text for answer in shown]),
+            packed([order.index(rank) + 1 for rank in ranks]), packed([answer.model for answer in shown]),
+            packed(list(answers)), annotator,
         )  # fmt: skip
-        with self._change() as change:
+        with self.change() as change:
             change.execute(
                 "INSERT INTO rankings (id, prompt, responses, ranks, models, answers, annotator, created)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING", (*row, _now()),
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING", (*row, now()),
             )  # fmt: skip
             [kept] = change.execute("SELECT * FROM rankings WHERE id = ?", (identifier,)).fetchall()
         _check_same(kept, row, ("id", "prompt", "responses", "ranks", "models", "answers", "annotator"))
@@ -186,7 +186,7 @@ class Store:
     def withdraw(self, identifier: str, annotator: str) -> Ranking:
         """Take back one's own ranking and return it; done twice it is done once. Exports take it no more."""
         check_id("annotator", annotator)
-        with self._change() as change:
+        with self.change() as change:
             kept = change.execute("SELECT * FROM rankings WHERE id = ?", (identifier,)).fetchone()
             if kept is None or kept["annotator"] != annotator:
                 raise InputError(
@@ -198,7 +198,7 @@ class Store:
                     "This ranking has been exported to the training data already, so it can't be taken back here.",
                     field="id", code="exported", status=409,
                 )  # fmt: skip
-            change.execute("UPDATE rankings SET withdrawn = ? WHERE id = ? AND withdrawn IS NULL", (_now(), identifier))
+            change.execute("UPDATE rankings SET withdrawn = ? WHERE id = ? AND withdrawn IS NULL", (now(), identifier))
         return _ranking(kept)
 
     def add_opinion(self, identifier: str, answer: str, opinion: str, annotator: str, note: str = "") -> Opinion:
@@ -207,11 +207,11 @@ class Store:
         check_id("annotator", annotator)
         check_opinion(opinion, note)
         about = self.answer(answer)
-        row = (identifier, answer, _packed(about.prompt), about.text, about.model, opinion, note, annotator)
-        with self._change() as change:
+        row = (identifier, answer, packed(about.prompt), about.text, about.model, opinion, note, annotator)
+        with self.change() as change:
             change.execute(
                 "INSERT INTO opinions (id, answer, prompt, response, model, opinion, note, annotator, created)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING", (*row, _now()),
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING", (*row, now()),
             )  # fmt: skip
             [kept] = change.execute("SELECT * FROM opinions WHERE id = ?", (identifier,)).fetchall()
         _check_same(kept, row, ("id", "answer", "prompt", "response", "model", "opinion", "note", "annotator"))
@@ -219,21 +219,21 @@ class Store:
 
     def rankings(self, after: int = 0) -> list[Ranking]:
         """Return the rankings with a row number above `after` that stand, in the order of their numbers."""
-        found = self._rows("SELECT * FROM rankings WHERE number > ? AND withdrawn IS NULL ORDER BY number", after)
+        found = self.rows("SELECT * FROM rankings WHERE number > ? AND withdrawn IS NULL ORDER BY number", (after,))
         return [_ranking(row) for row in found]
 
     def opinions(self, after: int = 0) -> list[Opinion]:
         """Return thumbs and flags with a row number above `after`, in the order of their numbers."""
-        return [_opinion(row) for row in self._rows("SELECT * FROM opinions WHERE number > ? ORDER BY number", after)]
+        return [_opinion(row) for row in self.rows("SELECT * FROM opinions WHERE number > ? ORDER BY number", (after,))]
 
     def exported_through(self) -> int:
         """Return the row number up to which rankings were exported, 0 where none was."""
-        return int(self._rows("SELECT coalesce(max(through), 0) FROM exports")[0][0])
+        return int(self.rows("SELECT coalesce(max(through), 0) FROM exports")[0][0])
 
     def mark_exported(self, through: int) -> None:
         """Note that rankings up to a row number are exported: they cannot be taken back any more."""
-        with self._change() as change:
-            change.execute("INSERT INTO exports VALUES (?, ?)", (through, _now()))
+        with self.change() as change:
+            change.execute("INSERT INTO exports VALUES (?, ?)", (through, now()))
 
 
 def new_id() -> str:
@@ -260,9 +260,16 @@ def _opinion(row: sqlite3.Row) -> Opinion:
     return Opinion(prompt=json.loads(row["prompt"]), **{name: row[name] for name in plain})
 
 
-def _packed(value: Any) -> str:
+def packed(value: Any) -> str:
+    """Return a value as it stands in the tables: equal values as equal texts."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def _now() -> str:
+def packed_prompt(prompt: Sequence[Message]) -> str:
+    """Return a conversation as it stands in the tables."""
+    return packed([{"role": turn["role"], "content": turn["content"]} for turn in prompt])
+
+
+def now() -> str:
+    """Return the moment as it stands in the tables."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -5,12 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from serving.errors import InputError
+from serving.errors import InputError, ServingError
 
 FEWEST, MOST = 2, 6  # answers in a ranking
 OPINIONS = ("up", "down", "flag", "none")  # `none` takes an earlier one back
 NOTE_CHARACTERS = 500
 ID = re.compile(r"[A-Za-z0-9_-]{8,64}")
+
+
+class FeedbackError(ServingError):
+    """The store of what people think cannot be opened, read or written."""
 
 
 class Answer(NamedTuple):
@@ -20,6 +24,9 @@ class Answer(NamedTuple):
     prompt: list[dict[str, str]]
     text: str
     model: str
+    temperature: float
+    seed: int | None
+    created: str
 
 
 @dataclass(frozen=True)

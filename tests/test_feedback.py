@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from serving.errors import FeedbackError, InputError
+from serving.errors import InputError
 from serving.feedback import VARIABLE, Store, feedback_folder
+from serving.judgements import FeedbackError
 from tests.serving_fixtures import ROOT
 
 PROMPT = [{"role": "user", "content": "What is the capital of Peru?"}]
