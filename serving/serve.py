@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from serving.errors import ServingError
+from serving.intake import MODEL_HEADER
 from serving.package import OTHERS, ROOT, VARIABLE, open_package
 
 PORT = 3000
@@ -57,6 +58,20 @@ def check_port(port: int, host: str, remedy: str) -> None:
                 f"{host!r} is no address of this machine ({error.strerror}). Use `--host 127.0.0.1` to be reached from "
                 "here alone, or `--host 0.0.0.0` to be reached from everywhere."
             ) from None
+
+
+def running(port: int, host: str) -> list[str] | None:
+    """Return the names of the models that an endpoint of ours on a port answers with; None where none answers."""
+    from http.client import HTTPException
+    from urllib.request import urlopen
+
+    reached = "127.0.0.1" if host == "0.0.0.0" else host
+    try:
+        with urlopen(f"http://{reached}:{port}/v1/models", timeout=2) as answer:
+            ours = MODEL_HEADER in answer.headers
+            return [str(entry["id"]) for entry in json.load(answer)["data"]] if ours else None
+    except (OSError, HTTPException, ValueError, LookupError, TypeError):  # nobody, another program, or no models yet
+        return None
 
 
 def another(port: int, usual: int) -> int:
