@@ -251,7 +251,7 @@ class TestFlow:
     def unchecked(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Leave the check of the settings out: the toy's params.yaml is none of Bessemer's."""
         monkeypatch.setattr(settings, "check", lambda params, stages=(): None)
-        monkeypatch.setattr(workplace, "_check", lambda path: None)
+        monkeypatch.setattr(workplace, "check", lambda path, stages=(): None)
 
     def test_independent_stages_overlap_and_the_second_run_does_nothing(self, toy: Project) -> None:
         toy.settings(left={"meet": "right"}, right={"meet": "left"})
