@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 import httpx
 import pytest
 
-from serving.errors import InputError, PackageError
+from flows import endpoint
+from serving.errors import InputError, PackageError, ServingError
 from serving.package import OTHERS, choose, open_models, open_package
+from serving.serve import running
+from tasks.common.settings import BessemerError
 from tests.servers import free_port, serving
 from tests.serving_fixtures import TAG, answer, package, question
 
@@ -146,3 +150,24 @@ def test_a_model_that_lacks_a_file_is_told(
     monkeypatch.setenv(OTHERS, json.dumps({"brief": str(tmp_path / "brief")}))
     with pytest.raises(PackageError, match=rf"{part} is missing"):
         open_models(open_package(package))
+
+
+def test_rank_finds_the_endpoint_that_runs_and_says_where_its_page_is(
+    client: httpx.Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = client.base_url.port
+    assert port
+    assert running(port, "127.0.0.1") == running(port, "0.0.0.0") == [TAG, "bessemer", BRIEF, "brief"]
+    endpoint.rank(Path(), "127.0.0.1", port, ["brief"])
+    assert f"rank answers at http://localhost:{port}/rank" in capsys.readouterr().out
+    with pytest.raises(BessemerError, match=rf"on port {port} answers without tuned, base: .*--port 3001"):
+        endpoint.rank(Path(), "127.0.0.1", port, ["brief", "tuned", "base"])
+
+
+def test_another_program_on_the_port_is_not_taken_for_the_endpoint() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        assert running(port, "127.0.0.1") is None
+        with pytest.raises(ServingError, match=f"Port {port} on 127.0.0.1 is taken by another program"):
+            endpoint.rank(Path(), "127.0.0.1", port, [])
+    assert running(free_port(), "127.0.0.1") is None
