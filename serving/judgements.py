@@ -8,7 +8,7 @@ from typing import NamedTuple
 from serving.errors import InputError, ServingError
 
 FEWEST, MOST = 2, 6  # answers in a ranking
-OPINIONS = ("up", "down", "flag", "none")  # `none` takes an earlier one back
+OPINIONS = ("up", "down", "none", "flag", "unflag")  # `none` takes a thumb back, `unflag` a flag
 NOTE_CHARACTERS = 500
 ID = re.compile(r"[A-Za-z0-9_-]{8,64}")
 
@@ -49,7 +49,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Opinion:
-    """A thumb or a flag on one answer: of one annotator's opinions on an answer the last one counts."""
+    """A thumb or a flag on one answer: of one annotator's thumbs on an answer the last one counts, of the flags too."""
 
     number: int
     id: str

@@ -97,7 +97,7 @@ def _model(name: str, model: "Model") -> dict[str, Any]:
 
 async def unknown(request: Request) -> Response:
     """Answer any other address beneath /v1."""
-    message = f"There is no {request.method} {request.url.path}; see /docs.json and the page at /."
+    message = f"There is no {request.method} {request.url.path}; see /docs.json and the page at /api."
     return refusal(InputError(message, field="path", code="unknown_url", status=404), request.url.path)
 
 

@@ -11,17 +11,20 @@ import bentoml
 from starlette.applications import Starlette
 from starlette.responses import Response
 
-from serving import names, openai_api, pages
+from serving import feedback_api, names, openai_api, pages
 from serving.errors import InputError, PackageError
+from serving.feedback import Store
 from serving.intake import Intake, refusal
+from serving.judgements import FeedbackError
 from serving.package import Model, choose, open_models, open_package
+from serving.questions import Questions
 from serving.requests import GenerateAnswer, GenerateRequest, MaskAnswer, MaskName, MaskRequest
 
 TIMEOUT_SECONDS = 300
 THREADS = 32  # requests that take turns at the model; more wait in line, none is turned away
 
 logger = logging.getLogger("bentoml.bessemer")
-web = Starlette(routes=[*pages.ROUTES, *openai_api.ROUTES])
+web = Starlette(routes=[*pages.ROUTES, *feedback_api.ROUTES, *openai_api.ROUTES])
 
 
 @bentoml.service(name="Bessemer", workers=1, threads=THREADS, traffic={"timeout": TIMEOUT_SECONDS})
@@ -42,6 +45,13 @@ class Bessemer:
             # To stop here would only make BentoML start another worker, again and again.
             logger.error("%s Then start the service again; until then every request gets 503.", error)
             web.state.problem = str(error)
+        web.state.store = web.state.questions = web.state.store_problem = None
+        try:
+            web.state.store = Store()
+            web.state.questions = Questions(web.state.store)
+        except FeedbackError as error:
+            logger.error("%s Until then nobody can rank; everything else is answered.", error)
+            web.state.store_problem = str(error)
 
     def __is_ready__(self) -> bool:
         """Tell `/readyz` whether there is a model to answer with."""

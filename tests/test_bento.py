@@ -145,7 +145,7 @@ def test_a_changed_service_or_model_makes_a_new_bento(package: Path, tmp_path: P
     (root / "serving/__pycache__").mkdir(exist_ok=True)
     (root / "serving/__pycache__/left.pyc").write_bytes(b"compiled")
     assert build.version_of(opened, root) == versions[0]
-    for name in ("serving/web/index.html", "serving/requirements.txt", "bentofile.yaml"):
+    for name in ("serving/web/chat.html", "serving/requirements.txt", "bentofile.yaml"):
         with (root / name).open("a") as file:
             file.write("\n")
         versions.append(build.version_of(opened, root))

@@ -121,7 +121,7 @@ def test_thumbs_and_flags_are_a_table_of_their_own(store: Store) -> None:
     assert (flag.prompt, flag.response, flag.model, flag.note) == (PROMPT, TEXTS[0], "model-0", "It is rude.")
     assert store.opinions(after=1) == [flag]
     assert store.rankings() == []
-    with pytest.raises(InputError, match='one of up, down, flag, none; got "sideways"'):
+    with pytest.raises(InputError, match='one of up, down, none, flag, unflag; got "sideways"'):
         store.add_opinion("opinion-3", answer, "sideways", WHO)
     with pytest.raises(InputError, match="501 characters; 500 are allowed"):
         store.add_opinion("opinion-3", answer, "flag", WHO, note="x" * 501)

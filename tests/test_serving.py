@@ -1,6 +1,7 @@
 """The served service: a real `bentoml serve` process, asked with plain HTTP and with the `openai` client."""
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -299,14 +300,22 @@ def test_what_bentoml_brings(client: httpx.Client) -> None:
     assert {"/generate", "/fill-mask"} <= set(paths)
 
 
-def test_the_page_names_the_model_and_loads_nothing_from_elsewhere(client: httpx.Client) -> None:
-    page = client.get("/")
+@pytest.mark.parametrize("path", ["/", "/rank", "/api"])
+def test_pages_name_the_model_and_load_nothing_from_elsewhere(client: httpx.Client, path: str) -> None:
+    page = client.get(path)
     assert page.headers["Content-Type"].startswith("text/html")
-    assert TAG in page.text
-    assert f"curl {str(client.base_url).rstrip('/')}/generate" in page.text
-    assert "src=" not in page.text
-    assert "<link" not in page.text
-    assert "@import" not in page.text
+    assert page.headers["X-Bessemer-Model"] == TAG
+    addresses = re.findall(r'(?:src|href)="([^"]*)"', page.text)
+    assert addresses
+    assert [address for address in addresses if ":" in address or address.startswith("//")] == []
+    for address in addresses:
+        assert client.get(address).status_code == 200, address
+
+
+def test_the_page_for_programs_says_how_to_ask(client: httpx.Client) -> None:
+    page = client.get("/api").text
+    assert TAG in page
+    assert f"curl {str(client.base_url).rstrip('/')}/generate" in page
 
 
 def test_a_busy_port_is_named_with_the_way_to_another(package: Path) -> None:
