@@ -21,7 +21,7 @@ from typing import Any
 
 from flows.records import read_json
 from serving.feedback import FILE, VARIABLE, Store
-from serving.judgements import Opinion, Ranking
+from serving.judgements import FLAGS, Opinion, Ranking
 from tasks.common.settings import BessemerError, read_params
 from tasks.common.stage import write_json
 
@@ -139,8 +139,9 @@ def _dropped(note: dict[str, Any], store: Store) -> bool:
 
 
 def _sound(rankings: Sequence[Ranking], opinions: Sequence[Opinion]) -> list[Ranking]:
-    """Leave out the rankings with an answer that somebody flags: of one person's opinions the last one counts."""
-    last = {(opinion.annotator, *_answer(opinion.prompt, opinion.response)): opinion for opinion in opinions}
+    """Leave out the rankings with an answer that somebody flags: of one person's flags the last one counts."""
+    flags = [opinion for opinion in opinions if opinion.opinion in FLAGS]  # a thumb takes no flag back
+    last = {(opinion.annotator, *_answer(opinion.prompt, opinion.response)): opinion for opinion in flags}
     flagged = {_answer(opinion.prompt, opinion.response) for opinion in last.values() if opinion.opinion == "flag"}
     return [
         ranking

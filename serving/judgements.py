@@ -8,7 +8,8 @@ from typing import NamedTuple
 from serving.errors import InputError, ServingError
 
 FEWEST, MOST = 2, 6  # answers in a ranking
-OPINIONS = ("up", "down", "none", "flag", "unflag")  # `none` takes a thumb back, `unflag` a flag
+THUMBS, FLAGS = ("up", "down", "none"), ("flag", "unflag")  # the last of each takes it back
+OPINIONS = (*THUMBS, *FLAGS)
 NOTE_CHARACTERS = 500
 ID = re.compile(r"[A-Za-z0-9_-]{8,64}")
 

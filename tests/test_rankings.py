@@ -111,8 +111,9 @@ def test_withdrawn_and_flagged_ones_stay_out(project: Path, store: Store) -> Non
     third, fourth = rank(store, 3), rank(store, 4)
     store.withdraw("ranking-2-annotator-ann-1-2", ANN)
     store.add_opinion("opinion-1", third[0], "flag", BOB)
+    store.add_opinion("opinion-4", third[0], "up", BOB)  # which takes no flag back
     store.add_opinion("opinion-2", fourth[1], "flag", BOB)
-    store.add_opinion("opinion-3", fourth[1], "none", BOB)  # taken back
+    store.add_opinion("opinion-3", fourth[1], "unflag", BOB)  # taken back
     assert rankings.waiting(project) == rankings.Waiting(2, 1)
     export = rankings.export(project)
     assert export is not None
@@ -125,7 +126,7 @@ def test_flagged_ones_alone_wait_until_the_flag_is_taken_back(project: Path, sto
     store.add_opinion("opinion-1", answers[0], "flag", BOB)
     assert rankings.export(project) is None
     assert rankings.waiting(project) == rankings.Waiting(0, 1)
-    store.add_opinion("opinion-2", answers[0], "none", BOB)
+    store.add_opinion("opinion-2", answers[0], "unflag", BOB)
     assert rankings.export(project) is not None
 
 
