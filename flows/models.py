@@ -28,6 +28,15 @@ def known() -> dict[str, str]:
     return {name: path for name, path in DECODERS.items() if not path.startswith("data/quantize/")}
 
 
+def must_know(names: Sequence[str]) -> None:
+    """Raise BessemerError where a name is none of the models that can be added."""
+    unknown = [name for name in names if name not in known()]
+    if unknown:
+        raise BessemerError(
+            f"There is no model {unknown[0]!r} to add; there are {', '.join(known())}. The packaged one always answers."
+        )
+
+
 def ready(project: Path, names: Sequence[str], tell: Callable[[str], None] = print) -> dict[str, Path]:
     """Return a folder to serve for each model, exported now where there is none; `tell` is told of what takes time.
 
@@ -36,6 +45,7 @@ def ready(project: Path, names: Sequence[str], tell: Callable[[str], None] = pri
     names = list(dict.fromkeys(names))
     if not names:
         return {}
+    must_know(names)
     params = read_params(project / "params.yaml")
     settings.check(params)
     records = {name: _record(project, name) for name in names}
@@ -45,10 +55,6 @@ def ready(project: Path, names: Sequence[str], tell: Callable[[str], None] = pri
 def _record(project: Path, name: str) -> dict[str, Any]:
     """Return the record of the stage that made a model, the model's bytes held against it."""
     paths = known()
-    if name not in paths:
-        raise BessemerError(
-            f"There is no model {name!r} to add; there are {', '.join(paths)}. The packaged one always answers."
-        )
     folder = project / paths[name]
     record = read_json(folder.parent / "record.json")
     if not isinstance(record, dict) or not folder.is_dir():

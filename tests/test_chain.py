@@ -11,7 +11,7 @@ from openai import OpenAI
 from ruamel.yaml import YAML
 
 from flows.cli import SAMPLES
-from serving.feedback import Store
+from serving.feedback import VARIABLE, Store
 from tasks.common import identity
 from tests.chain_fixtures import environment, run, surroundings
 from tests.conftest import Project, copy_project
@@ -110,7 +110,10 @@ def test_one_edited_fact_reruns_what_lies_downstream_and_changes_the_provenance(
     assert planned(chain) == set()
 
 
-def test_one_new_ranking_reruns_reward_and_what_follows_and_no_pretraining(chain: Project) -> None:
+def test_one_new_ranking_reruns_reward_and_what_follows_and_no_pretraining(
+    chain: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)  # the project's own store
     store = Store(chain.path / "data/feedback")
     prompt = [{"role": "user", "content": "How was the film?"}]
     given = [(text, "a" * 12, 1.0, 1) for text in ("It was a delight from beginning to end.", "Dull.")]

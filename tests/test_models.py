@@ -158,10 +158,12 @@ def test_rank_finds_the_endpoint_that_runs_and_says_where_its_page_is(
     port = client.base_url.port
     assert port
     assert running(port, "127.0.0.1") == running(port, "0.0.0.0") == [TAG, "bessemer", BRIEF, "brief"]
-    endpoint.rank(Path(), "127.0.0.1", port, ["brief"])
-    assert f"rank answers at http://localhost:{port}/rank" in capsys.readouterr().out
+    endpoint.rank(Path(), "127.0.0.1", port, [])
+    assert f"The endpoint is up. Rank answers at http://localhost:{port}/rank" in capsys.readouterr().out
     with pytest.raises(BessemerError, match=rf"on port {port} answers without tuned, base: .*--port 3001"):
-        endpoint.rank(Path(), "127.0.0.1", port, ["brief", "tuned", "base"])
+        endpoint.rank(Path(), "127.0.0.1", port, ["tuned", "base"])
+    with pytest.raises(BessemerError, match="no model 'brief' to add; there are base, tuned"):
+        endpoint.rank(Path(), "127.0.0.1", port, ["brief"])
 
 
 def test_another_program_on_the_port_is_not_taken_for_the_endpoint() -> None:
