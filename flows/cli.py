@@ -190,7 +190,7 @@ def rank(context: click.Context, host: str, port: int, others: tuple[str, ...]) 
 def export() -> None:
     """Freeze the rankings that are new into the next file of data/sources/rankings/.
 
-    Withdrawn ones and those with a flagged answer are left out; none is exported twice.
+    Those with a flagged answer and what `validate` would refuse are left out; none is exported twice.
 
     \b
     Example:

@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -133,11 +133,11 @@ def export_rankings(project: Path) -> None:
     out = terminal.console()
     found = rankings.export(project)
     if found is None:
-        left = rankings.waiting(project).flagged
+        left = rankings.waiting(project).left_out
         out.print(f"No new rankings: nothing to export{_left_out(left)}. `bessemer rank` shows the page to make some.")
         return
     name = found.path.relative_to(project)
-    out.print(f"{_number(found.rankings)} written to {name}{_left_out(found.flagged)}.")
+    out.print(f"{_number(found.rankings)} written to {name}{_left_out(found.left_out)}.")
     steps = [("bessemer run", "train the reward model and what follows with them")]
     if commit()["commit"]:
         steps.insert(0, (f"git add {name} && git commit -m 'Rankings'", "keep them, as all of data/sources is kept"))
@@ -149,18 +149,18 @@ def _tell_rankings(out: "Console", project: Path) -> None:
     from flows import rankings
 
     found = rankings.waiting(project)
-    if found.rankings or found.flagged:
+    if found.rankings or found.left_out:
         verb = "waits" if found.rankings == 1 else "wait"
-        out.print(f"{_number(found.rankings)} {verb} for `bessemer rank export`{_left_out(found.flagged)}.")
+        out.print(f"{_number(found.rankings)} {verb} for `bessemer rank export`{_left_out(found.left_out)}.")
 
 
 def _number(rankings: int) -> str:
     return f"{rankings} new ranking{'s' * (rankings != 1)}"
 
 
-def _left_out(flagged: int) -> str:
-    where = "it" if flagged == 1 else "them"
-    return f"; {flagged} left out, because somebody flags an answer in {where}" if flagged else ""
+def _left_out(reasons: Mapping[str, int]) -> str:
+    told = "; ".join(f"{reason}: {count}" for reason, count in reasons.items())
+    return f"; {sum(reasons.values())} left out ({told})" if reasons else ""
 
 
 def _count(stages: Graph) -> str:

@@ -13,17 +13,21 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from flows.records import read_json
 from serving.feedback import FILE, VARIABLE, Store
-from serving.judgements import FLAGS, Opinion, Ranking
+from serving.judgements import FLAGS, Ranking
 from tasks.common.settings import BessemerError, read_params
 from tasks.common.stage import write_json
+from tasks.common.validation import checks
 
 SOURCES = Path("data/sources")
 WORK = Path("data/.scratch/rankings-export")  # DVC does not look there
@@ -32,19 +36,19 @@ STORE_KEY = b"bessemer.store"  # in a file's metadata: whose rows it holds
 
 @dataclass(frozen=True)
 class Export:
-    """One frozen file: where it lies, how many rankings it holds, and how many were left out for a flagged answer."""
+    """One frozen file: where it lies, how many rankings it holds, and why how many others were left out."""
 
     path: Path
     rankings: int
-    flagged: int
+    left_out: Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """What the store holds that no export has taken."""
+    """What the store holds that no export has taken: how many rankings, and why how many others are left out."""
 
     rankings: int
-    flagged: int
+    left_out: Mapping[str, int]
 
 
 def store_folder(project: Path) -> Path:
@@ -56,13 +60,13 @@ def waiting(project: Path) -> Waiting:
     """Count the rankings that wait to be exported, and those among the new ones that are left out; changes nothing."""
     with _store(project) as store:
         if store is None:
-            return Waiting(0, 0)
-        opinions, new, note = store.opinions(), store.rankings(store.exported_through()), _note(project)
-        good = _last_words(_sound(new, opinions))
+            return Waiting(0, {})
+        good, left_out = _judged(project, store, store.rankings(store.exported_through()))
+        note = _note(project)
         cut = note is not None and note["store"] == store.id and not _dropped(note, store)
         if note is not None and cut and not (project / note["file"]).exists():
-            good += _last_words(_sound(_noted(note, store), opinions))
-        return Waiting(len(good), len(new) - len(_sound(new, opinions)))
+            good += _judged(project, store, _noted(note, store))[0]
+        return Waiting(len(good), left_out)
 
 
 def export(project: Path) -> Export | None:
@@ -84,8 +88,8 @@ def export(project: Path) -> Export | None:
             return _complete(project, note, store)
         after = store.exported_through()
         new = store.rankings(after)
-        if not _sound(new, store.opinions()):
-            return None  # flagged ones alone wait on: a flag can be taken back
+        if not _judged(project, store, new)[0]:
+            return None  # those left out alone wait on: a flag can be taken back, a setting changed
         note = {
             "store": store.id,
             "after": after,
@@ -120,13 +124,11 @@ def exported(project: Path) -> list[Path]:
 def _complete(project: Path, note: dict[str, Any], store: Store) -> Export | None:
     """Write the file of an export that the store has marked, and drop its note."""
     path = project / note["file"]
-    new = _noted(note, store)
-    good = _sound(new, store.opinions())
-    rows = _last_words(good)
+    rows, left_out = _judged(project, store, _noted(note, store))
     if rows and not path.exists():
         _write(rows, path, project / WORK, store)
     _note_path(project).unlink()
-    return Export(path, len(rows), len(new) - len(good)) if rows else None
+    return Export(path, len(rows), left_out) if rows else None
 
 
 def _noted(note: dict[str, Any], store: Store) -> list[Ranking]:
@@ -138,16 +140,36 @@ def _dropped(note: dict[str, Any], store: Store) -> bool:
     return store.exported_through() < int(note["through"])
 
 
-def _sound(rankings: Sequence[Ranking], opinions: Sequence[Opinion]) -> list[Ranking]:
-    """Leave out the rankings with an answer that somebody flags: of one person's flags the last one counts."""
-    flags = [opinion for opinion in opinions if opinion.opinion in FLAGS]  # a thumb takes no flag back
-    last = {(opinion.annotator, *_answer(opinion.prompt, opinion.response)): opinion for opinion in flags}
-    flagged = {_answer(opinion.prompt, opinion.response) for opinion in last.values() if opinion.opinion == "flag"}
-    return [
-        ranking
-        for ranking in rankings
-        if not flagged.intersection(_answer(ranking.prompt, response) for response in ranking.responses)
-    ]
+def _judged(project: Path, store: Store, rankings: Sequence[Ranking]) -> tuple[list[Ranking], dict[str, int]]:
+    """Return the rankings that a run can learn from, and why how many others are left out.
+
+    Those are what `validate` would refuse (too many of them would stop the run there), and what holds an answer that
+    somebody flags: of one person's flags on an answer the last one counts.
+    """
+    last = {
+        (opinion.annotator, *_answer(opinion.prompt, opinion.response)): opinion.opinion
+        for opinion in store.opinions()
+        if opinion.opinion in FLAGS
+    }
+    flagged = {(prompt, response) for (_, prompt, response), opinion in last.items() if opinion == "flag"}
+    limits, good, reasons = _limits(project), [], Counter[str]()
+    for ranking in rankings:
+        if flagged.intersection(_answer(ranking.prompt, response) for response in ranking.responses):
+            reasons["flagged answer"] += 1
+        elif reason := checks.objection("rankings", checks.rankings_features(_row(store, ranking)), limits):
+            reasons[reason] += 1
+        else:
+            good.append(ranking)
+    return _last_words(good), dict(reasons)
+
+
+def _limits(project: Path) -> checks.Limits:
+    """Return what `validate` holds rows to."""
+    section: Any = read_params(project / "params.yaml").get("validate")
+    try:
+        return checks.Limits.model_validate({name: section[name] for name in checks.Limits.model_fields})
+    except (TypeError, KeyError, ValidationError):
+        raise BessemerError("The section validate of params.yaml is not sound: `bessemer plan` says why.") from None
 
 
 def _last_words(rankings: Sequence[Ranking]) -> list[Ranking]:
@@ -174,16 +196,7 @@ def _write(rankings: Sequence[Ranking], path: Path, work: Path, store: Store) ->
          ("annotator", pa.string())],
         metadata={STORE_KEY: store.id.encode()},
     )  # fmt: skip
-    rows = [
-        {
-            "prompt": [{"role": turn["role"], "content": turn["content"]} for turn in ranking.prompt],
-            "responses": ranking.responses,
-            "ranks": ranking.ranks,
-            "models": ranking.models,
-            "annotator": _pseudonym(store.id, ranking.annotator),
-        }
-        for ranking in rankings
-    ]
+    rows = [_row(store, ranking) for ranking in rankings]
     work.mkdir(parents=True, exist_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = work / path.name
@@ -192,6 +205,22 @@ def _write(rankings: Sequence[Ranking], path: Path, work: Path, store: Store) ->
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
+
+
+def _row(store: Store, ranking: Ranking) -> dict[str, Any]:
+    """Return a ranking as `ingest` reads it; columns beyond those of a file are for checks of it."""
+    return {
+        "prompt": [{"role": turn["role"], "content": turn["content"]} for turn in ranking.prompt],
+        "responses": ranking.responses,
+        "ranks": ranking.ranks,
+        "models": ranking.models,
+        "annotator": _pseudonym(store.id, ranking.annotator),
+        "id": ranking.id,
+        "source": "people",
+        "split": "train",
+        "scores": None,
+        "scale": None,
+    }
 
 
 def _pseudonym(store: str, annotator: str) -> str:

@@ -18,6 +18,8 @@ def listen(project: Project, enough: int) -> None:
     project.settings(placement={"enough_rankings": enough})
     with (project.path / "params.yaml").open("a") as file:
         file.write("ingest: {sources: [{name: people, kind: rankings, path: rankings}]}\n")
+        file.write("validate: {text_characters: 99, message_characters: 99, refused_share: 0.1, heldout_questions: 0, ")
+        file.write("rows: {corpus: 1, instructions: 1, rankings: 1}}\n")
     project.commit("rankings are read")
 
 

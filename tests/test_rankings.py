@@ -63,7 +63,7 @@ def files(project: Path) -> list[str]:
 def test_new_rankings_become_the_next_file_and_none_comes_twice(project: Path, store: Store) -> None:
     rank(store, 1)
     rank(store, 2, (2, 1))
-    assert rankings.waiting(project) == rankings.Waiting(2, 0)
+    assert rankings.waiting(project) == rankings.Waiting(2, {})
     first = rankings.export(project)
     assert first is not None
     assert (first.path, first.rankings) == (project / "data/sources/rankings/000001.parquet", 2)
@@ -75,7 +75,7 @@ def test_new_rankings_become_the_next_file_and_none_comes_twice(project: Path, s
     assert [row["ranks"] for row in rows(second.path)] == [[1, 1]]
     assert files(project) == ["000001.parquet", "000002.parquet"]
     assert first.path.read_bytes() == content
-    assert rankings.waiting(project) == rankings.Waiting(0, 0)
+    assert rankings.waiting(project) == rankings.Waiting(0, {})
     assert rankings.exported(project) == [first.path, second.path]
 
 
@@ -114,18 +114,35 @@ def test_withdrawn_and_flagged_ones_stay_out(project: Path, store: Store) -> Non
     store.add_opinion("opinion-4", third[0], "up", BOB)  # which takes no flag back
     store.add_opinion("opinion-2", fourth[1], "flag", BOB)
     store.add_opinion("opinion-3", fourth[1], "unflag", BOB)  # taken back
-    assert rankings.waiting(project) == rankings.Waiting(2, 1)
+    assert rankings.waiting(project) == rankings.Waiting(2, {"flagged answer": 1})
     export = rankings.export(project)
     assert export is not None
-    assert (export.rankings, export.flagged) == (2, 1)
+    assert (export.rankings, export.left_out) == (2, {"flagged answer": 1})
     assert [row["responses"][0][-2:-1] for row in rows(export.path)] == ["1", "4"]
+
+
+def test_what_validate_would_refuse_stays_out_and_is_told(project: Path, store: Store) -> None:
+    rank(store, 1)
+    bad = ("half a \ufffd character", "<|end|> of it", "x" * 1001)
+    for number, text in enumerate(bad):
+        answers = store.add_answers(PROMPT, [(text, "aaaa-1111", 1.0, None), ("Lima.", "aaaa-1111", 1.0, None)])
+        store.add_ranking(f"ranking-bad-{number}", answers, (2, 1), ANN)
+    export = rankings.export(project)
+    assert export is not None
+    assert export.rankings == 1
+    assert export.left_out == {
+        "damaged encoding": 1,
+        "the text holds <|end|>, which is reserved for the chat template": 1,
+        "a response longer than 1000 characters": 1,
+    }
+    assert rankings.export(project) is None
 
 
 def test_flagged_ones_alone_wait_until_the_flag_is_taken_back(project: Path, store: Store) -> None:
     answers = rank(store, 1)
     store.add_opinion("opinion-1", answers[0], "flag", BOB)
     assert rankings.export(project) is None
-    assert rankings.waiting(project) == rankings.Waiting(0, 1)
+    assert rankings.waiting(project) == rankings.Waiting(0, {"flagged answer": 1})
     store.add_opinion("opinion-2", answers[0], "unflag", BOB)
     assert rankings.export(project) is not None
 
@@ -152,7 +169,7 @@ def test_a_file_put_there_by_hand_keeps_its_name(project: Path, store: Store) ->
 
 
 def test_nothing_ranked_leaves_nothing_behind(project: Path) -> None:
-    assert rankings.waiting(project) == rankings.Waiting(0, 0)
+    assert rankings.waiting(project) == rankings.Waiting(0, {})
     assert rankings.export(project) is None
     assert files(project) == []
     assert not (project / "data/feedback").exists()
@@ -240,7 +257,7 @@ def test_the_command_says_what_was_written_and_what_to_do_next(
     store.add_opinion("opinion-1", answers[0], "flag", BOB)
     commands.export_rankings(project)
     told = " ".join(capsys.readouterr().out.split())
-    assert "1 new ranking written to data/sources/rankings/000001.parquet; 1 left out, because somebody flags" in told
+    assert "1 new ranking written to data/sources/rankings/000001.parquet; 1 left out (flagged answer: 1)." in told
     assert "bessemer run" in told
 
 
