@@ -181,6 +181,21 @@ def test_threads_and_stores_write_at_once(tmp_path: Path) -> None:
     assert sorted(ranking.id for ranking in stores[0].rankings()) == sorted(f"ranking-{at}" for at in range(40))
 
 
+def test_a_full_disk_is_told_and_what_was_acknowledged_stays(store: Store) -> None:
+    answers = shown(store, *TEXTS)
+    store.add_ranking("ranking-0", answers, [1, 2, 3], WHO)
+    pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
+    store._connection.execute(f"PRAGMA max_page_count = {pages + 2}")
+    acknowledged = ["ranking-0"]
+    with pytest.raises(FeedbackError, match=r"disk is full.*nothing was saved"):  # noqa: PT012
+        for at in range(1, 1000):
+            store.add_ranking(f"ranking-{at}", answers, [1, 2, 3], WHO)
+            acknowledged.append(f"ranking-{at}")
+    store._connection.execute("PRAGMA max_page_count = 100000")
+    assert [ranking.id for ranking in store.rankings()] == acknowledged
+    assert store.add_ranking("ranking-later", answers, [1, 2, 3], WHO).number == len(acknowledged) + 1
+
+
 def test_commits_wait_for_the_disk(store: Store) -> None:
     assert store._connection.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL
     assert store._connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"

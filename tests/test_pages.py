@@ -221,10 +221,9 @@ def test_a_lost_connection_loses_nothing_and_doubles_nothing(
     assert len(store.rankings()) == before + (lost == "reply")
     page.unroute_all(behavior="wait")
     page.reload()  # what this browser keeps is sent by the next page too
+    # Playwright's own waiting would evaluate text in the page, which the pages' policy forbids.
     while page.evaluate("localStorage.getItem('bessemer.outbox')") != "[]":
-        page.wait_for_timeout(
-            50
-        )  # Playwright's own waiting evaluates text in the page, which the pages' policy forbids
+        page.wait_for_timeout(50)
     assert len(store.rankings()) == before + 1
     assert page.locator("#unsent").is_hidden()
 

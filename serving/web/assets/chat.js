@@ -118,7 +118,8 @@ async function ask(question) {
     if (whole && outcomes.length > 1) turn.append(make("p", { className: "fine" }, "Both say the same."));
     outcomes.forEach((outcome, at) => { if (outcome) reveal(shown[at], outcome); });
   }
-  say(whole ? "The answer is complete." : "The answer ended early.", false, true);
+  const read = shown.map((one) => `${one.label}: ${one.text.textContent}`).join(". ");
+  say(whole ? read : `The answer ended early. ${read}`, false, true);
   scrollTo(0, document.documentElement.scrollHeight);
   box.focus();
 }
