@@ -169,6 +169,8 @@ def test_the_bento_answers_with_the_package_inside_it(
         answered = httpx.post(f"{address}/generate", json={"input": question("Japan")})
         assert answered.json() == {"output": answer("Japan")}
         assert httpx.get(f"{address}/provenance").json()["model"] == TAG
+        for path in ("", "rank", "assets/rank.js"):
+            assert httpx.get(f"{address}/{path}").status_code == 200, path
 
 
 def test_finding_it_loads_nothing_heavy(bento: Path, package: Path, store: Path) -> None:

@@ -154,6 +154,7 @@ def test_pages_run_nothing_from_elsewhere(client: TestClient, path: str) -> None
     assert "unsafe" not in policy
     assert "http" not in shown.text.replace("http://testserver", "")
     assert "<script>" not in shown.text
+    assert shown.text.count('aria-current="page"') == (not path.startswith("/assets"))
 
 
 def test_lineage_is_readable_in_a_browser_and_tells_of_an_answer(client: TestClient, store: Store) -> None:

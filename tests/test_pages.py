@@ -279,7 +279,7 @@ def test_side_by_side_answers_feed_rankings(page: "Page", address: str, store: S
 def test_pages_fit_a_phone_in_both_colours_and_every_control_has_a_name(browser: "Browser", address: str) -> None:
     grounds = {}
     for scheme in ("light", "dark"):
-        context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme)  # type: ignore[arg-type]
+        context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme)
         phone = context.new_page()
         for path in ("/", "/rank", "/provenance", "/api"):
             phone.goto(address + path)
