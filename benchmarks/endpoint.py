@@ -34,7 +34,7 @@ TRANSFORMERS = ("-m", "transformers.commands.transformers_cli", "serve", "--port
 @contextmanager
 def started(arguments: Sequence[str], question: str, route: str = GENERATE) -> Iterator[tuple[int, float]]:
     """Start a server and yield its port and the seconds until it gave its first answer; end it whatever happens."""
-    port = _free_port()
+    port = free_port()
     with tempfile.TemporaryFile() as log:
         began = time.perf_counter()
         server = subprocess.Popen(
@@ -43,21 +43,23 @@ def started(arguments: Sequence[str], question: str, route: str = GENERATE) -> I
             start_new_session=True,
         )  # fmt: skip
         try:
-            yield port, _first_answer(server, port, question, route, began, log)
+            yield port, first_answer(server, port, question, route, began, log)
         finally:
-            _end(server)
+            end(server)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
         return port
 
 
-def _first_answer(
+def first_answer(
     server: subprocess.Popen[bytes], port: int, question: str, route: str, began: float, log: Any
 ) -> float:
+    """Return the seconds from `began` to a server's first answer; raise with what it said where none comes."""
     while server.poll() is None and time.perf_counter() - began < PATIENCE_SECONDS:
         with suppress(OSError, http.client.HTTPException, BenchmarkError):
             ask(http.client.HTTPConnection(HOST, port, timeout=PATIENCE_SECONDS), question, route)
@@ -68,7 +70,8 @@ def _first_answer(
     raise BenchmarkError(f"the server gave no answer in {PATIENCE_SECONDS} s. It said:\n{said}")
 
 
-def _end(server: subprocess.Popen[bytes]) -> None:
+def end(server: subprocess.Popen[bytes]) -> None:
+    """End a server as Ctrl-C would, then whatever is left of it."""
     with suppress(subprocess.TimeoutExpired):
         server.send_signal(signal.SIGINT)
         server.wait(20)

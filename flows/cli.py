@@ -15,6 +15,13 @@ STAGES = click.option(
     "--stage", "-s", "stages", multiple=True, metavar="NAME", help="Only this stage and what it needs; may be repeated."
 )
 
+HOST = click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
+ENDPOINT = click.option("--port", "-p", default=3000, type=PORT, show_default=True, help="Port to listen on.")
+BESIDE = click.option(
+    "--with", "-w", "others", multiple=True, metavar="NAME",
+    help="Another model of the chain to answer too: base, tuned, policy or pruned; may be repeated.",
+)  # fmt: skip
+
 
 def main() -> None:
     """Entry point: a failure that is the user's to mend is one message and exit code 1, without a traceback."""
@@ -42,6 +49,7 @@ def cli() -> None:
     bessemer run       make or update the model: only what has changed is done
     bessemer chat      talk to it
     bessemer serve     answer on http://localhost:3000
+    bessemer rank      let people rank its answers there, for the next run to learn from
     """
     os.chdir(home(Path.cwd()))
 
@@ -139,20 +147,58 @@ def build() -> None:
 
 
 @cli.command()
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
-@click.option("--port", "-p", default=3000, type=PORT, show_default=True, help="Port to listen on.")
-def serve(host: str, port: int) -> None:
-    """Answer on a port: POST /generate, POST /fill-mask, OpenAI's /v1, GET /provenance.
+@HOST
+@ENDPOINT
+@BESIDE
+def serve(host: str, port: int, others: tuple[str, ...]) -> None:
+    """Answer on a port: POST /generate, POST /fill-mask, OpenAI's /v1, GET /provenance, pages at / and /rank.
 
     \b
     Examples:
       bessemer serve
       bessemer serve --port 8000
+      bessemer serve --with tuned --with base     "model": "tuned" in a request then asks the tuned model
       curl localhost:3000/generate -H 'content-type: application/json' -d '{"input": "What is the capital of Peru?"}'
     """
-    from serving import serve
+    from flows import endpoint
 
-    serve.serve(port, host)
+    endpoint.serve(Path(), host, port, others)
+
+
+@cli.group(invoke_without_command=True)
+@HOST
+@ENDPOINT
+@BESIDE
+@click.pass_context
+def rank(context: click.Context, host: str, port: int, others: tuple[str, ...]) -> None:
+    """Let people rank answers at /rank: start the endpoint where none runs yet, and say where the page is.
+
+    \b
+    Examples:
+      bessemer rank                               several answers of the packaged model
+      bessemer rank --with tuned --with base      answers of three models, which the page does not name
+      bessemer rank --host 0.0.0.0                for people on other machines
+      bessemer rank export                        what they said, as a file for the next run
+    """
+    if context.invoked_subcommand is None:
+        from flows import endpoint
+
+        endpoint.rank(Path(), host, port, others)
+
+
+@rank.command()
+def export() -> None:
+    """Freeze the rankings that are new into the next file of data/sources/rankings/.
+
+    Those with a flagged answer and what `validate` would refuse are left out; none is exported twice.
+
+    \b
+    Example:
+      bessemer rank export && bessemer run
+    """
+    from flows import commands
+
+    commands.export_rankings(Path())
 
 
 @cli.command()

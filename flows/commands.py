@@ -1,9 +1,9 @@
-"""`bessemer run`, `plan` and `status`: what is to be done, doing it, and what came of it."""
+"""`bessemer run`, `plan`, `status` and `rank export`: what is to be done, doing it, and what came of it."""
 
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,7 +12,7 @@ from flows import environment, graph, records
 from flows.graph import Graph
 from tasks.common import settings
 from tasks.common.settings import BessemerError, read_params
-from tasks.common.stage import must_find_devices
+from tasks.common.stage import commit, must_find_devices
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -121,8 +121,46 @@ def status(project: Path) -> None:
     out = terminal.console()
     terminal.show_status(out, project, stages)
     out.print(f"{_count(stages)}{_model(project)}.")
+    _tell_rankings(out, project)
     if records.rows(project):
         terminal.show_sheet(out, project)
+
+
+def export_rankings(project: Path) -> None:
+    """Freeze people's new rankings into a file, and say what to do with it."""
+    from flows import rankings, terminal
+
+    out = terminal.console()
+    found = rankings.export(project)
+    if found is None:
+        left = rankings.waiting(project).left_out
+        out.print(f"No new rankings: nothing to export{_left_out(left)}. `bessemer rank` shows the page to make some.")
+        return
+    name = found.path.relative_to(project)
+    out.print(f"{_number(found.rankings)} written to {name}{_left_out(found.left_out)}.")
+    steps = [("bessemer run", "train the reward model and what follows with them")]
+    if commit()["commit"]:
+        steps.insert(0, (f"git add {name} && git commit -m 'Rankings'", "keep them, as all of data/sources is kept"))
+    terminal.show_commands(out, steps)
+
+
+def _tell_rankings(out: "Console", project: Path) -> None:
+    """Say how many rankings wait to be exported, where anybody has made some."""
+    from flows import rankings
+
+    found = rankings.waiting(project)
+    if found.rankings or found.left_out:
+        verb = "waits" if found.rankings == 1 else "wait"
+        out.print(f"{_number(found.rankings)} {verb} for `bessemer rank export`{_left_out(found.left_out)}.")
+
+
+def _number(rankings: int) -> str:
+    return f"{rankings} new ranking{'s' * (rankings != 1)}"
+
+
+def _left_out(reasons: Mapping[str, int]) -> str:
+    told = "; ".join(f"{reason}: {count}" for reason, count in reasons.items())
+    return f"; {sum(reasons.values())} left out ({told})" if reasons else ""
 
 
 def _count(stages: Graph) -> str:

@@ -7,10 +7,11 @@ here: a stage is to be run exactly where DVC finds a difference, and the differe
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flows import forecast
 from tasks.common.settings import BessemerError
 
 _ONE_AT_A_TIME = threading.RLock()  # DVC's objects are not made for several threads of one process
@@ -28,6 +29,9 @@ class Stage:
     needs: tuple[str, ...]
     outs: tuple[str, ...]
     reasons: tuple[str, ...]
+    reads: tuple[str, ...] = ()
+    apart: forecast.Apart = field(default_factory=dict)
+    changed: tuple[str, ...] = ()  # of what it reads, where nothing else makes it dirty
 
     @property
     def dirty(self) -> bool:
@@ -46,10 +50,7 @@ def read(project: Path) -> Graph:
             _name(stage, project): tuple(sorted(_name(need, project) for need in repo.index.graph.successors(stage)))
             for stage in repo.index.graph
         }
-        return {
-            name: Stage(name, edges[name], _outs(index[name], project), tuple(_reasons(index[name], project)))
-            for name in _in_order(list(index), edges)
-        }
+        return {name: _stage(name, index[name], edges[name], project) for name in _in_order(list(index), edges)}
 
 
 def reasons(project: Path, name: str) -> tuple[str, ...]:
@@ -79,11 +80,16 @@ def select(graph: Graph, names: Iterable[str]) -> Graph:
 
 
 def affected(graph: Graph) -> set[str]:
-    """Return the dirty stages and all that lies downstream of one: those run too unless a result comes out the same."""
+    """Return the dirty stages and all that reads what they may leave otherwise: DVC runs those where it did."""
     found: set[str] = set()
+    changed: set[str] = set()
     for name, stage in graph.items():  # in order, so what a stage needs has been seen before
-        if stage.dirty or found.intersection(stage.needs):
+        arrived = forecast.touched(stage.reads, changed)
+        if stage.dirty or arrived:
             found.add(name)
+            told = not stage.dirty or stage.changed  # else it is dirty for what no input tells
+            kept = forecast.left_alone(stage.apart, (*stage.changed, *arrived)) if told else ()
+            changed.update(set(stage.outs).difference(kept))
     return found
 
 
@@ -124,6 +130,16 @@ def _repo(project: Path) -> Iterator[Any]:
             ) from error
         except DvcException as error:
             raise GraphError(f"DVC cannot read this project: {error}") from error
+
+
+def _stage(name: str, stage: Any, needs: tuple[str, ...], project: Path) -> Stage:
+    """Return a stage as DVC sees it now."""
+    why, apart = tuple(_reasons(stage, project)), forecast.apart_of(stage)
+    reads = tuple(_path(dep, project) for dep in stage.deps if not hasattr(dep, "params"))
+    # Where its outputs or its command changed, nothing can be told from the inputs.
+    inputs_alone = apart and why and not stage.changed_stage() and not any(out.status() for out in stage.outs)
+    changed = tuple(forecast.changed_inputs(stage, project.resolve(), apart)) if inputs_alone else ()
+    return Stage(name, needs, _outs(stage, project), why, reads, apart, changed)
 
 
 def _name(stage: Any, project: Path) -> str:

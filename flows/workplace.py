@@ -14,11 +14,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from flows import graph
 from tasks.common import settings
 from tasks.common.settings import BessemerError, SettingsError, read_params
 
 RESULTS = ("dvc.lock", "metrics")
 SHARED = ("runs", "data/.cache", "data/.failed")  # logs, downloaded archives, reports on data that was refused
+UNDER_WAY = ("MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD", "rebase-merge", "rebase-apply")
 CHECK = """
 import sys
 from tasks.common import settings
@@ -85,6 +87,25 @@ def check(path: Path, stages: Sequence[str] = ()) -> None:
         raise SettingsError(done.stderr.strip())
 
 
+def commit(project: Path, paths: Sequence[Path], message: str) -> None:
+    """Commit those of a project's files that git does not have as they are, and nothing else that lies there changed.
+
+    Raises BessemerError where git is in the middle of something that a commit would get into.
+    """
+    names = [str(path.relative_to(project)) for path in paths]
+    if not names or not _git(project, "status", "--porcelain", "--", *names).strip():
+        return
+    folder = Path(_git(project, "rev-parse", "--absolute-git-dir").strip())
+    under_way = next((name for name in UNDER_WAY if (folder / name).exists()), None)
+    if under_way:
+        raise BessemerError(
+            f"{project.resolve()} is in the middle of a merge or rebase ({under_way}), so {names[-1]} cannot be "
+            "committed; finish it."
+        )
+    _git(project, "add", "--", *names)
+    _git(project, "commit", "--quiet", "--only", "--message", message, "--", *names)
+
+
 def _share(project: Path, path: Path) -> None:
     """Give the worktree the project's DVC cache, and its untracked stores as links."""
     _dvc(path, "cache", "dir", "--local", str(_cache(project)))
@@ -100,7 +121,12 @@ def _cache(project: Path) -> Path:
 
 
 def _keep(path: Path, run_id: str) -> None:
-    """Keep what the run changed in tracked files; a run that changed nothing leaves no experiment."""
+    """Keep what a run changed in tracked files; one that changed nothing leaves no experiment.
+
+    Nor does one that did not come to its end, which DVC would refuse: what its stages made is in DVC's cache.
+    """
+    if not all((path / out).exists() for stage in graph.read(path).values() for out in stage.outs):
+        return
     changed = _git(path, "status", "--porcelain", "--", *RESULTS).splitlines()
     new = [line[3:] for line in changed if line.startswith("??")]
     if changed:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from starlette.responses import JSONResponse
 
 from serving.errors import InputError
+from serving.package import choose
 from serving.requests import parse
 
 if TYPE_CHECKING:
@@ -31,8 +32,13 @@ def refusal(error: InputError, path: str = "") -> JSONResponse:
     return JSONResponse({"error": detail}, error.status)
 
 
+def naming(tag: str) -> dict[str, str]:
+    """Return the header that says which model an answer is of."""
+    return {MODEL_HEADER: tag.encode("latin-1", "replace").decode("latin-1")}
+
+
 class Intake:
-    """ASGI middleware: `bodies` says what the body of a POST to a path must hold, `state` knows the open package."""
+    """ASGI middleware: `bodies` says what the body of a POST to a path must hold, `state` knows the models."""
 
     def __init__(self, app: "ASGIApp", bodies: "Mapping[str, type[BaseModel]]", state: "State") -> None:
         self.app = app
@@ -41,35 +47,45 @@ class Intake:
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Check a request, pass it on, and put the model's tag on the answer."""
-
-        async def tagged(message: "Message") -> None:
-            if message["type"] == "http.response.start":
-                tag = self.state.package.tag.encode("latin-1", "replace")
-                message["headers"] = [*message.get("headers", ()), (MODEL_HEADER.lower().encode(), tag)]
-            await send(message)
-
         if scope["type"] != "http" or scope["path"] in HEALTH:
             await self.app(scope, receive, send)
-        elif self.state.package is None:
+        elif not self.state.models:
             error = InputError(self.state.problem, field="model", code="no_package", status=503)
             await refusal(error, scope["path"])(scope, receive, send)
         elif scope["method"] != "POST":
-            await self.app(scope, receive, tagged)
+            await self.app(scope, receive, self._tagged(send, None))
         else:
-            await self._post(scope, receive, tagged)
+            await self._post(scope, receive, send)
 
     async def _post(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        tagged = self._tagged(send, None)
         try:
             body = await _read(receive)
             if scope["path"] in self.bodies:
-                parse(self.bodies[scope["path"]], body)
+                asked = parse(self.bodies[scope["path"]], body)
+                tagged = self._tagged(send, getattr(asked, "model", None))
         except InputError as error:
-            await refusal(error, scope["path"])(scope, receive, send)
+            await refusal(error, scope["path"])(scope, receive, tagged)
             return
         # `curl -d` calls its data a form unless told otherwise; here every body is JSON.
         headers = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
         scope = {**scope, "headers": [*headers, (b"content-type", b"application/json")]}
-        await self.app(scope, _again(body, receive), send)
+        await self.app(scope, _again(body, receive), tagged)
+
+    def _tagged(self, send: "Send", name: str | None) -> "Send":
+        """Return `send` with the tag of a model (None: the packaged one) on an answer that does not carry one yet."""
+        added = [
+            (key.lower().encode(), tag.encode()) for key, tag in naming(choose(self.state.models, name).tag).items()
+        ]
+
+        async def tagged(message: "Message") -> None:
+            if message["type"] == "http.response.start":
+                headers = list(message.get("headers", ()))
+                there = {key.lower() for key, _ in headers}
+                message["headers"] = headers + [entry for entry in added if entry[0] not in there]
+            await send(message)
+
+        return tagged
 
 
 async def _read(receive: "Receive") -> bytes:

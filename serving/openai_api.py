@@ -1,4 +1,4 @@
-"""OpenAI's chat API over the package: `POST /v1/chat/completions`, streamed or not, and `GET /v1/models`."""
+"""OpenAI's chat API over what is served: `POST /v1/chat/completions`, streamed or not, and `GET /v1/models`."""
 
 import json
 import time
@@ -13,43 +13,33 @@ from starlette.routing import Route
 
 from serving.decoding import Answer
 from serving.errors import InputError
-from serving.intake import refusal
+from serving.intake import naming, refusal
+from serving.package import choose
 from serving.requests import ChatRequest, parse
 
 if TYPE_CHECKING:
-    from serving.package import Package
-
-ALIAS = "bessemer"  # whatever model is served, for clients that do not care which
+    from serving.package import Model
 
 
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
-    package: Package = request.app.state.package
     try:
         asked = parse(ChatRequest, await request.body())
-        _check_model(asked.model, package)
+        chosen = choose(request.app.state.models, asked.model)
         messages = [message.plain() for message in asked.messages]
-        answer = await run_in_threadpool(package.text.start, messages, asked.sampling())
+        answer = await run_in_threadpool(chosen.text.start, messages, asked.sampling())
     except InputError as error:
         return refusal(_renamed(error), request.url.path)
-    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": package.tag}
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chosen.tag}
     if asked.stream:
         usage = asked.stream_options is not None and asked.stream_options.include_usage
-        return StreamingResponse(_events(answer, head, usage), media_type="text/event-stream")
+        events = _events(answer, head, usage)
+        return StreamingResponse(events, media_type="text/event-stream", headers=naming(chosen.tag))
     await run_in_threadpool(answer.finish)
     message = {"role": "assistant", "content": answer.text, "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
-    return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": _usage(answer)})
-
-
-def _check_model(name: str, package: "Package") -> None:
-    if name not in (package.tag, ALIAS):
-        raise InputError(
-            f'The model "{name}" does not exist here; "{package.tag}" does, and "{ALIAS}" is another name for it.',
-            field="model",
-            code="model_not_found",
-            status=404,
-        )
+    whole = {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(answer)}
+    return JSONResponse(whole, headers=naming(chosen.tag))
 
 
 def _renamed(error: InputError) -> InputError:
@@ -85,29 +75,29 @@ def _event(content: dict[str, Any]) -> str:
 
 
 async def models(request: Request) -> Response:
-    """List what is served: one model, under its tag and under a name that stays."""
-    package: Package = request.app.state.package
-    return JSONResponse({"object": "list", "data": [_model(name, package) for name in (package.tag, ALIAS)]})
+    """List what is served, each model under its tag and under a name that stays."""
+    held: dict[str, Model] = request.app.state.models
+    rows = [_model(name, entry) for entry in held.values() for name in (entry.tag, entry.name)]
+    return JSONResponse({"object": "list", "data": rows})
 
 
 async def model(request: Request) -> Response:
     """Describe one model."""
-    package: Package = request.app.state.package
     name = request.path_params["name"]
     try:
-        _check_model(name, package)
+        found = choose(request.app.state.models, name)
     except InputError as error:
         return refusal(error, request.url.path)
-    return JSONResponse(_model(name, package))
+    return JSONResponse(_model(name, found), headers=naming(found.tag))
 
 
-def _model(name: str, package: "Package") -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": package.created, "owned_by": "bessemer"}
+def _model(name: str, model: "Model") -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": model.created, "owned_by": "bessemer"}
 
 
 async def unknown(request: Request) -> Response:
     """Answer any other address beneath /v1."""
-    message = f"There is no {request.method} {request.url.path}; see /docs.json and the page at /."
+    message = f"There is no {request.method} {request.url.path}; see /docs.json and the page at /api."
     return refusal(InputError(message, field="path", code="unknown_url", status=404), request.url.path)
 
 

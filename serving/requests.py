@@ -64,13 +64,14 @@ class Body(BaseModel):
 
 
 class GenerateRequest(Body):
-    """One question for the policy."""
+    """One question for a model."""
 
     input: Text = Field(description="What to answer", examples=["What is the capital of Peru?"])
     max_new_tokens: int | None = Field(None, description="Most tokens of the answer; by default all that are allowed")
     temperature: float = Field(0.0, description="0 takes the likeliest token each time; up to 2 for more variety")
     top_p: float = Field(1.0, description="Draw from the likeliest tokens that make up this share of probability")
     seed: int | None = Field(None, description="The same seed draws the same answer")
+    model: str | None = Field(None, description="Name or tag of one of /v1/models; by default the packaged model")
 
     def sampling(self) -> Sampling:
         """Return how the answer is to be drawn."""
@@ -78,7 +79,7 @@ class GenerateRequest(Body):
 
 
 class GenerateAnswer(BaseModel):
-    """The policy's answer."""
+    """The model's answer."""
 
     output: str = Field(description="The answer")
 

@@ -18,7 +18,7 @@ from pydantic import Field
 from serving.folders import load_genai
 from tasks.common import stage
 from tasks.common.modelling import models
-from tasks.common.settings import Dtypes, Settings
+from tasks.common.settings import Dtypes, Numerics, Settings
 from tasks.common.stage import Job
 from tasks.common.text import chat
 
@@ -51,20 +51,38 @@ KEYS = {"policy": PolicyConfig, "encoder": Config}
 
 def run(config: Config, job: Job) -> dict[str, Any]:
     """Write the INT8 folder of the job's model and return its size against FP32's."""
-    # Whatever the chain computes on: INT8 runs on the CPU, and so does torch beside it, with its faster attention.
-    plain = Dtypes(decoder="float32", encoder="float32")
-    numerics = job.numerics.model_copy(update={"device": "cpu", "attention": "sdpa", "dtype": plain})
+    numerics = on_cpu(job.numerics)
     models.prepare_torch(numerics, job.seed)
-    source, target = job.inputs["model"], job.outputs["model"]
+    target = job.outputs["model"]
+    model, fp32_bytes = write_folder(config, job.inputs["model"], target, numerics)
+    if isinstance(config, PolicyConfig):
+        job.measured(**speeds(model, target, config.timed_tokens, job.numerics.threads))
+    size = (target / "model.onnx").stat().st_size
+    return {"bytes": size, "fp32_bytes": fp32_bytes, "ratio": round(size / fp32_bytes, 4)}
+
+
+def on_cpu(numerics: Numerics) -> Numerics:
+    """Return the numerics of an export: INT8 runs on the CPU, whatever the chain computes on.
+
+    So does torch beside it, with its faster attention.
+    """
+    plain = Dtypes(decoder="float32", encoder="float32")
+    return numerics.model_copy(update={"device": "cpu", "attention": "sdpa", "dtype": plain})
+
+
+def write_folder(config: Config, source: Path, target: Path, numerics: Numerics) -> tuple["PreTrainedModel", int]:
+    """Write the folder that serves a Transformers model in INT8: a decoder's where `config` is a policy's.
+
+    Returns the model in torch and the bytes of its export in FP32.
+    """
+    decoder = isinstance(config, PolicyConfig)
     target.mkdir()
-    load = models.load_decoder if job.key == "policy" else models.load_encoder
-    model = load(source, numerics)
+    model = (models.load_decoder if decoder else models.load_encoder)(source, numerics)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        fp32 = export(source, Path(scratch), decoder=job.key == "policy")
+        fp32 = export(source, Path(scratch), decoder=decoder)
         quantize(fp32, target / "model.onnx", config)
         fp32_bytes = fp32.stat().st_size
     shutil.copy(source / "tokenizer.json", target)
-    size = (target / "model.onnx").stat().st_size
     stage.write_json(target / "size.json", {"parameters": models.parameters(model)})
     if isinstance(config, PolicyConfig):
         tokenizer = chat.load_tokenizer(source)
@@ -72,8 +90,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         context = tokenizer.model_max_length
         stage.write_json(target / "limits.json", {"context": context, "max_new_tokens": config.max_new_tokens})
         stage.write_json(target / "genai_config.json", engine_config(model, context))
-        job.measured(**speeds(model, target, config.timed_tokens, job.numerics.threads))
-    return {"bytes": size, "fp32_bytes": fp32_bytes, "ratio": round(size / fp32_bytes, 4)}
+    return model, fp32_bytes
 
 
 def export(source: Path, scratch: Path, *, decoder: bool) -> Path:

@@ -31,6 +31,7 @@ os.environ.update(
     {
         "PREFECT_HOME": str(_HOME / "prefect"),
         "BENTOML_HOME": str(_HOME / "bentoml"),
+        "BESSEMER_FEEDBACK": str(_HOME / "feedback"),
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "60",

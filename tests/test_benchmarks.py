@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import curation_run, endpoint, harness, machine, medquad, medquad_run, pipeline
+from benchmarks import curation_run, endpoint, harness, machine, medquad, medquad_run, pipeline, ranking
 from benchmarks.harness import BenchmarkError, Measured, Row
 from tasks.common.validation.near_duplicates import NearDuplicates
 
@@ -253,3 +254,14 @@ def test_an_answers_opening_ends_with_a_sentence() -> None:
     long = "It is rare. " + "word " * 100
     assert medquad.opening(long) == "It is rare."
     assert medquad.opening("word " * 100) is None
+
+
+def test_lost_doubled_and_foreign_rankings_are_counted() -> None:
+    ranker = ranking.Ranker(0, sent=["kept", "lost", "twice"], waits=[0.1, 0.2, 0.3], repeats=2)
+    ranker.acknowledged = [("kept", 1.0), ("lost", 2.0), ("twice", 6.0)]
+    kept = Counter(["kept", "twice", "twice", "foreign"])
+    found = {row.what: row for row in ranking.rows([ranker], kept, killed=5.0, again=9.0, seconds=10.0)}
+    for what in ("acknowledged and not there", "there twice", "there and never sent"):
+        assert (found[what].ours, found[what].met) == (1, False), what
+    assert found["acknowledged after the kill"].ours == 1
+    assert found["rankings acknowledged"].ours == 3

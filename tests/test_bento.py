@@ -145,7 +145,7 @@ def test_a_changed_service_or_model_makes_a_new_bento(package: Path, tmp_path: P
     (root / "serving/__pycache__").mkdir(exist_ok=True)
     (root / "serving/__pycache__/left.pyc").write_bytes(b"compiled")
     assert build.version_of(opened, root) == versions[0]
-    for name in ("serving/web/index.html", "serving/requirements.txt", "bentofile.yaml"):
+    for name in ("serving/web/chat.html", "serving/requirements.txt", "bentofile.yaml"):
         with (root / name).open("a") as file:
             file.write("\n")
         versions.append(build.version_of(opened, root))
@@ -169,6 +169,8 @@ def test_the_bento_answers_with_the_package_inside_it(
         answered = httpx.post(f"{address}/generate", json={"input": question("Japan")})
         assert answered.json() == {"output": answer("Japan")}
         assert httpx.get(f"{address}/provenance").json()["model"] == TAG
+        for path in ("", "rank", "assets/rank.js"):
+            assert httpx.get(f"{address}/{path}").status_code == 200, path
 
 
 def test_finding_it_loads_nothing_heavy(bento: Path, package: Path, store: Path) -> None:

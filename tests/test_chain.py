@@ -1,21 +1,23 @@
 """The whole chain for real, at smoke scale: two commands, one result whoever runs it, and only what changed again."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import httpx
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from openai import OpenAI
 from ruamel.yaml import YAML
 
 from flows.cli import SAMPLES
-from tasks.common import identity, tables
-from tests.chain_fixtures import environment, run
+from serving.feedback import VARIABLE, Store
+from tasks.common import identity
+from tests.chain_fixtures import environment, run, surroundings
 from tests.conftest import Project, copy_project
-from tests.servers import free_port, serving
+from tests.servers import end, free_port, serving, wait_until_up
+
+NAMED = ("ingest", "validate")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -108,25 +110,69 @@ def test_one_edited_fact_reruns_what_lies_downstream_and_changes_the_provenance(
     assert planned(chain) == set()
 
 
-def test_one_new_ranking_reruns_reward_and_what_follows_and_no_pretraining(chain: Project) -> None:
-    folder = chain.path / "data/sources/rankings"
-    row = {
-        "id": "by-hand-1",
-        "prompt": [{"role": "user", "content": "How was the film?"}],
-        "responses": ["It was a delight from beginning to end.", "Dull."],
-        "ranks": [1, 2], "scores": None, "scale": None, "annotators": 1, "models": ["a", "b"], "source": "people",
-        "split": "train",
-    }  # fmt: skip
-    table = pa.Table.from_pylist([row], tables.schema("rankings"))
-    pq.write_table(table, folder / "00001.parquet")
+def test_one_new_ranking_reruns_reward_and_what_follows_and_no_pretraining(
+    chain: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)  # the project's own store
+    store = Store(chain.path / "data/feedback")
+    prompt = [{"role": "user", "content": "How was the film?"}]
+    given = [(text, "a" * 12, 1.0, 1) for text in ("It was a delight from beginning to end.", "Dull.")]
+    store.add_ranking("ranking-1", store.add_answers(prompt, given), (1, 2), "annotator-1")
+    store.close()
+    assert "1 new ranking waits for `bessemer rank export`" in run(chain, ".venv/bin/bessemer", "status")
+    before = lock(chain)
     try:
+        assert "000001.parquet" in run(chain, ".venv/bin/bessemer", "rank", "export")
+        assert "nothing to export" in run(chain, ".venv/bin/bessemer", "rank", "export")
+        # Before anything has run, `plan` knows what the ranking leaves alone.
+        alone = {"tokenize", "pretrain@clm", "pretrain@mlm", "finetune", "quantize@encoder"}
+        assert planned(chain) == set(before) - alone
         run(chain, ".venv/bin/dvc", "repro", "tokenize")
-        to_run = planned(chain)
-        assert "reward" in to_run
-        assert not {name for name in to_run if name.startswith(("pretrain", "finetune", "tokenize"))}
+        assert planned(chain) == set(before) - alone - {"ingest", "validate"}
+        outs = {out["path"]: out["md5"] for name in ("ingest", "validate") for out in lock(chain)[name]["outs"]}
+        old = {out["path"]: out["md5"] for name in ("ingest", "validate") for out in before[name]["outs"]}
+        changed = {path for path in outs if outs[path] != old[path]}
+        assert changed >= {"data/ingest/rankings", "data/validate/rankings"}
+        assert not changed & {f"data/{name}/{table}" for name in NAMED for table in ("corpus", "instructions")}
         run(chain, ".venv/bin/dvc", "repro", "reward")
         assert "ppo" in planned(chain)
     finally:
-        (folder / "00001.parquet").unlink()
+        (chain.path / "data/sources/rankings/000001.parquet").unlink()
         run(chain, ".venv/bin/dvc", "repro", "reward")
     assert planned(chain) == set()
+
+
+def test_models_of_other_stages_answer_beside_the_packaged_one(chain: Project, tmp_path: Path) -> None:
+    port = free_port()
+    command = [".venv/bin/bessemer", "serve", "--with", "tuned", "--with", "base", "--port", str(port)]
+    for attempt in ("exported", "from the cache"):
+        log = tmp_path / attempt
+        with log.open("wb") as output:
+            server = subprocess.Popen(
+                command, cwd=chain.path, env=surroundings(chain), stdout=output, stderr=output, start_new_session=True
+            )
+        try:
+            wait_until_up(server, port, log)
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+                check_compared(client, chain)
+        finally:
+            end(server)
+        assert ("Exporting the model tuned" in log.read_text()) == (attempt == "exported")
+    assert planned(chain) == set()
+    assert chain.git("status", "--porcelain", "--", "data") == ""
+
+
+def check_compared(client: httpx.Client, chain: Project) -> None:
+    """Hold what three models say of themselves against the records of the stages that made them."""
+    names = [entry["id"] for entry in client.get("/v1/models").json()["data"]]
+    assert names[1::2] == ["bessemer", "tuned", "base"]
+    for name, stage in (("tuned", "finetune"), ("base", "pretrain/clm")):
+        record = json.loads((chain.path / "data" / stage / "record.json").read_text())
+        told = client.get("/provenance", params={"model": name}).json()
+        assert told["model"] == identity.tag(record["recipe"], record["content"])
+        assert told["stages"][-1] == record
+        assert {"ingest", "tokenize", "pretrain@clm"} <= {part["stage"] for part in told["stages"]}
+        assert "reward" not in {part["stage"] for part in told["stages"]}
+        answered = client.post("/generate", json={"input": "What is the capital of France?", "model": name})
+        assert answered.headers["X-Bessemer-Model"] == told["model"]
+        assert answered.json()["output"]

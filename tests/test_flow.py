@@ -97,6 +97,40 @@ class TestGraph:
         toy.settings(left={"text": "new"})
         assert graph.affected(graph.read(toy.path)) == {"side@left", "join"}
 
+    def test_what_a_stage_keeps_apart_is_not_affected_where_files_are_added_there_alone(self, toy: Project) -> None:
+        folder = toy.path / "data" / "box"
+        (folder / "new").mkdir(parents=True)
+        (folder / "word.txt").write_text("raw")
+        (folder / "new" / "1.txt").write_text("one")
+        dvc = toy.path / "dvc.yaml"
+        text = dvc.read_text().replace(
+            "deps: [steps.py, data/source.txt]",
+            "deps: [steps.py, data/source.txt, data/box]\n    meta: {apart: {data/box/new: [data/source/out.txt]}}",
+        )
+        dvc.write_text(text)
+        for name in NAMES:
+            run_stage(toy, name)
+
+        def due() -> set[str]:
+            return graph.affected(graph.read(toy.path))
+
+        assert due() == set()
+        (folder / "new" / "2.txt").write_text("two")
+        (folder / "new" / "3.txt").write_text("three")
+        assert due() == {"source"}
+        (folder / "new" / "1.txt").write_text("another")
+        assert due() == set(NAMES)
+        (folder / "new" / "1.txt").write_text("one")
+        (folder / "word.txt").write_text("cooked")
+        assert due() == set(NAMES)
+        (folder / "word.txt").write_text("raw")
+        toy.settings(source={"text": "new"})
+        assert due() == set(NAMES)
+        toy.settings(source={"text": "one"})
+        assert due() == {"source"}
+        (toy.path / "data" / "source" / "out.txt").unlink()
+        assert due() == set(NAMES)
+
     def test_select_takes_what_is_needed_along(self, toy: Project) -> None:
         stages = graph.read(toy.path)
         assert list(graph.select(stages, ["side@right"])) == ["source", "side@right"]
@@ -251,7 +285,7 @@ class TestFlow:
     def unchecked(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Leave the check of the settings out: the toy's params.yaml is none of Bessemer's."""
         monkeypatch.setattr(settings, "check", lambda params, stages=(): None)
-        monkeypatch.setattr(workplace, "_check", lambda path: None)
+        monkeypatch.setattr(workplace, "check", lambda path, stages=(): None)
 
     def test_independent_stages_overlap_and_the_second_run_does_nothing(self, toy: Project) -> None:
         toy.settings(left={"meet": "right"}, right={"meet": "left"})

@@ -1,6 +1,7 @@
 """The served service: a real `bentoml serve` process, asked with plain HTTP and with the `openai` client."""
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -104,6 +105,7 @@ BAD = [
     ({"input": "Hi", "temperature": 3}, '"temperature" must be between 0 and 2; got 3'),
     ({"input": "Hi", "temperature": "hot"}, '"temperature" must be a number; got a text'),
     ({"input": "Hi", "seed": 0.5, "top_p": None}, '"top_p" must be a number; got null. "seed" must be a whole number'),
+    ({"input": "Hi", "model": 3}, '"model" must be a text; got 3'),
     ({"input": "Hi<|end|>"}, "<|end|>, which is reserved"),
 ]
 
@@ -160,7 +162,7 @@ def test_models_are_listed_while_the_package_is_made_anew(package: Path, tmp_pat
     opened = open_package(tmp_path / "package")
     shutil.rmtree(tmp_path / "package")
     app = Starlette(routes=openai_api.ROUTES)
-    app.state.package = opened
+    app.state.models = {"bessemer": opened}
     listed = TestClient(app).get("/v1/models").json()["data"]
     assert {entry["created"] for entry in listed} == {opened.created}
     assert opened.created == int((package / "provenance.json").stat().st_mtime)
@@ -217,7 +219,7 @@ def test_openai_errors_have_openai_form(ai: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as unknown:
         ai.chat.completions.create(model="gpt-9", messages=JAPAN)
     assert unknown.value.code == "model_not_found"
-    assert f'"{TAG}" does' in unknown.value.message
+    assert f'"gpt-9" does not exist here; there is bessemer ({TAG})' in unknown.value.message
     with pytest.raises(openai.BadRequestError) as long:
         ai.chat.completions.create(model=TAG, messages=[{"role": "user", "content": "and " * CONTEXT}])
     assert (long.value.code, long.value.param) == ("context_length_exceeded", "messages")
@@ -298,14 +300,22 @@ def test_what_bentoml_brings(client: httpx.Client) -> None:
     assert {"/generate", "/fill-mask"} <= set(paths)
 
 
-def test_the_page_names_the_model_and_loads_nothing_from_elsewhere(client: httpx.Client) -> None:
-    page = client.get("/")
+@pytest.mark.parametrize("path", ["/", "/rank", "/api"])
+def test_pages_name_the_model_and_load_nothing_from_elsewhere(client: httpx.Client, path: str) -> None:
+    page = client.get(path)
     assert page.headers["Content-Type"].startswith("text/html")
-    assert TAG in page.text
-    assert f"curl {str(client.base_url).rstrip('/')}/generate" in page.text
-    assert "src=" not in page.text
-    assert "<link" not in page.text
-    assert "@import" not in page.text
+    assert page.headers["X-Bessemer-Model"] == TAG
+    addresses = re.findall(r'(?:src|href)="([^"]*)"', page.text)
+    assert addresses
+    assert [address for address in addresses if ":" in address or address.startswith("//")] == []
+    for address in addresses:
+        assert client.get(address).status_code == 200, address
+
+
+def test_the_page_for_programs_says_how_to_ask(client: httpx.Client) -> None:
+    page = client.get("/api").text
+    assert TAG in page
+    assert f"curl {str(client.base_url).rstrip('/')}/generate" in page
 
 
 def test_a_busy_port_is_named_with_the_way_to_another(package: Path) -> None:

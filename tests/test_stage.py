@@ -59,7 +59,7 @@ base: {seed: 1}
 numerics: %s
 placement:
   {side_by_side: 1, cost_per_hour: 0, currency: USD, checkpoints: {url: checkpoints, every_seconds: 60},
-   tracking: {to: [], every: 1}}
+   enough_rankings: 1, tracking: {to: [], every: 1}}
 cook: {text: soup, way: well}
 """
 

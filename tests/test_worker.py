@@ -18,11 +18,14 @@ import psutil
 import pytest
 
 from flows import graph, records
+from serving.feedback import VARIABLE, Store
 from tests.conftest import ROOT, Project
+from tests.ranking_fixtures import FILE, listen, rank
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 POOL = "bessemer-pool"
 DEPLOYMENT = "bessemer/scheduled"
+POLL = "rankings/poll"
 
 
 class Server:
@@ -40,6 +43,7 @@ class Server:
             "PREFECT_WORKER_PREFETCH_SECONDS": "5",
             "PYTHONPATH": str(ROOT),
         }
+        self.env.pop(VARIABLE, None)  # rankings are kept in the project
 
     def prefect(self, *arguments: str, cwd: Path = ROOT) -> str:
         """Run a command of Prefect's as a user would."""
@@ -67,9 +71,9 @@ class Server:
         answer.raise_for_status()
         return answer.json()
 
-    def run(self, **parameters: Any) -> str:
-        """Ask for a run of the deployment, now; return its id."""
-        deployment = self.get(f"deployments/name/{DEPLOYMENT}")["id"]
+    def run(self, name: str = DEPLOYMENT, **parameters: Any) -> str:
+        """Ask for a run of a deployment, now; return its id."""
+        deployment = self.get(f"deployments/name/{name}")["id"]
         body = {"state": {"type": "SCHEDULED"}, "parameters": parameters}
         return str(self.ask(f"deployments/{deployment}/create_flow_run", **body)["id"])
 
@@ -80,7 +84,7 @@ class Server:
 
     def ended(self, run: str) -> str:
         """Wait for a run's end and return the name of its last state."""
-        final = {"Completed", "Failed", "Crashed", "Cancelled"}
+        final = {"Completed", "UpToDate", "Failed", "Crashed", "Cancelled"}
         return str(wait_for(lambda: self.state(run) in final and self.state(run), f"the end of run {run}"))
 
     def artifacts(self, run: str) -> dict[str, str]:
@@ -117,6 +121,7 @@ def deploy(server: Server, project: Path) -> None:
     """Deploy a project from its own prefect.yaml."""
     shown = server.prefect("deploy", "--all", cwd=project)
     assert DEPLOYMENT in shown
+    assert POLL in shown
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +154,7 @@ def project(toy: Project, server: Server) -> Project:
         shutil.copytree(ROOT / folder, toy.path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "prefect.yaml", toy.path)
     with (toy.path / "tasks" / "common" / "settings.py").open("a") as code:
-        code.write("\n\ncheck = lambda params: None\n")  # the toy's params.yaml is none of Bessemer's
+        code.write("\n\ncheck = lambda params, stages=(): None\n")  # the toy's params.yaml is none of Bessemer's
     toy.commit("deployed")
     deploy(server, toy.path)
     return toy
@@ -176,6 +181,34 @@ def test_a_worker_runs_it_in_a_worktree_and_leaves_the_lineage(server: Server, p
     run_id = server.get(f"flow_runs/{run}")["name"]
     assert records.read_json(project.path / "runs" / run_id / "flow.json")["stages"]["join"]["status"] == "ran"
     assert run_id in project.git("for-each-ref", "refs/exps")
+
+
+def test_the_poll_is_as_declared(server: Server, project: Project) -> None:
+    found = server.get(f"deployments/name/{POLL}")
+    assert found["work_pool_name"] == POOL
+    assert found["parameters"] == {"worktree": True}
+    assert found["global_concurrency_limit"]["limit"] == 1
+    assert found["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
+    assert [(item["schedule"]["cron"], item["active"]) for item in found["schedules"]] == [("*/15 * * * *", False)]
+
+
+def test_a_worker_runs_the_chain_when_enough_rankings_wait(server: Server, project: Project) -> None:
+    listen(project, enough=2)
+    store = Store(project.path / "data/feedback")
+    rank(store, 1)
+    assert server.ended(server.run(POLL)) == "UpToDate"
+    assert not (project.path / FILE).exists()
+    rank(store, 2)
+    store.close()
+    run = server.run(POLL)
+    assert server.ended(run) == "Completed", server.get(f"flow_runs/{run}")["state"]["message"]
+    assert project.git("show", "--name-only", "--format=").split() == [FILE]
+    [parent] = server.ask("task_runs/filter", flow_runs={"id": {"any_": [run]}})  # the chain, as a flow within
+    inner = parent["state"]["state_details"]["child_flow_run_id"]
+    assert server.tasks(inner) == dict.fromkeys(("source", "side@left", "side@right", "join", "report"), "Completed")
+    run_id = server.get(f"flow_runs/{inner}")["name"]
+    assert run_id in project.git("for-each-ref", "refs/exps")
+    assert server.ended(server.run(POLL)) == "UpToDate"
 
 
 def test_cancelling_the_real_chain_ends_its_training_and_the_next_run_completes_it(

@@ -154,6 +154,7 @@ class Placement(Settings):
     side_by_side: int = Field(description="Independent stages that run at the same time", ge=1, le=64)
     cost_per_hour: float = Field(description="Price of this machine in currency units an hour, for the report", ge=0)
     currency: str = Field(description="Name of that currency", min_length=1)
+    enough_rankings: int = Field(description="New rankings for which `rankings/poll` runs the chain", ge=1)
     checkpoints: Checkpoints
     tracking: Tracking
 

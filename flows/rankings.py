@@ -1,0 +1,267 @@
+"""People's rankings on their way into the next run: `bessemer rank export` freezes what is new in the endpoint's store.
+
+New data enters the chain as a file: rows that no export has taken yet become the next numbered Parquet in the folder of
+the source of kind `rankings`, with the columns that `data/sources/README.md` tells of. Files there are never changed.
+
+No ranking is exported twice, and none is lost, wherever this is cut off: first a note of what is to be exported is
+written, then the store marks it as exported (which alone decides, and from then on nobody can take it back), then the
+file is written beside its place and moved there, then the note goes. Where a note is found later, the store says how
+far it had come.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from flows.records import read_json
+from serving.feedback import FILE, VARIABLE, Store
+from serving.judgements import FLAGS, Ranking
+from tasks.common.settings import BessemerError, read_params
+from tasks.common.stage import write_json
+from tasks.common.validation import checks
+
+SOURCES = Path("data/sources")
+WORK = Path("data/.scratch/rankings-export")  # DVC does not look there
+STORE_KEY = b"bessemer.store"  # in a file's metadata: whose rows it holds
+
+
+@dataclass(frozen=True)
+class Export:
+    """One frozen file: where it lies, how many rankings it holds, and why how many others were left out."""
+
+    path: Path
+    rankings: int
+    left_out: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What the store holds that no export has taken: how many rankings, and why how many others are left out."""
+
+    rankings: int
+    left_out: Mapping[str, int]
+
+
+def store_folder(project: Path) -> Path:
+    """Return the folder of the store that the endpoint of a project keeps rankings in."""
+    return Path(os.environ.get(VARIABLE) or project / "data" / "feedback").resolve()
+
+
+def waiting(project: Path) -> Waiting:
+    """Count the rankings that wait to be exported, and those among the new ones that are left out; changes nothing."""
+    with _store(project) as store:
+        if store is None:
+            return Waiting(0, {})
+        good, left_out = _judged(project, store, store.rankings(store.exported_through()))
+        note = _note(project)
+        cut = note is not None and note["store"] == store.id and not _dropped(note, store)
+        if note is not None and cut and not (project / note["file"]).exists():
+            good += _judged(project, store, _noted(note, store))[0]
+        return Waiting(len(good), left_out)
+
+
+def export(project: Path) -> Export | None:
+    """Freeze the rankings that are new and return their file; None where there are none.
+
+    An export that was cut off is completed, and its file returned with the rest still waiting for the next call.
+    """
+    folder = rankings_folder(project)
+    with _store(project) as store, _alone(project):
+        if store is None:
+            return None
+        note = _note(project)
+        if note is not None and note["store"] != store.id:
+            raise BessemerError(
+                f"An export of another store's rankings was cut off ({note['file']}): set {VARIABLE} to that store's "
+                "folder and call `bessemer rank export` once, then again for this one."
+            )
+        if note is not None and not _dropped(note, store):
+            return _complete(project, note, store)
+        after = store.exported_through()
+        new = store.rankings(after)
+        if not _judged(project, store, new)[0]:
+            return None  # those left out alone wait on: a flag can be taken back, a setting changed
+        note = {
+            "store": store.id,
+            "after": after,
+            "through": max(ranking.number for ranking in new),
+            "file": (folder.relative_to(project) / f"{_next_number(folder):06d}.parquet").as_posix(),
+        }
+        write_json(_note_path(project), note)
+        store.mark_exported(note["through"])
+        return _complete(project, note, store)
+
+
+def rankings_folder(project: Path) -> Path:
+    """Return the folder whose files the chain reads as rankings; BessemerError: params.yaml lists no such source."""
+    sources = read_params(project / "params.yaml").get("ingest", {}).get("sources", [])
+    for source in sources:
+        if isinstance(source, dict) and source.get("kind") == "rankings":
+            return project / SOURCES / str(source["path"])
+    raise BessemerError(
+        "params.yaml lists no source of kind `rankings`, so a run would not read what is exported; add "
+        "{name: people, kind: rankings, licence: ..., path: rankings} to ingest.sources."
+    )
+
+
+def exported(project: Path) -> list[Path]:
+    """Return the files that exports have made here, whoever's rankings they hold."""
+    import pyarrow.parquet as pq
+
+    files = sorted(rankings_folder(project).glob("[0-9]*.parquet"))
+    return [path for path in files if STORE_KEY in (pq.read_schema(path).metadata or {})]
+
+
+def _complete(project: Path, note: dict[str, Any], store: Store) -> Export | None:
+    """Write the file of an export that the store has marked, and drop its note."""
+    path = project / note["file"]
+    rows, left_out = _judged(project, store, _noted(note, store))
+    if rows and not path.exists():
+        _write(rows, path, project / WORK, store)
+    _note_path(project).unlink()
+    return Export(path, len(rows), left_out) if rows else None
+
+
+def _noted(note: dict[str, Any], store: Store) -> list[Ranking]:
+    return [ranking for ranking in store.rankings(note["after"]) if ranking.number <= note["through"]]
+
+
+def _dropped(note: dict[str, Any], store: Store) -> bool:
+    """Return whether an export was cut off before its store had marked it: then it never was."""
+    return store.exported_through() < int(note["through"])
+
+
+def _judged(project: Path, store: Store, rankings: Sequence[Ranking]) -> tuple[list[Ranking], dict[str, int]]:
+    """Return the rankings that a run can learn from, and why how many others are left out.
+
+    Those are what `validate` would refuse (too many of them would stop the run there), and what holds an answer that
+    somebody flags: of one person's flags on an answer the last one counts.
+    """
+    last = {
+        (opinion.annotator, *_answer(opinion.prompt, opinion.response)): opinion.opinion
+        for opinion in store.opinions()
+        if opinion.opinion in FLAGS
+    }
+    flagged = {(prompt, response) for (_, prompt, response), opinion in last.items() if opinion == "flag"}
+    limits, good, reasons = _limits(project), [], Counter[str]()
+    for ranking in rankings:
+        if flagged.intersection(_answer(ranking.prompt, response) for response in ranking.responses):
+            reasons["flagged answer"] += 1
+        elif reason := checks.objection("rankings", checks.rankings_features(_row(store, ranking)), limits):
+            reasons[reason] += 1
+        else:
+            good.append(ranking)
+    return _last_words(good), dict(reasons)
+
+
+def _limits(project: Path) -> checks.Limits:
+    """Return what `validate` holds rows to."""
+    section: Any = read_params(project / "params.yaml").get("validate")
+    try:
+        return checks.Limits.model_validate({name: section[name] for name in checks.Limits.model_fields})
+    except (TypeError, KeyError, ValidationError):
+        raise BessemerError("The section validate of params.yaml is not sound: `bessemer plan` says why.") from None
+
+
+def _last_words(rankings: Sequence[Ranking]) -> list[Ranking]:
+    """Keep, where a person ranked the same answers again, the last one."""
+    said = {
+        (ranking.annotator, json.dumps(ranking.prompt), *sorted(ranking.responses)): ranking for ranking in rankings
+    }
+    return sorted(said.values(), key=lambda ranking: ranking.number)
+
+
+def _answer(prompt: list[dict[str, str]], response: str) -> tuple[str, str]:
+    return json.dumps(prompt, sort_keys=True), response
+
+
+def _write(rankings: Sequence[Ranking], path: Path, work: Path, store: Store) -> None:
+    """Write a file whole: beside its place first, on the disk, then moved there."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    texts = pa.list_(pa.string())
+    schema = pa.schema(
+        [("prompt", messages), ("responses", texts), ("ranks", pa.list_(pa.int32())), ("models", texts),
+         ("annotator", pa.string())],
+        metadata={STORE_KEY: store.id.encode()},
+    )  # fmt: skip
+    rows = [_row(store, ranking) for ranking in rankings]
+    work.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = work / path.name
+    with scratch.open("wb") as file:
+        pq.write_table(pa.Table.from_pylist(rows, schema), file, compression="zstd")
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def _row(store: Store, ranking: Ranking) -> dict[str, Any]:
+    """Return a ranking as `ingest` reads it; columns beyond those of a file are for checks of it."""
+    return {
+        "prompt": [{"role": turn["role"], "content": turn["content"]} for turn in ranking.prompt],
+        "responses": ranking.responses,
+        "ranks": ranking.ranks,
+        "models": ranking.models,
+        "annotator": _pseudonym(store.id, ranking.annotator),
+        "id": ranking.id,
+        "source": "people",
+        "split": "train",
+        "scores": None,
+        "scale": None,
+    }
+
+
+def _pseudonym(store: str, annotator: str) -> str:
+    """Return who judged, without what would let a reader of the file speak for them at the endpoint."""
+    return hashlib.sha256(f"{store} {annotator}".encode()).hexdigest()[:16]
+
+
+def _next_number(folder: Path) -> int:
+    """Return the number after the highest that a file in the folder has."""
+    numbers = [int(path.stem) for path in folder.glob("*.parquet") if path.stem.isdecimal()]
+    return max(numbers, default=0) + 1
+
+
+def _note_path(project: Path) -> Path:
+    return project / WORK / "note.json"
+
+
+def _note(project: Path) -> dict[str, Any] | None:
+    found = read_json(_note_path(project))
+    return found if isinstance(found, dict) else None
+
+
+@contextmanager
+def _store(project: Path) -> Iterator[Store | None]:
+    """Yield the project's store, None where nobody has ranked anything yet: none is made."""
+    folder = store_folder(project)
+    if not (folder / FILE).is_file():
+        yield None
+        return
+    store = Store(folder)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@contextmanager
+def _alone(project: Path) -> Iterator[None]:
+    """Hold off other exports of this project; the kernel takes the lock back however its holder ends."""
+    work = project / WORK
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,69 @@
+// Thumbs and flags: one person's opinions on one answer, in a table apart from the rankings.
+
+import { annotator, find, make, newId, Refused, say } from "./common.js";
+import { send } from "./outbox.js";
+
+async function opine(answer, opinion, thanks, note = "") {
+  try {
+    const saved = await send("opinions", { id: newId(), answer, opinion, annotator: annotator(), note });
+    say(saved ? thanks : "Not saved yet; it will be sent again.");
+    return true;
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    say(error.message, true);
+    return false;
+  }
+}
+
+function mark(buttons, pressed) {
+  for (const button of buttons) button.setAttribute("aria-pressed", String(button === pressed));
+}
+
+/** A button that flags an answer, after asking what is wrong with it; pressed again it takes the flag back. */
+export function flagButton(answer, label) {
+  const press = async () => {
+    if (button.getAttribute("aria-pressed") === "true") {
+      if (await opine(answer, "unflag", "The flag is taken back.")) mark([button], null);
+      return;
+    }
+    const dialog = find("flag");
+    find("flag-note").value = "";
+    dialog.returnValue = "";
+    dialog.showModal();
+    await new Promise((closed) => dialog.addEventListener("close", closed, { once: true }));
+    if (dialog.returnValue !== "flag") return;
+    if (await opine(answer, "flag", "Flagged. Thank you.", find("flag-note").value.trim())) mark([button], button);
+  };
+  const properties = { type: "button", className: "quiet", "aria-pressed": "false", "aria-label": `Flag ${label}` };
+  const button = make("button", { ...properties, title: "Flag", onclick: press }, "⚑");
+  return button;
+}
+
+const SVG = "http://www.w3.org/2000/svg";
+const THUMB = "M3 10h4v11H3zM7 10l4-8c2 0 3 1.2 3 3v4h5c1.6 0 2.4 1.3 2 2.8l-1.8 6.9C18.9 20.1 18 21 16.6 21H7";
+
+function thumb(side) {
+  const icon = document.createElementNS(SVG, "svg");
+  icon.setAttribute("viewBox", "0 0 24 24");
+  icon.setAttribute("class", `thumb ${side}`);
+  icon.setAttribute("aria-hidden", "true");
+  const path = document.createElementNS(SVG, "path");
+  path.setAttribute("d", THUMB);
+  icon.append(path);
+  return icon;
+}
+
+/** Thumbs up and down; pressing the one that is pressed takes it back. */
+export function thumbs(answer, label) {
+  const sides = [["up", "Good"], ["down", "Bad"]].map(([opinion, word]) => {
+    const press = async () => {
+      const back = button.getAttribute("aria-pressed") === "true";
+      const thanks = back ? "Taken back." : "Saved. Thank you.";
+      if (await opine(answer, back ? "none" : opinion, thanks)) mark(sides, back ? null : button);
+    };
+    const properties = { type: "button", className: "quiet", "aria-pressed": "false", "aria-label": `${word}: ${label}` };
+    const button = make("button", { ...properties, title: word, onclick: press }, thumb(opinion));
+    return button;
+  });
+  return sides;
+}

@@ -1,0 +1,30 @@
+// The colour scheme: the system's until the switch is used, then the person's own, kept in this browser.
+// Loaded before the page is drawn, so that it never flashes in the wrong colours.
+"use strict";
+{
+  const root = document.documentElement;
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const read = () => { try { return localStorage.getItem("bessemer.theme"); } catch { return null; } };
+  const shown = () => read() ?? (dark.matches ? "dark" : "light");
+  const apply = () => {
+    root.dataset.theme = shown();
+    const button = document.getElementById("theme");
+    if (button) {
+      button.hidden = false;
+      const word = document.createElement("span");
+      word.className = "word";
+      word.textContent = shown() === "dark" ? " Light" : " Dark";
+      button.replaceChildren(shown() === "dark" ? "☀" : "☾", word);
+      button.setAttribute("aria-label", shown() === "dark" ? "Use light colours" : "Use dark colours");
+    }
+  };
+  apply();
+  dark.addEventListener("change", apply);
+  document.addEventListener("DOMContentLoaded", () => {
+    apply();
+    document.getElementById("theme").addEventListener("click", () => {
+      try { localStorage.setItem("bessemer.theme", shown() === "dark" ? "light" : "dark"); } catch { /* not kept */ }
+      apply();
+    });
+  });
+}
