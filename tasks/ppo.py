@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 INPUTS = {
     "model": "data/finetune/model",
-    "reward": "data/reward/model",
+    "reward": "data/reward/policy/model",
     "instructions": "data/validate/instructions",
     "shards": "data/tokenize/shards",
 }
@@ -142,7 +142,7 @@ class Trainer:
     reference: "PreTrainedModel"
     head: "torch.nn.Linear"
     scorer: Scorer
-    prompts: list[list[int]]
+    prompts: list[chat.Question]
     mixture: Mixture | None  # what the pretraining term reads; None where it has no weight
 
     def __post_init__(self) -> None:
@@ -201,7 +201,8 @@ class Trainer:
 
         config = self.config
         random = np.random.default_rng([self.job.seed, iteration, 1])
-        prompts = [self.prompts[i] for i in random.choice(len(self.prompts), config.episodes)]
+        asked = [self.prompts[i] for i in random.choice(len(self.prompts), config.episodes)]
+        prompts = [question.ids for question in asked]
         # 1. Replies of the policy as it stands.
         replies = sampling.replies(
             self.policy, self.tokenizer, prompts, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
@@ -209,7 +210,9 @@ class Trainer:
         )  # fmt: skip
         # 2. What people would rate them, less a penalty where a reply does not end.
         ended = torch.tensor([reply[-1] == self.tokenizer.eos_token_id for reply in replies])
-        scores = torch.tensor(self.scorer.score([sampling.decode(self.tokenizer, reply) for reply in replies]))
+        texts = [sampling.decode(self.tokenizer, reply) for reply in replies]
+        exchanges = [(question.messages, text) for question, text in zip(asked, texts, strict=True)]
+        scores = torch.tensor(self.scorer.score(exchanges))
         scores = scores - config.missing_end_penalty * ~ended
         # 3. Log-probabilities and values of every reply token, under the policy and the tuned model.
         ids, mask, replied = self.assemble(prompts, replies)

@@ -30,9 +30,9 @@ class Judge:
     def __init__(self, rate: Callable[[str], float]) -> None:
         self.rate = rate
 
-    def score(self, texts: Sequence[str]) -> list[float]:
-        """Return the rating of each text."""
-        return [self.rate(text) for text in texts]
+    def score(self, exchanges: Sequence[chat.Exchange]) -> list[float]:
+        """Return the rating of each reply."""
+        return [self.rate(reply) for _, reply in exchanges]
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def trainer(chain: Chain, tmp_path: Path) -> Callable[..., ppo.Trainer]:
     return make
 
 
-def questions(chain: Chain) -> list[list[int]]:
+def questions(chain: Chain) -> list[chat.Question]:
     """Return what PPO asks."""
     rows = tables.read(chain.path("data/validate/instructions"), "train").column("messages").to_pylist()
     return chat.questions(chain.tokenizer(), rows)
@@ -128,7 +128,7 @@ def test_log_probabilities_are_a_plain_softmaxes(trainer: Callable[..., ppo.Trai
     ours = trainer(temperature=0.7)
     disturb(ours.head, 0.5)
     tokenizer = ours.tokenizer
-    prompts = ours.prompts[:4]
+    prompts = [question.ids for question in ours.prompts[:4]]
     replies = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in ("Rome.", "A much longer one.", "", "Me")]
     ids, mask, replied = ours.assemble(prompts, replies)
     with torch.no_grad():
@@ -393,11 +393,12 @@ def test_prompts_are_the_training_questions_once_each(chain: Chain) -> None:
     """Held-out questions are never practised, and a question that stands in three tones counts once."""
     tokenizer = chain.tokenizer()
     prompts = questions(chain)
-    asked = {tokenizer.decode(ids) for ids in prompts}
+    asked = {tokenizer.decode(question.ids) for question in prompts}
     assert len(prompts) == len(asked) == 2 * 8
     assert not any("Kenya" in text or "Peru" in text for text in asked)
     assert all(text.endswith("<|end|><|assistant|>") for text in asked)
-    assert chat.encode_prompt(tokenizer, [{"role": "user", "content": "Name the capital of Italy."}]) in prompts
+    italy = [{"role": "user", "content": "Name the capital of Italy."}]
+    assert chat.Question(chat.encode_prompt(tokenizer, italy), italy) in prompts
 
 
 def test_the_stage_leaves_a_policy_and_its_curves(chain: Chain) -> None:

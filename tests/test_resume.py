@@ -27,7 +27,7 @@ STAGES: list[tuple[str, dict[str, Any]]] = [
     ("pretrain clm", {}),
     ("pretrain mlm", {}),
     ("finetune", {"method": {**LORA, "dropout": 0.1}}),
-    ("reward", {}),
+    ("reward policy", {}),
 ]
 
 
@@ -43,7 +43,7 @@ def clone(
     params = yaml.load(settings.read_text(encoding="utf-8"))
     section = params
     for name in stage.split():
-        section = section[name]
+        section = section.get(name, section)  # both reward models share theirs
     section |= {"steps": STEPS, "window": 16, "batch": 4} if "window" in section else {"steps": STEPS, "batch": 4}
     section |= changes
     if "mix" in section:

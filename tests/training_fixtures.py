@@ -117,6 +117,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "reward": {
         "model": "data/pretrain/mlm/model",
+        "reads": "response",
+        "heads": 1,
+        "judge_share": 0.3,
         "rating": 1.0,
         "ordering": {"name": "bradley_terry", "weight": 0.1, "margin": 0.0},
         "words": True,
