@@ -21,7 +21,7 @@ DECODER = (
     ("perplexity", "Perplexity of held-out prose", "number", -1),
     ("bits_per_byte", "Bits a byte of held-out prose", "number", -1),
     ("reward_mean", "Mean reward of sampled replies", "points", 1),
-    (WON, "Preferred to the tuned model’s replies, by the judge", "share", 1),
+    (WON, "Wins over the tuned model, by the judge", "share", 1),
     ("distinct_2", "Different word pairs (distinct-2)", "share", 1),
     ("parameters", "Parameters", "count", -1),
     ("bytes", "Size", "bytes", -1),
@@ -79,7 +79,7 @@ def tiles(run: Results) -> list[Part]:
     if models.get("policy", {}).get(WON) is not None:
         says = "of replies preferred to the tuned model’s"
         result.append({"kind": "share", "value": models["policy"][WON], "says": says, "of": "policy"})
-    if {"tuned", "policy"} <= set(models) and models["policy"].get("reward_mean") is not None:
+    elif {"tuned", "policy"} <= set(models) and models["policy"].get("reward_mean") is not None:
         gain = models["policy"]["reward_mean"] - models["tuned"]["reward_mean"]
         result.append({"kind": "change", "value": gain, "says": "rating points gained by PPO", "of": "policy"})
     ratio = run.metrics("quantize@policy").get("ratio")
