@@ -78,6 +78,7 @@ class Config(Training):
         description="Share of the tokens that training hides, against learning replies by heart", ge=0, lt=1
     )
     batch: int = Field(description="Rankings a step", ge=1)
+    steps: int = Field(description="Optimizer steps; the judge's are fewer, as its rankings are", ge=1)
 
     @model_validator(mode="after")
     def _some_loss(self) -> "Config":
@@ -106,6 +107,8 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         for found in (shares[str(job.key)], [row for row in rows if row["split"] == "heldout"])
     )
     refuse_too_little(config, job, train_rows, train_set)
+    if job.key == "judge":
+        config = as_often_read(config, *(len(shares[key]) for key in ("policy", "judge")))
     with models.quiet("transformers"):  # the head is fresh, and is about to be trained
         model = models.new_scorer(job.inputs["model"], job.numerics, config.heads)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -128,6 +131,14 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         **summary(history),
         **agreement.judge(scorer, heldout, peers if rated else dict.fromkeys(peers)),
     }
+
+
+def as_often_read(config: Config, policys: int, judges: int) -> Config:
+    """Return the config with as many steps for the judge's rankings as for the policy's: each is read as often.
+
+    With steps for all rankings a model of three in ten would learn them by heart.
+    """
+    return config.model_copy(update={"steps": max(1, round(config.steps * judges / max(policys, 1)))})
 
 
 def refuse_too_little(config: Config, job: Job, rows: Sequence[Any], train_set: Sequence[Ranking]) -> None:

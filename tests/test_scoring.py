@@ -129,6 +129,15 @@ def test_a_model_without_a_share_says_so(key: str, share: float, remedy: str, ch
         chain.run(chain.job(f"reward@{key}", settings, tmp_path), settings)
 
 
+def test_the_judge_reads_its_rankings_as_often_as_the_policys_model(chain: Chain) -> None:
+    """One ranking instead of six: a sixth of the steps, and never none."""
+    for key, steps in (("policy", 80), ("judge", 13)):
+        chain.path(f"data/reward/{key}/model")
+        rows = (chain.root / f"data/reward/{key}/history.csv").read_text().splitlines()
+        assert int(rows[-1].split(",")[0]) == steps
+    assert reward.as_often_read(config("reward"), 1000, 1).steps == 1
+
+
 # Heads
 
 
