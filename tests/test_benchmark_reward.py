@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import reward
 from benchmarks.harness import BenchmarkError
+from benchmarks.medquad import VARIABLE
 from tasks.common.modelling.lexicon import terms
 
 PAIRS = [
@@ -64,8 +65,8 @@ def test_the_best_peer_counts() -> None:
 
 def test_without_its_data_it_says_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for value in (None, str(tmp_path)):
-        monkeypatch.delenv(reward.VARIABLE, raising=False)
+        monkeypatch.delenv(VARIABLE, raising=False)
         if value:
-            monkeypatch.setenv(reward.VARIABLE, value)
+            monkeypatch.setenv(VARIABLE, value)
         with pytest.raises(BenchmarkError, match="set BESSEMER_BENCH_DATA to a folder that holds ukp_convarg"):
             reward.check()
