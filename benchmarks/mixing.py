@@ -17,7 +17,10 @@ from tasks.common.settings import read_params
 
 SIDE_BY_SIDE = 2
 WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0)
-NEEDED = ("data/pretrain/clm/model", "data/validate/instructions", "data/tokenize/shards", "data/reward/model")
+NEEDED = (
+    "data/pretrain/clm/model", "data/validate/instructions", "data/tokenize/shards", "data/reward/policy/model",
+    "data/reward/judge/model",
+)  # fmt: skip
 FIGURES = {
     "exact_match_heldout": ("answers about entities that no question was tuned on", "share right"),
     "exact_match_tuned": ("answers to questions tuned on", "share right"),

@@ -161,7 +161,7 @@ def quality_rows(project: Path) -> list[Row]:
         Row(f"{CAPITAL} gives France", france(project), "1 = yes", target=">= 1"),
         Row("exact match, tuned questions", tuned["exact_match_tuned"], "share", target=">= 0.95"),
         Row("exact match, held-out entities", tuned["exact_match_heldout"], "share", target=">= 0.6"),
-        *reward_rows(metrics["reward"]),
+        *reward_rows(metrics["reward@policy"]),
         *ppo_rows(tuned, policy),
         *drops("pruning", policy, pruned, "<= 0.03"),
         Row("pruning: parameters removed", metrics["prune"]["removed"], "share", target=">= 0.25"),

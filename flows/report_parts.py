@@ -29,8 +29,8 @@ LOSSES = (
         (("task_loss", "answers", "s1"), ("pretraining_loss", "pretraining text", "s2")),
         "nats a token",
     ),
-    ("reward", "Reward model: ratings", (("rating_loss", "squared error", "s1"),), "squared rating points"),
-    ("reward", "Reward model: order", (("ordering_loss", "Bradley–Terry", "s1"),), "nats a pair"),
+    ("reward@policy", "Reward model: ratings", (("rating_loss", "squared error", "s1"),), "squared rating points"),
+    ("reward@policy", "Reward model: order", (("ordering_loss", "Bradley–Terry", "s1"),), "nats a pair"),
     ("prune", "Recovery after pruning", (("loss", "distance to the policy", "s1"),), "KL, nats a token"),
 )
 SHARE = "share"
@@ -127,12 +127,12 @@ def training(run: Results) -> Part:
 
 
 def reward(run: Results) -> Part:
-    """Return how often the reward model finds people's order, beside a bag of words, and its calibration."""
-    figures = run.metrics("reward")
+    """Return how often PPO's reward model and the judge find people's order, beside a bag of words; calibration."""
+    figures, judge = run.metrics("reward@policy"), run.metrics("reward@judge")
     if not figures:
         return {}
     gaps = [
-        {"gap": name.removeprefix("gap_at_least_"), **value}
+        {"gap": name.removeprefix("gap_at_least_"), **value, "judge": (judge.get(name) or {}).get("model")}
         for name, value in figures.items()
         if name.startswith("gap_at_least_") and value.get("pairs")
     ]
@@ -142,8 +142,11 @@ def reward(run: Results) -> Part:
         "figures": figures,
         "gaps": gaps + ([{"gap": "", **ranked}] if ranked else []),
         "calibration": report_plots.calibration(points, "predicted rating, points", "people's rating, points"),
-        "base": run.settings("reward").get("model", ""),
-        "words": run.settings("reward").get("words", False),
+        "base": run.settings("reward@policy").get("model", ""),
+        "words": run.settings("reward@policy").get("words", False),
+        "conversation": run.settings("reward@policy").get("reads") == "conversation",
+        "judge": judge,
+        "length": figures.get("length") or {},
     }
 
 

@@ -13,6 +13,7 @@ from flows.report_parts import Part
 from flows.report_plots import Whisker
 from flows.results import Results
 
+WON = "win_rate_over_tuned"
 # (figure, heading, kind, 1 where more is better and -1 where less is)
 DECODER = (
     ("exact_match_tuned", "Exact match, tuned questions", "share", 1),
@@ -20,6 +21,7 @@ DECODER = (
     ("perplexity", "Perplexity of held-out prose", "number", -1),
     ("bits_per_byte", "Bits a byte of held-out prose", "number", -1),
     ("reward_mean", "Mean reward of sampled replies", "points", 1),
+    (WON, "Wins over the tuned model, by the judge", "share", 1),
     ("distinct_2", "Different word pairs (distinct-2)", "share", 1),
     ("parameters", "Parameters", "count", -1),
     ("bytes", "Size", "bytes", -1),
@@ -74,7 +76,10 @@ def tiles(run: Results) -> list[Part]:
             for model in rows
             if model.get(figure) is not None
         ]
-    if {"tuned", "policy"} <= set(models) and models["policy"].get("reward_mean") is not None:
+    if models.get("policy", {}).get(WON) is not None:
+        says = "of replies preferred to the tuned model’s"
+        result.append({"kind": "share", "value": models["policy"][WON], "says": says, "of": "policy"})
+    elif {"tuned", "policy"} <= set(models) and models["policy"].get("reward_mean") is not None:
         gain = models["policy"]["reward_mean"] - models["tuned"]["reward_mean"]
         result.append({"kind": "change", "value": gain, "says": "rating points gained by PPO", "of": "policy"})
     ratio = run.metrics("quantize@policy").get("ratio")
@@ -109,7 +114,7 @@ def _cell(model: Part, before: Part, column: tuple[str, str, str, int], paired: 
         "value": value, "kind": kind, "heading": heading, "interval": model.get(f"{figure}_interval"),
         "spread": model.get("reward_std") if figure == "reward_mean" else None, "change": None,
     }  # fmt: skip
-    if value is None or earlier is None or (value == earlier and not paired):
+    if figure == WON or value is None or earlier is None or (value == earlier and not paired):
         return cell
     if paired:
         low, high = paired["interval"]

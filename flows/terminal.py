@@ -31,6 +31,7 @@ SHEET: dict[str, tuple[str, Callable[[Any], str]]] = {  # column: its heading, i
     "perplexity": ("perpl.", lambda value: f"{value:.2f}"),
     "bits_per_byte": ("bits/\nbyte", lambda value: f"{value:.2f}"),
     "reward_mean": ("reward", lambda value: f"{value:.2f}"),
+    "win_rate_over_tuned": ("wins\n%", lambda value: f"{100 * value:.0f}"),
     "distinct_2": ("dist.\n2", lambda value: f"{value:.2f}"),
     "tokens_per_second": ("tok/s", lambda value: f"{value:.0f}"),
     "seconds": ("s", lambda value: f"{value:.0f}"),

@@ -22,7 +22,7 @@ INPUTS = (
     {f"sheet of {key}": f"metrics/evaluate@{key}.json" for key in CHAIN}
     | {f"answers of {key}": f"data/evaluate/{key}/answers" for key in CHAIN}
     | {
-        "reward": "metrics/reward.json",
+        "reward": "metrics/reward@policy.json",
         "prune": "metrics/prune.json",
         "quantize": "metrics/quantize@policy.json",
     }
@@ -31,14 +31,15 @@ OUTPUTS = {"differences": "data/compare/differences.json"}
 
 COLUMNS = (
     "model", "parameters", "bytes", "exact_match_tuned", "exact_match_tuned_interval", "exact_match_heldout",
-    "exact_match_heldout_interval", "perplexity", "bits_per_byte", "reward_mean", "reward_std", "distinct_2",
-    "masked_names", "masked_names_interval",
+    "exact_match_heldout_interval", "perplexity", "bits_per_byte", "reward_mean", "reward_std", "win_rate_over_tuned",
+    "win_rate_over_tuned_interval", "distinct_2", "masked_names", "masked_names_interval",
 )  # fmt: skip
 RATES = {
     "exact_match_tuned": ("greedy", "train"),
     "exact_match_heldout": ("greedy", "heldout"),
     "masked_names": ("masked", "train"),
 }
+JUDGED = ("policy", "pruned", "int8")  # whose replies the judge compares with the tuned model's
 STEPS = (("base", "tuned"), ("tuned", "policy"), ("policy", "pruned"), ("pruned", "int8"), ("encoder", "encoder-int8"))
 
 
@@ -79,6 +80,8 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         for rate, (kind, split) in RATES.items():
             if row[rate] is not None:
                 row[f"{rate}_interval"] = interval(_correct(answers[key], kind, split), config.resamples, job.seed)
+        if key in JUDGED:
+            row |= win_rate(answers["tuned"], answers[key], config.resamples, job.seed)
         rows.append(row)
     stage.write_json(job.outputs["differences"], [
         {"from": old, "to": new, "rate": rate, **paired(answers[old], answers[new], side, config.resamples, job.seed)}
@@ -153,6 +156,32 @@ def paired(
         "change": round(float(sums[:, 0].sum() / sums[:, 1].sum()), 4),
         "interval": _percentiles(_resampled(sums, resamples, seed)),
     }
+
+
+def win_rate(
+    tuned: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]], resamples: int, seed: int
+) -> dict[str, Any]:
+    """Return how often the judge prefers a model's reply to the tuned model's, and the paired 95 % interval.
+
+    Compared are sampled replies to the same prompt, about entities held out of the questions, which PPO has not seen
+    either; a tie counts half. Both are None where there are none.
+    """
+    before, after = ([row for row in rows if _is_judged(row)] for rows in (tuned, other))
+    by_entity: dict[str, list[float]] = {}
+    for old, new in zip(before, after, strict=True):
+        won = (new["judged"] > old["judged"]) + 0.5 * (new["judged"] == old["judged"])
+        by_entity.setdefault(old["entity"], []).append(won)
+    if not by_entity:
+        return {"win_rate_over_tuned": None, "win_rate_over_tuned_interval": None}
+    sums = np.array([[sum(wins), len(wins)] for _, wins in sorted(by_entity.items())], dtype=float)
+    return {
+        "win_rate_over_tuned": round(float(sums[:, 0].sum() / sums[:, 1].sum()), 4),
+        "win_rate_over_tuned_interval": _percentiles(_resampled(sums, resamples, seed)),
+    }
+
+
+def _is_judged(row: dict[str, Any]) -> bool:
+    return row["kind"] == "sampled" and row["split"] == "heldout" and row["judged"] is not None
 
 
 def _resampled(sums: npt.NDArray[np.float64], resamples: int, seed: int) -> npt.NDArray[np.float64]:

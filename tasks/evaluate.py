@@ -2,7 +2,8 @@
 
 Run as `python -m tasks.evaluate KEY`, KEY one of base, tuned, policy, pruned, int8, encoder, encoder-int8. A decoder
 answers questions about tuned and about held-out entities (greedy, exact match of the extracted answer), replies freely
-(sampled: mean reward and diversity) and is scored on held-out prose; an encoder names what is masked in statements.
+(sampled: mean reward and diversity, and what the judge thinks of each reply, a reward model that PPO has not learnt
+from) and is scored on held-out prose; an encoder names what is masked in statements.
 """
 
 import math
@@ -39,7 +40,8 @@ INPUTS = {
     "corpus": "data/validate/corpus",
     "instructions": "data/validate/instructions",
     "shards": "data/tokenize/shards",
-    "reward": "data/reward/model",
+    "reward": "data/reward/policy/model",
+    "judge": "data/reward/judge/model",
 }
 KEY_INPUTS = {key: {"model": path} for key, path in (DECODERS | ENCODERS).items()}
 OUTPUTS = {"answers": "data/evaluate/{key}/answers"}
@@ -103,13 +105,14 @@ def _decoder_sheet(config: Config, job: Job, path: Path) -> tuple[list[dict[str,
     for row, reply in zip(questions, replies, strict=True):
         given = extractor.extract(reply, row["entity"])
         correct = exact_match(given, row["answer"])
-        rows.append(_row(row, "greedy", reply, given, row["answer"], correct, None))
+        rows.append(_row(row, "greedy", reply, given, row["answer"], correct))
     sampled = sheet.spread(questions, config.samples)
     asked = [row["messages"][:-1] for row in sampled]
     texts = decoder.reply(asked, config.max_new_tokens, config.temperature, job.seed, f"{job.name} samples")
-    rewards = scorer.score(texts)
-    for row, text, reward in zip(sampled, texts, rewards, strict=True):
-        rows.append(_row(row, "sampled", text, None, row["answer"], None, round(reward, 5)))
+    exchanges = list(zip(asked, texts, strict=True))
+    rewards, judged = scorer.score(exchanges), Scorer.load(job.inputs["judge"], job.numerics).score(exchanges)
+    for row, text, *scores in zip(sampled, texts, rewards, judged, strict=True):
+        rows.append(_row(row, "sampled", text, None, row["answer"], None, *(round(score, 5) for score in scores)))
     mean = sum(rewards) / len(rewards)
     heldout = Split.open(job.inputs["shards"] / "heldout")
     return rows, {
@@ -136,7 +139,7 @@ def _encoder_sheet(config: Config, job: Job, path: Path) -> tuple[list[dict[str,
     for (row, text, gold), given in zip(masked, found, strict=True):
         rows.append({
             "id": row["id"], "entity": gold, "split": row["split"], "kind": "masked", "question": text,
-            "reply": given, "given": given, "wanted": gold, "correct": given == gold, "reward": None,
+            "reply": given, "given": given, "wanted": gold, "correct": given == gold, "reward": None, "judged": None,
         })  # fmt: skip
     right = sum(row["correct"] for row in rows)
     return rows, {
@@ -194,12 +197,14 @@ def _row(
     given: str | None,
     wanted: str,
     correct: bool | None,
-    reward: float | None,
+    reward: float | None = None,
+    judged: float | None = None,
 ) -> dict[str, Any]:
     question = row["messages"][-2]["content"]
     return {
         "id": row["id"], "entity": row["entity"], "split": row["split"], "kind": kind, "question": question,
         "reply": reply, "given": given, "wanted": wanted, "correct": correct, "reward": reward,
+        "judged": judged,
     }  # fmt: skip
 
 
@@ -207,7 +212,8 @@ def _write_answers(rows: Sequence[dict[str, Any]], path: Path) -> None:
     import pyarrow as pa
 
     text = [(name, pa.string()) for name in ("id", "entity", "split", "kind", "question", "reply", "given", "wanted")]
-    tables.write(rows, path, pa.schema([*text, ("correct", pa.bool_()), ("reward", pa.float64())]))
+    scores = [("reward", pa.float64()), ("judged", pa.float64())]
+    tables.write(rows, path, pa.schema([*text, ("correct", pa.bool_()), *scores]))
 
 
 if __name__ == "__main__":

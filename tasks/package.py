@@ -15,9 +15,9 @@ from tasks.common.settings import Settings
 from tasks.common.stage import Job, StageError
 
 RECORDS = (
-    "ingest", "validate", "tokenize", "pretrain/clm", "pretrain/mlm", "finetune", "reward", "ppo", "prune",
-    "quantize/policy", "quantize/encoder", "evaluate/base", "evaluate/tuned", "evaluate/policy", "evaluate/pruned",
-    "evaluate/int8", "evaluate/encoder", "evaluate/encoder-int8", "compare",
+    "ingest", "validate", "tokenize", "pretrain/clm", "pretrain/mlm", "finetune", "reward/policy",
+    "reward/judge", "ppo", "prune", "quantize/policy", "quantize/encoder", "evaluate/base", "evaluate/tuned",
+    "evaluate/policy", "evaluate/pruned", "evaluate/int8", "evaluate/encoder", "evaluate/encoder-int8", "compare",
 )  # fmt: skip
 INPUTS = {
     "policy": "data/quantize/policy/model",

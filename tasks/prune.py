@@ -99,7 +99,7 @@ class Batches:
         rows = tables.read(job.inputs["instructions"], "train").column("messages").to_pylist()
         questions = chat.questions(tokenizer, rows)
         chosen = np.random.default_rng([job.seed, 3]).choice(len(questions), config.replies)
-        prompts = [questions[i] for i in chosen]
+        prompts = [questions[i].ids for i in chosen]
         replies = sampling.replies(
             policy,
             tokenizer,

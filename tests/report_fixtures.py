@@ -16,12 +16,13 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "pretrain@clm": ("tokenize",),
     "pretrain@mlm": ("tokenize",),
     "finetune": ("pretrain@clm", "tokenize"),
-    "reward": ("pretrain@mlm", "validate"),
-    "ppo": ("finetune", "reward"),
+    "reward@policy": ("pretrain@mlm", "validate"),
+    "reward@judge": ("pretrain@mlm", "validate"),
+    "ppo": ("finetune", "reward@policy"),
     "quantize@policy": ("ppo",),
-    "evaluate@tuned": ("finetune", "reward"),
-    "evaluate@policy": ("ppo", "reward"),
-    "evaluate@int8": ("quantize@policy", "reward"),
+    "evaluate@tuned": ("finetune", "reward@policy", "reward@judge"),
+    "evaluate@policy": ("ppo", "reward@policy", "reward@judge"),
+    "evaluate@int8": ("quantize@policy", "reward@policy", "reward@judge"),
     "evaluate@encoder": ("pretrain@mlm",),
     "compare": ("evaluate@tuned", "evaluate@policy", "evaluate@int8", "evaluate@encoder"),
     "package": ("compare", "quantize@policy"),
@@ -32,7 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         {"name": "countries", "kind": "package", "reader": "countries", "requirement": "countries==1.0"},
         {"name": "stars", "kind": "files", "table": "ratings", "path": "stars.csv"},
     ]},
-    "reward": {"model": "data/pretrain/mlm/model"},
+    "reward@policy": {"model": "data/pretrain/mlm/model"},
     "ppo": {"kl": {"target": 6.0}},
     "evaluate@base": {"questions": 40},
 }  # fmt: skip
@@ -62,7 +63,7 @@ def make(project: Path) -> Path:
         }  # fmt: skip
         if stage.startswith("evaluate@"):
             maker = folder(MAKERS[stage.partition("@")[2]])
-            record["inputs"] = {"data/reward/model": HASH, f"data/{maker}/model": HASH}
+            record["inputs"] = {f"data/{name}/model": HASH for name in ("reward/judge", "reward/policy", maker)}
         put(project / "data" / folder(stage) / "record.json", record)
         log(project, RUN, stage, f"{second:02d}{HASH}", f"2026-01-02T03:04:{second:02d}+00:00", 36.0)
     flow = {name: {"status": "ran", "seconds": 36.0, "message": ""} for name in NEEDS}
@@ -139,7 +140,8 @@ def _data(project: Path) -> None:
 def _training(project: Path) -> None:
     columns = {
         "pretrain@clm": "loss", "pretrain@mlm": "loss", "finetune": "task_loss,pretraining_loss",
-        "reward": "rating_loss,ordering_loss", "ppo": "reward,reward_std,kl,entropy,length,ended,clip_fraction,beta",
+        "reward@policy": "rating_loss,ordering_loss",
+        "ppo": "reward,reward_std,kl,entropy,length,ended,clip_fraction,beta",
     }  # fmt: skip
     for stage, names in columns.items():
         rows = [",".join([str(step), *(f"{0.9 / step:.3f}" for _ in names.split(","))]) for step in (1, 2, 3)]
@@ -149,7 +151,13 @@ def _training(project: Path) -> None:
     put(project / "metrics/quantize@policy.json", {"bytes": 250, "fp32_bytes": 1000, "ratio": 0.25})
     pairs = {"pairs": 120, "model": 0.81, "bag_of_words": 0.84}
     calibration = [{"predicted": -1.0, "rated": -0.9}, {"predicted": 1.0, "rated": 1.2}]
-    put(project / "metrics/reward.json", {"rankings": 51, "gap_at_least_1": pairs, "calibration": calibration})
+    length = {"correlation": -0.25, "correlation_of_raters": 0.1, "longer_first": 0.47, "longer_first_by_people": 0.52}
+    figures = {"gap_at_least_1": pairs, "calibration": calibration, "length": length}
+    put(project / "metrics/reward@policy.json", {"rankings": 51, **figures})
+    put(
+        project / "metrics/reward@judge.json",
+        {"rankings": 21, **figures, "gap_at_least_1": {"pairs": 120, "model": 0.77}},
+    )
 
 
 def _evaluation(project: Path) -> None:
@@ -160,10 +168,11 @@ def _evaluation(project: Path) -> None:
         "reward_mean": 0.5, "reward_std": 0.9, "distinct_2": 0.4,
     }  # fmt: skip
     encoder = {"parameters": 1_000_000, "bytes": 4_000_000, "masked_names": 0.93, "masked_names_interval": [0.9, 0.96]}
+    won = {"win_rate_over_tuned": 0.715, "win_rate_over_tuned_interval": [0.65, 0.78]}
     models = [
         {"model": "encoder", **encoder},
         {"model": "tuned", **sheet},
-        {"model": "policy", **sheet, "exact_match_tuned": 0.935, "reward_mean": 1.75},
+        {"model": "policy", **sheet, "exact_match_tuned": 0.935, "reward_mean": 1.75, **won},
         {"model": "int8", **sheet, "exact_match_tuned": 0.935, "bytes": 2_000_000, "reward_mean": 1.75},
     ]
     gates = [

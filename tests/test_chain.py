@@ -134,11 +134,11 @@ def test_one_new_ranking_reruns_reward_and_what_follows_and_no_pretraining(
         changed = {path for path in outs if outs[path] != old[path]}
         assert changed >= {"data/ingest/rankings", "data/validate/rankings"}
         assert not changed & {f"data/{name}/{table}" for name in NAMED for table in ("corpus", "instructions")}
-        run(chain, ".venv/bin/dvc", "repro", "reward")
+        run(chain, ".venv/bin/dvc", "repro", "reward@policy", "reward@judge")
         assert "ppo" in planned(chain)
     finally:
         (chain.path / "data/sources/rankings/000001.parquet").unlink()
-        run(chain, ".venv/bin/dvc", "repro", "reward")
+        run(chain, ".venv/bin/dvc", "repro", "reward@policy", "reward@judge")
     assert planned(chain) == set()
 
 

@@ -10,7 +10,7 @@ import pytest
 from tasks import compare, evaluate
 from tasks.common.settings import Checkpoints
 from tasks.common.stage import Job
-from tasks.compare import Gates, drop, interval, judge, paired
+from tasks.compare import Gates, drop, interval, judge, paired, win_rate
 from tests.training_fixtures import NUMERICS
 
 GATES: dict[str, float] = {
@@ -118,6 +118,44 @@ def test_differences_compare_the_same_questions() -> None:
     before = rows([True, False, True]) + rows([True] * 9, split="heldout") + rows([True] * 9, kind="sampled")
     after = rows([True, True])
     assert paired(before, after, ("greedy", "train"), 500, 1)["change"] == 0.5
+
+
+# The judge
+
+
+def judged(scores: list[float], entities: int = 10**6, **changes: Any) -> list[dict[str, Any]]:
+    """Return sampled replies to held-out prompts with the judge's scores, asked about so many entities in turn."""
+    row = {"kind": "sampled", "split": "heldout", "question": "?", "reply": "!", "given": None, "wanted": "!"}
+    return [
+        {**row, "id": f"q{n}", "entity": f"e{n % entities}", "correct": None, "reward": 0.0, "judged": score, **changes}
+        for n, score in enumerate(scores)
+    ]
+
+
+def test_a_win_rate_counts_ties_half() -> None:
+    """Prompt by prompt: three wins, two ties and a loss of six."""
+    found = win_rate(judged([0.0] * 6), judged([1.0, 2.0, 0.1, 0.0, 0.0, -1.0]), 500, 1)
+    assert found["win_rate_over_tuned"] == round(4 / 6, 4)
+    low, high = found["win_rate_over_tuned_interval"]
+    assert 0 <= low < 4 / 6 < high <= 1
+
+
+def test_a_win_rate_has_the_width_that_is_known() -> None:
+    """A hundred prompts of an entity each, seventy won: 0.70 +- 1.96 x 0.0458; replies about one go together."""
+    new = [1.0 if n < 70 else -1.0 for n in range(100)]
+    found = win_rate(judged([0.0] * 100), judged(new), 4000, 1)["win_rate_over_tuned_interval"]
+    assert found == pytest.approx([0.70 - 0.0898, 0.70 + 0.0898], abs=0.02)
+    two = [1.0 if n % 2 else -1.0 for n in range(100)]
+    together = win_rate(judged([0.0] * 100, 2), judged(two, 2), 500, 1)
+    assert together == {"win_rate_over_tuned": 0.5, "win_rate_over_tuned_interval": [0.0, 1.0]}
+
+
+def test_only_replies_to_held_out_prompts_are_compared() -> None:
+    """Not those to questions that PPO practised, nor greedy ones; without any there is no rate."""
+    others = judged([9.0] * 5, split="train") + judged([9.0] * 5, kind="greedy")
+    before, after = judged([0.0, 0.0]), judged([-1.0, 1.0])
+    assert win_rate(before + others, after + others, 500, 1)["win_rate_over_tuned"] == 0.5
+    assert win_rate(others, others, 500, 1) == {"win_rate_over_tuned": None, "win_rate_over_tuned_interval": None}
 
 
 # Gates
@@ -229,10 +267,15 @@ def make_job(folder: Path, sheets: dict[str, dict[str, Any]]) -> Job:
         kind = "masked" if "encoder" in key else "greedy"
         rate = figures.get("masked_names") or figures.get("exact_match_tuned") or 0.0
         found = [
-            {**row, "question": "?", "reply": "!", "given": None, "wanted": "!", "reward": None}
+            {**row, "question": "?", "reply": "!", "given": None, "wanted": "!", "reward": None, "judged": None}
             for split in ("train", "heldout")
             for row in rows((random.random(50) < rate).tolist(), kind, split)
         ]
+        if kind == "greedy":
+            found += [
+                {**row, "reward": 0.0, "judged": 1.0 if key == "policy" else 0.0}
+                for row in judged([0.0] * 4, split="heldout")
+            ]
         evaluate._write_answers(found, inputs[f"answers of {key}"])
         inputs[f"sheet of {key}"].write_text(json.dumps({"model": key, **figures}))
     for name, figures in OTHERS.items():
@@ -263,6 +306,8 @@ def test_the_table_shows_every_model_and_every_step(tmp_path: Path) -> None:
         ("encoder", "encoder-int8")
     ]
     assert all(step["interval"][0] <= step["change"] <= step["interval"][1] for step in steps)
+    won = {row["model"]: row["win_rate_over_tuned"] for row in found["models"]}
+    assert won == {**dict.fromkeys(compare.CHAIN), "policy": 1.0, "pruned": 0.5, "int8": 0.5}
     json.dumps(found, allow_nan=False)
 
 

@@ -70,7 +70,7 @@ def test_compiled_it_learns_the_same(name: str, chain: Chain, tmp_path: Path) ->
     assert losses["always"] == pytest.approx(losses["never"], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["pretrain@clm", "pretrain@mlm", "finetune", "reward"])
+@pytest.mark.parametrize("name", ["pretrain@clm", "pretrain@mlm", "finetune", "reward@policy"])
 def test_blocks_that_are_worked_out_again_give_the_same_bytes(name: str, chain: Chain, tmp_path: Path) -> None:
     """Activation checkpointing changes nothing but memory and time."""
     short = config(name, steps=4, batch=4)

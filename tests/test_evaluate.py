@@ -62,8 +62,10 @@ def test_a_decoders_figures_follow_from_its_answers(key: str, sheets: Any, chain
     assert figures["reward_mean"] == pytest.approx(np.mean(rewards), abs=1e-4)
     assert figures["reward_std"] == pytest.approx(np.std(rewards, ddof=1), abs=1e-4)
     assert figures["distinct_2"] == round(sheet.distinct([row["reply"] for row in sampled], 2), 4)
-    scorer = Scorer.load(chain.path("data/reward/model"), NUMERICS)
-    assert rewards == pytest.approx(scorer.score([row["reply"] for row in sampled]), abs=2e-5)
+    exchanges = [([{"role": "user", "content": row["question"]}], row["reply"]) for row in sampled]
+    for column, model in (("reward", "policy"), ("judged", "judge")):
+        scorer = Scorer.load(chain.path(f"data/reward/{model}/model"), NUMERICS)
+        assert [row[column] for row in sampled] == pytest.approx(scorer.score(exchanges), abs=2e-5)
 
 
 def test_tuning_teaches_to_answer(sheets: Any) -> None:

@@ -227,13 +227,15 @@ def test_a_text_that_is_too_long_is_refused_or_cut(chain: Chain) -> None:
     assert len(example.ids) == 3
 
 
-@pytest.mark.parametrize("stage", ["ppo", "prune", "quantize@policy", "evaluate@tuned", "evaluate@int8", "reward"])
+@pytest.mark.parametrize(
+    "stage", ["ppo", "prune", "quantize@policy", "evaluate@tuned", "evaluate@int8", "reward@judge"]
+)
 def test_later_stages_refuse_a_model_that_does_not_answer(stage: str) -> None:
     """By name, before anything loads, and only where that stage runs: fine-tuning itself is sound."""
     params = read_params(ROOT / "profiles/default.yaml")
     params["finetune"]["mix"]["weight"] = 0.0
     params["finetune"]["task"] = {"name": "regression"}
-    for sound in (None, "finetune", "pretrain@mlm", "quantize@encoder", "evaluate@base", "reward"):
+    for sound in (None, "finetune", "pretrain@mlm", "quantize@encoder", "evaluate@base", "reward@judge"):
         check(params, stages=[sound] if sound else [])
     params["reward"]["model"] = "data/finetune/model"
     with pytest.raises(SettingsError, match=f"finetune.task.name: found 'regression', but {stage} needs chat"):

@@ -48,12 +48,12 @@ def names(folder: Path, stage: str) -> set[str]:
         ("pretrain mlm", "fsdp", {}),
         ("finetune", "fsdp", {"method": LORA}),
         ("finetune", "fsdp", {"method": {"name": "adapter", "width": 4}, "task": PACKED}),
-        ("reward", "data", {}),
+        ("reward policy", "data", {}),
         ("pretrain clm", "tensor", {}),
         ("pretrain clm", "zero2", {"accumulate": 2}),
         ("pretrain mlm", "zero3", {}),
         ("finetune", "zero3", {"method": LORA, "accumulate": 2}),
-        ("reward", "zero2", {}),
+        ("reward policy", "zero2", {}),
     ],
 )
 def test_two_processes_learn_as_one(

@@ -15,6 +15,7 @@ import pytest
 from serving.decoding import Sampling
 from serving.engine import TextEngine
 from tasks import evaluate, finetune, pretrain, prune, reward, tokenize
+from tasks.common.consistency import REWARD
 from tasks.common.modelling import models, pretrained
 from tasks.common.modelling.pretrained import From
 from tasks.common.settings import SettingsError, check, read_params
@@ -44,7 +45,7 @@ class Foreign(Chain):
             "tokenize": {"tokenizer": given, "context": CONTEXT},
             "pretrain@clm": clm,
             "finetune": {"method": LORA, "steps": 2, "batch": 4, "mix": {**SETTINGS["finetune"]["mix"], "window": 24}},
-            "reward": {"model": "data/finetune/model", "steps": 2, "word_dropout": 0.0},
+            **{name: {"model": "data/finetune/model", "steps": 2, "word_dropout": 0.0} for name in REWARD},
         }
         self.model = model
 
@@ -235,9 +236,9 @@ def test_what_needs_a_mask_token_says_so(foreign: Foreign, tmp_path: Path) -> No
     """The encoder, and a reward model that hides words."""
     with pytest.raises(StageError, match="masked pretraining hides tokens behind a mask token"):
         Vocabulary.of(foreign_tokenizer())
-    settings = foreign.settings("reward").model_copy(update={"word_dropout": 0.1})
+    settings = foreign.settings("reward@policy").model_copy(update={"word_dropout": 0.1})
     with pytest.raises(StageError, match=r"reward\.word_dropout is 0\.1, but the model's tokenizer has no mask token"):
-        reward.run(settings, foreign.job("reward", settings, tmp_path))
+        reward.run(settings, foreign.job("reward@policy", settings, tmp_path))
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ STAGES: list[tuple[str, dict[str, Any]]] = [
     ("pretrain clm", {}),
     ("pretrain mlm", {}),
     ("finetune", {"method": {**LORA, "dropout": 0.1}}),
-    ("reward", {}),
+    ("reward policy", {}),
     ("ppo", {}),
     ("ppo", {"method": LORA}),
 ]
@@ -41,14 +41,14 @@ def clone(
     """Return a folder with the project, the toy chain's data, and settings that train a stage for a few steps."""
     for needed in ("data/tokenize/shards", "data/pretrain/clm/model", "data/pretrain/mlm/model"):
         chain.path(needed)
-    for needed in ("data/finetune/model", "data/reward/model") if stage == "ppo" else ():
+    for needed in ("data/finetune/model", "data/reward/policy/model") if stage == "ppo" else ():
         chain.path(needed)
     copy_project(path, "smoke")
     yaml, settings = YAML(), path / "params.yaml"
     params = yaml.load(settings.read_text(encoding="utf-8"))
     section = params
     for name in stage.split():
-        section = section[name]
+        section = section.get(name, section)  # both reward models share theirs
     if stage == "ppo":
         section |= SMALL
         section["algorithm"] |= {"average": 0.9, "ptx": {**section["algorithm"]["ptx"], "window": 16, "batch": 4}}

@@ -11,13 +11,15 @@ from pydantic import ValidationError
 
 from tasks import reward
 from tasks.common import tables
-from tasks.common.evaluation.scoring import Scorer, encode, score_rows
+from tasks.common.evaluation import agreement
+from tasks.common.evaluation.rankings import Ranking, read_ranking
+from tasks.common.evaluation.scoring import Scorer, encode
 from tasks.common.modelling import models
 from tasks.common.modelling.lexicon import Lexicon
 from tasks.common.stage import StageError
+from tasks.common.text.chat import Exchange
 from tasks.common.training import losses
 from tasks.common.training.loop import Share
-from tasks.reward import Ranking
 from tests.training_fixtures import NUMERICS, Chain, chain, config, rankings
 
 __all__ = ["chain"]
@@ -35,12 +37,17 @@ def ranking(ratings: list[float] | None = None, ranks: list[int] | None = None) 
 
 def read(rows: list[dict[str, Any]], chain: Chain) -> list[Ranking]:
     """Return rows as the stage reads them."""
-    return [reward.read_ranking(row, chain.tokenizer(), 32) for row in rows]
+    return [read_ranking(row, chain.tokenizer(), 32, "response") for row in rows]
+
+
+def exchanges(*replies: str) -> list[Exchange]:
+    """Return replies to one prompt."""
+    return [([{"role": "user", "content": "Write a sentence."}], reply) for reply in replies]
 
 
 def group(texts: str, ratings: list[float] | None, **changes: Any) -> Ranking:
     """Return a ranking of replies of one letter each, of which the order does not matter."""
-    made = Ranking("r", list(texts), [[1]] * len(texts), ratings, [], [list(range(len(texts)))], cut=0)
+    made = Ranking("r", [], list(texts), [[1]] * len(texts), ratings, [], [list(range(len(texts)))], cut=0)
     return replace(made, **changes)
 
 
@@ -57,7 +64,7 @@ def test_a_batch_of_rankings_weighs_both_losses(chain: Chain, tmp_path: Path) ->
     rows = [ranking([2.0, -1.0, 0.5]), ranking(ranks=[2, 1]), ranking([1.0, 1.0])]
     rows[0]["responses"][1] = "A reply with far more words."
     batch = [(item, [0.25 + place for place in range(len(item.texts))]) for item in read(rows, chain)]
-    model, tokenizer = models.load_scorer(chain.path("data/reward/model"), NUMERICS).eval(), chain.tokenizer()
+    model, tokenizer = models.load_scorer(chain.path("data/reward/policy/model"), NUMERICS).eval(), chain.tokenizer()
 
     def score(text: str) -> float:
         ids = torch.tensor([encode(tokenizer, text, 32)])
@@ -77,7 +84,7 @@ def test_a_batch_of_rankings_weighs_both_losses(chain: Chain, tmp_path: Path) ->
     ):
         settings = config("reward", rating=0.7, ordering=ordering, batch=3, word_dropout=0.0)
         judgements = reward.Judgements(
-            settings, chain.job("reward", settings, tmp_path), model, tokenizer, *zip(*batch, strict=True)
+            settings, chain.job("reward@policy", settings, tmp_path), model, tokenizer, *zip(*batch, strict=True)
         )
         drawn = judgements.draw(0, Share())
         assert judgements.weights == {"rating": 0.7, "ordering": 0.3}
@@ -90,7 +97,7 @@ def test_a_batch_of_rankings_weighs_both_losses(chain: Chain, tmp_path: Path) ->
 def test_a_term_without_weight_is_no_term(chain: Chain, tmp_path: Path) -> None:
     """Nothing is added to the loss for it, and no curve is drawn."""
     settings = config("reward", rating=0.0, steps=2)
-    job = chain.job("reward", settings, tmp_path)
+    job = chain.job("reward@policy", settings, tmp_path)
     assert {name for name in chain.run(job, settings) if "loss" in name} == {"loss"}
 
 
@@ -184,14 +191,12 @@ def test_a_fold_without_ratings_elsewhere_falls_back_to_the_mean() -> None:
 class Known:
     """A scorer whose scores are given."""
 
-    lexicon = Lexicon(0.0, {})
-
     def __init__(self, scores: dict[str, float]) -> None:
         self.scores = scores
 
-    def score(self, texts: list[str]) -> list[float]:
-        """Return the scores of texts."""
-        return [self.scores[text] for text in texts]
+    def judge(self, exchanges: list[Exchange]) -> tuple[list[float], list[float]]:
+        """Return the scores of replies, of which one head is sure."""
+        return [self.scores[reply] for _, reply in exchanges], [0.0] * len(exchanges)
 
 
 def test_accuracy_is_the_share_of_pairs_in_peoples_order() -> None:
@@ -202,7 +207,7 @@ def test_accuracy_is_the_share_of_pairs_in_peoples_order() -> None:
         group("fg", [1.0, 0.0], pairs=[(0, 1, 1.0)]),
     ]
     scorer: Any = Known({"a": 0.5, "b": 0.9, "c": -2.0, "d": 1.0, "e": 0.0, "f": 0.4, "g": 0.4})
-    found = reward.judge(scorer, heldout[:1], heldout)
+    found = agreement.judge(scorer, heldout, {"bag_of_words": None})
     shares = {gap: (found[f"gap_at_least_{gap}"]["pairs"], found[f"gap_at_least_{gap}"]["model"]) for gap in "12"}
     assert (found["gap_at_least_0.2"]["pairs"], found["gap_at_least_0.2"]["model"]) == (4, 0.5)
     assert shares == {"1": (3, 0.6667), "2": (2, 1.0)}
@@ -213,15 +218,15 @@ def test_accuracy_is_the_share_of_pairs_in_peoples_order() -> None:
 def test_nothing_held_out_gives_no_figures() -> None:
     """Neither a division by nothing nor an accuracy of 0."""
     scorer: Any = Known({})
-    assert reward.judge(scorer, [], []) == {"heldout_pairs": 0}
+    assert agreement.judge(scorer, [], {}) == {"heldout_pairs": 0}
 
 
 def test_calibration_compares_predictions_with_people() -> None:
     """Bins of equal size over all replies, in order of the prediction, with both means."""
     rated = [(float(number), float(number) + 0.5) for number in range(20)]
-    bins = reward.calibration(rated[::-1], bins=4)
+    bins = agreement.calibration(rated[::-1], bins=4)
     assert bins == [{"predicted": 5.0 * k + 2, "rated": 5.0 * k + 2.5} for k in range(4)]
-    assert len(reward.calibration(rated[:3], bins=10)) == 3
+    assert len(agreement.calibration(rated[:3], bins=10)) == 3
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -231,7 +236,7 @@ def test_the_ordering_loss_is_that_of_trl(chain: Chain, tmp_path: Path) -> None:
     from trl import RewardConfig, RewardTrainer
 
     pairs = [("It was good.", "It was terrible."), ("A kind song about the garden.", "No."), ("Fine.", "It was good.")]
-    tokenizer, model = chain.tokenizer(), models.load_scorer(chain.path("data/reward/model"), NUMERICS)
+    tokenizer, model = chain.tokenizer(), models.load_scorer(chain.path("data/reward/policy/model"), NUMERICS)
     rows = [[encode(tokenizer, text, 32) for text in pair] for pair in pairs]
     settings = RewardConfig(
         output_dir=str(tmp_path / "trl"), per_device_train_batch_size=3, bf16=False, use_cpu=True, report_to="none",
@@ -241,9 +246,9 @@ def test_the_ordering_loss_is_that_of_trl(chain: Chain, tmp_path: Path) -> None:
     trainer = RewardTrainer(model, settings, train_dataset=given, processing_class=tokenizer)
     [batch] = trainer.get_train_dataloader()
     theirs = trainer.compute_loss(model.eval(), batch).item()
-    numerics = chain.job("reward", config("reward"), tmp_path).numerics
+    numerics = chain.job("reward@policy", config("reward"), tmp_path).numerics
     pairs_of_places = [(place, place + 1, 1.0) for place in (0, 2, 4)]
-    scores = score_rows(model, tokenizer, [ids for pair in rows for ids in pair], numerics)
+    scores = models.head_outputs(model, tokenizer, [ids for pair in rows for ids in pair], numerics, 16)[:, 0]
     assert losses.bradley_terry(scores, pairs_of_places).item() / 3 == pytest.approx(theirs, rel=1e-5)
 
 
@@ -254,10 +259,10 @@ def test_a_score_is_the_same_alone_and_in_company(chain: Chain) -> None:
     """Padding, batching and order change nothing; the rating by words is added, to be on people's scale."""
     import torch
 
-    scorer = Scorer.load(chain.path("data/reward/model"), NUMERICS)
+    scorer = Scorer.load(chain.path("data/reward/policy/model"), NUMERICS)
     texts = ["It was good.", "A very long reply about the garden, the song and the soup.", "", "It was terrible."]
-    together = scorer.score([*texts, *texts[::-1]], together=3)
-    alone = [scorer.score([text])[0] for text in texts]
+    together = scorer.score(exchanges(*texts, *texts[::-1]), together=3)
+    alone = [scorer.score(exchanges(text))[0] for text in texts]
     assert together == pytest.approx([*alone, *alone[::-1]], abs=1e-5)  # float32, sums in another order
     ids = torch.tensor([encode(scorer.tokenizer, texts[0], 64)])
     plain = scorer.model(input_ids=ids).logits[0, 0].item()
@@ -267,18 +272,18 @@ def test_a_score_is_the_same_alone_and_in_company(chain: Chain) -> None:
 
 def test_long_replies_are_scored_by_what_the_model_reads(chain: Chain) -> None:
     """A reply longer than the model reads has its number for the beginning, and does not fail."""
-    scorer = replace(Scorer.load(chain.path("data/reward/model"), NUMERICS), lexicon=Lexicon(0.0, {}))
-    long = scorer.score(["It was good. " * 30, "It was good. " * 30 + "It was terrible. " * 10])
+    scorer = replace(Scorer.load(chain.path("data/reward/policy/model"), NUMERICS), lexicon=Lexicon(0.0, {}))
+    long = scorer.score(exchanges("It was good. " * 30, "It was good. " * 30 + "It was terrible. " * 10))
     assert long[0] == pytest.approx(long[1], abs=1e-5)  # float32; a row's place in a batch changes the order of sums
 
 
 def test_no_score_leaves_the_raters_scale(chain: Chain) -> None:
     """Kind words have no limit together, ratings have one; where people only ranked there is none."""
-    scorer = Scorer.load(chain.path("data/reward/model"), NUMERICS)
+    scorer = Scorer.load(chain.path("data/reward/policy/model"), NUMERICS)
     assert scorer.scale == [-4.0, 4.0]
     gushing = replace(scorer, lexicon=Lexicon(0.0, {"kind": 50.0, "vile": -50.0}))
-    assert gushing.score(["kind", "vile"]) == [4.0, -4.0]
-    assert replace(gushing, scale=None).score(["kind"])[0] > 40
+    assert gushing.score(exchanges("kind", "vile")) == [4.0, -4.0]
+    assert replace(gushing, scale=None).score(exchanges("kind"))[0] > 40
 
 
 # The stage
@@ -306,14 +311,14 @@ def test_a_reward_model_learns_peoples_order(
 ) -> None:
     """On the encoder and on the tuned decoder: held-out sentences in the order of their adjectives, on the scale."""
     settings = config("reward", model=base, words=words, ordering=ordering)
-    job = chain.job("reward", settings, tmp_path)
+    job = chain.job("reward@policy", settings, tmp_path)
     metrics = chain.run(job, settings)
-    assert metrics["rankings"] == 7
+    assert metrics["rankings"] == 6
     assert metrics["heldout_pairs"] == 6 + 6 + 2
     assert metrics["gap_at_least_1"]["model"] >= 0.9
     assert metrics["gap_at_least_1"]["bag_of_words"] >= 0.9
     scorer = Scorer.load(job.outputs["model"], NUMERICS)
-    good, bad = scorer.score(["The soup was wonderful.", "The soup was terrible."])
+    good, bad = scorer.score(exchanges("The soup was wonderful.", "The soup was terrible."))
     assert good == pytest.approx(4.0, abs=1.5)
     assert bad == pytest.approx(-4.0, abs=1.5)
 
@@ -345,7 +350,7 @@ def test_rankings_that_cannot_be_learnt_from_are_told(
 ) -> None:
     """An empty table, and ranks where only ratings would be learnt from."""
     settings = config("reward", steps=1, **changes)
-    job = chain.job("reward", settings, tmp_path)
+    job = chain.job("reward@policy", settings, tmp_path)
     job.inputs["rankings"] = tmp_path / "table"
     tables.write(rows, job.inputs["rankings"], tables.schema("rankings"))
     with pytest.raises(StageError, match=sentence):

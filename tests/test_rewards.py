@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,15 @@ def test_a_file_that_names_no_service_is_told(text: str, tmp_path: Path) -> None
 
 
 def test_a_reward_model_is_one_of_them(chain: Chain) -> None:
-    """Its scores are those of the folder's scorer."""
-    path = chain.path("data/reward/model")
-    judge = rewards.open_judge(Model(name="model", path=str(path)), path, NUMERICS)
-    assert judge(PROMPTS, REPLIES) == Scorer.load(path, NUMERICS).score(REPLIES)
+    """Its rewards are the scores of the folder's scorer, less a price for how far its heads lie apart."""
+    path = chain.path("data/reward/policy/model")
+    scorer, exchanges = Scorer.load(path, NUMERICS), list(zip(PROMPTS, REPLIES, strict=True))
+
+    def rewarded(normalised: bool, disagreement: float) -> Sequence[float]:
+        reward = Model(name="model", path=str(path), normalised=normalised, disagreement=disagreement)
+        return rewards.open_judge(reward, path, NUMERICS)(PROMPTS, REPLIES)
+
+    assert rewarded(False, 0.0) == scorer.score(exchanges)
+    assert rewarded(True, 0.0) == scorer.score(exchanges, normalised=True)
+    scores, apart = scorer.judge(exchanges)
+    assert rewarded(False, 2.0) == [score - 2 * other for score, other in zip(scores, apart, strict=True)]

@@ -120,13 +120,13 @@ def test_two_jokes_in_the_reward_losses() -> None:
 
 def test_two_jokes_are_learnt_on_their_scale(chain: Chain, tmp_path: Path) -> None:
     """The reward stage, given nothing but these two ratings, scores the jokes -10 and +8."""
-    settings = config("reward", steps=60, word_dropout=0.0)
-    job = chain.job("reward", settings, tmp_path)
+    settings = config("reward", steps=60, word_dropout=0.0, judge_share=1e-6)
+    job = chain.job("reward@policy", settings, tmp_path)
     job.inputs["rankings"] = tmp_path / "jokes"
     joke = {**next(rankings()), "responses": [BAD_JOKE, GOOD_JOKE], "scores": [[-10.0], [8.0]], "scale": [-10.0, 10.0]}
     tables.write([joke], job.inputs["rankings"], tables.schema("rankings"))
     chain.run(job, settings)
-    found = Scorer.load(job.outputs["model"], NUMERICS).score([BAD_JOKE, GOOD_JOKE])
+    found = Scorer.load(job.outputs["model"], NUMERICS).score([([], BAD_JOKE), ([], GOOD_JOKE)])
     assert found == pytest.approx([-10.0, 8.0], abs=1.0)
 
 

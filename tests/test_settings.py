@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pydantic import Field, ValidationError
 
+from tasks.common.consistency import REWARD
 from tasks.common.settings import STAGES, Settings, SettingsError, check, read_params
 from tests.conftest import ROOT
 
@@ -185,8 +186,10 @@ def test_tensor_cuts_matrices_and_not_batches(params: dict[str, Any]) -> None:
 def test_stages_that_tensor_cannot_cut_are_named_together(params: dict[str, Any]) -> None:
     params["numerics"]["parallel"] = {"processes": 2, "engine": "tensor"}
     check(params, stages=["pretrain@clm", "finetune", "ppo"])
-    with pytest.raises(SettingsError, match="found 'tensor', but pretrain@mlm, reward train what it cannot cut"):
-        check(params, stages=["pretrain@clm", "pretrain@mlm", "finetune", "reward"])
+    with pytest.raises(
+        SettingsError, match="found 'tensor', but pretrain@mlm, reward@policy, reward@judge train what it cannot cut"
+    ):
+        check(params, stages=["pretrain@clm", "pretrain@mlm", "finetune", *REWARD])
     params["finetune"]["method"] = {"name": "adapter", "width": 8}
     with pytest.raises(SettingsError, match="found 'tensor', but finetune trains what it cannot cut"):
         check(params, stages=["finetune"])

@@ -315,7 +315,7 @@ WHOLE = [
     ("finetune", {"steps": 5, "batch": 4, "method": DORA}),
     ("finetune", {"steps": 5, "batch": 4, "method": {"name": "adapter", "width": 5}}),
     ("finetune", {"steps": 5, "batch": 4, "task": {"name": "chat", "answers": "all", "packing": 48}}),
-    ("reward", {"steps": 5, "batch": 2}),
+    ("reward@policy", {"steps": 5, "batch": 2}),
     ("prune", {"steps": 5}),
 ]
 

@@ -133,6 +133,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "reward": {
         "model": "data/pretrain/mlm/model",
+        "reads": "response",
+        "heads": 1,
+        "judge_share": 0.3,
         "rating": 1.0,
         "ordering": {"name": "bradley_terry", "weight": 0.1, "margin": 0.0},
         "words": True,
@@ -145,7 +148,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ppo": {
         "algorithm": PROXIMAL,
         "method": {"name": "full"},
-        "reward": {"name": "model", "path": "data/reward/model"},
+        "reward": {
+            "name": "model",
+            "path": "data/reward/policy/model",
+            "normalised": False,
+            "disagreement": 0.0,
+        },
         "iterations": 3,
         "episodes": 12,
         "minibatch": 6,

@@ -43,6 +43,7 @@ IN_CONFIG = {
 }
 ELEMENTWISE = ("sgd", "adam", "adamw", "lion")  # update rules that treat every number of a matrix alone
 ENCODER = "data/pretrain/mlm/model"
+REWARD = ("reward@policy", "reward@judge")
 ANSWERING = ("ppo", "prune", "quantize@policy", "evaluate@tuned", "evaluate@policy", "evaluate@pruned", "evaluate@int8")
 
 
@@ -64,7 +65,7 @@ def of_settings(params: dict[str, Any]) -> Iterator[str]:
 def of_stages(params: dict[str, Any], stages: Iterable[str]) -> Iterator[str]:
     """Tell of settings that some of these stages cannot run with, although others can."""
     wanted = list(stages)
-    answering = (*ANSWERING, *(["reward"] if _at(params, "reward.model") == "data/finetune/model" else []))
+    answering = (*ANSWERING, *(REWARD if _at(params, "reward.model") == "data/finetune/model" else []))
     task, names = _at(params, "finetune.task.name"), [stage for stage in wanted if stage in answering]
     if task != "chat" and names:
         yield (
@@ -72,7 +73,7 @@ def of_stages(params: dict[str, Any], stages: Iterable[str]) -> Iterator[str]:
             "alone trains a model that answers; end with `dvc repro finetune`"
         )
     plain = _at(params, "finetune.method.name") in ("full", "top") and task == "chat"
-    uncut = ("pretrain@mlm", "reward", *([] if plain else ["finetune"]))
+    uncut = ("pretrain@mlm", *REWARD, *([] if plain else ["finetune"]))
     names = [stage for stage in wanted if stage in uncut]
     if _engine(params) == "tensor" and names:
         yield (

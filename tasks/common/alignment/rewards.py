@@ -44,6 +44,8 @@ class Model(Settings):
 
     name: Literal["model"] = Field(description="Kind of reward")
     path: str = Field(description="Folder of the reward model", min_length=1)
+    normalised: bool = Field(description="Mean 0 and variance 1 on the training responses, not the raters' scale")
+    disagreement: float = Field(description="Taken off for a standard deviation between the model's heads", ge=0)
 
 
 class Function(Settings):
@@ -74,7 +76,13 @@ def open_judge(reward: Model | Function | Endpoint, path: Path, numerics: Numeri
     """Return the judge of some settings, which lies at `path`; raise StageError where it cannot be asked."""
     if isinstance(reward, Model):
         scorer = Scorer.load(path, numerics)
-        return lambda prompts, replies: scorer.score(replies)
+
+        def judge(prompts: Prompts, replies: Sequence[str]) -> Sequence[float]:
+            exchanges = list(zip(prompts, replies, strict=True))
+            scores, apart = scorer.judge(exchanges, normalised=reward.normalised)
+            return [score - reward.disagreement * other for score, other in zip(scores, apart, strict=True)]
+
+        return judge
     if isinstance(reward, Function):
         return InTime(_function(path, reward.function), reward.timeout)
     return InTime(_endpoint(path, reward.timeout), reward.timeout)

@@ -35,7 +35,7 @@ class Lexicon:
         from scipy.sparse.linalg import lsqr
 
         mean = round(sum(ratings) / len(ratings), 6) if ratings else 0.0
-        rows = [_terms(text, bigrams) for text in texts] if words else []
+        rows = [terms(text, bigrams) for text in texts] if words else []
         columns = {term: place for place, term in enumerate(dict.fromkeys(term for row in rows for term in row))}
         if not columns:
             return cls(mean, {}, bigrams)
@@ -46,7 +46,7 @@ class Lexicon:
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """Return the rating of each text."""
-        return [self.mean + sum(self.words.get(term, 0.0) for term in _terms(text, self.bigrams)) for text in texts]
+        return [self.mean + sum(self.words.get(term, 0.0) for term in terms(text, self.bigrams)) for text in texts]
 
     def save(self, path: Path) -> None:
         """Write the lexicon as JSON."""
@@ -58,7 +58,7 @@ class Lexicon:
         return cls(**json.loads(path.read_text("utf-8")))
 
 
-def _terms(text: str, bigrams: bool) -> list[str]:
+def terms(text: str, bigrams: bool = False) -> list[str]:
     """Return a text's different words and marks, lower case, in their order, then its different pairs of them."""
     words = re.findall(r"\w+(?:['’]\w+)*|[^\w\s]", text.lower())
     pairs = (f"{a} {b}" for a, b in pairwise(words)) if bigrams else ()

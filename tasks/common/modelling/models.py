@@ -223,11 +223,37 @@ def load_encoder(path: Path, numerics: Numerics) -> "PreTrainedModel":
     return _on_device(_load(AutoModelForMaskedLM, path, numerics), numerics)
 
 
-def load_scorer(path: Path, numerics: Numerics) -> "PreTrainedModel":
-    """Load a model with a head that gives one number, in float32, onto the device; a missing head is fresh."""
+def load_scorer(path: Path, numerics: Numerics, heads: int | None = 1) -> "PreTrainedModel":
+    """Load a model whose head gives one number or several, in float32, onto the device; a missing head is fresh.
+
+    Without `heads` there are as many as the folder's config says.
+    """
     from transformers import AutoModelForSequenceClassification
 
-    return _on_device(_load(AutoModelForSequenceClassification, path, numerics, num_labels=1), numerics)
+    settings = {} if heads is None else {"num_labels": heads}
+    return _on_device(_load(AutoModelForSequenceClassification, path, numerics, **settings), numerics)
+
+
+def new_scorer(path: Path, numerics: Numerics, heads: int) -> "PreTrainedModel":
+    """Load a model as a reward model begins: without dropout, each of its heads fresh, from N(0, 1/(d + 1)), bias 0.
+
+    As Stiennon et al. 2020 and Huang et al. 2024, arXiv 2403.17031, section 6: scores begin neither all alike nor far
+    apart, and a reply has the score in training that it has later.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = AutoConfig.from_pretrained(path, num_labels=heads)
+    for name, value in vars(config).items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
+            setattr(config, name, 0.0)
+    model: Any = _load(AutoModelForSequenceClassification, path, numerics, config=config)
+    linear = [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part.out_features == heads]
+    head = linear[-1]
+    torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    if head.bias is not None:
+        torch.nn.init.zeros_(head.bias)
+    return _on_device(model, numerics)
 
 
 def load_classifier(path: Path, numerics: Numerics, labels: list[str]) -> "PreTrainedModel":

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.common.stage import StageError
 
@@ -21,6 +21,14 @@ TEMPLATE = (
 TOGETHER = 16  # rows in one forward pass of training, where they differ in length
 
 Message = dict[str, str]
+Exchange = tuple[Sequence[Message], str]  # a conversation up to where a reply is asked for, and the reply
+
+
+class Question(NamedTuple):
+    """A conversation up to where a reply is asked for, as ids and as it was written."""
+
+    ids: list[int]
+    messages: list[Message]
 
 
 def load_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
@@ -45,12 +53,11 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Messa
     return list(ids)
 
 
-def questions(tokenizer: "PreTrainedTokenizerFast", conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
-    """Return the ids of the conversations up to their last answers, each different one once, sorted."""
+def questions(tokenizer: "PreTrainedTokenizerFast", conversations: Sequence[Sequence[Message]]) -> list[Question]:
+    """Return the conversations up to their last answers, each different one once, sorted by their ids."""
     asked = {tuple((part["role"], part["content"]) for part in messages[:-1]) for messages in conversations}
-    return sorted(
-        encode_prompt(tokenizer, [{"role": role, "content": content} for role, content in parts]) for parts in asked
-    )
+    written = ([{"role": role, "content": content} for role, content in parts] for parts in sorted(asked))
+    return sorted((Question(encode_prompt(tokenizer, parts), parts) for parts in written), key=lambda asked: asked.ids)
 
 
 def encode_chat(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
