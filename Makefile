@@ -14,8 +14,8 @@ run: $(VENV)/.runtime ## train, align, shrink and package a model, then talk to 
 	@$(BIN)/bessemer run
 	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/bessemer chat; else $(BIN)/bessemer chat --samples; fi
 
-test: $(VENV)/.dev ## run the tests; they need no network
-	@$(BIN)/python -m pytest
+test: $(VENV)/.dev ## run the tests, two at a time; they need no network
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(VENV)/.dev ## lint, format and types
 	@$(BIN)/ruff check .

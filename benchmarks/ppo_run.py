@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks import harness
 from benchmarks.harness import BenchmarkError
@@ -35,7 +35,7 @@ def tokenizer_of(vocabulary: int) -> Any:
 
     words = {"<pad>": PAD, "<end>": END, **{f"w{i}": i for i in range(2, vocabulary)}}
     made = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=made, eos_token="<end>", pad_token="<pad>", padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
@@ -64,6 +64,11 @@ def prompts_of(vocabulary: int) -> list[list[int]]:
     return np.random.default_rng(0).integers(2, vocabulary, (512, LENGTH)).tolist()  # type: ignore[no-any-return]
 
 
+def asked_as(ids: Sequence[int]) -> list[dict[str, str]]:
+    """Return a prompt as the message that its words are."""
+    return [{"role": "user", "content": " ".join(f"w{i}" for i in ids)}]
+
+
 class Scores:
     """The reward model, which reads prompt and reply; its scores are the reward."""
 
@@ -75,7 +80,7 @@ class Scores:
         import torch
 
         rows = [
-            [*asked, *self.tokenizer.encode(text, add_special_tokens=False)]
+            self.tokenizer.encode(f"{asked[0]['content']} {text}", add_special_tokens=False)
             for asked, text in zip(prompts, replies, strict=True)
         ]
         width = max(map(len, rows))
@@ -91,7 +96,7 @@ def ours(request: dict[str, Any], folder: Path) -> tuple[Trainer, Any]:
     import torch
 
     like = request["side"] != "as-we-run-it"
-    dtype = "float32" if like else "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "float32" if like else "bfloat16"
     numerics = Numerics(
         device=request["device"], threads=request["threads"], dtype=Dtypes(decoder=dtype, encoder="float32"),
         attention="sdpa", compile="never", recompute=False, parallel=Parallel(processes=1, engine="data"),
@@ -111,7 +116,7 @@ def ours(request: dict[str, Any], folder: Path) -> tuple[Trainer, Any]:
         betas=[0.9, 0.999], epsilon=epsilon_of(request),
     )  # fmt: skip
     world, episodes = World(0, 1, "data", request["device"]), request["episodes"]
-    prompts: Any = [Prompt(str(number), ids, ids) for number, ids in enumerate(prompts_of(shape["vocabulary"]))]
+    prompts = [Prompt(str(number), asked_as(ids), ids) for number, ids in enumerate(prompts_of(shape["vocabulary"]))]
     judge = Scores(fresh(shape, "scorer", 5).to(request["device"]), tokenizer)
     trainer = Trainer(
         config, Sampler(episodes, episodes, REPLY, 1.0, 0.0, 1), policy, begun(rule, policy.model, world), tokenizer,
@@ -151,7 +156,7 @@ def trl(request: dict[str, Any], folder: Path, epochs: int = EPOCHS) -> Any:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    from trl.experimental.ppo import PPOConfig, PPOTrainer  # type: ignore[import-not-found]
 
     torch.set_num_threads(request["threads"])
     shape, episodes = request["shape"], request["episodes"]
@@ -217,15 +222,13 @@ def one_step(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     if bool(((ids[:, LENGTH:] == PAD) | (ids[:, LENGTH:] == END)).any()):
         raise BenchmarkError("TRL has sampled an end or padding, which the two sides read differently: another seed.")
     mine, _ = ours(request, folder)
-    mine.prompts = [Prompt(str(i), row, row) for i, row in enumerate(ids[:, :LENGTH].tolist())]
+    mine.prompts = [Prompt(str(i), asked_as(row), row) for i, row in enumerate(ids[:, :LENGTH].tolist())]
     replies = ids[:, LENGTH:].tolist()
     # The sampler hands out TRL's replies, in the order that ours draws the prompts in.
     order: Any = SimpleNamespace(rows=[])
-    sampling.replies = (
-        lambda model, tokenizer, prompts, **_: [  # type: ignore[assignment]
-            replies[next(i for i, row in enumerate(ids[:, :LENGTH].tolist()) if row == prompt)] for prompt in prompts
-        ]
-    )
+    sampling.replies = lambda model, tokenizer, prompts, **_: [
+        replies[next(i for i, row in enumerate(ids[:, :LENGTH].tolist()) if row == prompt)] for prompt in prompts
+    ]
     import numpy as np
 
     class Straight:

@@ -70,9 +70,9 @@ def test_a_misspelt_key_is_found_in_every_stage(params: dict[str, Any], stage: s
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_number_without_end_is_no_setting(params: dict[str, Any], value: float) -> None:
     """It has no stable bytes in a record, and would end the stage there."""
-    params["ppo"]["kl"]["limit"] = value
+    params["ppo"]["alarms"]["kl"] = value
     (line,) = problems(params)
-    assert line == f"ppo.kl.limit: found {value}, but it should be a finite number"
+    assert line == f"ppo.alarms.kl: found {value}, but it should be a finite number"
 
 
 def test_a_section_of_the_wrong_kind_is_told(params: dict[str, Any]) -> None:
@@ -157,8 +157,8 @@ def test_an_unknown_key_is_told_with_those_beside_it(params: dict[str, Any]) -> 
 
 @pytest.mark.parametrize(
     "path",
-    ["pretrain.clm.window", "pretrain.mlm.window", "finetune.mix.window", "reward.max_tokens", "ppo.ptx.window",
-     "prune.window", "evaluate.window"],
+    ["pretrain.clm.window", "pretrain.mlm.window", "finetune.mix.window", "reward.max_tokens",
+     "ppo.algorithm.ptx.window", "prune.window", "evaluate.window"],
 )  # fmt: skip
 def test_nothing_is_read_beyond_the_context(path: str, params: dict[str, Any]) -> None:
     """Models that know 256 positions would take 257 without a word, and answer from a place they never learnt."""
@@ -185,7 +185,9 @@ def test_tensor_cuts_matrices_and_not_batches(params: dict[str, Any]) -> None:
 
 def test_stages_that_tensor_cannot_cut_are_named_together(params: dict[str, Any]) -> None:
     params["numerics"]["parallel"] = {"processes": 2, "engine": "tensor"}
-    check(params, stages=["pretrain@clm", "finetune", "ppo"])
+    check(params, stages=["pretrain@clm", "finetune", "prune"])
+    with pytest.raises(SettingsError, match="found 'tensor', but ppo knows data and fsdp"):
+        check(params, stages=["pretrain@clm", "finetune", "ppo"])
     with pytest.raises(
         SettingsError, match="found 'tensor', but pretrain@mlm, reward@policy, reward@judge train what it cannot cut"
     ):
@@ -193,6 +195,14 @@ def test_stages_that_tensor_cannot_cut_are_named_together(params: dict[str, Any]
     params["finetune"]["method"] = {"name": "adapter", "width": 8}
     with pytest.raises(SettingsError, match="found 'tensor', but finetune trains what it cannot cut"):
         check(params, stages=["finetune"])
+
+
+def test_ppo_parts_its_replies_among_processes(params: dict[str, Any]) -> None:
+    """Equal parts of an iteration's, of an update's, and of the pretraining windows."""
+    params["numerics"]["parallel"] = {"processes": 2, "engine": "fsdp"}
+    params["ppo"] |= {"episodes": 97, "minibatch": 9}
+    found = problems(params)
+    assert [line.split(",")[0] for line in found] == ["ppo.episodes: found 97", "ppo.minibatch: found 9"]
 
 
 def test_a_choice_that_does_not_exist_is_told_with_those_that_do(params: dict[str, Any]) -> None:

@@ -124,7 +124,9 @@ def _shares(params: dict[str, Any]) -> Iterator[str]:
         if _divides(parts, batch) is False:
             yield f"{section}.batch: found {batch}, but it should be a multiple of {parts}: {told} parts of equal size"
 
-    for path in ("ppo.episodes", "ppo.minibatch", "ppo.algorithm.ptx.batch") if _engine(params) else ():
+    for path in (
+        ("ppo.episodes", "ppo.minibatch", "ppo.algorithm.ptx.batch") if _engine(params) in ("data", "fsdp") else ()
+    ):
         if _divides(processes, _at(params, path)) is False:
             yield (
                 f"{path}: found {_at(params, path)}, but it should be a multiple of numerics.parallel.processes "
