@@ -33,8 +33,12 @@ class Kept:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def placed(self, group: str, like: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
-        """Return a group's weights shared out as others of the same names are."""
-        return {name: placed_like(value, like[name]) for name, value in self.weights.get(group, {}).items()}
+        """Return a group's weights shared out as others of the same names are, in the order of those.
+
+        A file has none, and all processes must ask for the pieces of the same tensor.
+        """
+        found = self.weights.get(group, {})
+        return {name: placed_like(found[name], other) for name, other in like.items() if name in found}
 
 
 NOTHING = Kept()

@@ -7,6 +7,7 @@ every matrix, and all processes read the same (`tensor_parallel.py`).
 """
 
 import copy
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -70,6 +71,7 @@ class World:
 
         if self.engine == "tensor":
             tensor_parallel.must_divide(model, self.size)
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # returned a view, which nobody changes in place
         plain = copy.deepcopy(model)
         if self.engine in ZERO:
             return plain
