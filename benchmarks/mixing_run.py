@@ -14,7 +14,7 @@ from tasks.common.stage import Job, declared_inputs, declared_outputs, write_jso
 SEED = 1
 
 
-def job_of(module: Any, key: str | None, config: Settings, request: dict[str, Any]) -> Job:
+def job_of(module: Any, key: str | None, config: Settings, request: dict[str, Any], seed: int = SEED) -> Job:
     """Return a stage's job on the project's data that writes into the scratch folder."""
     scratch = Path(request["scratch"])
     outputs = {name: scratch / name for name in declared_outputs(module, key)}
@@ -22,7 +22,7 @@ def job_of(module: Any, key: str | None, config: Settings, request: dict[str, An
     checkpoints = Checkpoints(url=str(scratch / "checkpoints"), every_seconds=1e9)
     stage = module.__name__.rpartition(".")[2]
     return Job(
-        stage, key, inputs, outputs, SEED, Numerics.model_validate(request["numerics"]), "benchmark", checkpoints
+        stage, key, inputs, outputs, seed, Numerics.model_validate(request["numerics"]), "benchmark", checkpoints
     )
 
 
