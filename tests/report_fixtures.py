@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         {"name": "stars", "kind": "files", "table": "ratings", "path": "stars.csv"},
     ]},
     "reward@policy": {"model": "data/pretrain/mlm/model"},
-    "ppo": {"kl": {"target": 6.0}},
+    "ppo": {"algorithm": {"kl": {"target": 6.0}}},
     "evaluate@base": {"questions": 40},
 }  # fmt: skip
 QUESTION = "What is the capital of France?"
@@ -43,9 +43,12 @@ QUESTION = "What is the capital of France?"
 def graph(reasons: Mapping[str, str] | None = None) -> dict[str, Stage]:
     """Return the graph as DVC would tell it, with the reasons why stages are out of date."""
     return {
-        name: Stage(name, needs, (), (reasons[name],) if reasons and name in reasons else ())
+        name: Stage(
+            name, needs, (f"data/{folder(name)}/out",), (reasons[name],) if reasons and name in reasons else (),
+            reads=tuple(f"data/{folder(need)}/out" for need in needs),
+        )
         for name, needs in NEEDS.items()
-    }
+    }  # fmt: skip
 
 
 def folder(stage: str) -> str:
