@@ -403,7 +403,7 @@ class TestWorktreeSettings:
         (package / "settings.py").write_text(
             "class BessemerError(Exception): pass\n"
             "def read_params(): return open('params.yaml').read()\n"
-            "def check(params): raise BessemerError('params.yaml has 1 problem')\n"
+            "def check(params, stages=()): raise BessemerError('params.yaml has 1 problem')\n"
         )
         toy.commit("a check of its own")
         with (

@@ -83,7 +83,7 @@ def test_parquet_on_object_storage_is_read_and_named_in_the_manifest(bucket: str
     assert entry["files"] == {file["url"]: file["sha256"] for file in files}
     assert (entry["read"], entry["used"], entry["refused"]) == (42, 40, 2)
     assert [row["reason"] for row in refusals(folder)] == [
-        f"{bucket}/odd.parquet, line 1: text missing; expected text", "the same text came before"
+        f"{bucket}/odd.parquet, row 1: text missing; expected text", "the same text came before"
     ]  # fmt: skip
 
 
@@ -111,8 +111,8 @@ def test_conversations_of_other_tools_are_read_from_object_storage(bucket: str, 
     folder = ingest_into(tmp_path / "out", copy_sources(tmp_path), sources=[FACTS, source(file, **changes)])
     rows = [row for row in table(folder, "instructions") if row["source"] == "pages"]
     assert sorted(row["messages"][-1]["content"] for row in rows) == sorted(TEXTS[:2])
-    line = 1 if form == "array" else 3
-    assert [row["reason"] for row in refusals(folder)] == [f"{file['url']}, line {line}: an empty answer"]
+    place = {"array": "item 3 (line 1)", "parquet": "row 3"}[form]
+    assert [row["reason"] for row in refusals(folder)] == [f"{file['url']}, {place}: an empty answer"]
 
 
 def test_the_limit_counts_characters_and_leaves_later_files_alone(bucket: str, tmp_path: Path) -> None:

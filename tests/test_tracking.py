@@ -138,7 +138,7 @@ def test_speed_is_that_since_the_last_point(project: Project) -> None:
 def test_ppo_is_watched_too(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One point an iteration, however rarely others have one."""
     chain.path("data/reward/policy/model")
-    tiny = config("ppo", iterations=2, epochs=1)
+    tiny = config("ppo", iterations=2)
     job = chain.job("ppo", tiny, tmp_path, tracking=Tracking(to=["tensorboard"], every=100), run_folder=tmp_path / "r")
     chain.run(job, tiny)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
