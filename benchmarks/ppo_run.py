@@ -5,7 +5,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 from benchmarks import harness
@@ -190,7 +189,7 @@ def trl(request: dict[str, Any], folder: Path, epochs: int = EPOCHS) -> Any:
         seen.append(metrics)
 
     trainer.log, trainer.began = log, time.perf_counter()
-    return trainer, clock, rewards, seen, value, policy
+    return trainer, clock, rewards, seen, policy
 
 
 def epsilon_of(request: dict[str, Any]) -> float:
@@ -200,11 +199,9 @@ def epsilon_of(request: dict[str, Any]) -> float:
 
 def one_step(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Take one step on both sides on the replies that TRL sampled, and compare losses and new weights."""
-    import torch
-
     from tasks.common.evaluation import sampling
 
-    trainer, _, _, seen, value, policy = trl(request, folder, epochs=1)
+    trainer, _, _, seen, policy = trl(request, folder, epochs=1)
     from trl.experimental.ppo import ppo_trainer
 
     before = {name: weight.clone() for name, weight in policy.state_dict().items()}
@@ -225,7 +222,6 @@ def one_step(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     mine.prompts = [Prompt(str(i), asked_as(row), row) for i, row in enumerate(ids[:, :LENGTH].tolist())]
     replies = ids[:, LENGTH:].tolist()
     # The sampler hands out TRL's replies, in the order that ours draws the prompts in.
-    order: Any = SimpleNamespace(rows=[])
     sampling.replies = lambda model, tokenizer, prompts, **_: [
         replies[next(i for i, row in enumerate(ids[:, :LENGTH].tolist()) if row == prompt)] for prompt in prompts
     ]
@@ -236,7 +232,6 @@ def one_step(request: dict[str, Any], folder: Path) -> dict[str, Any]:
 
         def choice(self, size: int, count: int) -> Any:
             """Return the places in order."""
-            order.rows = list(range(count))
             return np.arange(count)
 
     np.random.default_rng = lambda *_: Straight()  # type: ignore[assignment]
@@ -249,7 +244,6 @@ def one_step(request: dict[str, Any], folder: Path) -> dict[str, Any]:
         if name in moved:
             largest = max(largest, float((theirs[name] - start).abs().max()))
             difference = max(difference, float((moved[name] - theirs[name]).abs().max()))
-    del torch, value
     return {
         "policy_loss": figures["policy_loss"], "value_loss": figures["value_loss"],
         "trl_policy_loss": seen[0]["loss/policy_avg"], "trl_value_loss": seen[0]["loss/value_avg"],
