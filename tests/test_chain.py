@@ -12,7 +12,8 @@ from ruamel.yaml import YAML
 
 from flows.cli import SAMPLES
 from serving.feedback import VARIABLE, Store
-from tasks.common import identity
+from tasks.common import draw, identity
+from tasks.common.settings import read_params
 from tests.chain_fixtures import environment, run, surroundings
 from tests.conftest import Project, copy_project
 from tests.servers import end, free_port, serving, wait_until_up
@@ -116,7 +117,12 @@ def test_one_new_ranking_reruns_reward_and_what_follows_and_no_pretraining(
     monkeypatch.delenv(VARIABLE, raising=False)  # the project's own store
     store = Store(chain.path / "data/feedback")
     prompt = [{"role": "user", "content": "How was the film?"}]
-    given = [(text, "a" * 12, 1.0, 1) for text in ("It was a delight from beginning to end.", "Dull.")]
+    told = (
+        "It was a delight from beginning to end.",
+        "It was dull.",
+    )  # drawn for PPO's reward model, not for the judge
+    assert draw.share("judge", *sorted(told)) > read_params(chain.path / "params.yaml")["reward"]["judge_share"]
+    given = [(text, "a" * 12, 1.0, 1) for text in told]
     store.add_ranking("ranking-1", store.add_answers(prompt, given), (1, 2), "annotator-1")
     store.close()
     assert "1 new ranking waits for `bessemer rank export`" in run(chain, ".venv/bin/bessemer", "status")
