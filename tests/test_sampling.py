@@ -103,6 +103,18 @@ def test_temperature_flattens(model: Any, tokenizer: Any, prompts: list[list[int
     assert kinds[0] < kinds[1]
 
 
+def test_tokens_are_drawn_as_often_as_the_distribution_says() -> None:
+    """20,000 draws, each share within four standard deviations; what has no probability is never drawn."""
+    import torch
+
+    torch.manual_seed(1)
+    shares = torch.tensor([0.0, 0.5, 0.3, 0.0, 0.199, 0.001, 0.0])
+    drawn = sampling.drawn(shares.log().expand(20_000, -1))
+    found = torch.bincount(drawn[:, 0], minlength=7) / 20_000
+    assert drawn.shape == (20_000, 1)
+    assert ((found - shares).abs() <= 4 * (shares * (1 - shares) / 20_000).sqrt()).all()
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_the_model_is_given_back_as_it_was(
     training: bool, model: Any, tokenizer: Any, prompts: list[list[int]]

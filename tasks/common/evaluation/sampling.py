@@ -77,10 +77,7 @@ def _decode(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1].float()  # (B, V)  # fmt: skip
-        if temperature:
-            ids = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1)
-        else:
-            ids = logits.argmax(-1, keepdim=True)
+        ids = drawn(logits / temperature) if temperature else logits.argmax(-1, keepdim=True)  # (B, 1)
         for row, token in zip(rows, ids[:, 0].tolist(), strict=True):
             if found[row][-1:] != [end]:
                 found[row].append(token)
@@ -94,6 +91,19 @@ def _decode(
             ids, mask, positions = ids[kept], mask[kept], positions[kept]
             cache.batch_select_indices(kept)
     return found
+
+
+def drawn(logits: "torch.Tensor") -> "torch.Tensor":
+    """Return a token of each row's distribution, shape (B, 1), from one uniform number a row.
+
+    Where that falls among the summed shares is the token. `torch.multinomial` draws a number for every token that there
+    is instead, which takes a tenth of the time of a small model's step.
+    """
+    import torch
+
+    shares = torch.softmax(logits.double(), -1).cumsum(-1)  # (B, V)
+    at = torch.rand(len(shares), 1, dtype=shares.dtype, device=shares.device) * shares[:, -1:]
+    return torch.searchsorted(shares, at, right=True).clamp(max=shares.shape[1] - 1)
 
 
 def decode(tokenizer: "PreTrainedTokenizerFast", ids: Sequence[int]) -> str:
