@@ -133,7 +133,7 @@ def test_the_reward_is_the_score_at_the_end_less_the_price_of_moving(trainer: Ca
     import torch
 
     ours = trainer(
-        discount=1.0, trace=1.0, kl={**KL, "coefficient": 0.3, "target": 1.0, "horizon": 0}, max_new_tokens=6
+        discount=1.0, trace=1.0, kl={**KL, "coefficient": 0.3, "target": 1.0, "horizon": 0}, max_new_tokens=9
     )
     disturb(ours.policy.model.model, 0.05)
     rollout, figures = ours.sample(3)
@@ -352,15 +352,42 @@ def test_with_low_rank_updates_one_model_is_policy_and_reference(trainer: Callab
     assert all("lora_" in name or "value_head" in name for name in ours.weights())
 
 
+def test_what_lies_below_the_trained_blocks_is_worked_out_once(trainer: Callable[..., Trainer]) -> None:
+    """Policy, values and reference go on from the same states, and a step is that of a policy which does not."""
+    import torch
+
+    sides = [trainer(method={"name": "top", "layers": 1}) for _ in range(2)]
+    plain = sides[1].policy
+    plain.halves, plain.reference = None, trainer().policy.reference
+    rollouts = []
+    for side in sides:
+        rollout, figures = side.sample(0)
+        assert figures["kl"] == pytest.approx(0, abs=1e-5)
+        for rows in (np.arange(7), np.arange(5, 12)):
+            side.update(rollout, rows, 1e-2)
+        rollouts.append(rollout)
+    assert (rollouts[0].ids == rollouts[1].ids).all()
+    torch.testing.assert_close(rollouts[0].values, rollouts[1].values, atol=1e-6, rtol=0)
+    torch.testing.assert_close(rollouts[0].reference, rollouts[1].reference, atol=1e-5, rtol=0)
+    moved = sides[0].weights()
+    for name, weight in sides[1].weights().items():
+        torch.testing.assert_close(moved[name], weight, atol=1e-5, rtol=0)
+    assert {name.split(".")[2] for name in moved if ".layers." in name} == {"1"}
+    assert not any("embed" in name or "lm_head" in name for name in moved)  # the head is tied to what lies below
+    reference = sides[0].policy.reference
+    assert reference is not None
+    assert reference.get_input_embeddings().weight is sides[0].policy.model.get_input_embeddings().weight
+
+
 def test_what_is_saved_is_a_plain_model(trainer: Callable[..., Trainer], chain: Chain) -> None:
     """With its updates merged, without head or critic, and it says what the policy said."""
     import torch
 
-    for changes in ({"method": LORA}, {"values": "separate"}):
+    for changes in ({"method": LORA}, {"values": "separate"}, {"method": {"name": "top", "layers": 1}}):
         ours = trainer(**changes)
         rollout, _ = ours.sample(0)
         ours.update(rollout, np.arange(12), 1e-2)
-        (part, *_) = ours.policy.parts(rollout.ids, rollout.mask, rollout.replied.shape[1])
+        (part, *_) = ours.policy.parts(rollout.ids, rollout.mask, rollout.replied.shape[1], rollout.states)
         with torch.no_grad():
             before = ours.policy.look(part)[0]
             plain: Any = ours.policy.plain(chain.path("data/finetune/model"), ours.policy.model)

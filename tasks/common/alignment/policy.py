@@ -1,8 +1,9 @@
 """The policy, the model that it must stay near, and the value function, on as few backbones as may be.
 
 Where all weights are trained the reference is a second model. Where low-rank updates are (LoRA), it is the same one
-with the updates switched off, and nothing is held twice. The value head sits on the policy's last states, or on a model
-of its own (`values: separate`).
+with the updates switched off, and nothing is held twice. Where the last blocks are, it is a copy of these on top of the
+same blocks below, whose states are worked out once an iteration for reference, values and every update. The value head
+sits on the policy's last states, or on a model of its own (`values: separate`).
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tasks.common.modelling import methods, models
+from tasks.common.modelling.halves import Halves, twin
 from tasks.common.modelling.methods import Full, Lora, Top
 from tasks.common.settings import Numerics
 from tasks.common.text import chat
@@ -36,20 +38,27 @@ class Policy:
     method: Method
     numerics: Numerics
     temperature: float
+    halves: Halves | None = None  # the reference is then one of the upper half
 
     @classmethod
     def load(
         cls, path: Path, method: Method, values: Literal["shared", "separate"], numerics: Numerics, temperature: float
     ) -> "Policy":
-        """Load the tuned model of a folder three times, or once; its value head foretells 0."""
+        """Load the tuned model of a folder, as often as the method needs it; its value head foretells 0."""
         import torch
 
         base = models.load_decoder(path, numerics)
-        reference = None
-        if not isinstance(method, Lora):
-            reference = models.load_decoder(path, numerics).eval().requires_grad_(False)
         width, device = base.config.hidden_size, base.device
-        model: Any = methods.apply(base, method)
+        model: Any = methods.apply(base.eval(), method)
+        halves = reference = None
+        if isinstance(method, Top):
+            model.get_input_embeddings().requires_grad_(False)  # nor a head that is tied to them: the states below stay
+            if not numerics.parallel.in_step:
+                halves = Halves.of(model, method.layers)
+        if halves:
+            reference = twin(halves.upper)
+        elif not isinstance(method, Lora):
+            reference = models.load_decoder(path, numerics).eval().requires_grad_(False)
         methods.store_as_computed(model, method, numerics.dtype.decoder)
         head = torch.nn.Linear(width, 1, device=device)
         torch.nn.init.zeros_(head.weight)
@@ -57,7 +66,7 @@ class Policy:
         model.add_module(HEAD, head)
         if values == "separate":
             model.add_module(CRITIC, models.load_decoder(path, numerics).base_model)
-        return cls(model.eval(), reference, method, numerics, temperature)  # dropout would change every ratio
+        return cls(model.eval(), reference, method, numerics, temperature, halves)  # dropout would change every ratio
 
     def plain(self, path: Path, trained: Any) -> "PreTrainedModel":
         """Return the plain causal model that a trained one stands for; `path` holds the one that it began as."""
@@ -66,15 +75,33 @@ class Policy:
                 delattr(trained, name)
         return methods.merge(trained, self.method, lambda: models.load_decoder(path, self.numerics))
 
-    def parts(self, ids: "torch.Tensor", mask: "torch.Tensor", width: int) -> "Iterator[Part]":
+    def parts(
+        self, ids: "torch.Tensor", mask: "torch.Tensor", width: int, states: "torch.Tensor | None" = None
+    ) -> "Iterator[Part]":
         """Yield replies of like length together, without the padding that none of them needs.
 
-        `ids` and `mask` are (N, P + R): prompts padded on the left, then replies of up to `width` = R tokens.
+        `ids` and `mask` are (N, P + R): prompts padded on the left, then replies of up to `width` = R tokens; `states`
+        are those that `below` found of them.
         """
         ends = mask.shape[1] - mask.flip(1).long().argmax(1)  # (N,) where each reply ends
         for rows in ends.argsort(stable=True).split(chat.TOGETHER):
             first, end = int(mask[rows].any(0).long().argmax()), int(ends[rows].max())
-            yield Part(rows, ids[rows, first:end], mask[rows, first:end], end - (ids.shape[1] - width))
+            below = None if states is None else states[rows, first:end]
+            yield Part(rows, ids[rows, first:end], mask[rows, first:end], end - (ids.shape[1] - width), below)
+
+    def below(self, ids: "torch.Tensor", mask: "torch.Tensor", width: int) -> "torch.Tensor | None":
+        """Return the states (N, P + R, D) on which the trained blocks begin, where all below them is frozen."""
+        import torch
+
+        if self.halves is None:
+            return None
+        lower, found = self.halves.lower, ids.new_zeros((*ids.shape, self.model.config.hidden_size), dtype=torch.float)
+        with torch.no_grad(), models.autocast(self.model, self.numerics):
+            for part in self.parts(ids, mask, width):
+                end = ids.shape[1] - width + part.width
+                states = lower(**part.given, use_cache=False).last_hidden_state
+                found[part.rows, end - states.shape[1] : end] = states.float()
+        return found
 
     def look(
         self, part: "Part", *, entropy: bool = False, backbone: bool = True
@@ -86,8 +113,9 @@ class Policy:
         """
         import torch
 
+        model, given = (self.halves.upper, part.above) if self.halves else (self.model, part.given)
         with models.autocast(self.model, self.numerics):
-            out = self.model(**part.given, logits_to_keep=part.width + 1, output_hidden_states=True, use_cache=False)
+            out = model(**given, logits_to_keep=part.width + 1, output_hidden_states=True, use_cache=False)
             states = out.hidden_states[-1]
             if hasattr(self.model, CRITIC):
                 states = self.model.critic(**part.given, use_cache=False).last_hidden_state
@@ -99,8 +127,9 @@ class Policy:
     def reference_logp(self, part: "Part") -> "torch.Tensor":
         """Return the log-probability of a part's reply tokens under the tuned model, (B, part.width)."""
         model = self.model if self.reference is None else self.reference
+        given = part.given if self.halves is None else part.above
         with self.switched_off(), models.autocast(model, self.numerics):
-            logits = model(**part.given, logits_to_keep=part.width + 1, use_cache=False).logits
+            logits = model(**given, logits_to_keep=part.width + 1, use_cache=False).logits
         return self._log_probabilities(logits, part, entropy=False)[0]
 
     @contextmanager
@@ -113,12 +142,15 @@ class Policy:
         self, logits: "torch.Tensor", part: "Part", *, entropy: bool
     ) -> tuple["torch.Tensor", "torch.Tensor | None"]:
         """Return the part's log-probabilities, and the distributions' entropies where asked for."""
+        import torch
+
         scaled = logits[:, -part.width - 1 : -1].float() / self.temperature  # (B, width, V)
-        norm = scaled.logsumexp(-1)
-        logp = scaled.gather(2, part.ids[:, -part.width :, None])[..., 0] - norm
+        chosen = part.ids[:, -part.width :]
+        logp = -torch.nn.functional.cross_entropy(scaled.flatten(0, 1), chosen.flatten(), reduction="none")
         if not entropy:
-            return logp, None
-        return logp, norm - ((scaled - norm[..., None]).exp() * scaled).sum(-1)
+            return logp.view_as(chosen), None
+        every = scaled.log_softmax(-1)
+        return logp.view_as(chosen), -(every.exp() * every).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -129,9 +161,19 @@ class Part:
     ids: "torch.Tensor"  # (B, T)
     mask: "torch.Tensor"  # (B, T)
     width: int  # tokens of the longest of these replies, which are the last ones
+    states: "torch.Tensor | None" = None  # (B, T, D) below the trained blocks, where they are known
 
     @property
     def given(self) -> dict[str, "torch.Tensor"]:
         """What a model is called with."""
+        return {"input_ids": self.ids, **self._places}
+
+    @property
+    def above(self) -> dict[str, Any]:
+        """What an upper half is called with."""
+        return {"inputs_embeds": self.states, **self._places}
+
+    @property
+    def _places(self) -> dict[str, "torch.Tensor"]:
         positions = (self.mask.long().cumsum(1) - 1).clamp(min=0)
-        return {"input_ids": self.ids, "attention_mask": self.mask.long(), "position_ids": positions}
+        return {"attention_mask": self.mask.long(), "position_ids": positions}

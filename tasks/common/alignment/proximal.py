@@ -115,6 +115,7 @@ class Rollout:
     values: "torch.Tensor"  # (N, R)
     advantages: "torch.Tensor"  # (N, R)
     returns: "torch.Tensor"  # (N, R)
+    states: "torch.Tensor | None" = None  # (N, P + R, D) those of `Policy.below`
 
 
 @dataclass
@@ -186,8 +187,9 @@ class Trainer:
         scores = scores - sampler.missing_end_penalty * ~ended
         # 3. Log-probabilities and values of every reply token, under the policy and the tuned model.
         logp, values, entropy, reference = (torch.zeros(replied.shape, device=ids.device) for _ in range(4))
+        states = self.policy.below(ids, mask, replied.shape[1])
         with torch.no_grad():
-            for part in self.policy.parts(ids, mask, replied.shape[1]):
+            for part in self.policy.parts(ids, mask, replied.shape[1], states):
                 seen = self.policy.look(part, entropy=True)
                 for whole, piece in zip((logp, values, entropy), seen, strict=True):
                     whole[part.rows, : part.width] = piece
@@ -203,7 +205,7 @@ class Trainer:
         # 5. Advantages and returns.
         advantages, returns = estimates.gae(earned, values, replied, config.discount, config.trace)
         white = estimates.whiten(advantages, replied, world.sum)
-        rollout = Rollout(ids, mask, replied, logp, reference, values, white, returns)
+        rollout = Rollout(ids, mask, replied, logp, reference, values, white, returns, states)
         every = torch.ones_like(scores)
         mean = masked_mean(scores, every, world.sum)
         figures = {
@@ -260,7 +262,8 @@ class Trainer:
         replied = rollout.replied[rows]
         tokens = self.world.sum(replied.sum().float())
         totals = torch.zeros(5, device=tokens.device)
-        for part in self.policy.parts(rollout.ids[rows], rollout.mask[rows], replied.shape[1]):
+        states = None if rollout.states is None else rollout.states[rows]
+        for part in self.policy.parts(rollout.ids[rows], rollout.mask[rows], replied.shape[1], states):
             sums = self.sums(rollout, torch.as_tensor(rows, device=part.rows.device)[part.rows], part, policy_learns)
             weights = sums.new_tensor(
                 [float(policy_learns), config.value_weight, -config.entropy * policy_learns, 0, 0]
