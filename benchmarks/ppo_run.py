@@ -13,7 +13,7 @@ from tasks.common.alignment import proximal
 from tasks.common.alignment.policy import Policy
 from tasks.common.alignment.proximal import Prompt, Proximal, Sampler, Trainer
 from tasks.common.modelling import bfloat16, models
-from tasks.common.modelling.methods import Full, Lora
+from tasks.common.modelling.methods import Full, Lora, Top
 from tasks.common.settings import Dtypes, Numerics, Parallel
 from tasks.common.stage import peak_memory, write_json
 from tasks.common.training.optimizers import AdamW, Constant
@@ -94,8 +94,8 @@ def ours(request: dict[str, Any], folder: Path) -> tuple[Trainer, Any]:
     """Return our trainer on the models of a folder."""
     import torch
 
-    like = request["side"] != "as-we-run-it"
-    dtype: Literal["float32", "bfloat16"] = "float32" if like else "bfloat16"
+    like = request["side"] not in ("as-we-run-it", "top")
+    dtype: Literal["float32", "bfloat16"] = "float32" if like or not bfloat16.built_in() else "bfloat16"
     numerics = Numerics(
         device=request["device"], threads=request["threads"], dtype=Dtypes(decoder=dtype, encoder="float32"),
         attention="sdpa", compile="never", recompute=False, parallel=Parallel(processes=1, engine="data"),
@@ -109,7 +109,16 @@ def ours(request: dict[str, Any], folder: Path) -> tuple[Trainer, Any]:
         ptx=proximal.Ptx(weight=0.0, batch=1, window=16, mixture={"all": 1.0}),
     )  # fmt: skip
     tokenizer, shape = tokenizer_of(request["shape"]["vocabulary"]), request["shape"]
-    policy = Policy.load(folder, Full(name="full") if like else LORA, config.values, numerics, temperature=1.0)
+    import os
+
+    method = (
+        Full(name="full")
+        if like
+        else LORA
+        if request["side"] != "top"
+        else Top(name="top", layers=int(os.environ.get("TOPN", "2")))
+    )
+    policy = Policy.load(folder, method, config.values, numerics, temperature=1.0)
     rule = AdamW(
         name="adamw", learning_rate=RATE, weight_decay=0.0, clip=1e9, schedule=Constant(name="constant", warmup=0.0),
         betas=[0.9, 0.999], epsilon=epsilon_of(request),
@@ -127,7 +136,9 @@ def ours(request: dict[str, Any], folder: Path) -> tuple[Trainer, Any]:
 def run_ours(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Sample and learn for some iterations, the first of which is not timed where there are several."""
     trainer, _ = ours(request, folder)
-    rate = RATE if request["side"] != "as-we-run-it" else LORA_RATE
+    import os
+
+    rate = RATE if request["side"] == "like-for-like" else float(os.environ.get("RATE", LORA_RATE))
     rewards, began, timed = [], time.perf_counter(), 0
     for iteration in range(request["iterations"]):
         rollout, figures = trainer.sample(iteration)

@@ -1,10 +1,14 @@
 """The arithmetic of PPO against plain references: advantages, KL estimators, means and whitening over a mask."""
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tasks.common.alignment import estimates
+
+if TYPE_CHECKING:
+    import torch
 
 
 @pytest.mark.parametrize(("discount", "trace"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0)])
@@ -84,3 +88,87 @@ def test_explained_variance_is_one_for_the_returns_and_none_for_their_mean() -> 
     assert estimates.explained_variance(torch.full_like(returns, 7.0), returns, mask) == pytest.approx(0.0)
     assert estimates.explained_variance(-returns, returns, mask) == pytest.approx(-3.0)
     assert estimates.explained_variance(returns, torch.ones(1, 4), mask) == 0.0
+
+
+# The numbers, in both precisions
+
+PRECISIONS = [("float64", 1e-10), ("float32", 1e-5)]
+
+
+def near(found: "torch.Tensor", expected: list[Any], tolerance: float) -> None:
+    """Hold a tensor against plain numbers: equal to a share of the largest of them."""
+    import torch
+
+    plain = torch.tensor(expected, dtype=torch.float64)
+    assert (found.double() - plain).abs().max().item() <= tolerance * max(1.0, plain.abs().max().item())
+
+
+def drawn(dtype: str, *shape: int, scale: float = 1.0) -> "torch.Tensor":
+    """Return numbers of a precision; those of both are the same."""
+    import torch
+
+    values = scale * torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float32)
+    return values.to(getattr(torch, dtype))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+def test_log_probabilities_and_entropies_are_plain_softmaxes(dtype: str, tolerance: float) -> None:
+    """By exponentials and their sum, number by number."""
+    import torch
+
+    logits = drawn(dtype, 3, 5, 40, scale=4.0)
+    chosen = torch.randint(40, (3, 5), generator=torch.Generator().manual_seed(1))
+    logp, entropy = estimates.log_probabilities(logits, chosen, entropy=True)
+    assert entropy is not None
+    assert torch.equal(estimates.log_probabilities(logits, chosen)[0], logp)
+    norms = [[math.log(math.fsum(map(math.exp, row))) for row in rows] for rows in logits.tolist()]
+    every = [
+        [[value - norm for value in row] for row, norm in zip(rows, found, strict=True)]
+        for rows, found in zip(logits.tolist(), norms, strict=True)
+    ]
+    near(logp, [[every[n][t][int(chosen[n, t])] for t in range(5)] for n in range(3)], tolerance)
+    near(entropy, [[-math.fsum(math.exp(x) * x for x in row) for row in rows] for rows in every], tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+def test_kl_and_advantages_are_plain_sums(dtype: str, tolerance: float) -> None:
+    """k1 and k3 token by token, and the double sum of equation 16 of Schulman et al. 2016."""
+    import torch
+
+    logp, reference = drawn(dtype, 4, 30), drawn(dtype, 4, 31)[:, :30]
+    gaps = [[p - q for p, q in zip(*rows, strict=True)] for rows in zip(logp.tolist(), reference.tolist(), strict=True)]
+    near(estimates.kl(logp, reference, "k1"), gaps, tolerance)
+    near(estimates.kl(logp, reference, "k3"), [[math.exp(-g) - 1 + g for g in row] for row in gaps], tolerance)
+    replied = torch.ones(4, 30, dtype=torch.bool)
+    advantages, returns = estimates.gae(logp, reference, replied, 0.99, 0.95)
+    plain = []
+    for rewards, values in zip(logp.tolist(), reference.tolist(), strict=True):
+        after = [*values[1:], 0.0]
+        surprise = [r + 0.99 * v - now for r, v, now in zip(rewards, after, values, strict=True)]
+        plain.append([math.fsum((0.99 * 0.95) ** (k - t) * surprise[k] for k in range(t, 30)) for t in range(30)])
+    near(advantages, plain, tolerance)
+    near(returns, [[a + v for a, v in zip(*rows, strict=True)] for rows in zip(plain, reference.tolist(), strict=True)],
+         tolerance)  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+def test_losses_and_whitening_are_plain_arithmetic(dtype: str, tolerance: float) -> None:
+    """Token by token, clipped and not."""
+    import torch
+
+    new, old, gain = (drawn(dtype, 6, 20 + more)[:, :20] for more in range(3))
+    new = old + 0.3 * new
+    losses, ratio = estimates.policy_losses(new, old, gain, 0.2)
+    rows = [list(zip(*row, strict=True)) for row in zip(new.tolist(), old.tolist(), gain.tolist(), strict=True)]
+    assert ((ratio - 1).abs() > 0.2).any()
+    near(ratio, [[math.exp(n - o) for n, o, _ in row] for row in rows], tolerance)
+    near(losses, [[max(-g * (r := math.exp(n - o)), -g * min(max(r, 0.8), 1.2)) for n, o, g in row] for row in rows],
+         tolerance)  # fmt: skip
+    near(estimates.value_losses(new, old, gain, 0.1),
+         [[max((n - g) ** 2, (o + min(max(n - o, -0.1), 0.1) - g) ** 2) / 2 for n, o, g in row] for row in rows],
+         tolerance)  # fmt: skip
+    flat = [value for row in gain.tolist() for value in row]
+    mean = math.fsum(flat) / len(flat)
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in flat) / len(flat) + 1e-8)
+    white = [[(value - mean) / spread for value in row] for row in gain.tolist()]
+    near(estimates.whiten(gain, torch.ones(6, 20, dtype=torch.bool)), white, tolerance)

@@ -1,4 +1,4 @@
-"""The arithmetic of PPO: KL estimators, generalized advantages, whitening. Matrices are (N, R): replies by tokens.
+"""The arithmetic of PPO: log-probabilities, KL, advantages, whitening, losses. Matrices are (N, R): replies by tokens.
 
 `replied` is true at a reply's own tokens; what stands elsewhere is padding and changes nothing. `total` adds a tensor
 up over the processes that train together; alone, it is the tensor itself.
@@ -17,6 +17,19 @@ Estimator = Literal["k1", "k3"]
 def alone(values: "torch.Tensor") -> "torch.Tensor":
     """Return what a process that trains by itself adds up: its own."""
     return values
+
+
+def log_probabilities(
+    logits: "torch.Tensor", chosen: "torch.Tensor", *, entropy: bool = False
+) -> tuple["torch.Tensor", "torch.Tensor | None"]:
+    """Return the log-probability of chosen tokens (N, R) under logits (N, R, V); where asked, the entropies (nats)."""
+    import torch
+
+    logp = -torch.nn.functional.cross_entropy(logits.flatten(0, 1), chosen.flatten(), reduction="none")
+    if not entropy:
+        return logp.view(chosen.shape), None
+    every = logits.log_softmax(-1)
+    return logp.view(chosen.shape), -(every.exp() * every).sum(-1)
 
 
 def kl(logp: "torch.Tensor", reference: "torch.Tensor", estimator: Estimator) -> "torch.Tensor":
@@ -62,6 +75,24 @@ def whiten(values: "torch.Tensor", mask: "torch.Tensor", total: Total = alone, *
     variance = masked_mean((values - mean).square(), mask, total)
     white = (values - mean) * (variance + 1e-8).rsqrt()
     return (white if shift else white + mean) * mask
+
+
+def policy_losses(
+    logp: "torch.Tensor", old: "torch.Tensor", advantages: "torch.Tensor", clip: float
+) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Return each token's clipped policy loss (Schulman et al. 2017, equation 7) and its probability ratio."""
+    import torch
+
+    ratio = (logp - old).exp()
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)), ratio
+
+
+def value_losses(values: "torch.Tensor", old: "torch.Tensor", returns: "torch.Tensor", clip: float) -> "torch.Tensor":
+    """Return each token's value loss: half the square of the worse of the value and the value kept near the old one."""
+    import torch
+
+    near = old + (values - old).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
 
 
 def explained_variance(

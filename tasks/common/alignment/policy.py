@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tasks.common.alignment import estimates
 from tasks.common.modelling import methods, models
 from tasks.common.modelling.halves import Halves, twin
 from tasks.common.modelling.methods import Full, Lora, Top
@@ -142,15 +143,8 @@ class Policy:
         self, logits: "torch.Tensor", part: "Part", *, entropy: bool
     ) -> tuple["torch.Tensor", "torch.Tensor | None"]:
         """Return the part's log-probabilities, and the distributions' entropies where asked for."""
-        import torch
-
         scaled = logits[:, -part.width - 1 : -1].float() / self.temperature  # (B, width, V)
-        chosen = part.ids[:, -part.width :]
-        logp = -torch.nn.functional.cross_entropy(scaled.flatten(0, 1), chosen.flatten(), reduction="none")
-        if not entropy:
-            return logp.view_as(chosen), None
-        every = scaled.log_softmax(-1)
-        return logp.view_as(chosen), -(every.exp() * every).sum(-1)
+        return estimates.log_probabilities(scaled, part.ids[:, -part.width :], entropy=entropy)
 
 
 @dataclass(frozen=True)

@@ -299,13 +299,9 @@ class Trainer:
             return whole[rows, : part.width]
 
         # 6. Clipped policy loss (Schulman et al. 2017, equation 7).
-        A = of(rollout.advantages)
-        ratio = (logp - of(rollout.logp)).exp()
-        policy_loss = torch.maximum(-A * ratio, -A * ratio.clamp(1 - config.clip, 1 + config.clip))
+        policy_loss, ratio = estimates.policy_losses(logp, of(rollout.logp), of(rollout.advantages), config.clip)
         # 7. Clipped value loss: the worse of the value and the value kept near the old one.
-        old, R = of(rollout.values), of(rollout.returns)
-        near = old + (values - old).clamp(-config.value_clip, config.value_clip)
-        value_loss = 0.5 * torch.maximum((values - R).square(), (near - R).square())
+        value_loss = estimates.value_losses(values, of(rollout.values), of(rollout.returns), config.value_clip)
         # 8. What is only watched: how many ratios the clip holds back, and KL(policy that sampled, policy).
         clipped = ((ratio - 1).abs() > config.clip).float()
         moved = estimates.kl(of(rollout.logp), logp, "k3").detach()
