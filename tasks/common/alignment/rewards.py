@@ -10,6 +10,7 @@ import json
 import math
 import queue
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -177,8 +178,12 @@ def _endpoint(path: Path, timeout: float) -> Judge:
     def ask(prompts: Prompts, replies: Sequence[str]) -> Sequence[float]:
         body = json.dumps({"prompts": [list(messages) for messages in prompts], "replies": list(replies)}).encode()
         request = urllib.request.Request(url, body, {"content-type": "application/json"})
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            found: Mapping[str, Any] = json.load(answer)
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                found: Mapping[str, Any] = json.load(answer)
+        except urllib.error.HTTPError as error:
+            error.close()  # it is an answer too, and holds the connection
+            raise
         rewards: Sequence[float] = found["rewards"]
         return rewards
 
