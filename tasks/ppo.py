@@ -180,10 +180,11 @@ class Run:
         """Put the policy before its part of the held-out sheet, and act where an alarm goes off."""
         asked = [chat.encode_prompt(self.tokenizer, turns) for turns in self.sheet.questions]
         if asked:
-            replies = sampling.replies(
-                self.trainer.policy.model, self.tokenizer, asked, max_new_tokens=self.config.max_new_tokens,
-                temperature=0.0, seed=self.job.seed, numerics=self.job.numerics, most=self.world.most,
-            )  # fmt: skip
+            with self.trainer.policy.sampling():
+                replies = sampling.replies(
+                    self.trainer.policy.model, self.tokenizer, asked, max_new_tokens=self.config.max_new_tokens,
+                    temperature=0.0, seed=self.job.seed, numerics=self.job.numerics, most=self.world.most,
+                )  # fmt: skip
             figures["exact_match"] = self.sheet.right([sampling.decode(self.tokenizer, reply) for reply in replies])
         wrong = self.watch.look(iteration, figures, self.trainer.weights)
         if not wrong:

@@ -1,5 +1,6 @@
 """Fine-tuning methods: each trains what it says, merges into a plain model, and refuses what it cannot do."""
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,31 @@ def test_what_is_merged_computes_what_it_did_beside_the_weights(settings: dict[s
     names = {name for name, _ in merged.named_parameters()}
     assert not any("lora" in name or "adapter" in name for name in names)
     assert type(merged).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_folded_updates_compute_what_they_did_beside_the_weights_which_come_back_to_the_bit(
+    dora: bool, model: Any
+) -> None:
+    """Also where what was done within ends with an error."""
+    import torch
+
+    ids = torch.arange(20)[None]
+    chosen = method(**{**LORA, "dora": dora})
+    trained: Any = methods.apply(model, chosen).eval()
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+        before = {name: weight.clone() for name, weight in trained.state_dict().items()}
+        expected = trained(input_ids=ids).logits
+        with contextlib.suppress(KeyError), methods.folded(trained, chosen):
+            torch.testing.assert_close(trained(input_ids=ids).logits, expected, atol=1e-4, rtol=0)
+            moved = [name for name, weight in trained.state_dict().items() if not weight.equal(before[name])]
+            assert len(moved) == (0 if dora else 14)  # of each of two blocks: four of attention, three of feed-forward
+            raise KeyError
+        assert trained(input_ids=ids).logits.equal(expected)
+    assert all(weight.equal(before[name]) for name, weight in trained.state_dict().items())
 
 
 @pytest.mark.parametrize("changes", [{}, {"targets": "attention", "dropout": 0.2}], ids=["all-linear", "attention"])

@@ -134,6 +134,12 @@ class Policy:
         return self._log_probabilities(logits, part, entropy=False)[0]
 
     @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Within this, replies are sampled as fast as from a plain model."""
+        with nullcontext() if self.numerics.parallel.in_step else methods.folded(self.model, self.method):
+            yield
+
+    @contextmanager
     def switched_off(self) -> Iterator[None]:
         """Within this, the model is the tuned one again where the two share a backbone."""
         with nullcontext() if self.reference is not None else self.model.disable_adapter():

@@ -174,11 +174,13 @@ class Trainer:
         chosen = random.choice(len(self.prompts), sampler.episodes)[world.rank :: world.size]
         prompts = [self.prompts[i] for i in chosen]
         # 1. Replies of the policy as it stands.
-        replies = sampling.replies(
-            self.policy.model, self.tokenizer, [prompt.ids for prompt in prompts],
-            max_new_tokens=sampler.max_new_tokens, temperature=sampler.temperature,
-            seed=(sampler.seed + iteration) * world.size + world.rank, numerics=self.policy.numerics, most=world.most,
-        )  # fmt: skip
+        with self.policy.sampling():
+            replies = sampling.replies(
+                self.policy.model, self.tokenizer, [prompt.ids for prompt in prompts],
+                max_new_tokens=sampler.max_new_tokens, temperature=sampler.temperature,
+                seed=(sampler.seed + iteration) * world.size + world.rank, numerics=self.policy.numerics,
+                most=world.most,
+            )  # fmt: skip
         texts = [sampling.decode(self.tokenizer, reply) for reply in replies]
         # 2. Their rewards, less a penalty where a reply does not end.
         ids, mask, replied = self.assemble([prompt.ids for prompt in prompts], replies)

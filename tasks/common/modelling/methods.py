@@ -5,7 +5,8 @@ with DoRA (Liu et al. 2024) and rank-stabilised scaling (Kalajdzievski 2023); `q
 NormalFloat weights (Dettmers et al. 2023); `adapter` a narrow feed-forward layer beside each block's own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -127,6 +128,33 @@ def merge(model: Any, method: Method, base: Callable[[], "PreTrainedModel"] | No
         set_peft_model_state_dict(model, updates)
     plain: PreTrainedModel = model.merge_and_unload() if isinstance(method, LowRank) else model
     return plain
+
+
+@contextmanager
+def folded(model: Any, method: Method) -> Iterator[None]:
+    """Within this, low-rank updates are part of the weights, for passes without gradients: no layer has more to do.
+
+    The weights are put back as they were, to the bit. DoRA's updates, which are no sum, stay beside them.
+    """
+    if not isinstance(method, Lora) or method.dora:
+        yield
+        return
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    weights: list[torch.nn.Parameter] = [layer.get_base_layer().weight for layer in layers]
+    before = [weight.data for weight in weights]
+    try:
+        with torch.no_grad():
+            for layer, weight in zip(layers, weights, strict=True):
+                (name,) = layer.active_adapters
+                weight.data = (weight.data.float() + layer.get_delta_weight(name).float()).to(weight.dtype)
+        with model.disable_adapter():
+            yield
+    finally:
+        for weight, data in zip(weights, before, strict=True):
+            weight.data = data
 
 
 def load_four_bit(path: Path, method: QLora, attention: str) -> "PreTrainedModel":
