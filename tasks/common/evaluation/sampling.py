@@ -67,11 +67,12 @@ def _decode(
 ) -> list[list[int]]:  # fmt: skip
     """Return what follows each of the prompts (B, P), which are padded on the left."""
     import torch
-    from transformers.cache_utils import DynamicCache
+
+    from tasks.common.modelling.growing_cache import growing_cache
 
     found: list[list[int]] = [[] for _ in ids]
     rows = list(range(len(ids)))  # which reply each row of the batch is
-    cache, positions = DynamicCache(config=model.config), (mask.cumsum(1) - 1).clamp(min=0)
+    cache, positions = growing_cache(model.config), (mask.cumsum(1) - 1).clamp(min=0)
     for _ in range(limit):
         logits = model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
