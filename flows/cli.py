@@ -246,7 +246,7 @@ def report(as_json: bool) -> None:
         path = write_last_report(Path())
         out = terminal.console()
         terminal.show_sheet(out, Path())
-        out.print(f"Report: {path}")
+        terminal.show_pages(out, Path(), path)
 
 
 @cli.command()

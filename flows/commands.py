@@ -49,9 +49,7 @@ def run(project: Path, names: Sequence[str]) -> None:
     with terminal.Terminal(out) as watcher:
         state = _flow(project, names, watcher)
     terminal.show_seconds(out, watcher.outcomes)
-    report = project / "runs" / watcher.run_id / "report.html"
-    if report.is_file():
-        out.print(f"Report: {report}")
+    terminal.show_pages(out, project, project / "runs" / watcher.run_id / "report.html")
     if state.is_failed() or state.is_crashed():
         known = dict.fromkeys((*stages, *watcher.outcomes))  # the Bento's build is no stage
         left = [name for name in known if name not in watcher.outcomes or not watcher.outcomes[name].done]

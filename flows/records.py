@@ -14,6 +14,7 @@ from typing import Any, Literal
 from tasks.common.stage import write_json
 
 SHEET = Path("metrics/evaluate.json")
+SAMPLES = Path("data/compare/samples.html")
 MEASURED = ("tokens_per_second", "seconds", "peak_memory_bytes")
 Status = Literal["ran", "restored", "up to date", "failed", "stopped", "not run"]
 

@@ -28,12 +28,13 @@ class ReportError(BessemerError):
 
 def write_report(project: Path, run_id: str) -> Path:
     """Write the page of a run and return where it lies."""
-    text = page(Results(project, run_id)).encode("utf-8", "replace")  # a model's reply may hold half a character
+    results = Results(project, run_id)
     path = project / "runs" / run_id / "report.html"
     for target in (path, project / LATEST):
+        text = page(results, os.path.relpath(project, target.parent))
         target.parent.mkdir(parents=True, exist_ok=True)
         neighbour = target.with_name(f".{target.name}.{os.getpid()}")
-        neighbour.write_bytes(text)
+        neighbour.write_bytes(text.encode("utf-8", "replace"))  # a model's reply may hold half a character
         neighbour.replace(target)
     return path
 
@@ -46,8 +47,8 @@ def write_last_report(project: Path) -> Path:
     return write_report(project, run_id)
 
 
-def page(run: Results) -> str:
-    """Return the page of a run."""
+def page(run: Results, home: str = ".") -> str:
+    """Return the page of a run; `home` is the way from where it will lie to the project, for its links."""
     parts: dict[str, Callable[[Results], Any]] = {
         "headline": report_parts.headline,
         "tiles": report_sheet.tiles,
@@ -65,7 +66,7 @@ def page(run: Results) -> str:
     problems: dict[str, str] = {}
     found = {name: _made(part, run, name, problems) for name, part in parts.items()}
     template = _environment().get_template("report.html.j2")
-    return template.render(run=run.id, problems=problems, written=datetime.now(UTC), **found)
+    return template.render(run=run.id, home=home, problems=problems, written=datetime.now(UTC), **found)
 
 
 def _made(part: Callable[[Results], Any], run: Results, name: str, problems: dict[str, str]) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from flows import report_plots
+from flows.records import SAMPLES
 from flows.report_parts import Part
 from flows.report_sheet import COLOURS
 from flows.results import Results
@@ -43,6 +44,7 @@ def answers(run: Results) -> Part:
         "sampled": _asked(sampled, _different(sampled, _shared(sampled), REPLIES)),
         "masked": _asked(masked, _well_known_first(masked)[:MASKED]),
         "rewards": _rewards(sampled),
+        "page": SAMPLES.as_posix() if (run.project / SAMPLES).is_file() else "",
     }
 
 

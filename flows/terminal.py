@@ -17,7 +17,7 @@ from rich.table import Table
 
 from flows import graph, records
 from flows.graph import Graph
-from flows.records import Outcome
+from flows.records import SAMPLES, Outcome
 
 TELL_S = 10.0
 MARKS = {"ran": "✓", "restored": "✓", "up to date": "·", "failed": "✗", "stopped": "■", "not run": " "}
@@ -179,6 +179,13 @@ def show_sheet(out: Console, project: Path) -> None:
     for gate in failed:
         value = "no value" if gate["value"] is None else f"{gate['value']:.4g}"
         out.print(f"[red]✗[/] {escape(gate['name'])}: {value} against a limit of {gate['limit']:.4g}")
+
+
+def show_pages(out: Console, project: Path, report: Path) -> None:
+    """Print where the pages for people lie: the run's report, and the models' replies side by side."""
+    for name, path in (("Report", report), ("Samples", project / SAMPLES)):
+        if path.is_file():
+            out.print(f"{name}: {path}")
 
 
 def show_commands(out: Console, lines: Iterable[tuple[str, str]]) -> None:

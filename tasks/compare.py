@@ -1,7 +1,8 @@
 """Join the sheets of all models into one table that shows what each step gained and cost, and judge the gates.
 
-Run as `python -m tasks.compare`; leaves `metrics/evaluate.json`. It ends well even where a gate fails, so that the
-figures can be read; `package` is what refuses. Intervals are 95 % bootstrap intervals over entities (Efron & Tibshirani
+Run as `python -m tasks.compare`; leaves `metrics/evaluate.json` and, for people, the models' replies side by side in
+`data/compare/samples.html`. It ends well even where a gate fails, so that the figures can be read; `package` is what
+refuses. Intervals are 95 % bootstrap intervals over entities (Efron & Tibshirani
 1993), because questions about one entity are right or wrong together; differences are paired.
 """
 
@@ -14,10 +15,12 @@ import numpy.typing as npt
 from pydantic import Field
 
 from tasks.common import stage, tables
+from tasks.common.evaluation import samples
 from tasks.common.settings import Settings
 from tasks.common.stage import Job
 
-CHAIN = ("encoder", "encoder-int8", "base", "tuned", "policy", "pruned", "int8")
+DECODERS = ("base", "tuned", "policy", "pruned", "int8")
+CHAIN = ("encoder", "encoder-int8", *DECODERS)
 INPUTS = (
     {f"sheet of {key}": f"metrics/evaluate@{key}.json" for key in CHAIN}
     | {f"answers of {key}": f"data/evaluate/{key}/answers" for key in CHAIN}
@@ -27,7 +30,7 @@ INPUTS = (
         "quantize": "metrics/quantize@policy.json",
     }
 )
-OUTPUTS = {"differences": "data/compare/differences.json"}
+OUTPUTS = {"differences": "data/compare/differences.json", "samples": "data/compare/samples.html"}
 
 COLUMNS = (
     "model", "parameters", "bytes", "exact_match_tuned", "exact_match_tuned_interval", "exact_match_heldout",
@@ -89,6 +92,8 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         for rate, side in RATES.items()
         if sheets[old].get(rate) is not None and sheets[new].get(rate) is not None
     ])  # fmt: skip
+    page = samples.page([row for row in rows if row["model"] in DECODERS], answers, JUDGED)
+    job.outputs["samples"].write_bytes(page.encode("utf-8", "replace"))  # a reply may hold half a character
     others = {
         name: json.loads(job.inputs[name].read_text(encoding="utf-8")) for name in ("reward", "prune", "quantize")
     }

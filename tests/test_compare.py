@@ -280,7 +280,7 @@ def make_job(folder: Path, sheets: dict[str, dict[str, Any]]) -> Job:
         inputs[f"sheet of {key}"].write_text(json.dumps({"model": key, **figures}))
     for name, figures in OTHERS.items():
         inputs[name].write_text(json.dumps(figures))
-    outputs = {"differences": folder / "differences.json"}
+    outputs = {name: folder / Path(path).name for name, path in compare.OUTPUTS.items()}
     return Job("compare", None, inputs, outputs, 1, NUMERICS, "r", Checkpoints(url="memory://", every_seconds=1e9))
 
 
@@ -309,6 +309,9 @@ def test_the_table_shows_every_model_and_every_step(tmp_path: Path) -> None:
     won = {row["model"]: row["win_rate_over_tuned"] for row in found["models"]}
     assert won == {**dict.fromkeys(compare.CHAIN), "policy": 1.0, "pruned": 0.5, "int8": 0.5}
     json.dumps(found, allow_nan=False)
+    page = job.outputs["samples"].read_text(encoding="utf-8")
+    assert [name for name in compare.CHAIN if f"<b>{name}</b>" in page] == list(compare.DECODERS)
+    assert page.count("preferred to tuned") == 4
 
 
 def test_a_failed_gate_does_not_stop_the_comparison(tmp_path: Path) -> None:

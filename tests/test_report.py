@@ -76,6 +76,14 @@ class TestPage:
         assert path.read_bytes() == (project / "runs/latest.html").read_bytes()
         assert not list(project.glob("runs/**/.*"))
 
+    def test_it_leads_to_the_page_of_samples_where_there_is_one(self, project: Path) -> None:
+        assert "samples.html" not in written(project)
+        put(project / "data/compare/samples.html", {})
+        report.write_report(project, RUN)
+        for path in (project / "runs" / RUN / "report.html", project / "runs/latest.html"):
+            (link,) = (link for link in Page(path.read_text(encoding="utf-8")).links if "samples" in link)
+            assert (path.parent / link).resolve() == (project / "data/compare/samples.html").resolve()
+
     def test_it_loads_nothing_and_runs_nothing(self, project: Path) -> None:
         text = written(project)
         page = Page(text)
