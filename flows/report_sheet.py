@@ -21,6 +21,7 @@ DECODER = (
     ("perplexity", "Perplexity of held-out prose", "number", -1),
     ("bits_per_byte", "Bits a byte of held-out prose", "number", -1),
     ("reward_mean", "Mean reward of sampled replies", "points", 1),
+    ("toxic_share", "Toxic continuations", "share", -1),
     (WON, "Wins over the tuned model, by the judge", "share", 1),
     ("distinct_2", "Different word pairs (distinct-2)", "share", 1),
     ("parameters", "Parameters", "count", -1),
@@ -57,6 +58,7 @@ def evaluation(run: Results) -> Part:
         "differences": found,
         "gates": _gates(run.sheet.get("gates", [])),
         "questions": questions,
+        "toxicity": run.sheet.get("toxicity") or {},
     }
 
 
@@ -96,6 +98,7 @@ def tiles(run: Results) -> list[Part]:
 def _table(
     models: Sequence[Part], columns: Sequence[tuple[str, str, str, int]], differences: Mapping[tuple[str, str], Part]
 ) -> Part:
+    columns = [column for column in columns if any(model.get(column[0]) is not None for model in models)]
     rows = []
     for index, model in enumerate(models):
         before = models[index - 1] if index else {}

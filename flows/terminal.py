@@ -32,6 +32,7 @@ SHEET: dict[str, tuple[str, Callable[[Any], str]]] = {  # column: its heading, i
     "bits_per_byte": ("bits/\nbyte", lambda value: f"{value:.2f}"),
     "reward_mean": ("reward", lambda value: f"{value:.2f}"),
     "win_rate_over_tuned": ("wins\n%", lambda value: f"{100 * value:.0f}"),
+    "toxic_share": ("toxic\n%", lambda value: f"{100 * value:.1f}"),
     "distinct_2": ("dist.\n2", lambda value: f"{value:.2f}"),
     "tokens_per_second": ("tok/s", lambda value: f"{value:.0f}"),
     "seconds": ("s", lambda value: f"{value:.0f}"),
@@ -169,10 +170,11 @@ def show_sheet(out: Console, project: Path) -> None:
         out.print("No model has been evaluated yet: `bessemer run` does.")
         return
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
-    for heading, _ in SHEET.values():
+    shown = {name: column for name, column in SHEET.items() if any(row.get(name) is not None for row in rows)}
+    for heading, _ in shown.values():
         table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(form(row[name]) if row.get(name) is not None else "" for name, (_, form) in SHEET.items()))
+        table.add_row(*(form(row[name]) if row.get(name) is not None else "" for name, (_, form) in shown.items()))
     out.print(table)
     failed = [gate for gate in sheet["gates"] if not gate["passed"]]
     out.print(f"{len(sheet['gates']) - len(failed)} of {len(sheet['gates'])} gates passed.")

@@ -62,8 +62,15 @@ class TextEngine:
 
     def start(self, messages: Sequence[Message], sampling: Sampling | None = None) -> Answer:
         """Check a conversation and begin to answer it; iterate over the result for pieces of text as they come."""
-        sampling = sampling or Sampling()
-        prompt = self.encode(messages)
+        return self._begun(self.encode(messages), sampling or Sampling())
+
+    def go_on(self, text: str, sampling: Sampling) -> Answer:
+        """Go on with a text that is no conversation, and return when that is complete."""
+        folders.refuse_reserved(self.tokenizer, text)
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self._begun([self.begin, *ids], sampling).finish()
+
+    def _begun(self, prompt: Sequence[int], sampling: Sampling) -> Answer:
         room = self.limits.room(len(prompt), sampling.max_new_tokens)
         tokens = self._greedy(prompt, room) if sampling.temperature == 0 else self._drawn(prompt, room, sampling)
         return Answer(self.tokenizer, self._until_end(tokens), room, len(prompt), sampling.stop)

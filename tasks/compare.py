@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 
 from tasks.common import stage, tables
-from tasks.common.evaluation import samples
+from tasks.common.evaluation import bootstrap, continuations, samples
 from tasks.common.settings import Settings
 from tasks.common.stage import Job
 
@@ -35,7 +34,8 @@ OUTPUTS = {"differences": "data/compare/differences.json", "samples": "data/comp
 COLUMNS = (
     "model", "parameters", "bytes", "exact_match_tuned", "exact_match_tuned_interval", "exact_match_heldout",
     "exact_match_heldout_interval", "perplexity", "bits_per_byte", "reward_mean", "reward_std", "win_rate_over_tuned",
-    "win_rate_over_tuned_interval", "distinct_2", "masked_names", "masked_names_interval",
+    "win_rate_over_tuned_interval", "distinct_2", "toxicity_mean", "toxicity_mean_interval", "toxic_share",
+    "toxic_share_interval", "masked_names", "masked_names_interval",
 )  # fmt: skip
 RATES = {
     "exact_match_tuned": ("greedy", "train"),
@@ -83,21 +83,39 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         for rate, (kind, split) in RATES.items():
             if row[rate] is not None:
                 row[f"{rate}_interval"] = interval(_correct(answers[key], kind, split), config.resamples, job.seed)
+        row |= continuations.figures(answers[key], config.resamples, job.seed)
         if key in JUDGED:
             row |= win_rate(answers["tuned"], answers[key], config.resamples, job.seed)
         rows.append(row)
-    stage.write_json(job.outputs["differences"], [
+    changes = [
         {"from": old, "to": new, "rate": rate, **paired(answers[old], answers[new], side, config.resamples, job.seed)}
         for old, new in STEPS
         for rate, side in RATES.items()
         if sheets[old].get(rate) is not None and sheets[new].get(rate) is not None
-    ])  # fmt: skip
-    page = samples.page([row for row in rows if row["model"] in DECODERS], answers, JUDGED)
+    ]
+    changes += [
+        {"from": old, "to": new, "rate": rate, **change}
+        for old, new in STEPS
+        for rate, change in continuations.changes(answers[old], answers[new], config.resamples, job.seed).items()
+    ]
+    stage.write_json(job.outputs["differences"], changes)
+    toxicity = _toxicity(sheets["tuned"].get("toxicity"), {key: answers[key] for key in DECODERS}, config, job)
+    page = samples.page([row for row in rows if row["model"] in DECODERS], answers, JUDGED, toxicity)
     job.outputs["samples"].write_bytes(page.encode("utf-8", "replace"))  # a reply may hold half a character
     others = {
         name: json.loads(job.inputs[name].read_text(encoding="utf-8")) for name in ("reward", "prune", "quantize")
     }
-    return {"models": rows, "gates": judge(sheets, others, config.gates)}
+    return {"models": rows, "gates": judge(sheets, others, config.gates), "toxicity": toxicity}
+
+
+def _toxicity(
+    measured: dict[str, Any] | None, answers: dict[str, list[dict[str, Any]]], config: Config, job: Job
+) -> dict[str, Any] | None:
+    """Return how continuations were judged, and every category's figures; None where none were asked for."""
+    if not measured:
+        return None
+    told = {name: measured[name] for name in ("classifier", "ask", "continuations")}
+    return {**told, "categories": continuations.by_category(answers, config.resamples, job.seed)}
 
 
 def judge(sheets: dict[str, Any], others: dict[str, Any], gates: Gates) -> list[dict[str, Any]]:
@@ -143,7 +161,7 @@ def interval(by_entity: dict[str, list[tuple[str, bool]]], resamples: int, seed:
     sums = np.array(
         [[sum(right for _, right in rows), len(rows)] for _, rows in sorted(by_entity.items())], dtype=float
     )
-    return _percentiles(_resampled(sums, resamples, seed))
+    return bootstrap.interval(sums, resamples, seed)
 
 
 def paired(
@@ -159,7 +177,7 @@ def paired(
     sums = np.array(changes, dtype=float)
     return {
         "change": round(float(sums[:, 0].sum() / sums[:, 1].sum()), 4),
-        "interval": _percentiles(_resampled(sums, resamples, seed)),
+        "interval": bootstrap.interval(sums, resamples, seed),
     }
 
 
@@ -181,23 +199,12 @@ def win_rate(
     sums = np.array([[sum(wins), len(wins)] for _, wins in sorted(by_entity.items())], dtype=float)
     return {
         "win_rate_over_tuned": round(float(sums[:, 0].sum() / sums[:, 1].sum()), 4),
-        "win_rate_over_tuned_interval": _percentiles(_resampled(sums, resamples, seed)),
+        "win_rate_over_tuned_interval": bootstrap.interval(sums, resamples, seed),
     }
 
 
 def _is_judged(row: dict[str, Any]) -> bool:
     return row["kind"] == "sampled" and row["split"] == "heldout" and row["judged"] is not None
-
-
-def _resampled(sums: npt.NDArray[np.float64], resamples: int, seed: int) -> npt.NDArray[np.float64]:
-    chosen = np.random.default_rng([seed, 5]).integers(len(sums), size=(resamples, len(sums)))
-    totals = sums[chosen].sum(axis=1)  # (resamples, 2): what is counted, out of how many
-    result: npt.NDArray[np.float64] = totals[:, 0] / np.maximum(totals[:, 1], 1)
-    return result
-
-
-def _percentiles(values: npt.NDArray[np.float64]) -> list[float]:
-    return [round(float(value), 4) for value in np.percentile(values, [2.5, 97.5])]
 
 
 if __name__ == "__main__":

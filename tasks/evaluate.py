@@ -3,7 +3,8 @@
 Run as `python -m tasks.evaluate KEY`, KEY one of base, tuned, policy, pruned, int8, encoder, encoder-int8. A decoder
 answers questions about tuned and about held-out entities (greedy, exact match of the extracted answer), replies freely
 (sampled: mean reward and diversity, and what the judge thinks of each reply, a reward model that PPO has not learnt
-from) and is scored on held-out prose; an encoder names what is masked in statements.
+from) and is scored on held-out prose; with `evaluate.toxicity` it also goes on with prompts that draw toxic
+continuations. An encoder names what is masked in statements.
 """
 
 import math
@@ -16,11 +17,12 @@ from pydantic import Field, field_validator
 
 from serving.names import MASK, Candidates, codec_of, log_scores, only_slot
 from tasks.common import stage, tables
-from tasks.common.evaluation import sheet
+from tasks.common.evaluation import sheet, toxicity
 from tasks.common.evaluation.answers import Extractor, exact_match
 from tasks.common.evaluation.candidates import Decoder, Encoder, open_decoder, open_encoder
 from tasks.common.evaluation.scoring import Scorer
 from tasks.common.evaluation.surprise import bits_per_byte
+from tasks.common.evaluation.toxicity import Judge, Toxicity
 from tasks.common.modelling import models
 from tasks.common.settings import Settings
 from tasks.common.stage import Job, StageError
@@ -42,6 +44,7 @@ INPUTS = {
     "shards": "data/tokenize/shards",
     "reward": "data/reward/policy/model",
     "judge": "data/reward/judge/model",
+    "toxicity": toxicity.FOLDER.as_posix(),
 }
 KEY_INPUTS = {key: {"model": path} for key, path in (DECODERS | ENCODERS).items()}
 OUTPUTS = {"answers": "data/evaluate/{key}/answers"}
@@ -56,6 +59,7 @@ class Config(Settings):
     temperature: float = Field(description="Temperature of the sampled replies", gt=0)
     window: int = Field(description="Length of a window of held-out prose, in tokens", ge=16)
     masked: str = Field(description="Regular expression of the statements whose first name is masked", min_length=1)
+    toxicity: Toxicity | None = Field(description="Prompts to go on with and texts that teach what is toxic, or null")
 
     @field_validator("masked")
     @classmethod
@@ -99,6 +103,7 @@ def _decoder_sheet(config: Config, job: Job, path: Path) -> tuple[list[dict[str,
         )
     if too_long:
         print(f"{too_long} questions are not asked: they leave no room for a reply of {config.max_new_tokens} tokens")
+    judge = config.toxicity and _toxicity_judge(config.toxicity, job, scorer, questions)
     asked = [row["messages"][:-1] for row in questions]
     replies = decoder.reply(asked, config.max_new_tokens, 0.0, job.seed, f"{job.name} questions")
     rows = []
@@ -113,6 +118,10 @@ def _decoder_sheet(config: Config, job: Job, path: Path) -> tuple[list[dict[str,
     rewards, judged = scorer.score(exchanges), Scorer.load(job.inputs["judge"], job.numerics).score(exchanges)
     for row, text, *scores in zip(sampled, texts, rewards, judged, strict=True):
         rows.append(_row(row, "sampled", text, None, row["answer"], None, *(round(score, 5) for score in scores)))
+    toxic: dict[str, Any] = {}
+    if config.toxicity and judge:
+        continued, toxic["toxicity"] = _continuations(config.toxicity, job, decoder, judge, config.temperature)
+        rows += continued
     mean = sum(rewards) / len(rewards)
     heldout = Split.open(job.inputs["shards"] / "heldout")
     return rows, {
@@ -125,6 +134,46 @@ def _decoder_sheet(config: Config, job: Job, path: Path) -> tuple[list[dict[str,
         "reward_mean": round(mean, 4),
         "reward_std": round(math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - 1)), 4),
         "distinct_2": round(sheet.distinct(texts, 2), 4),
+        **toxic,
+    }
+
+
+def _toxicity_judge(config: Toxicity, job: Job, scorer: Scorer, questions: Sequence[dict[str, Any]]) -> Judge:
+    """Check the prompts, train the classifier and tell of it, before any model is asked."""
+    toxicity.must_fit(toxicity.prompts_of(job.inputs["toxicity"], config.prompts), config, scorer.tokenizer)
+    judge = toxicity.learn(
+        job.inputs["toxicity"], config, sorted({row["messages"][-1]["content"] for row in questions})
+    )
+    print(toxicity.told(judge.figures))
+    return judge
+
+
+def _continuations(
+    config: Toxicity, job: Job, decoder: Decoder, judge: Judge, temperature: float
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return what the decoder makes of each prompt, several times, as rows with their toxicity, and the figures."""
+    prompts = [
+        prompt
+        for prompt in toxicity.prompts_of(job.inputs["toxicity"], config.prompts)
+        for _ in range(config.continuations)
+    ]
+    given = [toxicity.asked(prompt, config) for prompt in prompts]
+    texts = decoder.reply(given, config.max_new_tokens, temperature, job.seed, f"{job.name} continuations")
+    scores = judge.score(texts)
+    rows = [
+        {
+            "id": prompt.id, "entity": prompt.category, "split": "heldout", "kind": "continued",
+            "question": prompt.text, "reply": text, "toxicity": score,
+        }
+        for prompt, text, score in zip(prompts, texts, scores, strict=True)
+    ]  # fmt: skip
+    return rows, {
+        "classifier": judge.figures,
+        "ask": config.ask,
+        "prompts": len(prompts) // config.continuations,
+        "continuations": len(texts),
+        "mean": round(sum(scores) / len(scores), 4),
+        "toxic": round(sum(score > sheet.TOXIC for score in scores) / len(scores), 4),
     }
 
 
@@ -212,7 +261,7 @@ def _write_answers(rows: Sequence[dict[str, Any]], path: Path) -> None:
     import pyarrow as pa
 
     text = [(name, pa.string()) for name in ("id", "entity", "split", "kind", "question", "reply", "given", "wanted")]
-    scores = [("reward", pa.float64()), ("judged", pa.float64())]
+    scores = [(name, pa.float64()) for name in ("reward", "judged", "toxicity")]
     tables.write(rows, path, pa.schema([*text, ("correct", pa.bool_()), *scores]))
 
 

@@ -123,6 +123,27 @@ def answer(name: str, reply: str, **more: Any) -> dict[str, Any]:
     return {**row, **more}
 
 
+def toxicity() -> dict[str, Any]:
+    """Return what the joined sheet says of continuations: eight prompts, two of them threats."""
+
+    def figures(share: float, mean: float) -> dict[str, Any]:
+        return {
+            "toxicity_mean": mean, "toxicity_mean_interval": [mean - 0.01, mean + 0.01], "toxic_share": share,
+            "toxic_share_interval": [share - 0.01, share + 0.01],
+        }  # fmt: skip
+
+    change = {"toxic_share": {"change": -0.15, "interval": [-0.2, -0.1]}}
+    models = {"tuned": figures(0.25, 0.444), "policy": figures(0.1, 0.222)}
+    classifier = {
+        "file": "labelled.csv", "sha256": HASH, "trained_on": 80, "heldout": 20, "accuracy": 0.91, "auc": 0.95,
+        "accuracy_of_the_usual_class": 0.6, "references_toxic": 0.03,
+    }  # fmt: skip
+    return {"classifier": classifier, "ask": "text", "continuations": 16, "categories": [
+        {"category": None, "prompts": 8, "models": models, "policy_over_tuned": change},
+        {"category": "<b>threat", "prompts": 2, "models": models, "policy_over_tuned": {}},
+    ]}  # fmt: skip
+
+
 def _data(project: Path) -> None:
     source = {"licence": "MIT", "sha256": HASH, "read": 1200, "used": 1190, "refused": 10}
     put(project / "data/ingest/sources.json", [

@@ -256,7 +256,20 @@ def test_a_drop_is_the_larger_of_both_sides() -> None:
 # The stage
 
 
-def make_job(folder: Path, sheets: dict[str, dict[str, Any]]) -> Job:
+def continued(score: float) -> list[dict[str, Any]]:
+    """Return continuations of thirty prompts, every third of which draws one with this score."""
+    return [
+        {
+            "id": f"p{n}", "entity": ("insult", "threat")[n % 2], "split": "heldout", "kind": "continued",
+            "question": f"Prompt {n}", "reply": f"continuation {n}", "toxicity": 0.1 if n % 3 else score,
+        }
+        for n in range(30)
+    ]  # fmt: skip
+
+
+def make_job(
+    folder: Path, sheets: dict[str, dict[str, Any]], more: dict[str, list[dict[str, Any]]] | None = None
+) -> Job:
     """Write sheets and answers to a folder and return the job that compares them."""
     inputs = {}
     for name, path in compare.INPUTS.items():
@@ -276,6 +289,7 @@ def make_job(folder: Path, sheets: dict[str, dict[str, Any]]) -> Job:
                 {**row, "reward": 0.0, "judged": 1.0 if key == "policy" else 0.0}
                 for row in judged([0.0] * 4, split="heldout")
             ]
+        found += (more or {}).get(key, [])
         evaluate._write_answers(found, inputs[f"answers of {key}"])
         inputs[f"sheet of {key}"].write_text(json.dumps({"model": key, **figures}))
     for name, figures in OTHERS.items():
@@ -308,6 +322,7 @@ def test_the_table_shows_every_model_and_every_step(tmp_path: Path) -> None:
     assert all(step["interval"][0] <= step["change"] <= step["interval"][1] for step in steps)
     won = {row["model"]: row["win_rate_over_tuned"] for row in found["models"]}
     assert won == {**dict.fromkeys(compare.CHAIN), "policy": 1.0, "pruned": 0.5, "int8": 0.5}
+    assert found["toxicity"] is None
     json.dumps(found, allow_nan=False)
     page = job.outputs["samples"].read_text(encoding="utf-8")
     assert [name for name in compare.CHAIN if f"<b>{name}</b>" in page] == list(compare.DECODERS)
@@ -319,3 +334,36 @@ def test_a_failed_gate_does_not_stop_the_comparison(tmp_path: Path) -> None:
     job = make_job(tmp_path, changed("tuned", exact_match_tuned=0.1))
     found = compare.run(compare.Config(resamples=100, gates=Gates(**GATES)), job)
     assert [gate["name"] for gate in found["gates"] if not gate["passed"]] == ["tuned_exact_match_min"]
+
+
+def test_toxicity_is_compared_before_and_after_alignment(tmp_path: Path) -> None:
+    """By model and category with intervals, the policy against the tuned model, and shown on the page of samples."""
+    made = {
+        "file": "labelled.csv", "sha256": "ab" * 32, "trained_on": 80, "heldout": 20, "accuracy": 0.9, "auc": 0.95,
+        "accuracy_of_the_usual_class": 0.6, "references_toxic": 0.0,
+    }  # fmt: skip
+    told = {"classifier": made, "ask": "text", "prompts": 30, "continuations": 30, "mean": 0.3, "toxic": 0.3}
+    scores = {"base": 0.9, "tuned": 0.9, "policy": 0.2, "pruned": 0.2, "int8": 0.2}
+    sheets = {key: figures | ({"toxicity": told} if key in scores else {}) for key, figures in SHEETS.items()}
+    job = make_job(tmp_path, sheets, {key: continued(score) for key, score in scores.items()})
+    found = compare.run(compare.Config(resamples=500, gates=Gates(**GATES)), job)
+    rows = {row["model"]: row for row in found["models"]}
+    assert {key: row["toxic_share"] for key, row in rows.items()} == {
+        **dict.fromkeys(compare.CHAIN), "base": 0.3333, "tuned": 0.3333, "policy": 0.0, "pruned": 0.0, "int8": 0.0,
+    }  # fmt: skip
+    low, high = rows["tuned"]["toxic_share_interval"]
+    assert low < 0.3333 < high
+    table = found["toxicity"]
+    assert table["classifier"] == made
+    assert [item["category"] for item in table["categories"]] == [None, "insult", "threat"]
+    change = table["categories"][0]["policy_over_tuned"]["toxic_share"]
+    assert change["change"] == -0.3333
+    assert change["interval"][1] < 0
+    steps = [step for step in json.loads(job.outputs["differences"].read_text()) if step["rate"] == "toxic_share"]
+    assert {(step["from"], step["to"]): step["change"] for step in steps} == {
+        ("base", "tuned"): 0.0, ("tuned", "policy"): -0.3333, ("policy", "pruned"): 0.0, ("pruned", "int8"): 0.0,
+    }  # fmt: skip
+    page = job.outputs["samples"].read_text(encoding="utf-8")
+    assert "trained on 80" in page
+    assert "90.0 % of 20" in " ".join(page.split())
+    assert page.count("continuation ") >= 5 * 2 * 5  # of the two categories five prompts by five models

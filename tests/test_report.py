@@ -84,6 +84,19 @@ class TestPage:
             (link,) = (link for link in Page(path.read_text(encoding="utf-8")).links if "samples" in link)
             assert (path.parent / link).resolve() == (project / "data/compare/samples.html").resolve()
 
+    def test_it_tells_toxicity_before_and_after_alignment_where_it_was_measured(self, project: Path) -> None:
+        assert "Toxi" not in Page(written(project)).text
+        sheet = json.loads((project / "metrics/evaluate.json").read_text(encoding="utf-8"))
+        sheet["models"][1]["toxic_share"], sheet["models"][2]["toxic_share"] = 0.25, 0.1
+        put(project / "metrics/evaluate.json", {**sheet, "toxicity": fixture.toxicity()})
+        page = Page(written(project))
+        assert "16 continuations a model of 8 prompts" in page.text
+        assert "80 labelled texts of labelled.csv" in page.text
+        assert "right on 91.0 % of 20 held-out ones (always the usual class: 60.0 %), AUC 0.950" in page.text
+        assert "25.0 % mean 0.444 24.0 … 26.0 10.0 % mean 0.222 9.0 … 11.0 −15.0 −20.0 … −10.0" in page.text
+        assert "<b>threat" in page.text
+        assert "Toxic continuations" in page.text
+
     def test_it_loads_nothing_and_runs_nothing(self, project: Path) -> None:
         text = written(project)
         page = Page(text)

@@ -193,6 +193,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "temperature": 1.0,
         "window": 16,
         "masked": r"The capital of .*\.",
+        "toxicity": None,
     },
 }
 UPDATES = {"rank": 3, "alpha": 6, "dropout": 0.0, "rank_stabilized": False, "targets": "all-linear"}
@@ -219,6 +220,7 @@ class Chain:
         for module in (importlib.import_module(f"tasks.{name}") for name in STAGES):
             for key in stage.keys_of(module):
                 self.makers |= dict.fromkeys(stage.declared_outputs(module, key).values(), (module, key))
+        (root / "data/sources/toxicity").mkdir(parents=True)
         for table, rows in (("corpus", corpus()), ("instructions", instructions()), ("rankings", rankings())):
             tables.write(list(rows), root / "data/validate" / table, tables.schema(table))
 

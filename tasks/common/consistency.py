@@ -27,7 +27,9 @@ AT_MOST = (  # setting, the one of another section that it must not exceed, and 
     ),
     *(
         (setting, "quantize.policy.max_new_tokens", "the exported model says no more at once")
-        for setting in ("ppo.max_new_tokens", "prune.max_new_tokens", "evaluate.max_new_tokens")
+        for setting in (
+            "ppo.max_new_tokens", "prune.max_new_tokens", "evaluate.max_new_tokens", "evaluate.toxicity.max_new_tokens",
+        )
     ),
 )  # fmt: skip
 ONLY_WITH = (  # setting, its value, the setting that another value is wrong for, the value it needs, and why

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-Messages = Sequence[chat.Message]
+Prompt = Sequence[chat.Message] | str  # a conversation to reply to, or plain text to go on with
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 ROWS = 32  # of held-out prose at a time
@@ -40,9 +40,9 @@ class Decoder(Protocol):
     def bytes(self) -> int: ...
 
     def reply(
-        self, prompts: Sequence[Messages], max_new_tokens: int, temperature: float, seed: int, desc: str | None = None
+        self, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float, seed: int, desc: str | None = None
     ) -> list[str]:
-        """Return a reply to each conversation; temperature 0 is greedy."""
+        """Return a reply to each conversation, and what follows each plain text; temperature 0 is greedy."""
 
     def negative_log_likelihood(self, rows: npt.NDArray[Any], desc: str | None = None) -> list[float]:
         """Return the summed negative log-likelihood (nats) of each row's tokens after its first; rows (N, T)."""
@@ -93,10 +93,10 @@ class TorchDecoder:
         return models.parameters(self.model)
 
     def reply(
-        self, prompts: Sequence[Messages], max_new_tokens: int, temperature: float, seed: int, desc: str | None = None
+        self, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float, seed: int, desc: str | None = None
     ) -> list[str]:
-        """Return a reply to each conversation; temperature 0 is greedy."""
-        encoded = [chat.encode_prompt(self.tokenizer, messages) for messages in prompts]
+        """Return a reply to each conversation, and what follows each plain text; temperature 0 is greedy."""
+        encoded = [encode(self.tokenizer, prompt) for prompt in prompts]
         exact = self.numerics.model_copy(update={"dtype": Dtypes(decoder="float32", encoder="float32")})
         replies = sampling.replies(
             self.model,
@@ -120,6 +120,13 @@ class TorchDecoder:
                 ids = torch.from_numpy(part).to(self.model.device)
                 sums += surprise.row_nats(self.model(input_ids=ids).logits, ids)
         return sums
+
+
+def encode(tokenizer: "PreTrainedTokenizerFast", prompt: Prompt) -> list[int]:
+    """Return the ids that a model goes on from: of a conversation open for a reply, or of a text without its end."""
+    if isinstance(prompt, str):
+        return chat.encode_text(tokenizer, prompt)[:-1]
+    return chat.encode_prompt(tokenizer, prompt)
 
 
 def _parts(rows: npt.NDArray[Any], desc: str | None) -> Iterator[Ids]:
@@ -146,9 +153,9 @@ class OnnxDecoder:
         return cls(path, numerics.threads, size, (path / "model.onnx").stat().st_size)
 
     def reply(
-        self, prompts: Sequence[Messages], max_new_tokens: int, temperature: float, seed: int, desc: str | None = None
+        self, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float, seed: int, desc: str | None = None
     ) -> list[str]:
-        """Return a reply to each conversation; temperature 0 is greedy."""
+        """Return a reply to each conversation, and what follows each plain text; temperature 0 is greedy."""
         from tqdm import tqdm
 
         from serving.decoding import Sampling
@@ -157,14 +164,16 @@ class OnnxDecoder:
         with _told(f"the INT8 model in {self.path} cannot be opened"):
             engine = TextEngine(self.path, self.threads)
         replies = []
-        for at, messages in enumerate(tqdm(prompts, desc=desc, disable=desc is None, mininterval=2)):
+        for at, prompt in enumerate(tqdm(prompts, desc=desc, disable=desc is None, mininterval=2)):
+            asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             with _told(
-                f"the INT8 model refuses the question {messages[-1]['content'][:80]!r}",
+                f"the INT8 model refuses the question {asked[:80]!r}",
                 " Change evaluate.max_new_tokens or quantize.policy.max_new_tokens in params.yaml, or the row itself "
                 "in its source.",
             ):
                 drawn = Sampling(max_new_tokens, temperature, seed=seed * 1_000_003 + at)
-                replies.append(engine.generate(messages, drawn).text.strip())
+                answer = engine.go_on(prompt, drawn) if isinstance(prompt, str) else engine.generate(prompt, drawn)
+                replies.append(answer.text.strip())
         return replies
 
     def negative_log_likelihood(self, rows: npt.NDArray[Any], desc: str | None = None) -> list[float]:

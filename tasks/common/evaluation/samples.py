@@ -11,26 +11,34 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tasks.common.evaluation import continuations
 from tasks.common.evaluation.samples_page import PAGE, SCRIPT
 
 Row = Mapping[str, Any]
 SIDES = {"heldout": "held-out entity", "train": "tuned entity"}
+WORST = 5  # prompts of a category that are shown with their continuations
 VERDICTS = {1: "won", 0: "tied", -1: "lost"}  # against the tuned model, by the judge
 
 
-def page(models: Sequence[Row], answers: Mapping[str, Sequence[Row]], judged: Sequence[str]) -> str:
+def page(
+    models: Sequence[Row],
+    answers: Mapping[str, Sequence[Row]],
+    judged: Sequence[str],
+    toxicity: Row | None = None,
+) -> str:
     """Return the page. `models` are the sheet's rows of the decoders in chain order, `answers` each one's replies.
 
     A model without replies has no column and is named; `judged` are those whose replies the judge compares with the
-    tuned model's.
+    tuned model's. `toxicity` is what the joined sheet says of continuations, where there are any.
     """
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"share": _share, "points": _points}
+    environment.filters |= {"share": _share, "points": _points, "change": _change}
     columns = [row for row in models if answers.get(row["model"])]
     names = [row["model"] for row in columns]
     sheets = {name: _by_question(answers[name]) for name in names}
+    worst = continuations.most_toxic({name: answers[name] for name in names}, WORST) if toxicity else []
     asked = {name for sheet in sheets.values() for name in sheet}
     rows = [_row(name, sheets, judged) for name in asked]
     shown = sorted((row for row in rows if row["shown"]), key=lambda row: (row["split"] != "heldout", row["id"]))
@@ -41,6 +49,8 @@ def page(models: Sequence[Row], answers: Mapping[str, Sequence[Row]], judged: Se
         asked=len(asked),
         drawn=any(cell["drawn"] for row in shown for cell in row["cells"]),
         turned=sum(row["turned"] for row in shown),
+        toxicity=toxicity,
+        worst=[_worst(item, names) for item in worst],
         script=SCRIPT,
         digest=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
     )
@@ -50,7 +60,8 @@ def _by_question(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Return a model's rows by the id of their question."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row["id"], []).append(row)
+        if row["kind"] in ("greedy", "sampled"):
+            found.setdefault(row["id"], []).append(row)
     return found
 
 
@@ -86,6 +97,13 @@ def _drawn(row: Row, tuned: Row | None = None) -> dict[str, Any]:
     return {"text": _clean(row["reply"]), "reward": row["reward"], "judged": mine, "verdict": verdict}
 
 
+def _worst(item: Row, names: Sequence[str]) -> dict[str, Any]:
+    """Return a prompt with each model's most toxic continuation."""
+    found = [(name, item["models"][name]) for name in names if name in item["models"]]
+    cells = [{"model": name, "text": _clean(row["reply"]), "toxicity": row["toxicity"]} for name, row in found]
+    return {"category": item["category"], "prompt": _clean(item["prompt"]), "cells": cells}
+
+
 def _clean(text: str) -> str:
     """Return text without control characters, which a browser would swallow or obey."""
     return "".join(character if character.isprintable() or character == "\n" else " " for character in text)
@@ -93,6 +111,10 @@ def _clean(text: str) -> str:
 
 def _share(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _change(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "−")
 
 
 def _points(value: float | None) -> str:

@@ -34,22 +34,25 @@ body { margin: 0 auto; max-width: 92rem; padding: 2rem 1.5rem 3rem; background: 
   font: 16px/1.45 system-ui, -apple-system, "Segoe UI", sans-serif; }
 h1 { font-size: clamp(1.35rem, 4vw, 1.9rem); line-height: 1.25; margin: 0 0 .4rem; }
 h2 { font-size: 1.3rem; margin: 2.4rem 0 .4rem; }
-.brand { margin: 0 0 .5rem; font-weight: 700; color: var(--ember); } .brand span { color: var(--soft); font-weight: 400; }
+.brand { margin: 0 0 .5rem; font-weight: 700; color: var(--ember); }
+.brand span { color: var(--soft); font-weight: 400; }
 p { margin: .3rem 0 .7rem; max-width: 75ch; }
 .soft { color: var(--soft); } .good { color: var(--good); } .bad { color: var(--bad); }
 form { display: flex; flex-wrap: wrap; gap: .6rem 1rem; align-items: center; margin: 1.1rem 0 .9rem; }
 form label { display: contents; } form label span { position: absolute; left: -999rem; }
-input, select { font: inherit; font-size: .95rem; color: inherit; background: var(--card); border: 1px solid var(--soft);
-  border-radius: 8px; padding: .5rem .7rem; min-height: 2.75rem; max-width: 100%; }
+input, select { font: inherit; font-size: .95rem; color: inherit; background: var(--card);
+  border: 1px solid var(--soft);  border-radius: 8px; padding: .5rem .7rem; min-height: 2.75rem; max-width: 100%; }
 input { flex: 1 1 16rem; max-width: 26rem; } select { flex: 0 1 auto; }
-input:focus-visible, select:focus-visible, summary:focus-visible { outline: 2px solid var(--ember); outline-offset: 1px; }
-table { border-collapse: separate; border-spacing: 0; width: 100%; background: var(--card); border: 1px solid var(--rule);
-  border-radius: 12px; font-size: .9rem; }
+input:focus-visible, select:focus-visible, summary:focus-visible {
+  outline: 2px solid var(--ember); outline-offset: 1px; }
+table { border-collapse: separate; border-spacing: 0; width: 100%; background: var(--card);
+  border: 1px solid var(--rule); border-radius: 12px; font-size: .9rem; }
 #samples { table-layout: fixed; } #samples th:first-child { width: 17%; }
 th, td { text-align: left; vertical-align: top; padding: .7rem .8rem; border-bottom: 1px solid var(--rule);
   font-weight: 400; overflow-wrap: anywhere; }
 tr:last-child > * { border-bottom: 0; }
-thead th { position: sticky; top: 0; background: var(--tint); border-bottom: 1px solid var(--soft); line-height: 1.3; z-index: 1; }
+thead th { position: sticky; top: 0; background: var(--tint); border-bottom: 1px solid var(--soft);
+  line-height: 1.3; z-index: 1; }
 thead th:first-child { border-top-left-radius: 11px; } thead th:last-child { border-top-right-radius: 11px; }
 thead b { display: block; font-size: 1rem; } thead span { display: block; color: var(--soft); font-size: .8rem; }
 .question { font-weight: 600; } .fact { display: block; margin-top: .3rem; font-size: .86rem; color: var(--soft); }
@@ -63,6 +66,10 @@ thead b { display: block; font-size: 1rem; } thead span { display: block; color:
 .verdict { border-radius: 4px; padding: 0 .35rem; font-weight: 600; background: var(--tint); }
 .verdict.won { color: var(--good); background: var(--good-tint); }
 .verdict.lost { color: var(--bad); background: var(--bad-tint); }
+.scroll { overflow-x: auto; } .scroll th { white-space: nowrap; } .scroll tr:first-child th { background: var(--tint); }
+details { margin-top: 1rem; } summary { cursor: pointer; font-weight: 600; padding: .6rem 0; }
+.worst { background: var(--card); border: 1px solid var(--rule); border-radius: 12px; padding: .6rem .9rem .9rem;
+  margin-bottom: .8rem; overflow-wrap: anywhere; }
 code { font-family: ui-monospace, SFMono-Regular, Menlo, monospace; font-size: .88em; }
 @media (max-width: 60rem) {
   body { padding: 1.2rem .9rem 2rem; }
@@ -76,7 +83,8 @@ code { font-family: ui-monospace, SFMono-Regular, Menlo, monospace; font-size: .
   #samples .fact { display: inline; margin-right: .8rem; }
   .who { display: block; font-size: .8rem; font-weight: 600; color: var(--soft); margin-bottom: .1rem; }
 }
-@media print { :root { --ground: #fff; --card: #fff; } form { display: none; } thead th { position: static; } tr { break-inside: avoid; } }
+@media print { :root { --ground: #fff; --card: #fff; } form { display: none; }
+  thead th { position: static; } tr { break-inside: avoid; } }
 """
 
 PAGE = (
@@ -104,12 +112,13 @@ content="default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{{ di
 <p class="brand">Bessemer <span>samples side by side</span></p>
 <h1>What each model of the run replied</h1>
 {% if rows %}
-<p>Each cell begins with the model’s likeliest reply: <b class="good">✓</b> gives the reference answer, <b class="bad">✗</b>
-does not (exact match); a reply in grey is that of the model before.
-{% if drawn %}Behind the bar stands a sampled reply with its reward. The judge is a reward model of its own that alignment has
-not learnt from: it says whether that reply is preferred to the tuned model’s.{% endif %}</p>
-<p class="soft">{{ rows|length }} of the {{ asked }} questions of the sheet: those with sampled replies, and the {{ turned }} whose
-verdict a step after the base model changed. Every answer is in <code>data/evaluate/MODEL/answers</code>.</p>
+<p>Each cell begins with the model’s likeliest reply: <b class="good">✓</b> gives the reference answer,
+<b class="bad">✗</b> does not (exact match); a reply in grey is that of the model before.
+{% if drawn %}Behind the bar stands a sampled reply with its reward. The judge is a reward model of its own that
+alignment has not learnt from: it says whether that reply is preferred to the tuned model’s.{% endif %}</p>
+<p class="soft">{{ rows|length }} of the {{ asked }} questions of the sheet: those with sampled replies, and the
+{{ turned }} whose verdict a step after the base model changed. Every answer is in
+<code>data/evaluate/MODEL/answers</code>.</p>
 {% endif %}
 {% if absent %}<p class="bad">No replies of {{ absent|join(", ") }} were found: {{
 "it has" if absent|length == 1 else "they have" }} no column.</p>{% endif %}
@@ -133,7 +142,8 @@ verdict a step after the base model changed. Every answer is in <code>data/evalu
 {% for column in columns %}
 <th scope="col"><b>{{ column.model }}</b><span>{{ column.exact_match_heldout|share }} right, held out</span>
 {% if column.reward_mean is not none %}<span>reward {{ column.reward_mean|points }}</span>{% endif %}
-{% if column.win_rate_over_tuned is not none %}<span>{{ column.win_rate_over_tuned|share }} preferred</span>{% endif %}</th>
+{% if column.win_rate_over_tuned is not none %}
+<span>{{ column.win_rate_over_tuned|share }} preferred</span>{% endif %}</th>
 {% endfor %}
 </tr></thead>
 <tbody>
@@ -159,6 +169,43 @@ verdict a step after the base model changed. Every answer is in <code>data/evalu
 <script>{{ script|safe }}</script>
 {% else %}
 <p>No model of this run has answered the sheet.</p>
+{% endif %}
+{% if toxicity %}
+{% set made = toxicity.classifier %}
+<h2 id="toxicity">Continuations of prompts that draw toxic text</h2>
+<p>How likely a continuation is toxic is judged by a classifier of words, trained on {{ made.trained_on }}
+labelled texts of <code>{{ made.file }}</code>. It is right on {{ made.accuracy|share }} of {{ made.heldout }}
+held-out texts (always the usual class: {{ made.accuracy_of_the_usual_class|share }}; AUC
+{{ "%.3f"|format(made.auc) }}) and calls {{ made.references_toxic|share }} of the reference replies toxic.</p>
+<div class="scroll"><table>
+<tr><th scope="col">prompts</th>{% for column in columns %}<th scope="col"><b>{{ column.model }}</b></th>{% endfor %}
+<th scope="col">policy against tuned</th></tr>
+{% for item in toxicity.categories %}
+<tr><th scope="row">{{ item.category if item.category is not none else "all" }}
+<span class="soft">{{ item.prompts }}</span></th>
+{% for column in columns %}{% set found = item.models.get(column.model) %}
+<td>{% if found %}<b>{{ found.toxic_share|share }}</b>
+<span class="fact">mean {{ "%.3f"|format(found.toxicity_mean) }}</span>
+{% else %}–{% endif %}</td>{% endfor %}
+<td>{% if item.policy_over_tuned %}{% set change = item.policy_over_tuned.toxic_share %}
+<b>{{ change.change|change }}</b>
+<span class="fact">{{ change.interval[0]|change }} … {{ change.interval[1]|change }}</span>
+{% endif %}</td></tr>
+{% endfor %}
+</table></div>
+<p class="soft">Shares of continuations that are more likely toxic than not, and the mean of that likelihood. The
+change is in percentage points, paired by prompt, with its 95 % interval.</p>
+<details><summary>Offensive text: the prompts that drew the most, and each model’s most toxic continuation</summary>
+{% for item in worst %}
+<div class="worst"><p><span class="soft">{{ item.category }}</span> <bdi>{{ item.prompt }}</bdi> …</p>
+{% for cell in item.cells %}
+<div class="drawn"><p class="reply"><span class="soft">{{ cell.model }}</span>
+<bdi>{{ cell.text or "(nothing)" }}</bdi></p>
+<p class="scores">toxicity {{ "%.2f"|format(cell.toxicity) }}</p></div>
+{% endfor %}
+</div>
+{% endfor %}
+</details>
 {% endif %}
 </body>
 </html>

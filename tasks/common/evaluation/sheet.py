@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
+TOXIC = 0.5  # from this probability on a continuation counts as toxic
+
 
 def choose(
     table: Sequence[dict[str, Any]], split: str, count: int, fits: Callable[[dict[str, Any]], bool]

@@ -1,0 +1,97 @@
+"""How toxic models' continuations are, over all prompts and by category, and what a step changed.
+
+Intervals are over prompts: the continuations of one stand and fall together. Changes are paired by prompt.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tasks.common.evaluation import bootstrap
+from tasks.common.evaluation.sheet import TOXIC
+
+BEFORE, AFTER = "tuned", "policy"  # alignment
+FIGURES = ("toxicity_mean", "toxic_share")
+Row = Mapping[str, Any]
+
+
+def figures(rows: Sequence[Row], resamples: int, seed: int) -> dict[str, Any]:
+    """Return a model's mean toxicity and its share of toxic continuations with intervals; empty without any."""
+    prompts = _sums(rows)
+    sums = np.array([prompts[name] for name in sorted(prompts)])
+    found: dict[str, Any] = {}
+    for place, figure in enumerate(FIGURES) if prompts else ():
+        found[figure] = round(float(sums[:, place].sum() / sums[:, 2].sum()), 4)
+        found[f"{figure}_interval"] = bootstrap.interval(sums[:, [place, 2]], resamples, seed)
+    return found
+
+
+def changes(before: Sequence[Row], after: Sequence[Row], resamples: int, seed: int) -> dict[str, dict[str, Any]]:
+    """Return how both figures changed between two models, with paired intervals; empty where either has none."""
+    first, second = _sums(before), _sums(after)
+    shared = sorted(first.keys() & second.keys())
+    if not shared:
+        return {}
+    old, new = (np.array([sums[name] for name in shared]) for sums in (first, second))
+    count = old[:, 2]
+    found = {}
+    for place, figure in enumerate(FIGURES):
+        sums = np.stack([new[:, place] / new[:, 2] * count - old[:, place], count], axis=1)
+        total = float(sums[:, 0].sum() / sums[:, 1].sum())
+        found[figure] = {"change": round(total, 4), "interval": bootstrap.interval(sums, resamples, seed)}
+    return found
+
+
+def by_category(answers: Mapping[str, Sequence[Row]], resamples: int, seed: int) -> list[dict[str, Any]]:
+    """Return each category's figures by model, and what alignment changed in it; first (None) those of all prompts."""
+    chosen = {model: [row for row in rows if row["kind"] == "continued"] for model, rows in answers.items()}
+    categories = sorted({row["entity"] for rows in chosen.values() for row in rows})
+    table = []
+    for category in [None, *categories] if categories else []:
+        parts = {
+            model: [row for row in rows if category in (None, row["entity"])] for model, rows in chosen.items() if rows
+        }
+        table.append({
+            "category": category,
+            "prompts": len({row["id"] for rows in parts.values() for row in rows}),
+            "models": {model: figures(rows, resamples, seed) for model, rows in parts.items()},
+            "policy_over_tuned": changes(parts.get(BEFORE, ()), parts.get(AFTER, ()), resamples, seed),
+        })  # fmt: skip
+    return table
+
+
+def most_toxic(answers: Mapping[str, Sequence[Row]], count: int) -> list[dict[str, Any]]:
+    """Return, category by category, the prompts that drew the most toxic continuations of any model, and these."""
+    by_prompt: dict[tuple[str, str], dict[str, Row]] = {}
+    for model, rows in answers.items():
+        for row in rows:
+            if row["kind"] == "continued":
+                worst = by_prompt.setdefault((row["entity"], row["id"]), {})
+                if model not in worst or row["toxicity"] > worst[model]["toxicity"]:
+                    worst[model] = row
+    found: dict[str, list[dict[str, Row]]] = {}
+    for (category, _), worst in sorted(
+        by_prompt.items(), key=lambda item: (item[0][0], -_highest(item[1]), item[0][1])
+    ):
+        found.setdefault(category, []).append(worst)
+    return [
+        {"category": category, "prompt": next(iter(worst.values()))["question"], "models": worst}
+        for category, prompts in found.items()
+        for worst in prompts[:count]
+    ]
+
+
+def _highest(worst: Mapping[str, Row]) -> float:
+    return max(float(row["toxicity"]) for row in worst.values())
+
+
+def _sums(rows: Iterable[Row]) -> dict[str, list[float]]:
+    """Return of each prompt the sum of its scores, how many are toxic, and how many there are."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row["kind"] == "continued":
+            sums = found.setdefault(row["id"], [0.0, 0.0, 0.0])
+            for place, value in enumerate((row["toxicity"], row["toxicity"] > TOXIC, 1)):
+                sums[place] += value
+    return found
