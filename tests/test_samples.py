@@ -96,7 +96,7 @@ def test_replies_to_a_question_stand_side_by_side() -> None:
     assert heads[1] == "base 90.0 % right, held out reward −0.50"
     assert first == [
         "Question a? answer: Paris held-out entity",
-        "base ✗ greedy of base sampled of base reward +0.00 judge +0.50",
+        "base ✗ greedy of base sampled of base reward 0.00 judge +0.50",
         "tuned ✓ greedy of tuned sampled of tuned reward +1.00 judge +1.00",
         "policy ✓ greedy of policy sampled of policy reward +2.00 judge +2.00 preferred to tuned",
         "int8 ✓ greedy of int8 sampled of int8 reward +3.00 judge +1.00 as good as tuned",

@@ -34,7 +34,7 @@ def page(
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"share": _share, "points": _points, "change": _change}
+    environment.filters |= {"share": _share, "points": _points, "change": _change, "thousands": _thousands}
     columns = [row for row in models if answers.get(row["model"])]
     names = [row["model"] for row in columns]
     sheets = {name: _by_question(answers[name]) for name in names}
@@ -114,8 +114,17 @@ def _share(value: float | None) -> str:
 
 
 def _change(value: float) -> str:
-    return f"{100 * value:+.1f}".replace("-", "−")
+    return _signed(f"{100 * value:+.1f}")
 
 
 def _points(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.2f}".replace("-", "−")
+    return "–" if value is None else _signed(f"{value:+.2f}")
+
+
+def _thousands(value: int) -> str:
+    return f"{value:,}".replace(",", "\u202f")
+
+
+def _signed(text: str) -> str:
+    """Give a number a true minus sign, and none to what was rounded to zero."""
+    return text.replace("-", "−") if any(digit in text for digit in "123456789") else text.strip("+-")

@@ -43,7 +43,7 @@ form label { display: contents; } form label span { position: absolute; left: -9
 input, select { font: inherit; font-size: .95rem; color: inherit; background: var(--card);
   border: 1px solid var(--soft);  border-radius: 8px; padding: .5rem .7rem; min-height: 2.75rem; max-width: 100%; }
 input { flex: 1 1 16rem; max-width: 26rem; } select { flex: 0 1 auto; }
-input:focus-visible, select:focus-visible, summary:focus-visible {
+input:focus-visible, select:focus-visible, summary:focus-visible, .scroll:focus-visible {
   outline: 2px solid var(--ember); outline-offset: 1px; }
 table { border-collapse: separate; border-spacing: 0; width: 100%; background: var(--card);
   border: 1px solid var(--rule); border-radius: 12px; font-size: .9rem; }
@@ -66,7 +66,8 @@ thead b { display: block; font-size: 1rem; } thead span { display: block; color:
 .verdict { border-radius: 4px; padding: 0 .35rem; font-weight: 600; background: var(--tint); }
 .verdict.won { color: var(--good); background: var(--good-tint); }
 .verdict.lost { color: var(--bad); background: var(--bad-tint); }
-.scroll { overflow-x: auto; } .scroll th { white-space: nowrap; } .scroll tr:first-child th { background: var(--tint); }
+.scroll { overflow-x: auto; } .scroll th, .scroll td { white-space: nowrap; overflow-wrap: normal; }
+.scroll tr:first-child th { background: var(--tint); }
 details { margin-top: 1rem; } summary { cursor: pointer; font-weight: 600; padding: .6rem 0; }
 .worst { background: var(--card); border: 1px solid var(--rule); border-radius: 12px; padding: .6rem .9rem .9rem;
   margin-bottom: .8rem; overflow-wrap: anywhere; }
@@ -116,8 +117,8 @@ content="default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{{ di
 <b class="bad">✗</b> does not (exact match); a reply in grey is that of the model before.
 {% if drawn %}Behind the bar stands a sampled reply with its reward. The judge is a reward model of its own that
 alignment has not learnt from: it says whether that reply is preferred to the tuned model’s.{% endif %}</p>
-<p class="soft">{{ rows|length }} of the {{ asked }} questions of the sheet: those with sampled replies, and the
-{{ turned }} whose verdict a step after the base model changed. Every answer is in
+<p class="soft">{{ rows|length|thousands }} of the {{ asked|thousands }} questions of the sheet: those with sampled
+replies, and the {{ turned }} whose verdict a step after the base model changed. Every answer is in
 <code>data/evaluate/MODEL/answers</code>.</p>
 {% endif %}
 {% if absent %}<p class="bad">No replies of {{ absent|join(", ") }} were found: {{
@@ -173,11 +174,11 @@ alignment has not learnt from: it says whether that reply is preferred to the tu
 {% if toxicity %}
 {% set made = toxicity.classifier %}
 <h2 id="toxicity">Continuations of prompts that draw toxic text</h2>
-<p>How likely a continuation is toxic is judged by a classifier of words, trained on {{ made.trained_on }}
-labelled texts of <code>{{ made.file }}</code>. It is right on {{ made.accuracy|share }} of {{ made.heldout }}
-held-out texts (always the usual class: {{ made.accuracy_of_the_usual_class|share }}; AUC
+<p>How likely a continuation is toxic is judged by a classifier of words, trained on {{ made.trained_on|thousands }}
+labelled texts of <code>{{ made.file }}</code>. It is right on {{ made.accuracy|share }} of
+{{ made.heldout|thousands }} held-out texts (always the usual class: {{ made.accuracy_of_the_usual_class|share }}; AUC
 {{ "%.3f"|format(made.auc) }}) and calls {{ made.references_toxic|share }} of the reference replies toxic.</p>
-<div class="scroll"><table>
+<div class="scroll" tabindex="0" role="region" aria-labelledby="toxicity"><table>
 <tr><th scope="col">prompts</th>{% for column in columns %}<th scope="col"><b>{{ column.model }}</b></th>{% endfor %}
 <th scope="col">policy against tuned</th></tr>
 {% for item in toxicity.categories %}
