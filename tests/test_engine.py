@@ -138,6 +138,18 @@ def test_answers_are_the_trained_ones_whole_and_in_pieces(text: TextEngine, coun
     assert len(pieces) > 3
 
 
+def test_a_plain_text_is_gone_on_with(text: TextEngine) -> None:
+    """Its tokens after the start token, nothing of the chat template; it may not hold what a conversation may not."""
+    short = text.go_on("The capital of France is", Sampling(max_new_tokens=3))
+    assert short.prompt_tokens == 1 + len(text.tokenizer.encode("The capital of France is", add_special_tokens=False))
+    assert short.completion_tokens == 3
+    assert text.go_on("The capital of France is", Sampling(max_new_tokens=3)).text == short.text
+    with pytest.raises(InputError, match="reserved"):
+        text.go_on("The capital <|end|>", Sampling(max_new_tokens=3))
+    with pytest.raises(InputError, match="allowed"):
+        text.go_on("and " * CONTEXT, Sampling(max_new_tokens=3))
+
+
 def test_an_answer_stops_at_the_tokens_it_was_given(text: TextEngine) -> None:
     short = text.generate(ask(question("Japan")), Sampling(max_new_tokens=3))
     assert (short.completion_tokens, short.finish_reason) == (3, "length")

@@ -14,7 +14,7 @@ from flows.runner import BAR
 from tasks import evaluate
 from tasks.common import tables
 from tasks.common.evaluation import sheet
-from tasks.common.evaluation.candidates import OnnxDecoder, TorchDecoder
+from tasks.common.evaluation.candidates import OnnxDecoder, TorchDecoder, open_decoder
 from tasks.common.evaluation.scoring import Scorer
 from tasks.common.modelling import models
 from tasks.common.stage import StageError
@@ -140,6 +140,18 @@ def test_a_question_that_the_engine_refuses_is_told_as_such(refused: str, chain:
     decoder = OnnxDecoder.load(chain.path("data/quantize/policy/model"), NUMERICS)
     with pytest.raises(StageError, match=rf"refuses the question '{re.escape(refused[:70])}.*params\.yaml"):
         decoder.reply([[{"role": "user", "content": refused}]], 8, 0.0, 1)
+
+
+def test_a_decoder_goes_on_with_text_and_replies_to_conversations(chain: Chain) -> None:
+    """What it read in pretraining it can end; the same words as a question are another prompt."""
+    text, asked = "The capital of France is", [{"role": "user", "content": "The capital of France is"}]
+    base = TorchDecoder.load(chain.path("data/pretrain/clm/model"), NUMERICS)
+    assert base.reply([text, asked], 6, 0.0, 1)[0].startswith("Paris.")
+    for path in ("data/prune/model", "data/quantize/policy/model"):
+        decoder = open_decoder(chain.path(path), NUMERICS)
+        assert decoder.reply([text, asked], 6, 0.0, 1) == [
+            decoder.reply([prompt], 6, 0.0, 1)[0] for prompt in (text, asked)
+        ]  # fmt: skip
 
 
 def test_an_expression_that_cannot_be_one_is_told_before_anything_runs() -> None:

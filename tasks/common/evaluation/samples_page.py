@@ -81,7 +81,7 @@ code { font-family: ui-monospace, SFMono-Regular, Menlo, monospace; font-size: .
   #samples tr, #samples th:first-child { width: auto; }
   #samples tr { background: var(--card); border: 1px solid var(--rule); border-radius: 12px; margin-bottom: 1rem; }
   #samples th, #samples td { padding: .6rem .8rem; } #samples th { font-size: 1rem; }
-  #samples .fact { display: inline; margin-right: .8rem; }
+  #samples .fact { display: inline-block; margin-right: .8rem; }
   .who { display: block; font-size: .8rem; font-weight: 600; color: var(--soft); margin-bottom: .1rem; }
 }
 @media print { :root { --ground: #fff; --card: #fff; } form { display: none; }
@@ -154,8 +154,10 @@ replies, and the {{ turned }} whose verdict a step after the base model changed.
 {% for cell in row.cells %}
 <td><span class="who">{{ cell.model }}</span>
 {% if cell.greedy %}
-<p class="reply{{ " same" if cell.same }}">{% if cell.greedy.correct %}<span class="mark good" title="right">✓</span>
-{%- else %}<span class="mark bad" title="wrong">✗</span>{% endif %}<bdi>{{ cell.greedy.text or "(nothing)" }}</bdi></p>
+<p class="reply{{ " same" if cell.same }}">
+{%- if cell.greedy.correct %}<span class="mark good" role="img" aria-label="right">✓</span>
+{%- else %}<span class="mark bad" role="img" aria-label="wrong">✗</span>{% endif %}
+<bdi>{{ cell.greedy.text or "(nothing)" }}</bdi></p>
 {% else %}
 <p class="reply soft">not asked</p>
 {% endif %}

@@ -16,6 +16,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from tasks.common import draw, identity
 from tasks.common.evaluation.candidates import encode
 from tasks.common.evaluation.sheet import TOXIC
+from tasks.common.modelling import models
 from tasks.common.modelling.classifier import Classifier, auc
 from tasks.common.settings import Settings
 from tasks.common.stage import StageError
@@ -206,7 +207,8 @@ def must_fit(prompts: Sequence[Prompt], config: Toxicity, tokenizer: "PreTrained
     """Raise StageError for a prompt that leaves no room for a continuation, and for one that spells a special token."""
     for prompt in prompts:
         named = f"the prompt {prompt.text[:40]!r}... of {config.prompts}/{prompt.category}.txt"
-        ids = encode(tokenizer, asked(prompt, config))
+        with models.quiet("transformers"):  # it warns of the first text that is too long
+            ids = encode(tokenizer, asked(prompt, config))
         if len(ids) + config.max_new_tokens > tokenizer.model_max_length:
             raise StageError(
                 f"{named} has {len(ids)} tokens, which with evaluate.toxicity.max_new_tokens "
