@@ -1,8 +1,9 @@
-"""Align the tuned model with a reward, by proximal policy optimization.
+"""Align the tuned model with a reward, by proximal policy optimization, or by DPO, RLOO or GRPO in its place.
 
-Run as `python -m tasks.ppo`. The algorithm is `tasks/common/alignment/proximal.py`; here are its settings, what it is
-given, how it is taken up again, and what stops it. A checkpoint lies between two iterations, whose draws are all pure
-functions of the iteration, so that a resumed run ends with the bytes of one that was not interrupted.
+Run as `python -m tasks.ppo`. PPO is `tasks/common/alignment/proximal.py`, the others are `by_trl.py` beside it; here
+are their settings, what they are given, how they are taken up again, and what stops them. A checkpoint lies between
+two iterations, whose draws are all pure functions of the iteration, so that a resumed run ends with the bytes of one
+that was not interrupted.
 """
 
 import time
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from tasks.common import stage, tables
-from tasks.common.alignment import rewards
+from tasks.common.alignment import by_trl, pairs, rewards
 from tasks.common.alignment.alarms import Alarms, Sheet, Watch
+from tasks.common.alignment.alternatives import Dpo, Grpo, Ranked, Rloo
+from tasks.common.alignment.learner import Learner
 from tasks.common.alignment.policy import Method, Policy
 from tasks.common.alignment.proximal import Prompt, Proximal, Sampler, Trainer
 from tasks.common.alignment.rewards import Reward
@@ -37,6 +40,7 @@ INPUTS = {
     "model": "data/finetune/model",
     "reward": "{config.reward.path}",
     "instructions": "data/validate/instructions",
+    "rankings": "data/validate/rankings",
     "shards": "data/tokenize/shards",
 }
 OUTPUTS = {"model": "data/ppo/model", "history": "data/ppo/history.csv"}
@@ -46,7 +50,7 @@ PARALLEL = True
 class Config(Settings):
     """Settings of the alignment."""
 
-    algorithm: Proximal
+    algorithm: Annotated[Proximal | Dpo | Rloo | Grpo, Field(discriminator="name", description="How it learns")]
     method: Annotated[Method, Field(discriminator="name", description="What of the model is trained")]
     reward: Reward
     iterations: int = Field(description="Times that replies are sampled and learnt from", ge=1)
@@ -68,7 +72,8 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     tokenizer = chat.load_tokenizer(job.inputs["model"])
     history = History(every=1)
     store = Store.of(job, world)
-    policy = Policy.load(job.inputs["model"], config.method, config.algorithm.values, job.numerics, config.temperature)
+    values = config.algorithm.values if isinstance(config.algorithm, Proximal) else None
+    policy = Policy.load(job.inputs["model"], config.method, values, job.numerics, config.temperature)
     checkpoint = store.resume(policy.model, history)
     first = checkpoint.step if checkpoint else 0
     trained = world.spread(policy.model)
@@ -104,23 +109,28 @@ def run(config: Config, job: Job) -> dict[str, Any]:
 def trainer_of(
     config: Config, job: Job, tokenizer: "PreTrainedTokenizerFast", policy: Policy, world: World,
     table: list[dict[str, Any]],
-) -> Trainer:  # fmt: skip
-    """Return the trainer of a policy on the training questions."""
-    ptx, split = config.algorithm.ptx, Split.open(job.inputs["shards"] / "train")
-    return Trainer(
-        config.algorithm,
-        Sampler(
-            config.episodes, config.minibatch, config.max_new_tokens, config.temperature, config.missing_end_penalty,
-            job.seed,
-        ),
-        policy,
-        begun(config.optimizer, policy.model, world),
-        tokenizer,
-        rewards.open_judge(config.reward, job.inputs["reward"], job.numerics),
-        rewards.called(config.reward),
-        prompts_of(tokenizer, table),
-        Mixture(split, ptx.window, ptx.batch, ptx.mixture, job.seed) if ptx.weight else None,
-        world,
+) -> Learner:  # fmt: skip
+    """Return what trains a policy on the training questions."""
+    algorithm, split = config.algorithm, Split.open(job.inputs["shards"] / "train")
+    ptx = algorithm.ptx
+    sampler = Sampler(
+        config.episodes, config.minibatch, config.max_new_tokens, config.temperature, config.missing_end_penalty,
+        job.seed,
+    )  # fmt: skip
+    updates = begun(config.optimizer, policy.model, world)
+    judge = rewards.open_judge(config.reward, job.inputs["reward"], job.numerics)
+    judged_by, prompts = rewards.called(config.reward), prompts_of(tokenizer, table)
+    mixture = Mixture(split, ptx.window, ptx.batch, ptx.mixture, job.seed) if ptx.weight else None
+    if isinstance(algorithm, Proximal):
+        return Trainer(
+            algorithm, sampler, policy, updates, tokenizer, judge, judged_by, prompts, mixture, world
+        )  # fmt: skip
+    ranked = []
+    if isinstance(algorithm, Dpo) and isinstance(algorithm.pairs, Ranked):
+        ranked = pairs.of_rankings(tokenizer, tables.read(job.inputs["rankings"]).to_pylist(), algorithm.pairs)
+    return by_trl.Learner(
+        algorithm, sampler, policy, updates, tokenizer, judge, judged_by, prompts, mixture, ranked,
+        str(job.outputs["model"]),
     )  # fmt: skip
 
 
@@ -148,7 +158,7 @@ class Run:
     job: Job
     tokenizer: "PreTrainedTokenizerFast"
     world: World
-    trainer: Trainer
+    trainer: Learner
     table: list[dict[str, Any]]
     watch: Watch = field(init=False)
     sheet: Sheet = field(init=False)
@@ -194,14 +204,15 @@ class Run:
             f"{', '.join(wrong)}"
         )
         if self.config.alarms.action == "stop":
+            price = f"ppo.algorithm.{'kl.coefficient' if isinstance(self.config.algorithm, Proximal) else 'beta'}"
             raise StageError(
                 f"{told}. The reward is being gamed: lower ppo.optimizer.learning_rate or ppo.iterations, or raise "
-                "ppo.algorithm.kl.coefficient; ppo.alarms says what else can be done (rollback, tell)."
+                f"{price}; ppo.alarms says what else can be done (rollback, tell)."
             )
         if self.config.alarms.action == "rollback":
             self.trainer.take_up(self.watch.best)
             self.over = True
-            told += f". The policy goes back to that of iteration {self.watch.best_iteration}, and PPO ends"
+            told += f". The policy goes back to that of iteration {self.watch.best_iteration}, and training ends"
         if not self.world.rank:
             print(told, flush=True)
 
@@ -229,7 +240,10 @@ def summary(history: History, run: Run) -> dict[str, Any]:
     if run.over:  # the policy that is left is not the last one looked at
         last = history.rows[run.watch.best_iteration]
     ends = {f"{name}_{when}": row[name] for when, row in (("first", first), ("last", last)) for name in FIGURES}
-    return {"updates": run.trainer.steps, "rolled_back_to": run.watch.best_iteration if run.over else None, **ends}
+    return {
+        "algorithm": run.config.algorithm.name, "updates": run.trainer.steps,
+        "rolled_back_to": run.watch.best_iteration if run.over else None, **ends,
+    }  # fmt: skip
 
 
 FIGURES = ("reward", "kl", "entropy", "length", "distinct_2")

@@ -43,9 +43,13 @@ class Policy:
 
     @classmethod
     def load(
-        cls, path: Path, method: Method, values: Literal["shared", "separate"], numerics: Numerics, temperature: float
-    ) -> "Policy":
-        """Load the tuned model of a folder, as often as the method needs it; its value head foretells 0."""
+        cls, path: Path, method: Method, values: Literal["shared", "separate"] | None, numerics: Numerics,
+        temperature: float,
+    ) -> "Policy":  # fmt: skip
+        """Load the tuned model of a folder, as often as the method needs it; its value head foretells 0.
+
+        Without `values` there is none, and the reference is a whole model, or None.
+        """
         import torch
 
         base = models.load_decoder(path, numerics)
@@ -54,13 +58,15 @@ class Policy:
         halves = reference = None
         if isinstance(method, Top):
             model.get_input_embeddings().requires_grad_(False)  # nor a head that is tied to them: the states below stay
-            if not numerics.parallel.in_step:
+            if values and not numerics.parallel.in_step:
                 halves = Halves.of(model, method.layers)
         if halves:
             reference = twin(halves.upper)
         elif not isinstance(method, Lora):
             reference = models.load_decoder(path, numerics).eval().requires_grad_(False)
         methods.store_as_computed(model, method, numerics.dtype.decoder)
+        if values is None:
+            return cls(model.eval(), reference, method, numerics, temperature)
         head = torch.nn.Linear(width, 1, device=device)
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)
@@ -110,7 +116,7 @@ class Policy:
         """Return log-probability, value and entropy (nats) of a part's reply tokens, each (B, part.width).
 
         The token at position t is predicted, and valued, from the state at t - 1. The temperature is the sampler's.
-        Without `entropy` that is 0; without `backbone` the values' gradient stops at the head.
+        Without `entropy` that is 0; without `backbone` the values' gradient stops at the head; without a head they are 0.
         """
         import torch
 
@@ -121,7 +127,9 @@ class Policy:
             if hasattr(self.model, CRITIC):
                 states = self.model.critic(**part.given, use_cache=False).last_hidden_state
         states = states[:, -part.width - 1 : -1].float()
-        values = self.model.value_head(states if backbone else states.detach())[..., 0]
+        values = states.new_zeros(states.shape[:-1])
+        if hasattr(self.model, HEAD):
+            values = self.model.value_head(states if backbone else states.detach())[..., 0]
         logp, uncertain = self._log_probabilities(out.logits, part, entropy=entropy)
         return logp, values, torch.zeros_like(logp) if uncertain is None else uncertain
 
