@@ -1,6 +1,7 @@
-"""One alignment and its evaluation, by whatever algorithm and seed it is told: `python -m benchmarks.alignment_run FILE`.
+"""One alignment, by whatever algorithm and seed it is told, and its evaluation.
 
-`benchmarks/seeds.py` and `benchmarks/alternatives.py` start it, in the project whose data it reads.
+Run as `python -m benchmarks.alignment_run FILE`, by `benchmarks/seeds.py` and `benchmarks/alternatives.py`, in the
+project whose data it reads.
 """
 
 import time

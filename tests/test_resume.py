@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 
 from tasks.common import identity
 from tests.conftest import copy_project
-from tests.training_fixtures import LORA, Chain, chain
+from tests.training_fixtures import ALTERNATIVES, LORA, MIX, Chain, chain
 
 __all__ = ["chain"]
 
@@ -30,6 +30,7 @@ STAGES: list[tuple[str, dict[str, Any]]] = [
     ("reward policy", {}),
     ("ppo", {}),
     ("ppo", {"method": LORA}),
+    ("ppo", {"algorithm": {**ALTERNATIVES["grpo"], "ptx": MIX}}),  # the other alternatives take the same way
 ]
 SMALL = {"iterations": STEPS, "episodes": 4, "minibatch": 2, "max_new_tokens": 8}  # of ppo, whose steps are iterations
 

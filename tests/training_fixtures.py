@@ -109,6 +109,20 @@ PROXIMAL: dict[str, Any] = {
     "ptx": MIX,
     "average": None,
 }
+NO_PTX = {**MIX, "weight": 0.0}
+ALTERNATIVES: dict[str, dict[str, Any]] = {
+    "dpo": {
+        "name": "dpo", "epochs": 1, "ptx": NO_PTX, "pairs": {"name": "sampled", "generations": 4},
+        "loss": {"name": "sigmoid"}, "beta": 0.1,
+    },
+    "rloo": {
+        "name": "rloo", "epochs": 1, "ptx": NO_PTX, "generations": 4, "beta": 0.05, "clip": 0.2, "normalise": False,
+    },
+    "grpo": {
+        "name": "grpo", "epochs": 1, "ptx": NO_PTX, "generations": 4, "beta": 0.05, "clip": 0.2, "scale": "none",
+        "loss": "grpo", "ratio": "token",
+    },
+}  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {
     "tokenize": {"tokenizer": LEARNT, "context": 64},
     "pretrain@clm": CLM,

@@ -44,6 +44,7 @@ IN_CONFIG = {
     "positions": ("max_position_embeddings", "n_positions"),
 }
 ELEMENTWISE = ("sgd", "adam", "adamw", "lion")  # update rules that treat every number of a matrix alone
+ALTERNATIVES = ("dpo", "rloo", "grpo")  # to PPO
 ENCODER = "data/pretrain/mlm/model"
 REWARD = ("reward@policy", "reward@judge")
 ANSWERING = ("ppo", "prune", "quantize@policy", "evaluate@tuned", "evaluate@policy", "evaluate@pruned", "evaluate@int8")
@@ -62,6 +63,7 @@ def of_settings(params: dict[str, Any]) -> Iterator[str]:
             yield f"{path}: found {value!r}, which needs {other} to be {needed} (it is {_at(params, other)}): {why}"
     yield from _shares(params)
     yield from _zero(params)
+    yield from _groups(params)
 
 
 def of_stages(params: dict[str, Any], stages: Iterable[str]) -> Iterator[str]:
@@ -87,6 +89,12 @@ def of_stages(params: dict[str, Any], stages: Iterable[str]) -> Iterator[str]:
         yield (
             f"numerics.parallel.engine: found {_engine(params)!r}, but ppo knows data and fsdp: it samples between two "
             "updates, which needs the model as torch has it"
+        )
+    algorithm, processes = _at(params, "ppo.algorithm.name"), _at(params, "numerics.parallel.processes")
+    if "ppo" in wanted and algorithm in ALTERNATIVES and processes != 1:
+        yield (
+            f"ppo.algorithm.name: found {algorithm!r}, which trains in one process, but numerics.parallel.processes is "
+            f"{processes}: make that 1, or take ppo, which shares its replies out"
         )
 
 
@@ -141,6 +149,31 @@ def _divides(parts: Any, whole: Any) -> bool | None:
     if not all(isinstance(value, int) and value > 0 for value in (parts, whole)):
         return None
     return bool(whole % parts == 0)
+
+
+def _groups(params: dict[str, Any]) -> Iterator[str]:
+    """Tell of replies that cannot be parted as one of PPO's alternatives compares them, and of pairs that leak."""
+    algorithm = _at(params, "ppo.algorithm.name")
+    if algorithm not in ALTERNATIVES:
+        return
+    for path in ("ppo.algorithm.generations", "ppo.algorithm.pairs.generations"):
+        yield from _multiple(params, "ppo.episodes", path, "which are the replies to one question")
+    if algorithm != "dpo":
+        yield from _multiple(params, "ppo.episodes", "ppo.minibatch", "as TRL parts an iteration into equal updates")
+    elif _divides(2, _at(params, "ppo.minibatch")) is False:
+        yield f"ppo.minibatch: found {_at(params, 'ppo.minibatch')}, but it should be even: dpo learns from pairs"
+    for name in ("judge_share", "reads") if _at(params, "ppo.algorithm.pairs.name") == "rankings" else ():
+        pairs, judge = _at(params, f"ppo.algorithm.pairs.{name}"), _at(params, f"reward.{name}")
+        if None not in (pairs, judge) and pairs != judge:
+            yield (
+                f"ppo.algorithm.pairs.{name}: found {pairs!r}, but reward.{name} is {judge!r}: make them equal, or the "
+                "judge would learn from what the policy learns from"
+            )
+
+
+def _multiple(params: dict[str, Any], path: str, of: str, why: str) -> Iterator[str]:
+    if _divides(_at(params, of), _at(params, path)) is False:
+        yield f"{path}: found {_at(params, path)}, but it should be a multiple of {of} ({_at(params, of)}), {why}"
 
 
 def _zero(params: dict[str, Any]) -> Iterator[str]:

@@ -96,7 +96,8 @@ class Grpo(_Grouped):
         "reply's, or those of the update"
     )
     ratio: Literal["token", "sequence"] = Field(
-        description="token: each has its probability ratio; sequence: a reply has one (Zheng et al. 2025, GSPO)"
+        description="token: each has its probability ratio, by which its price is weighed too, so that the price's "
+        "gradient is right on average; sequence: a reply has one (Zheng et al. 2025, GSPO)"
     )
 
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tasks.common.alignment.alternatives import Ranked
-from tasks.common.evaluation.rankings import share_of
+from tasks.common.evaluation.rankings import Row, share_of
 from tasks.common.stage import StageError
 from tasks.common.text import chat
 
@@ -44,7 +44,7 @@ def of_replies(
 
 
 def of_rankings(
-    tokenizer: "PreTrainedTokenizerFast", table: Sequence[dict[str, Any]], settings: Ranked
+    tokenizer: "PreTrainedTokenizerFast", table: Sequence[Row], settings: Ranked
 ) -> list[Pair]:  # fmt: skip
     """Return what beats what in the training rankings that the judge does not learn from; ties make no pair.
 
@@ -68,7 +68,7 @@ def of_rankings(
     return found
 
 
-def _reply(tokenizer: "PreTrainedTokenizerFast", row: dict[str, Any], prompt: list[int], text: str) -> list[int]:
+def _reply(tokenizer: "PreTrainedTokenizerFast", row: Row, prompt: list[int], text: str) -> list[int]:
     ids, answers = chat.encode_chat(tokenizer, [*row["prompt"], {"role": "assistant", "content": text}])
     if len(ids) > tokenizer.model_max_length:
         raise StageError(

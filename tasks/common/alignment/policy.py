@@ -116,7 +116,7 @@ class Policy:
         """Return log-probability, value and entropy (nats) of a part's reply tokens, each (B, part.width).
 
         The token at position t is predicted, and valued, from the state at t - 1. The temperature is the sampler's.
-        Without `entropy` that is 0; without `backbone` the values' gradient stops at the head; without a head they are 0.
+        Without `entropy` that is 0, and without a head the values are; without `backbone` their gradient stops at it.
         """
         import torch
 

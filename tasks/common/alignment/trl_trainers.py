@@ -37,16 +37,16 @@ class Stepper(torch.optim.Optimizer):
         self.do()
 
 
-class Told(TrainerCallback):  # type: ignore[misc]
+class Told(TrainerCallback):
     """Keeps what a trainer logs of each step."""
 
     def __init__(self, steps: list[dict[str, float]]) -> None:
         self.steps = steps
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **told: Any) -> None:
         """Keep a step's figures; what is told at the end is of durations."""
-        if "loss" in logs:
-            self.steps.append(dict(logs))
+        if "loss" in told["logs"]:
+            self.steps.append(dict(told["logs"]))
 
 
 class _Ours:
@@ -119,16 +119,18 @@ def trainer_of(
     }
     trainer: Any
     if isinstance(config, Dpo):
-        empty = Dataset.from_list([{"prompt_ids": [0], "chosen_ids": [0], "rejected_ids": [0]}])
-        trainer = OnPairs(args=DPOConfig(**told), ref_model=policy.reference, train_dataset=empty, **given)
+        given["train_dataset"] = Dataset.from_list([{"prompt_ids": [0], "chosen_ids": [0], "rejected_ids": [0]}])
+        trainer = OnPairs(args=DPOConfig(**told), ref_model=policy.reference, **given)
     else:
-        kind, arguments = (Grouped, GRPOConfig) if isinstance(config, Grpo) else (LeaveOneOut, RLOOConfig)
 
-        def reward(prompts: Any, completions: Any, **_: Any) -> list[float]:
-            return scores()
+        def reward(prompts: Any, completions: Any, **_: Any) -> list[float | None]:
+            return list(scores())
 
-        empty = Dataset.from_list([{"prompt": ""}])
-        trainer = kind(args=arguments(**told), reward_funcs=reward, train_dataset=empty, **given)
+        given |= {"train_dataset": Dataset.from_list([{"prompt": ""}]), "reward_funcs": reward}
+        if isinstance(config, Grpo):
+            trainer = Grouped(args=GRPOConfig(**told), **given)
+        else:
+            trainer = LeaveOneOut(args=RLOOConfig(**told), **given)
         trainer.given, trainer.beta, trainer.ref_model = replies, config.beta, policy.reference
         if policy.reference is not None:
             add_fused_lm_head(policy.reference, temperature=sampler.temperature)
@@ -164,6 +166,6 @@ def _arguments(config: Alternative, sampler: Sampler, numerics: Numerics) -> dic
     if isinstance(config, Grpo):
         return {
             **grouped, "loss_type": config.loss, "scale_rewards": config.scale,
-            "importance_sampling_level": config.ratio,
+            "importance_sampling_level": config.ratio, "use_bias_correction_kl": config.ratio == "token",
         }  # fmt: skip
     return {**grouped, "normalize_advantages": config.normalise}
