@@ -13,8 +13,8 @@ from benchmarks import harness, machine
 from tasks.common.settings import BessemerError
 
 NAMES = (
-    "pretrain", "speed", "optimizers", "mixing", "medquad", "lora_memory", "reward", "ppo", "seeds", "curation", "data",
-    "serve", "ranking", "pipeline",
+    "pretrain", "speed", "optimizers", "mixing", "medquad", "lora_memory", "reward", "ppo", "seeds", "alternatives",
+    "curation", "data", "serve", "ranking", "pipeline",
 )  # fmt: skip
 ELSEWHERE = ("gpu",)  # takes a machine of its own, so it is run where it is named
 

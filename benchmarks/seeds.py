@@ -21,7 +21,7 @@ SEEDS = (1, 2, 3, 4, 5)
 TUNED = harness.ROOT / "metrics" / "evaluate@tuned.json"
 NEEDED = (
     "data/finetune/model", "data/validate/instructions", "data/tokenize/shards", "data/reward/policy/model",
-    "data/reward/judge/model", "metrics/evaluate@tuned.json",
+    "data/reward/judge/model", "data/evaluate/tuned/answers", "metrics/evaluate@tuned.json",
 )  # fmt: skip
 
 
@@ -44,9 +44,10 @@ def run(seed: int, *, trial: bool) -> Figures:
     params = read_params(PROFILE)
     if trial:
         params["ppo"]["iterations"] = 2
-    request = {"seed": seed, **{name: params[name] for name in ("ppo", "evaluate", "numerics")}}
+    request = {"seed": seed, "resamples": params["compare"]["resamples"]}
+    request |= {name: params[name] for name in ("ppo", "evaluate", "numerics")}
     with tempfile.TemporaryDirectory(prefix="bessemer-bench-") as scratch:
-        figures = harness.in_process("benchmarks.seeds_run", {**request, "scratch": scratch})
+        figures = harness.in_process("benchmarks.alignment_run", {**request, "scratch": scratch})
     told = ", ".join(f"{name} {figures[name]}" for name in ("reward_mean", "exact_match_heldout", "kl_last"))
     print(f"    seed {seed}: {told}", flush=True)
     return figures
