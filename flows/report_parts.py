@@ -44,6 +44,7 @@ PPO = (
     ("clip_fraction", "Tokens held back by clipping", SHARE, "s5"),
     ("explained_variance", "Variance of returns that the values foretell", SHARE, "s4"),
     ("beta", "Price of KL (β)", "rating points a nat", "s2"),
+    ("margin", "Preference for the better reply", "β × nats", "s4"),  # DPO's
     ("ptx_loss", "Loss on pretraining text", "nats a token", "s5"),
 )
 SECTIONS = {
@@ -151,7 +152,7 @@ def reward(run: Results) -> Part:
 
 
 def ppo(run: Results) -> Part:
-    """Return PPO's curves, and the rewards of the sampled replies before and after it."""
+    """Return the curves of PPO, or of what stood in its place, and its first and last figures."""
     rows = run.history("ppo")
     if not rows:
         return {}
@@ -162,8 +163,16 @@ def ppo(run: Results) -> Part:
         ("Reward of fresh replies", report_plots.line([mean], "iteration", "rating points")),
         ("Distance from the tuned model", _curve(rows, "kl", "KL, nats a reply", "s2", levels)),
     ]
-    charts += [(title, _curve(rows, column, unit, colour)) for column, title, unit, colour in PPO]
-    return {"charts": [(title, svg) for title, svg in charts if svg], "first": rows[0], "last": rows[-1]}
+    steered = run.algorithm == "PPO"  # the others' price stays what the settings say
+    charts += [
+        (title, _curve(rows, column, unit, colour))
+        for column, title, unit, colour in PPO
+        if steered or column != "beta"
+    ]
+    return {
+        "algorithm": run.algorithm, "charts": [(title, svg) for title, svg in charts if svg], "first": rows[0],
+        "last": rows[-1],
+    }  # fmt: skip
 
 
 def size(run: Results) -> Part:

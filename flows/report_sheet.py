@@ -33,7 +33,7 @@ ENCODER = (
     ("bytes", "Size", "bytes", -1),
 )
 MODELS = {
-    "base": "pretrained", "tuned": "fine-tuned", "policy": "aligned by PPO", "pruned": "made smaller",
+    "base": "pretrained", "tuned": "fine-tuned", "policy": "aligned by {algorithm}", "pruned": "made smaller",
     "int8": "as it is served", "encoder": "masked pretraining", "encoder-int8": "as it is served",
 }  # fmt: skip
 COLOURS = {"base": "m1", "tuned": "m2", "policy": "m3", "pruned": "m4", "int8": "m5"}
@@ -52,7 +52,9 @@ def evaluation(run: Results) -> Part:
     questions = run.settings("evaluate@base").get("questions")
     return {
         "tables": [
-            _table(rows, columns, differences) for rows, columns in ((decoders, DECODER), (encoders, ENCODER)) if rows
+            _table(rows, columns, differences, run.algorithm)
+            for rows, columns in ((decoders, DECODER), (encoders, ENCODER))
+            if rows
         ],
         "chart": _chart(decoders),
         "differences": found,
@@ -83,7 +85,9 @@ def tiles(run: Results) -> list[Part]:
         result.append({"kind": "share", "value": models["policy"][WON], "says": says, "of": "policy"})
     elif {"tuned", "policy"} <= set(models) and models["policy"].get("reward_mean") is not None:
         gain = models["policy"]["reward_mean"] - models["tuned"]["reward_mean"]
-        result.append({"kind": "change", "value": gain, "says": "rating points gained by PPO", "of": "policy"})
+        result.append(
+            {"kind": "change", "value": gain, "says": f"rating points gained by {run.algorithm}", "of": "policy"}
+        )
     ratio = run.metrics("quantize@policy").get("ratio")
     if ratio is not None:
         result.append({"kind": "times", "value": ratio, "says": "of the FP32 file's size", "of": "int8"})
@@ -96,8 +100,9 @@ def tiles(run: Results) -> list[Part]:
 
 
 def _table(
-    models: Sequence[Part], columns: Sequence[tuple[str, str, str, int]], differences: Mapping[tuple[str, str], Part]
-) -> Part:
+    models: Sequence[Part], columns: Sequence[tuple[str, str, str, int]], differences: Mapping[tuple[str, str], Part],
+    algorithm: str,
+) -> Part:  # fmt: skip
     columns = [column for column in columns if any(model.get(column[0]) is not None for model in models)]
     rows = []
     for index, model in enumerate(models):
@@ -105,7 +110,8 @@ def _table(
         name = str(model["model"])
         cells = [_cell(model, before, column, differences.get((name, column[0]))) for column in columns]
         rows.append({
-            "model": name, "says": MODELS.get(name, ""), "colour": COLOURS.get(name, "m1"), "cells": cells,
+            "model": name, "says": MODELS.get(name, "").format(algorithm=algorithm),
+            "colour": COLOURS.get(name, "m1"), "cells": cells,
         })  # fmt: skip
     return {"columns": [heading for _, heading, _, _ in columns], "rows": rows}
 

@@ -109,6 +109,11 @@ class Results:
         found = step.record.get("settings") if step else None
         return found if isinstance(found, dict) else {}
 
+    @property
+    def algorithm(self) -> str:
+        """How the policy was aligned, as people write it: PPO, DPO, RLOO or GRPO."""
+        return str((self.settings("ppo").get("algorithm") or {}).get("name", "ppo")).upper()
+
     def history(self, stage: str) -> list[dict[str, float]]:
         """Return the rows of a stage's curves; empty where it has left none."""
         path = self.project / "data" / stage.replace("@", "/") / "history.csv"

@@ -158,6 +158,19 @@ assert not loaded & {{"torch", "transformers", "matplotlib", "prefect"}}, loaded
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_the_page_names_the_algorithm_that_aligned_the_policy(project: Path) -> None:
+    """PPO's is the word of the sheet and of the part with its curves, unless another stood in its place."""
+    text = Page(written(project)).text
+    assert "aligned by PPO" in text
+    assert "Price of KL" in text
+    record = project / "data/ppo/record.json"
+    put(record, json.loads(record.read_text(encoding="utf-8")) | {"settings": {"algorithm": {"name": "grpo"}}})
+    text = Page(written(project)).text
+    assert "aligned by GRPO" in text
+    assert "aligned by PPO" not in text
+    assert "Price of KL" not in text
+
+
 class TestMissingParts:
     @pytest.mark.parametrize(
         ("gone", "sentence"),
