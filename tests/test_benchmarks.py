@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import curation_run, endpoint, harness, machine, medquad, medquad_run, pipeline, ranking
+from benchmarks import alternatives, curation_run, endpoint, harness, machine, medquad, medquad_run, pipeline, ranking
 from benchmarks.harness import BenchmarkError, Measured, Row
+from benchmarks.pretrain import PROFILE
+from tasks.common.settings import check, read_params
 from tasks.common.validation.near_duplicates import NearDuplicates
 
 AROUND = {"commit": "0" * 40, "hardware": {"cpu": "none", "cores": 2}, "versions": {"python": "3.11"}}
@@ -265,3 +267,34 @@ def test_lost_doubled_and_foreign_rankings_are_counted() -> None:
         assert (found[what].ours, found[what].met) == (1, False), what
     assert found["acknowledged after the kill"].ours == 1
     assert found["rankings acknowledged"].ours == 3
+
+
+ALIGNED: dict[str, Any] = {
+    "reward_mean": 1.5, "win_rate_over_tuned": 0.75, "win_rate_over_tuned_interval": [0.7, 0.8],
+    "exact_match_heldout": 0.95, "distinct_2": 0.3, "kl_last": 2.0, "length_last": 15.0, "length_first": 12.0,
+    "seconds": 60.0, "updates": 72, "rolled_back_to": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", alternatives.ALGORITHMS)
+def test_what_each_algorithm_is_compared_with_is_what_the_stage_takes(name: str) -> None:
+    params = read_params(PROFILE)
+    params["ppo"] = alternatives.settings(name, params["ppo"])
+    check(params, stages=["ppo"])
+    assert params["ppo"]["algorithm"]["name"] == name
+    assert params["ppo"]["algorithm"]["ptx"]["weight"] == 1.0
+
+
+def test_the_worst_of_the_algorithms_is_held_to_the_gates() -> None:
+    tuned = {"reward_mean": 0.5, "exact_match_heldout": 0.97, "distinct_2": 0.4}
+    found = {
+        "ppo": ALIGNED,
+        "grpo": {**ALIGNED, "reward_mean": 0.9, "exact_match_heldout": 0.9, "rolled_back_to": 3},
+    }
+    worst = {row.what: row for row in alternatives.rows(found, tuned) if row.target}
+    assert [row.met for row in worst.values()] == [False, False, True]
+    assert worst["held-out exact match lost, the most of the four"].ours == 7.0
+    lines = alternatives.table(found, tuned).splitlines()
+    assert lines[3].startswith("| PPO | 1.50 | 75.0 % (70–80) | 95.0 % | 0.30 | 2.00 | 15.0 | 60 |")
+    assert len({line.count("|") for line in lines}) == 1
+    assert "Rolled back to an earlier iteration: GRPO to 3." in alternatives.notes(found)
