@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -231,6 +232,21 @@ def test_trl_reports_to_nobody(learner: Callable[..., Learner], monkeypatch: pyt
     monkeypatch.setattr(base, "send_telemetry", sent)
     for name in ALTERNATIVES:
         learner(name)
+
+
+def test_several_gpus_in_one_process_are_refused(
+    learner: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Trainer would put a copy of the model on each."""
+    import torch
+
+    from tasks.common.alignment import trl_trainers
+
+    ours = learner("grpo")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    seen = replace(ours.policy, numerics=NUMERICS.model_copy(update={"device": "cuda"}))
+    with pytest.raises(StageError, match="2 GPUs are visible, and grpo trains on one: name it"):
+        trl_trainers.trainer_of(ours.config, ours.sampler, seen, ours.tokenizer, int, [], list, list, "nowhere")
 
 
 # Pairs

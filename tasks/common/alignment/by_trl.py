@@ -173,7 +173,7 @@ class Learner:
         """Add the pretraining term's gradient to that of TRL's loss, and take our optimizers' step."""
         import torch
 
-        ptx = torch.zeros(1)
+        ptx = torch.zeros(1, device=next(self.policy.model.parameters()).device)
         if self.mixture:
             ids = torch.from_numpy(self.mixture.batch(self.steps))  # (B, T)
             mean = windows_surprise(self.policy.model, ids, self.policy.numerics) / ids[:, 1:].numel()

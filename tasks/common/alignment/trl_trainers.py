@@ -19,6 +19,7 @@ from tasks.common.alignment.policy import Policy
 from tasks.common.alignment.proximal import Sampler
 from tasks.common.modelling import models
 from tasks.common.settings import Numerics
+from tasks.common.stage import StageError
 from tasks.common.text import chat
 
 Replies = Callable[[], list[list[int]]]  # gives the iteration's, the replies to one question side by side
@@ -105,8 +106,14 @@ def trainer_of(
     """Return TRL's trainer of a policy, whose `train()` goes through one iteration's `train_dataset`.
 
     It calls `do` to take a step, and adds what it tells of one to `steps`. `replies` and `scores` give the
-    iteration's. It writes nothing into `folder`, but wants one.
+    iteration's. It writes nothing into `folder`, but wants one. Raises StageError where one process sees several GPUs,
+    on which a Trainer would put a copy of the model each.
     """
+    if policy.numerics.device == "cuda" and torch.cuda.device_count() > 1:
+        raise StageError(
+            f"{torch.cuda.device_count()} GPUs are visible, and {config.name} trains on one: name it, as in "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
     parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     stepper = Stepper(parameters, do)
     told = {
