@@ -21,17 +21,19 @@ from tasks.common import stage, tables
 from tasks.common.evaluation import agreement
 from tasks.common.evaluation.rankings import Ranking, raters_scale, read_ranking, share_of
 from tasks.common.evaluation.scoring import Reads, Scorer
-from tasks.common.modelling import models
-from tasks.common.modelling.lexicon import Lexicon
+from tasks.common.modelling import methods, models
+from tasks.common.modelling.frozen import Frozen
+from tasks.common.modelling.methods import Full, Head, Lora, Top
 from tasks.common.settings import Settings
 from tasks.common.stage import Job, StageError
 from tasks.common.text import chat
 from tasks.common.training import losses
+from tasks.common.training.bases import fit_lexicon, with_bases
 from tasks.common.training.loop import NAMED, Drawn, Share, Training, batch_at, summary, train
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
 INPUTS = {"model": "{config.model}", "rankings": "data/validate/rankings"}
 KEY_INPUTS: dict[str, dict[str, str]] = {"policy": {}, "judge": {}}
@@ -39,7 +41,6 @@ OUTPUTS = {"model": "data/reward/{key}/model", "history": "data/reward/{key}/his
 PARALLEL = True
 
 NORMALISED_ON = 8192  # responses of training at most, by whose scores rewards are normalised
-FOLDS = 5  # of the rankings, so that each can be rated by words without being among those learnt from
 
 
 class Pairwise(Settings):
@@ -60,9 +61,10 @@ class Listwise(Settings):
 class Config(Training):
     """Settings of the reward model."""
 
-    model: Literal["data/pretrain/mlm/model", "data/finetune/model"] = Field(
+    model: Literal["data/pretrain/mlm/model", "data/finetune/model", "data/ingest/checkpoint"] = Field(
         description="Model that the head is put on"
     )
+    method: Annotated[Full | Top | Lora | Head, Field(discriminator="name", description="What of the model is trained")]
     reads: Reads = Field(description="The response alone, or the whole conversation up to it")
     heads: int = Field(
         description="Heads on the model, whose mean is the score; several learn from bootstrapped rankings", ge=1, le=64
@@ -81,10 +83,15 @@ class Config(Training):
     steps: int = Field(description="Optimizer steps; the judge's are fewer, as its rankings are", ge=1)
 
     @model_validator(mode="after")
-    def _some_loss(self) -> "Config":
+    def _fits_together(self) -> "Config":
         if not self.rating and not self.ordering.weight:
             raise ValueError(
                 "rating and ordering.weight are both 0, so nothing would be learnt; give one of them a weight"
+            )
+        if self.method.name == "head" and self.word_dropout:
+            raise ValueError(
+                f"method head reads each response once, and word_dropout ({self.word_dropout}) would hide other tokens "
+                "of it in every step; set it to 0, or take the method top"
             )
         return self
 
@@ -112,9 +119,13 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     with models.quiet("transformers"):  # the head is fresh, and is about to be trained
         model = models.new_scorer(job.inputs["model"], job.numerics, config.heads)
     model.config.pad_token_id = tokenizer.pad_token_id
-    lexicon, bases = with_bases(train_set, config.words)
-    model, history = train(model, Judgements(config, job, model, tokenizer, train_set, bases), config, job)
-    scorer = Scorer(model, tokenizer, lexicon, scale, config.max_tokens, config.reads, job.numerics)
+    lexicon, known = with_bases(train_set, config.words)
+    trained = methods.apply(model, config.method)
+    frozen = Frozen(trained, tokenizer, job.numerics) if isinstance(config.method, Head) else None
+    judgements = Judgements(config, job, trained, tokenizer, train_set, known, frozen=frozen)
+    trained, history = train(trained, judgements, config, job)
+    model = methods.merge(trained, config.method)
+    scorer = Scorer(model, tokenizer, lexicon, scale, config.max_tokens, config.reads, job.numerics, frozen=frozen)
     scorer = replace(scorer, normal=normal(scorer, train_set))
     scorer.save(job.outputs["model"])
     history.write(job.outputs["history"])
@@ -166,12 +177,14 @@ class Judgements:
     steady = False
 
     def __init__(
-        self, config: Config, job: Job, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast",
-        rankings: Sequence[Ranking], bases: Sequence[list[float]],
+        self, config: Config, job: Job, model: Any, tokenizer: "PreTrainedTokenizerFast",
+        rankings: Sequence[Ranking], bases: Sequence[list[float]], *, frozen: Frozen | None = None,
     ) -> None:  # fmt: skip
         terms = {"rating": config.rating, "ordering": config.ordering.weight}
         self.weights = {name: weight for name, weight in terms.items() if weight}
-        self.config, self.job, self.model, self.tokenizer = config, job, model, tokenizer
+        self.config, self.job, self.model, self.tokenizer, self.frozen = config, job, model, tokenizer, frozen
+        if frozen:
+            frozen.read([ids for ranking in rankings for ids in ranking.ids], chat.TOGETHER)
         counts = bootstrapped(len(rankings), config.heads, job.seed)
         self.items = list(zip(rankings, bases, counts, strict=True))
 
@@ -197,7 +210,10 @@ class Judgements:
         batch: Sequence[tuple[Ranking, list[float], list[int]]] = drawn.content
         rows = [ids for ranking, *_ in batch for ids in ranking.ids]
         together = len(rows) if self.job.numerics.parallel.in_step else chat.TOGETHER
-        found = models.head_outputs(self.model, self.tokenizer, rows, self.job.numerics, together)  # (N, heads)
+        if self.frozen:
+            found = self.frozen.outputs(rows, together)  # (N, heads)
+        else:
+            found = models.head_outputs(self.model, self.tokenizer, rows, self.job.numerics, together)
         found = found + found.new_tensor([value for _, base, _ in batch for value in base])[:, None]
         starts = np.cumsum([0, *(len(ranking.ids) for ranking, *_ in batch)]).tolist()
         sums = {"rating": found.sum() * 0, "ordering": found.sum() * 0}
@@ -240,31 +256,6 @@ def normal(scorer: Scorer, train_set: Sequence[Ranking]) -> list[float]:
     exchanges = [exchange for ranking in train_set for exchange in ranking.exchanges]
     scores = scorer.score(exchanges[:: -(-len(exchanges) // NORMALISED_ON)])
     return [round(float(np.mean(scores)), 6), round(float(np.std(scores)), 6) or 1.0]
-
-
-def fit_lexicon(rankings: Sequence[Ranking], *, words: bool = True, bigrams: bool = False) -> Lexicon:
-    """Return the lexicon of the rankings that hold ratings."""
-    rated = [item for ranking in rankings for item in zip(ranking.texts, ranking.ratings or (), strict=False)]
-    return Lexicon.fit([text for text, _ in rated], [value for _, value in rated], words=words, bigrams=bigrams)
-
-
-def with_bases(rankings: Sequence[Ranking], words: bool) -> tuple[Lexicon, list[list[float]]]:
-    """Return the lexicon of all rankings, and for each ranking the base that the model is trained on.
-
-    A ranking's base comes from a lexicon that has not seen it (out of fold, Wolpert 1992, "Stacked generalization"):
-    of what it has seen a lexicon knows too much, and the model would learn to correct too little. Of fewer rated
-    rankings than there are folds nothing is known by words: the base is their mean.
-    """
-    enough = sum(ranking.ratings is not None for ranking in rankings) >= FOLDS
-    lexicon = fit_lexicon(rankings, words=words and enough)
-    if not lexicon.words:
-        return lexicon, [[lexicon.mean] * len(ranking.texts) for ranking in rankings]
-    folds = []
-    for fold in range(FOLDS):
-        others = [ranking for number, ranking in enumerate(rankings) if number % FOLDS != fold]
-        known = any(ranking.ratings for ranking in others)
-        folds.append(fit_lexicon(others) if known else Lexicon(lexicon.mean, {}))
-    return lexicon, [folds[number % FOLDS].score(ranking.texts) for number, ranking in enumerate(rankings)]
 
 
 def hide_words(ranking: Ranking, share: float, mask: int, random: np.random.Generator) -> Ranking:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tasks.common.modelling.lexicon import RIDGE, Lexicon
+from tasks.common.modelling.lexicon import RIDGE, Lexicon, terms
 from tests.training_fixtures import ADJECTIVES, THINGS
 
 
@@ -44,6 +44,28 @@ def test_bigrams_see_what_words_alone_do_not() -> None:
     alone, paired = (Lexicon.fit(texts, ratings, bigrams=bigrams).score(texts[:2]) for bigrams in (False, True))
     assert alone[0] == pytest.approx(alone[1])
     assert paired[0] > paired[1] + 1
+
+
+@pytest.mark.parametrize("penalty", [0.5, 30.0])
+def test_words_are_rated_from_orders_by_the_likeliest_weights(penalty: float) -> None:
+    """Where no step of plain gradient descent leads any further; what both texts hold adds nothing, the mean is 0."""
+    pairs = [("good soup", "bad soup"), ("good!", "soup"), ("plain soup", "bad"), ("bad", "plain"), ("soup", "good!")]
+    lexicon = Lexicon.fit_orders(pairs, penalty=penalty)
+    names = ["good", "soup", "bad", "!", "plain"]
+    assert list(lexicon.words) == names
+    table = np.array([[(w in terms(a)) - float(w in terms(b)) for w in names] for a, b in pairs])
+    weights = np.zeros(5)
+    for _ in range(20_000):
+        weights += 0.02 * (table.T @ (1 / (1 + np.exp(table @ weights))) - penalty * weights)
+    assert list(lexicon.words.values()) == pytest.approx(weights, abs=2e-6)
+    assert lexicon.mean == 0.0
+    assert lexicon.score(["Good, bad"]) == pytest.approx([weights[0] + weights[2]], abs=4e-6)
+
+
+def test_words_from_orders_of_no_pairs_or_no_words_are_none() -> None:
+    """And two fits give the same numbers."""
+    assert Lexicon.fit_orders([], penalty=1.0) == Lexicon.fit_orders([(" ", "")], penalty=1.0) == Lexicon(0.0, {})
+    assert Lexicon.fit_orders([("a b", "b")], penalty=1.0) == Lexicon.fit_orders([("a b", "b")], penalty=1.0)
 
 
 def test_a_lexicon_without_words_is_the_mean() -> None:

@@ -145,46 +145,6 @@ def test_words_are_hidden_at_random() -> None:
     assert reward.hide_words(item, 0.0, 3, np.random.default_rng(0)) == item
 
 
-def test_a_base_comes_from_a_lexicon_that_has_not_seen_the_ranking() -> None:
-    """A word of one ranking alone adds nothing to its own base, and does to what a new reply is given."""
-    rated = [replace(group("a", [float(n)]), texts=[f"word{n} here"]) for n in range(10)]
-    lexicon, bases = reward.with_bases(rated, words=True)
-    for number, (base,) in enumerate(bases):
-        others = [float(n) for n in range(10) if n % reward.FOLDS != number % reward.FOLDS]
-        assert base == pytest.approx(sum(others) / len(others), abs=0.05)  # "here" holds what rounding leaves it
-    told = lexicon.score(["word9 here", "word0 here"])
-    assert told[0] > told[1] + 0.5
-
-
-def test_without_words_the_base_is_the_mean_rating() -> None:
-    """Of all that is rated; what was only ranked has the same base, and nothing rated at all gives 0."""
-    rated = [group("ab", [3.0, 0.0]), group("c", None)]
-    lexicon, bases = reward.with_bases(rated, words=False)
-    assert (lexicon.mean, lexicon.words) == (1.5, {})
-    assert bases == [[1.5, 1.5], [1.5]]
-    for words in (True, False):
-        assert reward.with_bases(rated[1:], words)[1] == [[0.0]]
-
-
-@pytest.mark.parametrize("rated", [1, 4])
-def test_where_few_rankings_are_rated_the_base_of_all_is_their_mean(rated: int) -> None:
-    """By words, too little would be known of each of them from the others."""
-    rankings = [group("ab", None) for _ in range(7)]
-    rankings[:rated] = [replace(ranking, ratings=[3.0, 2.0]) for ranking in rankings[:rated]]
-    lexicon, bases = reward.with_bases(rankings, words=True)
-    assert {value for base in bases for value in base} == {2.5}
-    assert lexicon.score(["a", "z"]) == [2.5, 2.5]
-
-
-def test_a_fold_without_ratings_elsewhere_falls_back_to_the_mean() -> None:
-    """A base of 0 would let the model learn the mean, and the lexicon add it once more."""
-    rankings = [group("ab", None) for _ in range(5 * reward.FOLDS)]
-    rankings[:: reward.FOLDS] = [replace(ranking, ratings=[3.0, 2.0]) for ranking in rankings[:: reward.FOLDS]]
-    lexicon, bases = reward.with_bases(rankings, words=True)
-    assert bases[0] == [lexicon.mean] * 2 == [2.5, 2.5]
-    assert lexicon.words["a"] > 0 > lexicon.words["b"]
-
-
 # Judging
 
 

@@ -147,6 +147,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "reward": {
         "model": "data/pretrain/mlm/model",
+        "method": {"name": "full"},
         "reads": "response",
         "heads": 1,
         "judge_share": 0.3,

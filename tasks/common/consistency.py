@@ -11,9 +11,12 @@ from typing import Any
 from tasks.common.settings import ZERO
 
 TRAINING = ("pretrain.clm", "pretrain.mlm", "finetune", "reward", "prune")
-AT_MOST = (  # setting, the one of another section that it must not exceed, and why; {tuned}: what finetune starts from
+# Setting, the one of another section that it must not exceed, and why; {tuned}, {rated}: what the stage starts from.
+AT_MOST = (
     ("finetune.method.layers", "pretrain.{tuned}.model.layers", "the model has no more blocks to train"),
     ("finetune.method.rank", "pretrain.{tuned}.model.hidden", "a matrix of the model's width has no higher rank"),
+    ("reward.method.layers", "pretrain.{rated}.model.layers", "the model has no more blocks to train"),
+    ("reward.method.rank", "pretrain.{rated}.model.hidden", "a matrix of the model's width has no higher rank"),
     ("ppo.method.layers", "pretrain.clm.model.layers", "the model has no more blocks to train"),
     ("ppo.method.rank", "pretrain.clm.model.hidden", "a matrix of the model's width has no higher rank"),
     ("ppo.minibatch", "ppo.episodes", "an update learns from some of an iteration's replies"),
@@ -35,6 +38,7 @@ AT_MOST = (  # setting, the one of another section that it must not exceed, and 
 ONLY_WITH = (  # setting, its value, the setting that another value is wrong for, the value it needs, and why
     ("finetune.method.name", "qlora", "numerics.device", "cuda", "it computes on four-bit weights, which takes a GPU"),
     ("finetune.method.name", "qlora", "numerics.parallel.engine", "data", "four-bit weights cannot be shared out"),
+    ("reward.method.name", "head", "numerics.parallel.engine", "data", "one layer is nothing to share out"),
     ("pretrain.clm.model.name", "from", "tokenize.tokenizer.name", "from", "a model reads its own tokens alone"),
 )  # fmt: skip
 GIVEN = "pretrain.clm.model"  # where it names a folder, its size is in that folder's config.json, called so:
@@ -46,6 +50,7 @@ IN_CONFIG = {
 ELEMENTWISE = ("sgd", "adam", "adamw", "lion")  # update rules that treat every number of a matrix alone
 ALTERNATIVES = ("dpo", "rloo", "grpo")  # to PPO
 ENCODER = "data/pretrain/mlm/model"
+CHECKPOINT = "data/ingest/checkpoint"
 REWARD = ("reward@policy", "reward@judge")
 ANSWERING = ("ppo", "prune", "quantize@policy", "evaluate@tuned", "evaluate@policy", "evaluate@pruned", "evaluate@int8")
 
@@ -53,14 +58,17 @@ ANSWERING = ("ppo", "prune", "quantize@policy", "evaluate@tuned", "evaluate@poli
 def of_settings(params: dict[str, Any]) -> Iterator[str]:
     """Tell of settings that contradict each other."""
     tuned = "mlm" if _at(params, "finetune.model") == ENCODER else "clm"
+    rated = {ENCODER: "mlm", "data/finetune/model": tuned}.get(str(_at(params, "reward.model")))
     for path, limit_path, why in AT_MOST:
-        limit = limit_path.format(tuned=tuned)
+        limit = limit_path.format(tuned=tuned, rated=rated)
         value, most = _at(params, path), _limit(params, limit)
         if isinstance(value, int) and isinstance(most, int) and value > most:
             yield f"{path}: found {value}, but it should be at most {limit}, which is {most}: {why}"
     for path, value, other, needed, why in ONLY_WITH:
         if _at(params, path) == value and _at(params, other) != needed:
             yield f"{path}: found {value!r}, which needs {other} to be {needed} (it is {_at(params, other)}): {why}"
+    if _at(params, "reward.model") == CHECKPOINT and _at(params, "ingest.checkpoint") is None:
+        yield f"reward.model: found {CHECKPOINT!r}, but ingest.checkpoint is null: name a model there, or take another"
     yield from _shares(params)
     yield from _zero(params)
     yield from _groups(params)

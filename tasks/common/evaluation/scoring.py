@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tasks.common.modelling import models
+from tasks.common.modelling.frozen import Frozen
 from tasks.common.modelling.lexicon import Lexicon
 from tasks.common.settings import Numerics
 from tasks.common.text import chat
@@ -54,6 +55,7 @@ class Scorer:
     reads: Reads
     numerics: Numerics
     normal: Sequence[float] = AS_RATED  # mean and standard deviation of the scores of the training responses
+    frozen: Frozen | None = None  # what the model is known to make of texts, where only its head was trained
 
     @classmethod
     def load(cls, path: Path, numerics: Numerics) -> "Scorer":
@@ -94,7 +96,10 @@ class Scorer:
         was_training = self.model.training
         self.model.eval()
         with torch.no_grad():
-            heads = models.head_outputs(self.model, self.tokenizer, rows, self.numerics, together)  # (N, heads)
+            if self.frozen:
+                heads = self.frozen.outputs(rows, together)  # (N, heads)
+            else:
+                heads = models.head_outputs(self.model, self.tokenizer, rows, self.numerics, together)
         self.model.train(was_training)
         low, high = self.scale or (-math.inf, math.inf)
         bases = self.lexicon.score([reply for _, reply in exchanges])

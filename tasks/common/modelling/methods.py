@@ -2,7 +2,8 @@
 
 `full` trains every weight; `top` the last blocks; `lora` low-rank updates (Hu et al. 2021) through PEFT, on request
 with DoRA (Liu et al. 2024) and rank-stabilised scaling (Kalajdzievski 2023); `qlora` the same on a base of four-bit
-NormalFloat weights (Dettmers et al. 2023); `adapter` a narrow feed-forward layer beside each block's own.
+NormalFloat weights (Dettmers et al. 2023); `adapter` a narrow feed-forward layer beside each block's own; `head` the
+fresh head alone.
 """
 
 from collections.abc import Callable, Iterator
@@ -67,7 +68,13 @@ class Adapter(Settings):
     width: int = Field(description="Neurons of an adapter; the merged model's feed-forward layers grow by them", ge=1)
 
 
-Method = Full | Top | Lora | QLora | Adapter
+class Head(Settings):
+    """Only the fresh head is trained: a linear layer on what the model, left as it is, makes of a text."""
+
+    name: Literal["head"] = Field(description="Method")
+
+
+Method = Full | Top | Lora | QLora | Adapter | Head
 
 
 def apply(model: "PreTrainedModel", method: Method) -> "torch.nn.Module":
@@ -77,11 +84,12 @@ def apply(model: "PreTrainedModel", method: Method) -> "torch.nn.Module":
     """
     if isinstance(method, Top):
         _train_top(model, method)
+    elif isinstance(method, Head):
+        model.requires_grad_(False)
+        _train_head(model)
     elif isinstance(method, Adapter):
         adapters.add(model, method.width)
-        for name in HEADS:
-            if hasattr(model, name):
-                getattr(model, name).requires_grad_(True)
+        _train_head(model)
     elif isinstance(method, LowRank):
         return _with_updates(model, method)
     return model
@@ -184,10 +192,16 @@ def load_four_bit(path: Path, method: QLora, attention: str) -> "PreTrainedModel
     return model
 
 
+def _train_head(model: "PreTrainedModel") -> None:
+    for name in HEADS:
+        if hasattr(model, name):
+            getattr(model, name).requires_grad_(True)
+
+
 def _train_top(model: "PreTrainedModel", method: Top) -> None:
     body: Any = model.base_model
     if method.layers > len(body.layers):
-        raise StageError(f"finetune.method.layers is {method.layers}, but the model has {len(body.layers)} blocks.")
+        raise StageError(f"method.layers is {method.layers}, but the model has {len(body.layers)} blocks.")
     model.requires_grad_(False)
     norm = body.norm if hasattr(body, "norm") else body.final_norm  # a decoder's and an encoder's name for it
     above = [part for part in model.children() if part is not body]
@@ -201,7 +215,7 @@ def _with_updates(model: "PreTrainedModel", method: LowRank) -> "torch.nn.Module
     width = model.config.hidden_size
     if method.rank > width:
         raise StageError(
-            f"finetune.method.rank is {method.rank}, but the model's width is {width}, and no matrix of that width has "
+            f"method.rank is {method.rank}, but the model's width is {width}, and no matrix of that width has "
             "a higher rank. Lower it, or train the weights themselves with {name: full}."
         )
     settings = LoraConfig(
@@ -225,6 +239,6 @@ def attention_layers(model: "PreTrainedModel") -> list[str]:
     if not found:
         raise StageError(
             f"no linear layer of this {model.config.model_type} model is called attention; "
-            "set finetune.method.targets to all-linear."
+            "set method.targets to all-linear."
         )
     return found
