@@ -33,7 +33,7 @@ from tasks.common.training.loop import NAMED, Drawn, Share, Training, batch_at, 
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 INPUTS = {"model": "{config.model}", "rankings": "data/validate/rankings"}
 KEY_INPUTS: dict[str, dict[str, str]] = {"policy": {}, "judge": {}}
@@ -117,7 +117,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     if job.key == "judge":
         config = as_often_read(config, *(len(shares[key]) for key in ("policy", "judge")))
     with models.quiet("transformers"):  # the head is fresh, and is about to be trained
-        model = models.new_scorer(job.inputs["model"], job.numerics, config.heads)
+        model = new_scorer(config, job)
     model.config.pad_token_id = tokenizer.pad_token_id
     lexicon, known = with_bases(train_set, config.words)
     trained = methods.apply(model, config.method)
@@ -142,6 +142,14 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         **summary(history),
         **agreement.judge(scorer, heldout, peers if rated else dict.fromkeys(peers)),
     }
+
+
+def new_scorer(config: Config, job: Job) -> "PreTrainedModel":
+    """Return the model to train, with a fresh head; of one whose head alone is trained, what that reads."""
+    kept: dict[str, Any] = {}
+    if isinstance(config.method, Head):
+        kept = {"layers": config.method.layers, "of_tokens": config.method.pooling == "mean"}
+    return models.new_scorer(job.inputs["model"], job.numerics, config.heads, **kept)
 
 
 def as_often_read(config: Config, policys: int, judges: int) -> Config:

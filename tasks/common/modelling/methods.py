@@ -72,6 +72,11 @@ class Head(Settings):
     """Only the fresh head is trained: a linear layer on what the model, left as it is, makes of a text."""
 
     name: Literal["head"] = Field(description="Method")
+    layers: int = Field(description="Blocks that are kept, from the bottom: upper ones foretell the next token", ge=1)
+    pooling: Literal["model", "mean"] = Field(
+        description="What the head reads: what the model's own classifier does (of a decoder the last token's state), "
+        "or every token's state, its numbers averaged"
+    )
 
 
 Method = Full | Top | Lora | QLora | Adapter | Head

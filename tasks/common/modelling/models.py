@@ -162,7 +162,10 @@ def _common(shape: Shape, tokenizer: "PreTrainedTokenizerFast", context: int) ->
 def head_outputs(
     model: Any, tokenizer: "PreTrainedTokenizerFast", rows: Sequence[list[int]], numerics: Numerics, together: int
 ) -> "torch.Tensor":
-    """Return what a model's head says of each row of token ids, shape (N, outputs), `together` rows at a time."""
+    """Return what a model's head says of each row of token ids, shape (N, outputs), `together` rows at a time.
+
+    Of a head that says something of every token the mean over a row's tokens is meant.
+    """
     import torch
 
     device = next(model.parameters()).device
@@ -171,7 +174,10 @@ def head_outputs(
     for group in groups:
         ids, mask = chat.padded([rows[i] for i in group], tokenizer.pad_token_id, device)  # (together, T)
         with autocast(model, numerics):
-            parts.append(model(input_ids=ids, attention_mask=mask).logits.float())
+            found = model(input_ids=ids, attention_mask=mask).logits.float()
+        if found.ndim == 3:  # (together, T, outputs)
+            found = (found * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        parts.append(found)
     back = torch.tensor([i for group in groups for i in group], device=device).argsort()
     return torch.cat(parts)[back]
 
@@ -228,32 +234,52 @@ def load_scorer(path: Path, numerics: Numerics, heads: int | None = 1) -> "PreTr
 
     Without `heads` there are as many as the folder's config says.
     """
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
     settings = {} if heads is None else {"num_labels": heads}
-    return _on_device(_load(AutoModelForSequenceClassification, path, numerics, **settings), numerics)
+    saved = AutoConfig.from_pretrained(path).architectures or []
+    of_tokens = any(name.endswith("ForTokenClassification") for name in saved)
+    kind: Any = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
+    return _on_device(_load(kind, path, numerics, **settings), numerics)
 
 
-def new_scorer(path: Path, numerics: Numerics, heads: int) -> "PreTrainedModel":
+def new_scorer(
+    path: Path, numerics: Numerics, heads: int, *, layers: int | None = None, of_tokens: bool = False
+) -> "PreTrainedModel":
     """Load a model as a reward model begins: without dropout, each of its heads fresh, from N(0, 1/(d + 1)), bias 0.
 
     As Stiennon et al. 2020 and Huang et al. 2024, arXiv 2403.17031, section 6: scores begin neither all alike nor far
-    apart, and a reply has the score in training that it has later.
+    apart, and a reply has the score in training that it has later. Of its blocks the lowest `layers` are kept; with
+    `of_tokens` the head reads every token. Raises StageError where there are not so many blocks.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
     config = AutoConfig.from_pretrained(path, num_labels=heads)
+    if layers is not None:
+        _keep_lowest(config, layers)
+    config.classifier_dropout = 0.0  # which many a model of tokens has at 0.1 where its config says nothing
     for name, value in vars(config).items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
             setattr(config, name, 0.0)
-    model: Any = _load(AutoModelForSequenceClassification, path, numerics, config=config)
+    kind: Any = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
+    model: Any = _load(kind, path, numerics, config=config)
     linear = [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part.out_features == heads]
     head = linear[-1]
     torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     if head.bias is not None:
         torch.nn.init.zeros_(head.bias)
     return _on_device(model, numerics)
+
+
+def _keep_lowest(config: Any, layers: int) -> None:
+    from tasks.common.stage import StageError
+
+    if layers > config.num_hidden_layers:
+        raise StageError(f"method.layers is {layers}, but the model has {config.num_hidden_layers} blocks.")
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
 
 
 def load_classifier(path: Path, numerics: Numerics, labels: list[str]) -> "PreTrainedModel":

@@ -61,7 +61,11 @@ class _Rule(Settings):
     """The part that update rules share."""
 
     learning_rate: float = Field(description="Peak learning rate", gt=0, le=10)
-    weight_decay: float = Field(description="Decay of matrices; norms, biases and embeddings have none", ge=0, le=1)
+    weight_decay: float = Field(
+        description="Decay of matrices, of which a step takes away this times the learning rate; norms, biases and "
+        "embeddings have none",
+        ge=0, le=100,
+    )  # fmt: skip
     clip: float = Field(description="Largest norm of the gradient; longer ones are scaled down to it", gt=0)
     schedule: Schedule
 
