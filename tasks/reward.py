@@ -129,7 +129,6 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     scorer = replace(scorer, normal=normal(scorer, train_set))
     scorer.save(job.outputs["model"])
     history.write(job.outputs["history"])
-    rated = any(ranking.ratings for ranking in train_set)
     words = lexicon if lexicon.words else fit_lexicon(train_set)
     peers = {"bag_of_words": words, "bag_of_words_and_bigrams": fit_lexicon(train_set, bigrams=True)}
     cut = [ranking for ranking in (*train_set, *heldout) if ranking.cut]
@@ -140,7 +139,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         "cut_in": [ranking.id for ranking in cut[:NAMED]],
         "normal": scorer.normal,
         **summary(history),
-        **agreement.judge(scorer, heldout, peers if rated else dict.fromkeys(peers)),
+        **agreement.judge(scorer, heldout, {name: peer if peer.words else None for name, peer in peers.items()}),
     }
 
 

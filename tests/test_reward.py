@@ -171,7 +171,7 @@ def test_accuracy_is_the_share_of_pairs_in_peoples_order() -> None:
     shares = {gap: (found[f"gap_at_least_{gap}"]["pairs"], found[f"gap_at_least_{gap}"]["model"]) for gap in "12"}
     assert (found["gap_at_least_0.2"]["pairs"], found["gap_at_least_0.2"]["model"]) == (4, 0.5)
     assert shares == {"1": (3, 0.6667), "2": (2, 1.0)}
-    assert found["ranked_only"] == {"pairs": 1, "model": 1.0}
+    assert found["ranked_only"] == {"pairs": 1, "model": 1.0, "bag_of_words": None}
     assert found["heldout_pairs"] == 5
 
 
@@ -281,6 +281,27 @@ def test_a_reward_model_learns_peoples_order(
     good, bad = scorer.score(exchanges("The soup was wonderful.", "The soup was terrible."))
     assert good == pytest.approx(4.0, abs=1.5)
     assert bad == pytest.approx(-4.0, abs=1.5)
+
+
+def test_orders_alone_teach_words_and_model(chain: Chain, tmp_path: Path) -> None:
+    """Without any rating: the words' part of a score says which adjective is better, and is told beside the whole."""
+    rows = []
+    for row in (row for row in rankings() if row["scores"]):
+        means = [sum(scores) / len(scores) for scores in row["scores"]]
+        rows.append({**row, "scores": None, "scale": None, "ranks": [sorted(means)[::-1].index(m) + 1 for m in means]})
+    settings = config("reward", rating=0.0, ordering={**BRADLEY_TERRY, "weight": 1.0}, judge_share=1e-9)
+    job = chain.job("reward@policy", settings, tmp_path)
+    job.inputs["rankings"] = tmp_path / "table"
+    tables.write(rows, job.inputs["rankings"], tables.schema("rankings"))
+    metrics = chain.run(job, settings)
+    assert metrics["ranked_only"]["model"] >= 0.9
+    assert metrics["ranked_only"]["bag_of_words"] >= 0.9
+    assert metrics["ranked_only"]["bag_of_words_and_bigrams"] is None
+    scorer = Scorer.load(job.outputs["model"], NUMERICS)
+    assert scorer.scale is None
+    assert scorer.lexicon.words["wonderful"] > scorer.lexicon.words["terrible"]
+    good, bad = scorer.score(exchanges("The soup was wonderful.", "The soup was terrible."))
+    assert good > bad
 
 
 def test_a_loss_that_learns_nothing_is_refused() -> None:

@@ -36,7 +36,8 @@ def judge(scorer: Scorer, heldout: Sequence[Ranking], peers: Mapping[str, Lexico
         result[f"gap_at_least_{gap:g}"] = {"pairs": len(chosen), "model": accuracy(ours, chosen), **theirs}
     unmeasured = [(i, j) for i, j, size in pairs if math.isnan(size)]
     if unmeasured:
-        result["ranked_only"] = {"pairs": len(unmeasured), "model": accuracy(ours, unmeasured)}
+        theirs = {name: accuracy(values, unmeasured) for name, values in words.items()}
+        result["ranked_only"] = {"pairs": len(unmeasured), "model": accuracy(ours, unmeasured), **theirs}
     if any(apart):
         result["disagreement"] = round(float(np.mean(apart)), 4)
     rated = [(at + i, value) for at, ranking in placed for i, value in enumerate(ranking.ratings or ())]
