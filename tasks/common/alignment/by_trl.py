@@ -98,11 +98,12 @@ class Learner:
             len(self.prompts), sampler.episodes // count, replace=sampler.episodes // count > len(self.prompts)
         )
         prompts = [self.prompts[i] for i in chosen for _ in range(count)]
-        replies = sampling.replies(
-            self.policy.model, self.tokenizer, [prompt.ids for prompt in prompts],
-            max_new_tokens=sampler.max_new_tokens, temperature=sampler.temperature, seed=sampler.seed + iteration,
-            numerics=self.policy.numerics,
-        )  # fmt: skip
+        with self.policy.sampling():
+            replies = sampling.replies(
+                self.policy.model, self.tokenizer, [prompt.ids for prompt in prompts],
+                max_new_tokens=sampler.max_new_tokens, temperature=sampler.temperature, seed=sampler.seed + iteration,
+                numerics=self.policy.numerics,
+            )  # fmt: skip
         texts = [sampling.decode(self.tokenizer, reply) for reply in replies]
         ids, asked = [prompt.id for prompt in prompts], [prompt.messages for prompt in prompts]
         ended = [reply[-1] == self.tokenizer.eos_token_id for reply in replies]
