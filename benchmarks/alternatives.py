@@ -1,9 +1,9 @@
 """PPO, DPO, RLOO and GRPO on the same data: one tuned model, reward model, questions, number of replies and sheet.
 
 Run as `make bench-alternatives` or `python -m benchmarks alternatives`, in a project in which `bessemer run` is
-through. PPO is the default profile's; the others take its replies, updates, optimizer and pretraining term, and a
-learning rate and a price of leaving the tuned model that were looked for as PPO's were (`LOG.md`). The target is that
-each of them passes the chain's gates on what alignment must gain and may cost.
+through. PPO is the default profile's; the others take its replies, updates, optimizer, learning rate and pretraining
+term; RLOO and GRPO its price of leaving the tuned model too, DPO TRL's. What else was tried stands in `LOG.md`. The
+target is that each of them passes the chain's gates on what alignment must gain and may cost.
 """
 
 import json
