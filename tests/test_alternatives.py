@@ -246,7 +246,9 @@ def test_several_gpus_in_one_process_are_refused(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     seen = replace(ours.policy, numerics=NUMERICS.model_copy(update={"device": "cuda"}))
     with pytest.raises(StageError, match="2 GPUs are visible, and grpo trains on one: name it"):
-        trl_trainers.trainer_of(ours.config, ours.sampler, seen, ours.tokenizer, int, [], list, list, "nowhere")
+        trl_trainers.trainer_of(
+            ours.config, ours.sampler, seen, ours.tokenizer, lambda: None, [], list, list, "nowhere"
+        )
 
 
 # Pairs
