@@ -33,7 +33,8 @@ NEEDED = ("data/pretrain/mlm/model", "data/validate/rankings")
 FOLDS = 4
 SIDE_BY_SIDE = 2
 STEPS = {"arguments": 1500, "rated": 400}
-# Chosen on training topics alone: docs/decisions.md.
+# The blocks were chosen on each fold's training topics, rate, decay and steps on those of the folds 1 to 3: fold 0 took
+# no part, and has a row of its own (docs/decisions.md).
 HEAD = {
     "model": "data/ingest/checkpoint", "method": {"name": "head", "layers": 20, "pooling": "mean"}, "words": False,
     "max_tokens": 256, "word_dropout": 0.0, "batch": 64,
@@ -87,6 +88,7 @@ def measure(*, trial: bool) -> Measured:
     return Measured(
         [
             *argument_rows(pairs, ours, peers),
+            untouched_row(pairs, folds, ours, peers),
             Row("the same: processor time of all folds", minutes, "minutes", target="<= 30"),
             *loss_rows({name: found[name]["metrics"] for name in LOSSES}),
         ],
@@ -183,6 +185,14 @@ def argument_rows(pairs: Sequence[Pair], ours: Right, peers: Mapping[str, Right]
         Row("the same: lower end of its 95 % interval, topics resampled", low, "share", target=">= 0"),
         Row("the same: upper end", high, "share"),
     ]
+
+
+def untouched_row(pairs: Sequence[Pair], folds: Mapping[str, int], ours: Right, peers: Mapping[str, Right]) -> Row:
+    """Return accuracy on the fold whose topics had no part in the choice of any setting, beside its best peer's."""
+    part = np.array([folds[pair["topic"]] == 0 for pair in pairs])
+    best = max(peers, key=lambda name: float(peers[name][part].mean()))
+    what = f"the same on the {part.sum():,} pairs of topics on which no setting was chosen"
+    return Row(what, float(ours[part].mean()), "share right", float(peers[best][part].mean()), best)
 
 
 def interval(topics: Sequence[str], differences: npt.NDArray[np.float64]) -> tuple[float, float]:

@@ -107,6 +107,17 @@ def test_the_best_peer_counts() -> None:
     assert low.ours <= 0.1 <= high.ours
 
 
+def test_the_fold_without_a_part_in_settings_stands_alone() -> None:
+    """Pairs of topics a and e, with the peer that is best there."""
+    ours = np.array([pair["topic"] in ("a", "b") for pair in PAIRS])
+    peers = {"length": np.array([pair["topic"] == "e" and pair["id"] != "e-0" for pair in PAIRS])}
+    peers["words"] = np.array([pair["topic"] in "bcd" for pair in PAIRS])
+    row = reward.untouched_row(PAIRS, FOLDS, ours, peers)
+    assert (row.ours, row.peer_name) == (0.5, "length")
+    assert row.peer == pytest.approx(5 / 12)
+    assert "12 pairs" in row.what
+
+
 def test_without_its_data_it_says_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for value in (None, str(tmp_path)):
         monkeypatch.delenv(VARIABLE, raising=False)
