@@ -4,10 +4,11 @@
 PYTHON ?= python3
 PORT   ?= 3000
 VENV   := .venv
+VLLM   := .venv-vllm
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: run test check bench serve ui lock clean help
+.PHONY: run test check bench serve ui vllm lock clean help
 .DEFAULT_GOAL := help
 
 run: $(VENV)/.runtime ## train, align, shrink and package a model, then talk to it
@@ -34,6 +35,8 @@ serve: $(VENV)/.runtime ## answer on http://localhost:$(PORT); `make serve PORT=
 ui: $(VENV)/.runtime ## Prefect's server with its web page: runs, graphs, artifacts
 	@$(BIN)/bessemer ui
 
+vllm: $(VLLM)/.installed ## the environment in which vLLM samples for PPO, on a CPU; docs/ppo.md says how on a GPU
+
 # What is installed are the two locks; what they were made from is pyproject.toml.
 $(VENV)/.runtime: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Bessemer needs Python 3.11 or later; $(PYTHON) is {v[0]}.{v[1]}. Name another: make PYTHON=python3.12 ...")'
@@ -48,6 +51,13 @@ $(VENV)/.runtime: requirements.lock pyproject.toml
 $(VENV)/.dev: $(VENV)/.runtime requirements-dev.lock
 	@echo "Installing the development tools into $(VENV) (once; some seconds) ..."
 	@$(PIP) install -qq --constraint requirements.lock --requirement requirements-dev.lock
+	@touch $@
+
+# Without dependencies: the lock holds all, and what pip would add beside it does not fit torch's CPU build.
+$(VLLM)/.installed: requirements-vllm.lock
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@echo "Installing vLLM into $(VLLM) (once; some minutes and 3 GB) ..."
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install -qq --no-deps --requirement requirements-vllm.lock
 	@touch $@
 
 # A fresh environment, the newest releases within pyproject.toml's bounds, and what pip says it holds then. Left out:
@@ -69,7 +79,7 @@ lock: ## make the lock files anew from pyproject.toml (a few minutes)
 	@wc -l requirements.lock requirements-dev.lock serving/requirements.txt
 
 clean: ## drop the environment and every cache that can be made again (results in data/ and DVC's cache stay)
-	@rm -rf $(VENV) .lock build bessemer.egg-info .mypy_cache .pytest_cache .ruff_cache data/.scratch
+	@rm -rf $(VENV) $(VLLM) .lock build bessemer.egg-info .mypy_cache .pytest_cache .ruff_cache data/.scratch
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:

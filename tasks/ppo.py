@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from tasks.common import stage, tables
-from tasks.common.alignment import by_trl, pairs, rewards
+from tasks.common.alignment import by_trl, pairs, rewards, rollouts
 from tasks.common.alignment.alarms import Alarms, Sheet, Watch
 from tasks.common.alignment.alternatives import Dpo, Grpo, Ranked, Rloo
 from tasks.common.alignment.learner import Learner
 from tasks.common.alignment.policy import Method, Policy
 from tasks.common.alignment.proximal import Prompt, Proximal, Sampler, Trainer
 from tasks.common.alignment.rewards import Reward
+from tasks.common.alignment.rollouts import Rollouts
 from tasks.common.evaluation import sampling
 from tasks.common.modelling import models
 from tasks.common.settings import Settings
@@ -53,6 +54,7 @@ class Config(Settings):
     algorithm: Annotated[Proximal | Dpo | Rloo | Grpo, Field(discriminator="name", description="How it learns")]
     method: Annotated[Method, Field(discriminator="name", description="What of the model is trained")]
     reward: Reward
+    rollouts: Rollouts
     iterations: int = Field(description="Times that replies are sampled and learnt from", ge=1)
     episodes: int = Field(description="Replies an iteration", ge=2)
     minibatch: int = Field(description="Replies an update", ge=1)
@@ -85,11 +87,17 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     del checkpoint
     began, rounds = time.perf_counter(), range(first, config.iterations + 1)
     bar = tqdm(rounds, desc=job.name, initial=first, total=len(rounds) + first, mininterval=2, disable=world.rank > 0)
-    with tracking.opened(job, first=first, earlier=history.rows, every=1) as tracker:
+    longest = max(len(prompt.ids) for prompt in run.trainer.prompts) + config.max_new_tokens
+    with (
+        rollouts.opened(config.rollouts, job, policy, longest) as engine,
+        tracking.opened(job, first=first, earlier=history.rows, every=1) as tracker,
+    ):
+        if isinstance(run.trainer, Trainer):
+            run.trainer.engine = engine
         for iteration in bar:
             try:
                 figures = run.iterate(iteration)
-            except rewards.RewardError:  # before anything was learnt in this iteration
+            except (rewards.RewardError, rollouts.RolloutError):  # before anything was learnt in this iteration
                 store.keep(iteration, run.trainer.updates, history, run.kept(), now=True)
                 raise
             history.add(iteration, figures)

@@ -169,6 +169,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "normalised": False,
             "disagreement": 0.0,
         },
+        "rollouts": {"name": "own"},
         "iterations": 3,
         "episodes": 12,
         "minibatch": 6,

@@ -39,6 +39,8 @@ ONLY_WITH = (  # setting, its value, the setting that another value is wrong for
     ("finetune.method.name", "qlora", "numerics.device", "cuda", "it computes on four-bit weights, which takes a GPU"),
     ("finetune.method.name", "qlora", "numerics.parallel.engine", "data", "four-bit weights cannot be shared out"),
     ("reward.method.name", "head", "numerics.parallel.engine", "data", "one layer is nothing to share out"),
+    ("ppo.rollouts.name", "vllm", "numerics.parallel.processes", 1, "one process hands its weights over to it"),
+    ("ppo.rollouts.name", "vllm", "ppo.algorithm.name", "ppo", "TRL's trainers are given replies of our own sampler"),
     ("pretrain.clm.model.name", "from", "tokenize.tokenizer.name", "from", "a model reads its own tokens alone"),
 )  # fmt: skip
 GIVEN = "pretrain.clm.model"  # where it names a folder, its size is in that folder's config.json, called so:

@@ -82,6 +82,15 @@ class Policy:
                 delattr(trained, name)
         return methods.merge(trained, self.method, lambda: models.load_decoder(path, self.numerics))
 
+    def plain_weights(self, path: Path) -> "dict[str, torch.Tensor]":
+        """Return the weights that `plain` would have now, tied ones under each name, and leave the policy as it is.
+
+        They may be those in training themselves.
+        """
+        plain = methods.merge(self.model, self.method, lambda: models.load_decoder(path, self.numerics))
+        added = (f"{HEAD}.", f"{CRITIC}.")
+        return {name: value for name, value in plain.state_dict().items() if not name.startswith(added)}
+
     def parts(
         self, ids: "torch.Tensor", mask: "torch.Tensor", width: int, states: "torch.Tensor | None" = None
     ) -> "Iterator[Part]":

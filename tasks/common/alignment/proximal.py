@@ -19,6 +19,7 @@ from tasks.common.alignment import estimates, rewards
 from tasks.common.alignment.estimates import Estimator, masked_mean
 from tasks.common.alignment.policy import Part, Policy
 from tasks.common.alignment.rewards import Judge, RewardError
+from tasks.common.alignment.rollouts import Engine
 from tasks.common.evaluation import sampling, sheet
 from tasks.common.evaluation.surprise import windows_surprise
 from tasks.common.settings import Settings
@@ -132,6 +133,7 @@ class Trainer:
     prompts: Sequence[Prompt]
     mixture: Mixture | None  # what the pretraining term reads; None where it has no weight
     world: World
+    engine: Engine | None = None  # samples in the policy's place
     beta: float = field(init=False)
     steps: int = 0  # optimizer steps taken
     average: "dict[str, torch.Tensor]" = field(default_factory=dict)
@@ -174,13 +176,8 @@ class Trainer:
         chosen = random.choice(len(self.prompts), sampler.episodes)[world.rank :: world.size]
         prompts = [self.prompts[i] for i in chosen]
         # 1. Replies of the policy as it stands.
-        with self.policy.sampling():
-            replies = sampling.replies(
-                self.policy.model, self.tokenizer, [prompt.ids for prompt in prompts],
-                max_new_tokens=sampler.max_new_tokens, temperature=sampler.temperature,
-                seed=(sampler.seed + iteration) * world.size + world.rank, numerics=self.policy.numerics,
-                most=world.most,
-            )  # fmt: skip
+        seed = (sampler.seed + iteration) * world.size + world.rank
+        replies = self.replies([prompt.ids for prompt in prompts], seed)
         texts = [sampling.decode(self.tokenizer, reply) for reply in replies]
         # 2. Their rewards, less a penalty where a reply does not end.
         ids, mask, replied = self.assemble([prompt.ids for prompt in prompts], replies)
@@ -220,7 +217,23 @@ class Trainer:
             "repetition": masked_mean(sheet.repetition(texts) * every, every, world.sum),
         }  # fmt: skip
         explained = estimates.explained_variance(values, returns, replied, world.sum)
-        return rollout, {name: value.item() for name, value in figures.items()} | {"explained_variance": explained}
+        apart = {"sampler_apart": self.engine.apart(logp, replied)} if self.engine else {}
+        found = {name: value.item() for name, value in figures.items()}
+        return rollout, found | {"explained_variance": explained} | apart
+
+    def replies(self, prompts: Sequence[list[int]], seed: int) -> list[list[int]]:
+        """Return what the policy replies to each prompt, from whatever samples for it."""
+        sampler, policy = self.sampler, self.policy
+        if self.engine:
+            return self.engine.replies(
+                policy, prompts, max_new_tokens=sampler.max_new_tokens, temperature=sampler.temperature, seed=seed,
+                end=self.tokenizer.eos_token_id,
+            )  # fmt: skip
+        with policy.sampling():
+            return sampling.replies(
+                policy.model, self.tokenizer, prompts, max_new_tokens=sampler.max_new_tokens,
+                temperature=sampler.temperature, seed=seed, numerics=policy.numerics, most=self.world.most,
+            )  # fmt: skip
 
     def rated(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         """Return the judge's rewards; raise StageError, in all processes, where any of them got none."""
