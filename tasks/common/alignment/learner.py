@@ -1,8 +1,10 @@
 """What the stage `ppo` asks of an algorithm, whichever it is: to sample, and to learn from what was sampled."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tasks.common.alignment.policy import Policy
+from tasks.common.alignment.proximal import Prompt
 from tasks.common.training.updates import Updates
 
 if TYPE_CHECKING:
@@ -14,6 +16,7 @@ class Learner(Protocol):
 
     policy: Policy
     updates: Updates
+    prompts: Sequence[Prompt]
     beta: float  # the price of leaving the tuned model
     steps: int  # optimizer steps taken
     average: "dict[str, torch.Tensor]"  # the moving average that is kept at the end; empty where there is none
