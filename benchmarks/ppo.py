@@ -4,7 +4,7 @@ Run as `make bench-ppo` or `python -m benchmarks ppo`. TRL 1.12.0 is installed i
 (`data/.cache/peers`), beside the newer one of the project; on a machine without an index, lay it there beforehand
 (`pip install --no-deps --target data/.cache/peers/trl-1.12.0 trl==1.12.0`). Same weights, prompts, reply length, batch
 and epochs on all sides; `like for like` is float32 with policy, reference and value function as models of their own,
-`as we run it` bfloat16 where the processor has it, with low-rank updates on one backbone.
+the others bfloat16 where the processor has it, on one backbone, of which the last blocks or low-rank updates learn.
 """
 
 import subprocess
@@ -22,7 +22,7 @@ CORES = 2
 LEARNT = 16  # iterations that the reward's gain is measured over
 SMALL = {"vocabulary": 4096, "hidden": 256, "layers": 5, "heads": 8, "feed_forward": 832}  # 5.6 M parameters
 LARGE = {"vocabulary": 49152, "hidden": 576, "layers": 30, "heads": 9, "feed_forward": 1152}  # 135 M
-SIDES = ("like-for-like", "as-we-run-it", "trl")
+SIDES = ("like-for-like", "last-blocks", "low-rank", "trl")
 
 
 def threads() -> int:
@@ -45,7 +45,7 @@ def measure(*, trial: bool) -> Measured:
     speed = harness.alternate({side: partial(run, side, SMALL, iterations) for side in SIDES}, rounds)
     learnt = harness.alternate({side: partial(run, side, SMALL, 4 if trial else LEARNT) for side in SIDES}, 1)
     shape, episodes = (SMALL, 4) if trial else (LARGE, 2)
-    memory = harness.alternate({side: partial(run, side, shape, 1, episodes=episodes) for side in SIDES[1:]}, 1)
+    memory = harness.alternate({side: partial(run, side, shape, 1, episodes=episodes) for side in SIDES[2:]}, 1)
     step = run("one-step", SMALL, 1, episodes=8)
     measured = Measured(rows(speed, learnt, memory, step), notes(speed, learnt, iterations))
     if machine.has_gpu():
@@ -72,10 +72,12 @@ def rows(
     peak = {side: rounds[0]["peak_memory"] for side, rounds in memory.items()}
     return [
         Row("like for like", middle["like-for-like"], "episodes/s", middle["trl"], NAME, "ratio >= 1.1"),
-        Row("as we run it", middle["as-we-run-it"], "episodes/s", middle["trl"], NAME, "ratio >= 4"),
+        Row("one backbone, last two blocks", middle["last-blocks"], "episodes/s", middle["trl"], NAME, "ratio >= 4"),
+        Row("one backbone, low rank", middle["low-rank"], "episodes/s", middle["trl"], NAME),
         Row("reward gained, like for like", gain["like-for-like"], "reward", gain["trl"], NAME),
-        Row("reward gained, as we run it", gain["as-we-run-it"], "reward", gain["trl"], NAME, "ratio >= 1"),
-        Row("peak memory, 135 M, as we run it", peak["as-we-run-it"], "bytes", peak["trl"], NAME, "ratio <= 0.5"),
+        Row("reward gained, last two blocks", gain["last-blocks"], "reward", gain["trl"], NAME),
+        Row("reward gained, low rank", gain["low-rank"], "reward", gain["trl"], NAME),
+        Row("peak memory, 135 M, low rank", peak["low-rank"], "bytes", peak["trl"], NAME, "ratio <= 0.5"),
         Row("policy loss on the same replies", step["policy_loss"], "", step["trl_policy_loss"], NAME),
         Row("value loss on the same replies", step["value_loss"], "", step["trl_value_loss"], NAME),
         Row("weights after one step, largest difference in units of the largest change", step["difference"], "1"),
@@ -100,7 +102,7 @@ def gpu_rows(results: dict[str, list[Figures]]) -> list[Row]:
 
 def notes(speed: dict[str, list[Figures]], learnt: dict[str, list[Figures]], iterations: int) -> list[str]:
     """Say what was run, and how far the rounds lie apart."""
-    ours = learnt["as-we-run-it"][0]
+    ours = learnt["low-rank"][0]
     return [
         f"Batches of 32 replies of 48 tokens, 4 epochs, one update an epoch, AdamW, {iterations} iterations a round.",
         f"The reward is a fresh model's, one on all sides; gains are over {LEARNT} iterations, means of the last 5.",

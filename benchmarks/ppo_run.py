@@ -20,10 +20,12 @@ from tasks.common.training.optimizers import AdamW, Constant
 from tasks.common.training.parallel import World
 from tasks.common.training.updates import begun
 
-REPLY, EPOCHS, RATE, LENGTH, KL, LORA_RATE = 48, 4, 3e-4, 12, 0.05, 3e-3
+REPLY, EPOCHS, RATE, LENGTH, KL = 48, 4, 3e-4, 12, 0.05
 LORA = Lora(
     name="lora", rank=16, alpha=32, dropout=0.0, rank_stabilized=False, dora=False, targets="all-linear"
 )  # fmt: skip
+TOP = Top(name="top", layers=2)
+METHODS = {"last-blocks": (TOP, 1e-3), "low-rank": (LORA, 3e-3)}  # on one backbone, each with its learning rate
 END, PAD = 1, 0
 
 
@@ -94,8 +96,10 @@ def ours(request: dict[str, Any], folder: Path) -> tuple[Trainer, Any]:
     """Return our trainer on the models of a folder."""
     import torch
 
-    like = request["side"] not in ("as-we-run-it", "top")
-    dtype: Literal["float32", "bfloat16"] = "float32" if like or not bfloat16.built_in() else "bfloat16"
+    method, _ = METHODS.get(request["side"], (Full(name="full"), RATE))
+    like = isinstance(method, Full)
+    narrow = not like and (request["device"] == "cuda" or bfloat16.built_in())
+    dtype: Literal["float32", "bfloat16"] = "bfloat16" if narrow else "float32"
     numerics = Numerics(
         device=request["device"], threads=request["threads"], dtype=Dtypes(decoder=dtype, encoder="float32"),
         attention="sdpa", compile="never", recompute=False, parallel=Parallel(processes=1, engine="data"),
@@ -109,15 +113,6 @@ def ours(request: dict[str, Any], folder: Path) -> tuple[Trainer, Any]:
         ptx=proximal.Ptx(weight=0.0, batch=1, window=16, mixture={"all": 1.0}),
     )  # fmt: skip
     tokenizer, shape = tokenizer_of(request["shape"]["vocabulary"]), request["shape"]
-    import os
-
-    method = (
-        Full(name="full")
-        if like
-        else LORA
-        if request["side"] != "top"
-        else Top(name="top", layers=int(os.environ.get("TOPN", "2")))
-    )
     policy = Policy.load(folder, method, config.values, numerics, temperature=1.0)
     rule = AdamW(
         name="adamw", learning_rate=RATE, weight_decay=0.0, clip=1e9, schedule=Constant(name="constant", warmup=0.0),
@@ -136,9 +131,7 @@ def ours(request: dict[str, Any], folder: Path) -> tuple[Trainer, Any]:
 def run_ours(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Sample and learn for some iterations, the first of which is not timed where there are several."""
     trainer, _ = ours(request, folder)
-    import os
-
-    rate = RATE if request["side"] == "like-for-like" else float(os.environ.get("RATE", LORA_RATE))
+    _, rate = METHODS.get(request["side"], (None, RATE))
     rewards, began, timed = [], time.perf_counter(), 0
     for iteration in range(request["iterations"]):
         rollout, figures = trainer.sample(iteration)
