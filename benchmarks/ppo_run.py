@@ -10,7 +10,7 @@ from typing import Any, Literal
 from benchmarks import harness
 from benchmarks.harness import BenchmarkError
 from tasks.common.alignment import proximal
-from tasks.common.alignment.policy import Policy
+from tasks.common.alignment.policy import Method, Policy
 from tasks.common.alignment.proximal import Prompt, Proximal, Sampler, Trainer
 from tasks.common.modelling import bfloat16, models
 from tasks.common.modelling.methods import Full, Lora, Top
@@ -25,7 +25,8 @@ LORA = Lora(
     name="lora", rank=16, alpha=32, dropout=0.0, rank_stabilized=False, dora=False, targets="all-linear"
 )  # fmt: skip
 TOP = Top(name="top", layers=2)
-METHODS = {"last-blocks": (TOP, 1e-3), "low-rank": (LORA, 3e-3)}  # on one backbone, each with its learning rate
+METHODS: dict[str, tuple[Method, float]] = {"last-blocks": (TOP, 1e-3), "low-rank": (LORA, 3e-3)}  # on one backbone, each with its learning rate
+WHOLE: tuple[Method, float] = Full(name="full"), RATE  # of all other sides
 END, PAD = 1, 0
 
 
@@ -96,7 +97,7 @@ def ours(request: dict[str, Any], folder: Path) -> tuple[Trainer, Any]:
     """Return our trainer on the models of a folder."""
     import torch
 
-    method, _ = METHODS.get(request["side"], (Full(name="full"), RATE))
+    method, _ = METHODS.get(request["side"], WHOLE)
     like = isinstance(method, Full)
     narrow = not like and (request["device"] == "cuda" or bfloat16.built_in())
     dtype: Literal["float32", "bfloat16"] = "bfloat16" if narrow else "float32"
@@ -131,7 +132,7 @@ def ours(request: dict[str, Any], folder: Path) -> tuple[Trainer, Any]:
 def run_ours(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Sample and learn for some iterations, the first of which is not timed where there are several."""
     trainer, _ = ours(request, folder)
-    _, rate = METHODS.get(request["side"], (None, RATE))
+    _, rate = METHODS.get(request["side"], WHOLE)
     rewards, began, timed = [], time.perf_counter(), 0
     for iteration in range(request["iterations"]):
         rollout, figures = trainer.sample(iteration)

@@ -15,7 +15,7 @@ class GrowingLayer(DynamicLayer):
     """Keys and values (B, H, T, D) of one block, as the first T places of longer tensors."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.room: list[torch.Tensor] = []  # the longer tensors of keys and values
         self.shown: Any = None  # the keys as they were last given out: others have been put in their place since
 
@@ -30,6 +30,7 @@ class GrowingLayer(DynamicLayer):
         if self.keys is not self.shown or end > self.room[0].shape[-2]:
             shape = (*key_states.shape[:-2], end + end // 2, key_states.shape[-1])
             self.room = [key_states.new_empty(shape), value_states.new_empty((*shape[:-1], value_states.shape[-1]))]
+            known: Any
             for longer, known in zip(self.room, (self.keys, self.values), strict=True):
                 longer[..., :start, :] = known
         for longer, new in zip(self.room, (key_states, value_states), strict=True):

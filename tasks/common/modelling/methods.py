@@ -155,7 +155,7 @@ def folded(model: Any, method: Method) -> Iterator[None]:
     import torch
     from peft.tuners.lora import LoraLayer
 
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     weights: list[torch.nn.Parameter] = [layer.get_base_layer().weight for layer in layers]
     before = [weight.data for weight in weights]
     try:
