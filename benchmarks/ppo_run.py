@@ -25,7 +25,10 @@ LORA = Lora(
     name="lora", rank=16, alpha=32, dropout=0.0, rank_stabilized=False, dora=False, targets="all-linear"
 )  # fmt: skip
 TOP = Top(name="top", layers=2)
-METHODS: dict[str, tuple[Method, float]] = {"last-blocks": (TOP, 1e-3), "low-rank": (LORA, 3e-3)}  # on one backbone, each with its learning rate
+METHODS: dict[str, tuple[Method, float]] = {
+    "last-blocks": (TOP, 1e-3),
+    "low-rank": (LORA, 3e-3),
+}  # on one backbone, each with its learning rate
 WHOLE: tuple[Method, float] = Full(name="full"), RATE  # of all other sides
 END, PAD = 1, 0
 
