@@ -25,10 +25,9 @@ LORA = Lora(
     name="lora", rank=16, alpha=32, dropout=0.0, rank_stabilized=False, dora=False, targets="all-linear"
 )  # fmt: skip
 TOP = Top(name="top", layers=2)
-METHODS: dict[str, tuple[Method, float]] = {
-    "last-blocks": (TOP, 1e-3),
-    "low-rank": (LORA, 3e-3),
-}  # on one backbone, each with its learning rate
+METHODS: dict[str, tuple[Method, float]] = {  # on one backbone, each with its learning rate
+    "last-blocks": (TOP, 1e-3), "low-rank": (LORA, 3e-3),
+}  # fmt: skip
 WHOLE: tuple[Method, float] = Full(name="full"), RATE  # of all other sides
 END, PAD = 1, 0
 

@@ -1,6 +1,7 @@
 """A key–value cache with room for what comes: a token is written into it, where Transformers' own copies it all anew.
 
-That copy was a quarter of a small model's decoding time on a CPU (docs/decisions.md).
+That copy was a quarter of a small model's decoding time on a CPU (docs/decisions.md). Imported only where something is
+decoded: its base is Transformers'.
 """
 
 from typing import TYPE_CHECKING, Any
