@@ -47,7 +47,8 @@ def main(folder: Path) -> None:
 
     rollout, _ = trainer(World(0, 1, "data", "cpu"))[0].sample(request["iteration"])
     share = slice(world.rank, None, world.size)
-    mine = Rollout(**{field.name: getattr(rollout, field.name)[share] for field in fields(Rollout)})
+    known = ((field.name, getattr(rollout, field.name)) for field in fields(Rollout))
+    mine = Rollout(**{name: value[share] for name, value in known if value is not None})
     ours, trained = trainer(world)
     for _ in range(2):  # the second sees the weights of the first
         ours.update(mine, np.arange(len(mine.ids)), 1e-3)
