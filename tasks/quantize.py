@@ -105,15 +105,32 @@ def export(source: Path, scratch: Path, *, decoder: bool) -> Path:
 
 
 def quantize(fp32: Path, target: Path, config: Config) -> None:
-    """Quantize an ONNX file to dynamic INT8."""
+    """Quantize an ONNX file's weights, and what is multiplied by them, to dynamic INT8."""
     from optimum.onnxruntime import ORTQuantizer
     from optimum.onnxruntime.configuration import AutoQuantizationConfig
 
-    scheme = getattr(AutoQuantizationConfig, config.instructions)(is_static=False, per_channel=config.per_channel)
+    scheme = getattr(AutoQuantizationConfig, config.instructions)(
+        is_static=False, per_channel=config.per_channel, nodes_to_exclude=weightless_products(fp32)
+    )
     quantizer = ORTQuantizer.from_pretrained(fp32.parent, file_name=fp32.name)
     with models.quiet("transformers"):  # it reads a tokenizer that nobody uses here
         quantizer.quantize(save_dir=fp32.parent / "int8", quantization_config=scheme)
     shutil.move(fp32.parent / "int8" / "model_quantized.onnx", target)
+
+
+def weightless_products(path: Path) -> list[str]:
+    """Return the names of an ONNX file's products of two activations.
+
+    Those are attention's, and the rotary angles', of which 8 bits would leave a position of 500 known to two.
+    """
+    import onnx
+
+    graph = onnx.load(path).graph
+    fixed = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:  # in the order of computation
+        if node.op_type in ("Constant", "Transpose") and fixed.issuperset(node.input):
+            fixed.update(node.output)
+    return [node.name for node in graph.node if node.op_type == "MatMul" and fixed.isdisjoint(node.input)]
 
 
 def engine_config(model: "PreTrainedModel", context: int) -> dict[str, Any]:

@@ -68,8 +68,9 @@ def wait_for(condition: Callable[[], Any], what: str) -> Any:
 
 @pytest.fixture
 def inside(toy: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
-    """The toy project as the current folder, its settings not checked."""
+    """The toy project as the current folder, its settings not checked, with a store of rankings of its own."""
     monkeypatch.chdir(toy.path)
+    monkeypatch.setenv("BESSEMER_FEEDBACK", str(toy.path / "data" / "feedback"))
     monkeypatch.setattr(settings, "check", lambda params, stages=(): None)
     before = signal.getsignal(signal.SIGTERM)
     yield toy
