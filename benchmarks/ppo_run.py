@@ -10,12 +10,15 @@ from typing import Any, Literal
 from benchmarks import harness
 from benchmarks.harness import BenchmarkError
 from tasks.common.alignment import proximal
+from tasks.common.alignment.learner import Sampler
 from tasks.common.alignment.policy import Method, Policy
-from tasks.common.alignment.proximal import Prompt, Proximal, Sampler, Trainer
+from tasks.common.alignment.proximal import Proximal, Trainer
+from tasks.common.alignment.ptx import Ptx
 from tasks.common.modelling import bfloat16, models
 from tasks.common.modelling.methods import Full, Lora, Top
 from tasks.common.settings import Dtypes, Numerics, Parallel
 from tasks.common.stage import peak_memory, write_json
+from tasks.common.text.chat import Question
 from tasks.common.training.optimizers import AdamW, Constant
 from tasks.common.training.parallel import World
 from tasks.common.training.updates import begun
@@ -113,7 +116,7 @@ def ours(request: dict[str, Any], folder: Path) -> tuple[Trainer, Any]:
         name="ppo", epochs=EPOCHS, discount=1.0, trace=0.95, clip=0.2, whiten_rewards=False, entropy=0.0,
         values="separate" if like else "shared", value_clip=0.2, value_weight=0.1, value_warmup=0, average=None,
         kl=proximal.Kl(estimator="k1", coefficient=KL, target=6.0, horizon=0, stop=None),
-        ptx=proximal.Ptx(weight=0.0, batch=1, window=16, mixture={"all": 1.0}),
+        ptx=Ptx(weight=0.0, batch=1, window=16, mixture={"all": 1.0}),
     )  # fmt: skip
     tokenizer, shape = tokenizer_of(request["shape"]["vocabulary"]), request["shape"]
     policy = Policy.load(folder, method, config.values, numerics, temperature=1.0)
@@ -122,7 +125,7 @@ def ours(request: dict[str, Any], folder: Path) -> tuple[Trainer, Any]:
         betas=[0.9, 0.999], epsilon=epsilon_of(request),
     )  # fmt: skip
     world, episodes = World(0, 1, "data", request["device"]), request["episodes"]
-    prompts = [Prompt(str(number), asked_as(ids), ids) for number, ids in enumerate(prompts_of(shape["vocabulary"]))]
+    prompts = [Question(str(number), asked_as(ids), ids) for number, ids in enumerate(prompts_of(shape["vocabulary"]))]
     judge = Scores(fresh(shape, "scorer", 5).to(request["device"]), tokenizer)
     trainer = Trainer(
         config, Sampler(episodes, episodes, REPLY, 1.0, 0.0, 1), policy, begun(rule, policy.model, world), tokenizer,
@@ -226,7 +229,7 @@ def one_step(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     if bool(((ids[:, LENGTH:] == PAD) | (ids[:, LENGTH:] == END)).any()):
         raise BenchmarkError("TRL has sampled an end or padding, which the two sides read differently: another seed.")
     mine, _ = ours(request, folder)
-    mine.prompts = [Prompt(str(i), asked_as(row), row) for i, row in enumerate(ids[:, :LENGTH].tolist())]
+    mine.prompts = [Question(str(i), asked_as(row), row) for i, row in enumerate(ids[:, :LENGTH].tolist())]
     replies = ids[:, LENGTH:].tolist()
     # The sampler hands out TRL's replies, in the order that ours draws the prompts in.
     sampling.replies = lambda model, tokenizer, prompts, **_: [
@@ -244,7 +247,7 @@ def one_step(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     np.random.default_rng = lambda *_: Straight()  # type: ignore[assignment]
     rollout, _ = mine.sample(0)
     figures = mine.update(rollout, np.arange(len(ids)), RATE)
-    moved = mine.weights()
+    moved = mine.policy.weights()
     theirs = policy.state_dict()
     largest, difference = 0.0, 0.0
     for name, start in before.items():

@@ -16,9 +16,10 @@ from tasks.common import stage, tables
 from tasks.common.alignment import by_trl, pairs, rewards, rollouts
 from tasks.common.alignment.alarms import Alarms, Sheet, Watch
 from tasks.common.alignment.alternatives import Dpo, Grpo, Ranked, Rloo
-from tasks.common.alignment.learner import Learner
+from tasks.common.alignment.learner import Learner, Sampler
 from tasks.common.alignment.policy import Method, Policy
-from tasks.common.alignment.proximal import Prompt, Proximal, Sampler, Trainer
+from tasks.common.alignment.proximal import Proximal, Trainer
+from tasks.common.alignment.ptx import Term
 from tasks.common.alignment.rewards import Reward
 from tasks.common.alignment.rollouts import Rollouts
 from tasks.common.evaluation import sampling
@@ -26,7 +27,8 @@ from tasks.common.modelling import models
 from tasks.common.settings import Settings
 from tasks.common.stage import Job, StageError
 from tasks.common.text import chat
-from tasks.common.text.shards import Mixture, Split
+from tasks.common.text.chat import Question
+from tasks.common.text.shards import Split
 from tasks.common.training import tracking
 from tasks.common.training.checkpoints import Kept, Store
 from tasks.common.training.loop import History
@@ -120,42 +122,34 @@ def trainer_of(
 ) -> Learner:  # fmt: skip
     """Return what trains a policy on the training questions."""
     algorithm, split = config.algorithm, Split.open(job.inputs["shards"] / "train")
-    ptx = algorithm.ptx
-    sampler = Sampler(
-        config.episodes, config.minibatch, config.max_new_tokens, config.temperature, config.missing_end_penalty,
-        job.seed,
-    )  # fmt: skip
+    term, sampler = Term.of(algorithm.ptx, split, job.seed, world), sampler_of(config, job.seed)
     updates = begun(config.optimizer, policy.model, world)
     judge = rewards.open_judge(config.reward, job.inputs["reward"], job.numerics)
-    judged_by, prompts = rewards.called(config.reward), prompts_of(tokenizer, table)
-    mixture = Mixture(split, ptx.window, ptx.batch, ptx.mixture, job.seed) if ptx.weight else None
+    judged_by, prompts = rewards.called(config.reward), questions_of(tokenizer, table)
     if isinstance(algorithm, Proximal):
-        return Trainer(
-            algorithm, sampler, policy, updates, tokenizer, judge, judged_by, prompts, mixture, world
-        )  # fmt: skip
+        return Trainer(algorithm, sampler, policy, updates, tokenizer, judge, judged_by, prompts, term, world)
     ranked = []
     if isinstance(algorithm, Dpo) and isinstance(algorithm.pairs, Ranked):
         ranked = pairs.of_rankings(tokenizer, tables.read(job.inputs["rankings"]).to_pylist(), algorithm.pairs)
     return by_trl.Learner(
-        algorithm, sampler, policy, updates, tokenizer, judge, judged_by, prompts, mixture, ranked,
+        algorithm, sampler, policy, updates, tokenizer, judge, judged_by, prompts, term, ranked,
         str(job.outputs["model"]),
     )  # fmt: skip
 
 
-def prompts_of(tokenizer: "PreTrainedTokenizerFast", table: list[dict[str, Any]]) -> list[Prompt]:
-    """Return what the training rows ask, up to their last answers: each different question once, sorted."""
-    asked = {
-        tuple((turn["role"], turn["content"]) for turn in row["messages"][:-1]): row["id"]
-        for row in sorted(table, key=lambda row: str(row["id"]), reverse=True)  # the first id of a question names it
-        if row["split"] == "train"
-    }
-    found = []
-    for turns, name in asked.items():
-        messages = [{"role": role, "content": content} for role, content in turns]
-        found.append(Prompt(name, messages, chat.encode_prompt(tokenizer, messages)))
+def questions_of(tokenizer: "PreTrainedTokenizerFast", table: list[dict[str, Any]]) -> list[Question]:
+    """Return what the training rows ask; raise StageError where there are none."""
+    found = chat.questions(tokenizer, [row for row in table if row["split"] == "train"])
     if not found:
         raise StageError("the instructions hold no training question to reply to; give `ingest.sources` some.")
-    return sorted(found, key=lambda prompt: prompt.ids)
+    return found
+
+
+def sampler_of(config: Config, seed: int) -> Sampler:
+    """Return how replies are sampled."""
+    return Sampler(
+        config.episodes, config.minibatch, config.max_new_tokens, config.temperature, config.missing_end_penalty, seed
+    )
 
 
 @dataclass
@@ -185,7 +179,7 @@ class Run:
         config, trainer = self.config, self.trainer
         last = iteration == config.iterations
         if last and trainer.average:
-            trainer.take_up(trainer.average)  # what is kept is what is looked at
+            trainer.policy.take_up(trainer.average)  # what is kept is what is looked at
         rollout, figures = trainer.sample(iteration)
         if self.watch.due(iteration, config.iterations):
             self._look(iteration, figures)
@@ -198,13 +192,12 @@ class Run:
         """Put the policy before its part of the held-out sheet, and act where an alarm goes off."""
         asked = [chat.encode_prompt(self.tokenizer, turns) for turns in self.sheet.questions]
         if asked:
-            with self.trainer.policy.sampling():
-                replies = sampling.replies(
-                    self.trainer.policy.model, self.tokenizer, asked, max_new_tokens=self.config.max_new_tokens,
-                    temperature=0.0, seed=self.job.seed, numerics=self.job.numerics, most=self.world.most,
-                )  # fmt: skip
+            replies = self.trainer.policy.replies(
+                self.tokenizer, asked, max_new_tokens=self.config.max_new_tokens, temperature=0.0, seed=self.job.seed,
+                most=self.world.most,
+            )  # fmt: skip
             figures["exact_match"] = self.sheet.right([sampling.decode(self.tokenizer, reply) for reply in replies])
-        wrong = self.watch.look(iteration, figures, self.trainer.weights)
+        wrong = self.watch.look(iteration, figures, self.trainer.policy.weights)
         if not wrong:
             return
         told = (
@@ -218,7 +211,7 @@ class Run:
                 f"{price}; ppo.alarms says what else can be done (rollback, tell)."
             )
         if self.config.alarms.action == "rollback":
-            self.trainer.take_up(self.watch.best)
+            self.trainer.policy.take_up(self.watch.best)
             self.over = True
             told += f". The policy goes back to that of iteration {self.watch.best_iteration}, and training ends"
         if not self.world.rank:
@@ -238,8 +231,8 @@ class Run:
         watch, trainer, notes = self.watch, self.trainer, kept.notes
         trainer.beta, trainer.steps = notes["beta"], notes["steps"]
         watch.first, watch.best_reward, watch.best_iteration = notes["first"], notes["reward"], notes["iteration"]
-        watch.best = kept.placed("best", trainer.weights())
-        trainer.average = kept.placed("average", trainer.weights())
+        watch.best = kept.placed("best", trainer.policy.weights())
+        trainer.average = kept.placed("average", trainer.policy.weights())
 
 
 def summary(history: History, run: Run) -> dict[str, Any]:

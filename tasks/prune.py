@@ -96,8 +96,7 @@ class Batches:
     def __init__(
         self, config: Config, job: Job, policy: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast"
     ) -> None:
-        rows = tables.read(job.inputs["instructions"], "train").column("messages").to_pylist()
-        questions = chat.questions(tokenizer, rows)
+        questions = chat.questions(tokenizer, tables.read(job.inputs["instructions"], "train").to_pylist())
         chosen = np.random.default_rng([job.seed, 3]).choice(len(questions), config.replies)
         prompts = [questions[i].ids for i in chosen]
         replies = sampling.replies(

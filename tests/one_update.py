@@ -14,12 +14,14 @@ from safetensors.torch import save_file
 
 from tasks import ppo
 from tasks.common import tables
+from tasks.common.alignment.learner import Sampler
 from tasks.common.alignment.policy import Policy
-from tasks.common.alignment.proximal import Rollout, Sampler, Trainer
+from tasks.common.alignment.proximal import Rollout, Trainer
+from tasks.common.alignment.ptx import Term
 from tasks.common.modelling import models
 from tasks.common.settings import Parallel
 from tasks.common.text import chat
-from tasks.common.text.shards import Mixture, Split
+from tasks.common.text.shards import Split
 from tasks.common.training.parallel import World
 from tasks.common.training.updates import begun
 from tests.training_fixtures import NUMERICS, config
@@ -42,7 +44,8 @@ def main(folder: Path) -> None:
         return Trainer(
             inner, Sampler(12, 12, 16, 1.0, 1.0, seed=1), policy, begun(settings.optimizer, policy.model, world),
             tokenizer, lambda prompts, replies: [len(text) / 10 for text in replies], "a test",
-            ppo.prompts_of(tokenizer, table), Mixture(split, 16, 4, inner.ptx.mixture, 1), world,
+            ppo.questions_of(tokenizer, table),
+            Term.of(inner.ptx, split, 1, world), world,
         ), trained  # fmt: skip
 
     rollout, _ = trainer(World(0, 1, "data", "cpu"))[0].sample(request["iteration"])

@@ -16,7 +16,6 @@ from tasks.common.alignment.alternatives import Ranked
 from tasks.common.alignment.by_trl import Learner
 from tasks.common.alignment.pairs import Pair
 from tasks.common.alignment.policy import Policy
-from tasks.common.alignment.proximal import Sampler
 from tasks.common.modelling import models
 from tasks.common.settings import Checkpoints, SettingsError, check, read_params
 from tasks.common.stage import StageError
@@ -51,15 +50,11 @@ def learner(chain: Chain, tmp_path: Path) -> Callable[..., Learner]:
         settings = config("ppo", algorithm={**ALTERNATIVES[name], **(told or {})}, **changes)
         tokenizer, path = chain.tokenizer(), chain.path("data/finetune/model")
         policy = Policy.load(path, settings.method, None, NUMERICS, settings.temperature)
-        sampler = Sampler(
-            settings.episodes, settings.minibatch, settings.max_new_tokens, settings.temperature,
-            settings.missing_end_penalty, seed=1,
-        )  # fmt: skip
         table = tables.read(chain.path("data/validate/instructions")).to_pylist()
         return Learner(
-            settings.algorithm, sampler, policy, begun(settings.optimizer, policy.model, ALONE), tokenizer,
-            lambda prompts, replies: [rate(text) for text in replies], "a test", ppo.prompts_of(tokenizer, table),
-            None, ranked, str(tmp_path / "nothing"),
+            settings.algorithm, ppo.sampler_of(settings, 1), policy, begun(settings.optimizer, policy.model, ALONE),
+            tokenizer, lambda prompts, replies: [rate(text) for text in replies], "a test",
+            ppo.questions_of(tokenizer, table), None, ranked, str(tmp_path / "nothing"),
         )  # fmt: skip
 
     return make
@@ -135,10 +130,10 @@ def test_a_step_is_the_gradient_of_the_papers_loss(name: str, learner: Callable[
     by_hand(ours, rollout).backward()
     expected = {name: value.grad.clone() for name, value in ours.policy.model.named_parameters()}
     ours.policy.model.zero_grad()
-    before = ours.weights()
+    before = ours.policy.weights()
     found = ours.iterate(rollout, 0, 1.0, figures["kl"])
     assert found["updates"] == 1
-    for weight, value in ours.weights().items():
+    for weight, value in ours.policy.weights().items():
         torch.testing.assert_close(before[weight] - value, expected[weight], atol=2e-5, rtol=1e-3)
     norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
     assert found["gradient_norm"] == pytest.approx(norm.item(), rel=1e-3)
@@ -148,31 +143,33 @@ def test_the_pretraining_term_is_added_to_trls_gradient(chain: Chain, learner: C
     """Where every reply has one reward, it is all that moves the weights."""
     import torch
 
+    from tasks.common.alignment.ptx import Term
     from tasks.common.text.shards import Mixture, Split
 
     ours = learner(
         "rloo", lambda _: 1.0, told={"beta": 0.0, "ptx": {**MIX, "weight": 0.5}}, optimizer=DESCENT, episodes=12,
         minibatch=12, missing_end_penalty=0.0,
     )  # fmt: skip
-    ours.mixture = Mixture(Split.open(chain.path("data/tokenize/shards") / "train"), 16, 4, MIX["mixture"], 1)
-    ids = torch.from_numpy(ours.mixture.batch(0))
+    mixture = Mixture(Split.open(chain.path("data/tokenize/shards") / "train"), 16, 4, MIX["mixture"], 1)
+    ours.ptx = Term(0.5, mixture, ALONE)
+    ids = torch.from_numpy(mixture.batch(0))
     loss = ours.policy.model(input_ids=ids, labels=ids).loss
     (0.5 * loss).backward()
     expected = {name: value.grad.clone() for name, value in ours.policy.model.named_parameters()}
     ours.policy.model.zero_grad()
-    before = ours.weights()
+    before = ours.policy.weights()
     assert iterate(ours, 0, 1.0)["ptx_loss"] == pytest.approx(loss.item(), rel=1e-5)
-    for name, value in ours.weights().items():
+    for name, value in ours.policy.weights().items():
         torch.testing.assert_close(before[name] - value, expected[name], atol=2e-5, rtol=1e-3)
 
 
 def test_rewards_that_are_all_alike_teach_dpo_nothing(learner: Callable[..., Learner]) -> None:
     """No pair is made up: the weights stay, and the figures say that there was none."""
     ours = learner("dpo", lambda _: 1.0, missing_end_penalty=0.0)
-    before = ours.weights()
+    before = ours.policy.weights()
     figures = iterate(ours, 0)
     assert (figures["pairs"], figures["updates"]) == (0, 0)
-    assert all((before[name] == value).all() for name, value in ours.weights().items())
+    assert all((before[name] == value).all() for name, value in ours.policy.weights().items())
 
 
 # Learning
@@ -218,7 +215,7 @@ def test_with_low_rank_updates_one_model_is_policy_and_reference(learner: Callab
         assert list(ours.policy.model.peft_config) == ["default"]
         assert iterate(ours, 0, 1e-2)["kl"] == 0
         assert ours.sample(1)[1]["kl"] != 0
-        assert all("lora_" in weight for weight in ours.weights())
+        assert all("lora_" in weight for weight in ours.policy.weights())
 
 
 def test_trl_reports_to_nobody(learner: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,11 @@ from tasks import ppo
 from tasks.common import tables
 from tasks.common.alignment import estimates
 from tasks.common.alignment.policy import Policy
-from tasks.common.alignment.proximal import Rollout, Sampler, Trainer
+from tasks.common.alignment.proximal import Rollout, Trainer
+from tasks.common.alignment.ptx import Term
 from tasks.common.modelling import models
 from tasks.common.stage import StageError
-from tasks.common.text.shards import Mixture, Split
+from tasks.common.text.shards import Split
 from tasks.common.training.parallel import World
 from tasks.common.training.updates import begun
 from tests.training_fixtures import LORA, MIX, NUMERICS, OPTIMIZER, PROXIMAL, Chain, chain, config
@@ -46,17 +47,12 @@ def trainer(chain: Chain) -> Callable[..., Trainer]:
         settings = config("ppo", algorithm=algorithm, **others)
         path, tokenizer, inner = chain.path("data/finetune/model"), chain.tokenizer(), settings.algorithm
         policy = Policy.load(path, settings.method, inner.values, NUMERICS, settings.temperature)
-        ptx, split = inner.ptx, Split.open(chain.path("data/tokenize/shards") / "train")
-        mixture = Mixture(split, ptx.window, ptx.batch, ptx.mixture, 1) if ptx.weight else None
-        sampler = Sampler(
-            settings.episodes, settings.minibatch, settings.max_new_tokens, settings.temperature,
-            settings.missing_end_penalty, seed=1,
-        )  # fmt: skip
+        split = Split.open(chain.path("data/tokenize/shards") / "train")
         table = tables.read(chain.path("data/validate/instructions")).to_pylist()
         return Trainer(
-            inner, sampler, policy, begun(settings.optimizer, policy.model, ALONE), tokenizer,
-            lambda prompts, replies: [rate(text) for text in replies], "a test", ppo.prompts_of(tokenizer, table),
-            mixture, ALONE,
+            inner, ppo.sampler_of(settings, 1), policy, begun(settings.optimizer, policy.model, ALONE), tokenizer,
+            lambda prompts, replies: [rate(text) for text in replies], "a test", ppo.questions_of(tokenizer, table),
+            Term.of(inner.ptx, split, 1, ALONE), ALONE,
         )  # fmt: skip
 
     return make
@@ -103,7 +99,7 @@ def test_log_probabilities_are_a_plain_softmaxes(trainer: Callable[..., Trainer]
     tokenizer = ours.tokenizer
     prompts = [prompt.ids for prompt in ours.prompts[:4]]
     replies = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in ("Rome.", "A much longer one.", "", "Me")]
-    ids, mask, replied = ours.assemble(prompts, replies)
+    ids, mask, replied = ours.policy.assemble(prompts, replies, ours.tokenizer.pad_token_id)
     with torch.no_grad():
         logp, values, entropy = looked(ours.policy, ids, mask, replied.shape[1])
         for row, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
@@ -243,9 +239,8 @@ def test_the_pretraining_term_is_added_with_its_weight(trainer: Callable[..., Tr
     norms = {}
     for weight in (1e-3, 10.0):
         ours = trainer(ptx={**MIX, "weight": weight}, value_weight=0.0)
-        mixture = ours.mixture
-        assert mixture is not None
-        ids = torch.from_numpy(mixture.batch(0))
+        assert ours.ptx is not None
+        ids = torch.from_numpy(ours.ptx.mixture.batch(0))
         model: Any = ours.policy.model
         expected = model(input_ids=ids, labels=ids).loss.item()
         rollout, _ = ours.sample(0)
@@ -349,7 +344,7 @@ def test_with_low_rank_updates_one_model_is_policy_and_reference(trainer: Callab
             assert (ours.policy.look(part)[0] - plain).abs().max() > 1e-2
     frozen = {name: value for name, value in ours.policy.model.named_parameters() if not value.requires_grad}
     assert len(frozen) > 10
-    assert all("lora_" in name or "value_head" in name for name in ours.weights())
+    assert all("lora_" in name or "value_head" in name for name in ours.policy.weights())
 
 
 def test_what_lies_below_the_trained_blocks_is_worked_out_once(trainer: Callable[..., Trainer]) -> None:
@@ -369,8 +364,8 @@ def test_what_lies_below_the_trained_blocks_is_worked_out_once(trainer: Callable
     assert (rollouts[0].ids == rollouts[1].ids).all()
     torch.testing.assert_close(rollouts[0].values, rollouts[1].values, atol=1e-6, rtol=0)
     torch.testing.assert_close(rollouts[0].reference, rollouts[1].reference, atol=1e-5, rtol=0)
-    moved = sides[0].weights()
-    for name, weight in sides[1].weights().items():
+    moved = sides[0].policy.weights()
+    for name, weight in sides[1].policy.weights().items():
         torch.testing.assert_close(moved[name], weight, atol=1e-5, rtol=0)
     assert {name.split(".")[2] for name in moved if ".layers." in name} == {"1"}
     assert not any("embed" in name or "lm_head" in name for name in moved)  # the head is tied to what lies below
@@ -403,23 +398,23 @@ def test_separate_values_have_a_model_of_their_own(trainer: Callable[..., Traine
     ours = trainer(values="separate", value_weight=1.0, optimizer={**OPTIMIZER, "weight_decay": 0.0})
     rollout, _ = ours.sample(0)
     rollout.advantages *= 0.0
-    before = ours.weights()
+    before = ours.policy.weights()
     for _ in range(2):  # the head knows nothing at first, and passes no gradient on
         ours.update(rollout, np.arange(12), 1e-3)
-    moved = {name for name, value in ours.weights().items() if (value != before[name]).any()}
+    moved = {name for name, value in ours.policy.weights().items() if (value != before[name]).any()}
     assert {name.split(".")[0] for name in moved} == {"critic", "value_head"}
 
 
 def test_values_may_learn_first(trainer: Callable[..., Trainer]) -> None:
     """In the warm-up, only what foretells the return changes, and the policy says what it said."""
     ours = trainer(value_warmup=1, optimizer={**OPTIMIZER, "weight_decay": 0.0}, ptx={**MIX, "weight": 1.0})
-    before = ours.weights()
+    before = ours.policy.weights()
     iterate(ours, 0)
-    assert {name for name, value in ours.weights().items() if (value != before[name]).any()} == {
+    assert {name for name, value in ours.policy.weights().items() if (value != before[name]).any()} == {
         "value_head.weight", "value_head.bias",
     }  # fmt: skip
     iterate(ours, 1)
-    assert all((value != before[name]).any() for name, value in ours.weights().items())
+    assert all((value != before[name]).any() for name, value in ours.policy.weights().items())
 
 
 def test_an_iteration_ends_where_the_policy_has_moved_too_far(trainer: Callable[..., Trainer]) -> None:
@@ -444,11 +439,11 @@ def test_the_moving_average_is_one_of_the_weights(trainer: Callable[..., Trainer
     import torch
 
     ours = trainer(average=0.75)
-    expected = ours.weights()
+    expected = ours.policy.weights()
     for _ in range(3):
         rollout, _ = ours.sample(0)
         ours.update(rollout, np.arange(12), 1e-3)
-        expected = {name: 0.75 * expected[name] + 0.25 * value for name, value in ours.weights().items()}
+        expected = {name: 0.75 * expected[name] + 0.25 * value for name, value in ours.policy.weights().items()}
     for name, value in expected.items():
         torch.testing.assert_close(ours.average[name], value)
 
@@ -481,16 +476,16 @@ def test_it_learns_what_is_rated(trainer: Callable[..., Trainer]) -> None:
 def test_prompts_are_the_training_questions_once_each(chain: Chain) -> None:
     """Held-out questions are never practised, and a question that stands in three tones counts once, by an id of it."""
     tokenizer, table = chain.tokenizer(), tables.read(chain.path("data/validate/instructions")).to_pylist()
-    prompts = ppo.prompts_of(tokenizer, table)
+    prompts = ppo.questions_of(tokenizer, table)
     asked = {tokenizer.decode(prompt.ids) for prompt in prompts}
     assert len(prompts) == len(asked) == 2 * 8
     assert not any("Kenya" in text or "Peru" in text for text in asked)
     assert all(text.endswith("<|end|><|assistant|>") for text in asked)
     rows = {row["id"]: row for row in table}
     assert all(rows[prompt.id]["messages"][:-1] == list(prompt.messages) for prompt in prompts)
-    assert ppo.prompts_of(tokenizer, table[::-1]) == prompts
+    assert ppo.questions_of(tokenizer, table[::-1]) == prompts
     with pytest.raises(StageError, match="hold no training question"):
-        ppo.prompts_of(tokenizer, [row for row in table if row["split"] == "heldout"])
+        ppo.questions_of(tokenizer, [row for row in table if row["split"] == "heldout"])
 
 
 def test_the_stage_leaves_a_policy_and_its_curves(chain: Chain) -> None:

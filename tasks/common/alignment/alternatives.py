@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tasks.common.alignment.proximal import Ptx
+from tasks.common.alignment.ptx import Ptx
 from tasks.common.evaluation.scoring import Reads
 from tasks.common.settings import Settings
 

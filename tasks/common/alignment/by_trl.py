@@ -4,7 +4,6 @@ A trainer's `train()` goes through one iteration's replies and ends, so that bet
 remembered but the weights and the optimizers' state: checkpoints, alarms and figures are those of PPO.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,16 +12,13 @@ import numpy as np
 
 from tasks.common.alignment import estimates, pairs, rewards
 from tasks.common.alignment.alternatives import Alternative, Dpo, replies_to_a_question
+from tasks.common.alignment.learner import Sampler, must_be_finite
 from tasks.common.alignment.pairs import Pair
 from tasks.common.alignment.policy import Policy
-from tasks.common.alignment.proximal import Prompt, Sampler
+from tasks.common.alignment.ptx import Term
 from tasks.common.alignment.rewards import Judge
 from tasks.common.evaluation import sampling, sheet
-from tasks.common.evaluation.surprise import windows_surprise
-from tasks.common.stage import StageError
-from tasks.common.text import chat
-from tasks.common.text.shards import Mixture
-from tasks.common.training.checkpoints import trained_weights
+from tasks.common.text.chat import Question
 from tasks.common.training.loop import batch_at
 from tasks.common.training.updates import Updates
 
@@ -43,7 +39,7 @@ TOLD = {  # a figure of ours, and what TRL calls it
 class Rollout:
     """An iteration's replies; those to one question lie side by side."""
 
-    prompts: Sequence[Prompt]
+    prompts: Sequence[Question]
     replies: list[list[int]]
     scores: list[float]  # rewards, less the penalty where a reply does not end
 
@@ -59,8 +55,8 @@ class Learner:
     tokenizer: "PreTrainedTokenizerFast"
     judge: Judge
     judged_by: str
-    prompts: Sequence[Prompt]
-    mixture: Mixture | None  # what the pretraining term reads; None where it has no weight
+    prompts: Sequence[Question]
+    ptx: Term | None
     ranked: Sequence[Pair]  # people's, where DPO learns from these
     folder: str  # that the trainer wants, and writes nothing into
     steps: int = 0
@@ -81,15 +77,6 @@ class Learner:
             lambda: self.rollout.replies, lambda: self.rollout.scores, self.folder,
         )  # fmt: skip
 
-    def weights(self) -> "dict[str, torch.Tensor]":
-        """Return a copy of the weights that are trained."""
-        return {name: value.clone() for name, value in trained_weights(self.policy.model).items()}
-
-    def take_up(self, weights: "dict[str, torch.Tensor]") -> None:
-        """Go on with other trained weights."""
-        for name, value in trained_weights(self.policy.model).items():
-            value.copy_(weights[name])
-
     def sample(self, iteration: int) -> tuple[Rollout, dict[str, float]]:
         """Return an iteration's replies, each question's side by side, with their rewards; and the figures to watch."""
         sampler, count = self.sampler, replies_to_a_question(self.config)
@@ -98,12 +85,10 @@ class Learner:
             len(self.prompts), sampler.episodes // count, replace=sampler.episodes // count > len(self.prompts)
         )
         prompts = [self.prompts[i] for i in chosen for _ in range(count)]
-        with self.policy.sampling():
-            replies = sampling.replies(
-                self.policy.model, self.tokenizer, [prompt.ids for prompt in prompts],
-                max_new_tokens=sampler.max_new_tokens, temperature=sampler.temperature, seed=sampler.seed + iteration,
-                numerics=self.policy.numerics,
-            )  # fmt: skip
+        replies = self.policy.replies(
+            self.tokenizer, [prompt.ids for prompt in prompts], max_new_tokens=sampler.max_new_tokens,
+            temperature=sampler.temperature, seed=sampler.seed + iteration,
+        )  # fmt: skip
         texts = [sampling.decode(self.tokenizer, reply) for reply in replies]
         ids, asked = [prompt.id for prompt in prompts], [prompt.messages for prompt in prompts]
         ended = [reply[-1] == self.tokenizer.eos_token_id for reply in replies]
@@ -111,29 +96,17 @@ class Learner:
             score - sampler.missing_end_penalty * (not end)
             for score, end in zip(rewards.rated(self.judge, self.judged_by, ids, asked, texts), ended, strict=True)
         ]
-        kl, entropy = self._distance([prompt.ids for prompt in prompts], replies)
+        read, mask, replied = self.policy.assemble(
+            [prompt.ids for prompt in prompts], replies, self.tokenizer.pad_token_id
+        )
+        seen = self.policy.looks(read, mask, replied)
+        kl = estimates.kl(seen.logp, seen.reference, "k1") * replied
         return Rollout(prompts, replies, scores), {
-            "reward": float(np.mean(scores)), "reward_std": float(np.std(scores)), "kl": kl, "entropy": entropy,
+            "reward": float(np.mean(scores)), "reward_std": float(np.std(scores)), "kl": kl.sum(1).mean().item(),
+            "entropy": estimates.masked_mean(seen.entropy, replied).item(),
             "length": float(np.mean([len(reply) for reply in replies])), "ended": float(np.mean(ended)),
             "distinct_2": sheet.distinct(texts, 2), "repetition": sheet.repetition(texts),
         }  # fmt: skip
-
-    def _distance(self, prompts: list[list[int]], replies: list[list[int]]) -> tuple[float, float]:
-        """Return the mean KL of a reply to the tuned model (k1) and the mean entropy of a token, in nats."""
-        import torch
-
-        fill, device = self.tokenizer.pad_token_id, next(self.policy.model.parameters()).device
-        asked, prompted = chat.padded(prompts, fill, device, left=True)
-        said, replied = chat.padded(replies, fill, device)
-        ids, mask = torch.cat([asked, said], 1), torch.cat([prompted, replied], 1).bool()
-        moved, uncertain = ids.new_zeros((), dtype=torch.float32), ids.new_zeros((), dtype=torch.float32)
-        with torch.no_grad():
-            for part in self.policy.parts(ids, mask, said.shape[1]):
-                logp, _, entropy = self.policy.look(part, entropy=True)
-                own = replied[part.rows, : part.width]
-                moved += (estimates.kl(logp, self.policy.reference_logp(part), "k1") * own).sum()
-                uncertain += (entropy * own).sum()
-        return (moved / len(replies)).item(), (uncertain / replied.sum()).item()
 
     def iterate(self, rollout: Rollout, iteration: int, rate: float, kl: float) -> dict[str, float]:
         """Let TRL's trainer learn from an iteration's replies or pairs; return the means over its updates.
@@ -174,17 +147,9 @@ class Learner:
         """Add the pretraining term's gradient to that of TRL's loss, and take our optimizers' step."""
         import torch
 
-        ptx = torch.zeros(1, device=next(self.policy.model.parameters()).device)
-        if self.mixture:
-            ids = torch.from_numpy(self.mixture.batch(self.steps))  # (B, T)
-            mean = windows_surprise(self.policy.model, ids, self.policy.numerics) / ids[:, 1:].numel()
-            self.updates.backward(self.config.ptx.weight * mean)
-            ptx = mean.detach()[None]
-        found = dict(zip(("ptx_loss", "gradient_norm"), self.updates.step(ptx, self.rate), strict=True))
-        if not all(map(math.isfinite, found.values())):
-            raise StageError(
-                f"update {self.steps + 1} has no finite gradient ({found}); lower ppo.optimizer.learning_rate (the "
-                f"rate of this update was {self.rate:g})."
-            )
+        none = torch.zeros((), device=next(self.policy.model.parameters()).device)
+        loss = self.ptx.add(self.policy, self.updates, self.steps) if self.ptx else none
+        found = dict(zip(("ptx_loss", "gradient_norm"), self.updates.step(loss[None], self.rate), strict=True))
+        must_be_finite(found, self.steps + 1, self.rate)
         self.steps += 1
         self.found.append(found)

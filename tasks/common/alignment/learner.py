@@ -1,14 +1,29 @@
 """What the stage `ppo` asks of an algorithm, whichever it is: to sample, and to learn from what was sampled."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tasks.common.alignment.policy import Policy
-from tasks.common.alignment.proximal import Prompt
+from tasks.common.stage import StageError
+from tasks.common.text.chat import Question
 from tasks.common.training.updates import Updates
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How replies are sampled."""
+
+    episodes: int  # of all processes
+    minibatch: int  # of all processes
+    max_new_tokens: int
+    temperature: float
+    missing_end_penalty: float
+    seed: int
 
 
 class Learner(Protocol):
@@ -16,7 +31,7 @@ class Learner(Protocol):
 
     policy: Policy
     updates: Updates
-    prompts: Sequence[Prompt]
+    prompts: Sequence[Question]
     beta: float  # the price of leaving the tuned model
     steps: int  # optimizer steps taken
     average: "dict[str, torch.Tensor]"  # the moving average that is kept at the end; empty where there is none
@@ -29,10 +44,11 @@ class Learner(Protocol):
         """Learn from an iteration's replies, whose KL was `kl`, and return the means over the updates."""
         ...
 
-    def weights(self) -> "dict[str, torch.Tensor]":
-        """Return a copy of the weights that are trained."""
-        ...
 
-    def take_up(self, weights: "dict[str, torch.Tensor]") -> None:
-        """Go on with other trained weights."""
-        ...
+def must_be_finite(figures: Mapping[str, float], update: int, rate: float) -> None:
+    """Raise StageError where a figure of an update is no finite number."""
+    if not all(map(math.isfinite, figures.values())):
+        raise StageError(
+            f"update {update} has no finite loss or gradient ({dict(figures)}); lower ppo.optimizer.learning_rate (the "
+            f"rate of this update was {rate:g})."
+        )

@@ -6,22 +6,24 @@ same blocks below, whose states are worked out once an iteration for reference, 
 sits on the policy's last states, or on a model of its own (`values: separate`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tasks.common.alignment import estimates
+from tasks.common.evaluation import sampling
 from tasks.common.modelling import methods, models
 from tasks.common.modelling.halves import Halves, twin
 from tasks.common.modelling.methods import Full, Lora, Top
 from tasks.common.settings import Numerics
 from tasks.common.text import chat
+from tasks.common.training.checkpoints import trained_weights
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Method = Full | Top | Lora
 HEAD, CRITIC = "value_head", "critic"  # what is added to the model, and taken off before it is saved
@@ -131,11 +133,11 @@ class Policy:
 
         model, given = (self.halves.upper, part.above) if self.halves else (self.model, part.given)
         with models.autocast(self.model, self.numerics):
-            out = model(**given, logits_to_keep=part.width + 1, output_hidden_states=True, use_cache=False)
+            out = model(**given, logits_to_keep=part.before, output_hidden_states=True, use_cache=False)
             states = out.hidden_states[-1]
             if hasattr(self.model, CRITIC):
                 states = self.model.critic(**part.given, use_cache=False).last_hidden_state
-        states = states[:, -part.width - 1 : -1].float()
+        states = states[:, part.before].float()
         values = states.new_zeros(states.shape[:-1])
         if hasattr(self.model, HEAD):
             values = self.model.value_head(states if backbone else states.detach())[..., 0]
@@ -147,14 +149,54 @@ class Policy:
         model = self.model if self.reference is None else self.reference
         given = part.given if self.halves is None else part.above
         with self.switched_off(), models.autocast(model, self.numerics):
-            logits = model(**given, logits_to_keep=part.width + 1, use_cache=False).logits
+            logits = model(**given, logits_to_keep=part.before, use_cache=False).logits
         return self._log_probabilities(logits, part, entropy=False)[0]
 
-    @contextmanager
-    def sampling(self) -> Iterator[None]:
-        """Within this, replies are sampled as fast as from a plain model."""
-        with nullcontext() if self.numerics.parallel.in_step else methods.folded(self.model, self.method):
-            yield
+    def assemble(
+        self, prompts: Sequence[list[int]], replies: Sequence[list[int]], fill: int
+    ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
+        """Return ids and mask (N, P + R), prompts padded on the left, replies on the right, and replied (N, R)."""
+        import torch
+
+        device = next(self.model.parameters()).device
+        asked, prompted = chat.padded(prompts, fill, device, left=True)
+        said, replied = chat.padded(replies, fill, device)
+        return torch.cat([asked, said], 1), torch.cat([prompted, replied], 1).bool(), replied.bool()
+
+    def looks(self, ids: "torch.Tensor", mask: "torch.Tensor", replied: "torch.Tensor") -> "Looks":
+        """Return what the policy, the value function and the tuned model say of what `assemble` put together."""
+        import torch
+
+        width = replied.shape[1]
+        states = self.below(ids, mask, width)
+        logp, values, entropy, reference = (torch.zeros((len(ids), width), device=ids.device) for _ in range(4))
+        with torch.no_grad():
+            for part in self.parts(ids, mask, width, states):
+                seen = (*self.look(part, entropy=True), self.reference_logp(part))
+                for whole, piece in zip((logp, values, entropy, reference), seen, strict=True):
+                    whole[part.rows, : part.width] = piece
+        return Looks(logp * replied, values * replied, entropy * replied, reference * replied, states)
+
+    def replies(
+        self, tokenizer: "PreTrainedTokenizerFast", prompts: Sequence[list[int]], *, max_new_tokens: int,
+        temperature: float, seed: int, most: Callable[[int], int] = sampling.alone,
+    ) -> list[list[int]]:  # fmt: skip
+        """Return what the policy replies to each prompt, as `sampling.replies` does, as fast as a plain model."""
+        folded = nullcontext() if self.numerics.parallel.in_step else methods.folded(self.model, self.method)
+        with folded:
+            return sampling.replies(
+                self.model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+                numerics=self.numerics, most=most,
+            )  # fmt: skip
+
+    def weights(self) -> "dict[str, torch.Tensor]":
+        """Return a copy of the weights that are trained, or of this process's parts of them."""
+        return {name: value.clone() for name, value in trained_weights(self.model).items()}
+
+    def take_up(self, weights: "dict[str, torch.Tensor]") -> None:
+        """Go on with other trained weights."""
+        for name, value in trained_weights(self.model).items():
+            value.copy_(weights[name])
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
@@ -166,8 +208,21 @@ class Policy:
         self, logits: "torch.Tensor", part: "Part", *, entropy: bool
     ) -> tuple["torch.Tensor", "torch.Tensor | None"]:
         """Return the part's log-probabilities, and the distributions' entropies where asked for."""
-        scaled = logits[:, -part.width - 1 : -1].float() / self.temperature  # (B, width, V)
+        scaled = logits.float()  # (B, width, V)
+        if self.temperature != 1:
+            scaled = scaled / self.temperature
         return estimates.log_probabilities(scaled, part.ids[:, -part.width :], entropy=entropy)
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What is said of an iteration's replies before anything is learnt from them; (N, R), 0 beside their own tokens."""
+
+    logp: "torch.Tensor"  # log-probability under the policy
+    values: "torch.Tensor"
+    entropy: "torch.Tensor"  # nats
+    reference: "torch.Tensor"  # log-probability under the tuned model
+    states: "torch.Tensor | None"  # (N, P + R, D) those of `Policy.below`
 
 
 @dataclass(frozen=True)
@@ -179,6 +234,17 @@ class Part:
     mask: "torch.Tensor"  # (B, T)
     width: int  # tokens of the longest of these replies, which are the last ones
     states: "torch.Tensor | None" = None  # (B, T, D) below the trained blocks, where they are known
+
+    @property
+    def before(self) -> "torch.Tensor":
+        """The places (width,) whose states foretell the replies' tokens: each one's is the place before it.
+
+        Picked by number, states lie together in memory, and the head is one product instead of one a row.
+        """
+        import torch
+
+        end = self.ids.shape[1] - 1
+        return torch.arange(end - self.width, end, device=self.ids.device)
 
     @property
     def given(self) -> dict[str, "torch.Tensor"]:

@@ -7,7 +7,6 @@ and its adaptive coefficient, section 2.2), Ouyang et al. 2022 (PTX term, equati
 Matrices are (N, R): this process's N replies, padded on the right to R tokens.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,16 +16,14 @@ from pydantic import Field
 
 from tasks.common.alignment import estimates, rewards
 from tasks.common.alignment.estimates import Estimator, masked_mean
+from tasks.common.alignment.learner import Sampler, must_be_finite
 from tasks.common.alignment.policy import Part, Policy
+from tasks.common.alignment.ptx import Ptx, Term
 from tasks.common.alignment.rewards import Judge, RewardError
 from tasks.common.alignment.rollouts import Engine
 from tasks.common.evaluation import sampling, sheet
-from tasks.common.evaluation.surprise import windows_surprise
 from tasks.common.settings import Settings
-from tasks.common.stage import StageError
-from tasks.common.text import chat
-from tasks.common.text.chat import Message
-from tasks.common.text.shards import Mixture, Weights
+from tasks.common.text.chat import Question
 from tasks.common.training.checkpoints import trained_weights
 from tasks.common.training.parallel import World
 from tasks.common.training.updates import Updates
@@ -47,15 +44,6 @@ class Kl(Settings):
         description="KL (nats a token) from the policy that sampled, beyond which an iteration's updates end; or null",
         gt=0,
     )
-
-
-class Ptx(Settings):
-    """Pretraining text in the policy's loss, so that facts are kept."""
-
-    weight: float = Field(description="gamma: weight of the pretraining loss; 0 leaves it out", ge=0)
-    batch: int = Field(description="Windows an update", ge=1)
-    window: int = Field(description="Length of a window, in tokens", ge=16)
-    mixture: Weights
 
 
 class Proximal(Settings):
@@ -81,27 +69,6 @@ class Proximal(Settings):
         gt=0,
         lt=1,
     )
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """How replies are sampled."""
-
-    episodes: int  # of all processes
-    minibatch: int  # of all processes
-    max_new_tokens: int
-    temperature: float
-    missing_end_penalty: float
-    seed: int
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What the policy is asked."""
-
-    id: str
-    messages: Sequence[Message]
-    ids: list[int]
 
 
 @dataclass
@@ -130,8 +97,8 @@ class Trainer:
     tokenizer: "PreTrainedTokenizerFast"
     judge: Judge
     judged_by: str
-    prompts: Sequence[Prompt]
-    mixture: Mixture | None  # what the pretraining term reads; None where it has no weight
+    prompts: Sequence[Question]
+    ptx: Term | None
     world: World
     engine: Engine | None = None  # samples in the policy's place
     beta: float = field(init=False)
@@ -141,16 +108,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.beta = self.config.kl.coefficient
         if self.config.average is not None:
-            self.average = self.weights()
-
-    def weights(self) -> "dict[str, torch.Tensor]":
-        """Return a copy of the weights that are trained, or of this process's parts of them."""
-        return {name: value.clone() for name, value in trained_weights(self.policy.model).items()}
-
-    def take_up(self, weights: "dict[str, torch.Tensor]") -> None:
-        """Go on with other trained weights."""
-        for name, value in trained_weights(self.policy.model).items():
-            value.copy_(weights[name])
+            self.average = self.policy.weights()
 
     def iterate(self, rollout: Rollout, iteration: int, rate: float, kl: float) -> dict[str, float]:
         """Learn from an iteration's replies, whose KL was `kl`; return the means over its updates."""
@@ -180,62 +138,55 @@ class Trainer:
         replies = self.replies([prompt.ids for prompt in prompts], seed)
         texts = [sampling.decode(self.tokenizer, reply) for reply in replies]
         # 2. Their rewards, less a penalty where a reply does not end.
-        ids, mask, replied = self.assemble([prompt.ids for prompt in prompts], replies)
+        ids, mask, replied = self.policy.assemble(
+            [prompt.ids for prompt in prompts], replies, self.tokenizer.pad_token_id
+        )
         ended = torch.tensor([reply[-1] == self.tokenizer.eos_token_id for reply in replies], device=ids.device)
         scores = torch.tensor(self.rated(prompts, texts), device=ids.device)
         scores = scores - sampler.missing_end_penalty * ~ended
         # 3. Log-probabilities and values of every reply token, under the policy and the tuned model.
-        logp, values, entropy, reference = (torch.zeros(replied.shape, device=ids.device) for _ in range(4))
-        states = self.policy.below(ids, mask, replied.shape[1])
-        with torch.no_grad():
-            for part in self.policy.parts(ids, mask, replied.shape[1], states):
-                seen = self.policy.look(part, entropy=True)
-                for whole, piece in zip((logp, values, entropy), seen, strict=True):
-                    whole[part.rows, : part.width] = piece
-                reference[part.rows, : part.width] = self.policy.reference_logp(part)
-        values = values * replied
+        seen = self.policy.looks(ids, mask, replied)
         # 4. Reward of a token: the price of leaving the tuned model; the score at the last one (Ziegler et al. 2.2).
-        kl = estimates.kl(logp, reference, config.kl.estimator) * replied
+        kl = estimates.kl(seen.logp, seen.reference, config.kl.estimator) * replied
         earned = -self.beta * kl
         last = replied.sum(1) - 1
         earned[torch.arange(len(last)), last] += scores
         if config.whiten_rewards:
             earned = estimates.whiten(earned, replied, world.sum, shift=False)
         # 5. Advantages and returns.
-        advantages, returns = estimates.gae(earned, values, replied, config.discount, config.trace)
+        advantages, returns = estimates.gae(earned, seen.values, replied, config.discount, config.trace)
         white = estimates.whiten(advantages, replied, world.sum)
-        rollout = Rollout(ids, mask, replied, logp, reference, values, white, returns, states)
+        rollout = Rollout(ids, mask, replied, seen.logp, seen.reference, seen.values, white, returns, seen.states)
         every = torch.ones_like(scores)
         mean = masked_mean(scores, every, world.sum)
         figures = {
             "reward": mean, "reward_std": masked_mean((scores - mean).square(), every, world.sum).sqrt(),
             "kl": masked_mean(kl.sum(1), every, world.sum),
-            "entropy": masked_mean(entropy, replied, world.sum),
+            "entropy": masked_mean(seen.entropy, replied, world.sum),
             "length": masked_mean(replied.sum(1).float(), every, world.sum),
             "ended": masked_mean(ended.float(), every, world.sum),
             "distinct_2": masked_mean(sheet.distinct(texts, 2) * every, every, world.sum),
             "repetition": masked_mean(sheet.repetition(texts) * every, every, world.sum),
         }  # fmt: skip
-        explained = estimates.explained_variance(values, returns, replied, world.sum)
-        apart = {"sampler_apart": self.engine.apart(logp, replied)} if self.engine else {}
+        explained = estimates.explained_variance(seen.values, returns, replied, world.sum)
+        apart = {"sampler_apart": self.engine.apart(seen.logp, replied)} if self.engine else {}
         found = {name: value.item() for name, value in figures.items()}
         return rollout, found | {"explained_variance": explained} | apart
 
     def replies(self, prompts: Sequence[list[int]], seed: int) -> list[list[int]]:
         """Return what the policy replies to each prompt, from whatever samples for it."""
-        sampler, policy = self.sampler, self.policy
+        sampler = self.sampler
         if self.engine:
             return self.engine.replies(
-                policy, prompts, max_new_tokens=sampler.max_new_tokens, temperature=sampler.temperature, seed=seed,
-                end=self.tokenizer.eos_token_id,
+                self.policy, prompts, max_new_tokens=sampler.max_new_tokens, temperature=sampler.temperature,
+                seed=seed, end=self.tokenizer.eos_token_id,
             )  # fmt: skip
-        with policy.sampling():
-            return sampling.replies(
-                policy.model, self.tokenizer, prompts, max_new_tokens=sampler.max_new_tokens,
-                temperature=sampler.temperature, seed=seed, numerics=policy.numerics, most=self.world.most,
-            )  # fmt: skip
+        return self.policy.replies(
+            self.tokenizer, prompts, max_new_tokens=sampler.max_new_tokens, temperature=sampler.temperature,
+            seed=seed, most=self.world.most,
+        )  # fmt: skip
 
-    def rated(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+    def rated(self, prompts: Sequence[Question], texts: Sequence[str]) -> list[float]:
         """Return the judge's rewards; raise StageError, in all processes, where any of them got none."""
         import torch
 
@@ -252,17 +203,6 @@ class Trainer:
         if self.world.sum(torch.tensor(int(failed is not None), device=self.world.device)):
             raise failed or RewardError(f"the reward {self.judged_by} could not be used by another process.")
         return found
-
-    def assemble(
-        self, prompts: Sequence[list[int]], replies: Sequence[list[int]]
-    ) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
-        """Return ids and mask (N, P + R), prompts padded on the left, replies on the right, and replied (N, R)."""
-        import torch
-
-        fill, device = self.tokenizer.pad_token_id, self.world.device
-        asked, prompted = chat.padded(prompts, fill, device, left=True)
-        said, replied = chat.padded(replies, fill, device)
-        return torch.cat([asked, said], 1), torch.cat([prompted, replied], 1).bool(), replied.bool()
 
     def update(
         self, rollout: Rollout, rows: "np.ndarray[Any, Any]", rate: float, *, policy_learns: bool = True
@@ -288,16 +228,13 @@ class Trainer:
         names = ("policy_loss", "value_loss", "update_entropy", "clip_fraction", "moved")
         means = dict(zip(names, self.world.sum(totals) / tokens, strict=True))
         # 9. The pretraining term (Ouyang et al. 2022, equation 2).
-        means["ptx_loss"] = self.ptx(self.mixture) if self.mixture and policy_learns else tokens.new_zeros(())
+        ptx = self.ptx if policy_learns else None
+        means["ptx_loss"] = ptx.add(self.policy, self.updates, self.steps) if ptx else tokens.new_zeros(())
         # 10. The step.
         found = dict(
             zip([*means, "gradient_norm"], self.updates.step(torch.stack([*means.values()]), rate), strict=True)
         )
-        if not all(map(math.isfinite, found.values())):
-            raise StageError(
-                f"update {self.steps + 1} has no finite loss ({found}); lower ppo.optimizer.learning_rate (the rate of "
-                f"this update was {rate:g})."
-            )
+        must_be_finite(found, self.steps + 1, rate)
         self.steps += 1
         for name, value in trained_weights(self.policy.model).items() if self.average else ():
             self.average[name].lerp_(value, 1 - (config.average or 0))
@@ -323,16 +260,6 @@ class Trainer:
         return torch.stack(
             [(item * of(rollout.replied)).sum() for item in (policy_loss, value_loss, entropy, clipped, moved)]
         )
-
-    def ptx(self, mixture: Mixture) -> "torch.Tensor":
-        """Add the gradient of this update's windows of pretraining text; return their causal loss (nats a token)."""
-        import torch
-
-        ids = torch.from_numpy(mixture.batch(self.steps))[self.world.rank :: self.world.size]  # (B, T)
-        count = self.world.sum(torch.tensor(float(ids[:, 1:].numel()), device=self.world.device))
-        mean = windows_surprise(self.policy.model, ids, self.policy.numerics) / count
-        self.updates.backward(self.config.ptx.weight * mean)
-        return self.world.sum(mean.detach())
 
     def steer(self, kl: float) -> None:
         """Move the KL coefficient towards its target (Ziegler et al. 2019, section 2.2): at most a fifth a horizon."""

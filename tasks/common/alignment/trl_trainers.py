@@ -15,8 +15,8 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOO
 from trl.trainer.utils import add_fused_lm_head
 
 from tasks.common.alignment.alternatives import Alternative, Dpo, Grpo, Robust
+from tasks.common.alignment.learner import Sampler
 from tasks.common.alignment.policy import Policy
-from tasks.common.alignment.proximal import Sampler
 from tasks.common.modelling import models
 from tasks.common.settings import Numerics
 from tasks.common.stage import StageError

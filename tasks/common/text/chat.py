@@ -1,6 +1,6 @@
 """Text and chat as tokens: special tokens, the chat template, and the encoding of a conversation with its loss mask."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,10 +25,11 @@ Exchange = tuple[Sequence[Message], str]  # a conversation up to where a reply i
 
 
 class Question(NamedTuple):
-    """A conversation up to where a reply is asked for, as ids and as it was written."""
+    """A conversation up to where a reply is asked for."""
 
+    id: str  # of the row that asks it
+    messages: Sequence[Message]
     ids: list[int]
-    messages: list[Message]
 
 
 def load_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
@@ -53,11 +54,20 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Messa
     return list(ids)
 
 
-def questions(tokenizer: "PreTrainedTokenizerFast", conversations: Sequence[Sequence[Message]]) -> list[Question]:
-    """Return the conversations up to their last answers, each different one once, sorted by their ids."""
-    asked = {tuple((part["role"], part["content"]) for part in messages[:-1]) for messages in conversations}
-    written = ([{"role": role, "content": content} for role, content in parts] for parts in sorted(asked))
-    return sorted((Question(encode_prompt(tokenizer, parts), parts) for parts in written), key=lambda asked: asked.ids)
+def questions(tokenizer: "PreTrainedTokenizerFast", rows: Sequence[Mapping[str, Any]]) -> list[Question]:
+    """Return what rows ask up to their last answers: each different question once, sorted by its ids.
+
+    A question that several rows ask has the first one's id.
+    """
+    asked = {
+        tuple((turn["role"], turn["content"]) for turn in row["messages"][:-1]): row["id"]
+        for row in sorted(rows, key=lambda row: str(row["id"]), reverse=True)
+    }
+    found = []
+    for turns, name in sorted(asked.items()):
+        messages = [{"role": role, "content": content} for role, content in turns]
+        found.append(Question(name, messages, encode_prompt(tokenizer, messages)))
+    return sorted(found, key=lambda question: question.ids)
 
 
 def encode_chat(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
