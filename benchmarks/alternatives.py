@@ -29,7 +29,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {  # what differs from the profile's ppo
     "rloo": {"name": "rloo", **GROUP, "beta": 0.15, "normalise": True},
     "grpo": {"name": "grpo", **GROUP, "beta": 0.15, "scale": "group", "loss": "dapo", "ratio": "token"},
 }  # fmt: skip
-RATES = {"ppo": 1.5e-4, "dpo": 1.5e-4, "rloo": 1.5e-4, "grpo": 1.5e-4}
+RATES = {"ppo": 2.2e-4, "dpo": 1.5e-4, "rloo": 1.5e-4, "grpo": 1.5e-4}
 COLUMNS = (  # figure, what it is called, its unit, and whether the tuned model's sheet has it
     ("reward_mean", "mean reward", "rating points", True),
     ("win_rate_over_tuned", "wins over the tuned model", "share, by the judge", False),

@@ -181,7 +181,6 @@ def made_up(advantages: list[float], returns: list[float], old: list[float], rep
         mask=torch.ones(1, 2 * len(old), dtype=torch.bool),
         replied=mask,
         logp=zeros - 1,
-        reference=zeros - 1,
         values=torch.tensor([old]),
         advantages=torch.tensor([advantages]),
         returns=torch.tensor([returns]),

@@ -79,7 +79,6 @@ class Rollout:
     mask: "torch.Tensor"  # (N, P + R)
     replied: "torch.Tensor"  # (N, R) true at the reply's own tokens
     logp: "torch.Tensor"  # (N, R) log-probability under the policy that sampled
-    reference: "torch.Tensor"  # (N, R) the same under the tuned model
     values: "torch.Tensor"  # (N, R)
     advantages: "torch.Tensor"  # (N, R)
     returns: "torch.Tensor"  # (N, R)
@@ -156,7 +155,7 @@ class Trainer:
         # 5. Advantages and returns.
         advantages, returns = estimates.gae(earned, seen.values, replied, config.discount, config.trace)
         white = estimates.whiten(advantages, replied, world.sum)
-        rollout = Rollout(ids, mask, replied, seen.logp, seen.reference, seen.values, white, returns, seen.states)
+        rollout = Rollout(ids, mask, replied, seen.logp, seen.values, white, returns, seen.states)
         every = torch.ones_like(scores)
         mean = masked_mean(scores, every, world.sum)
         figures = {
