@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from ruamel.yaml import YAML
 
 from tasks.common import identity, stage
 from tasks.common.settings import STAGES, check, config_of, read_params, stage_keys
@@ -96,6 +97,13 @@ def test_dvc_yaml_says_of_a_stage_what_its_module_declares(name: str, key: str |
         lines += [f"  {section}: remove  - {item}" for item in sorted(have[section] - want[section])]
     if len(lines) > 1:
         pytest.fail("\n".join(lines), pytrace=False)
+
+
+def test_dvc_yaml_says_nothing_twice() -> None:
+    """DVC takes a repeated dependency for one, so that nothing else would show it."""
+    for name, told in YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"].items():
+        deps = told.get("do", told)["deps"]
+        assert len(deps) == len(set(deps)), name
 
 
 def test_every_input_is_committed_or_another_stage_makes_it() -> None:

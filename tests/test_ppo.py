@@ -64,6 +64,11 @@ def iterate(trainer: Trainer, iteration: int, rate: float = RATE) -> dict[str, f
     return figures | trainer.iterate(rollout, iteration, rate, figures["kl"])
 
 
+def tuned_logp(trainer: Trainer, rollout: Rollout) -> "torch.Tensor":
+    """Return the replies' log-probabilities (N, R) under the tuned model."""
+    return trainer.policy.looks(rollout.ids, rollout.mask, rollout.replied).reference
+
+
 def looked(
     policy: Policy, ids: "torch.Tensor", mask: "torch.Tensor", width: int
 ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
@@ -119,9 +124,10 @@ def test_log_probabilities_are_a_plain_softmaxes(trainer: Callable[..., Trainer]
 
 def test_a_policy_that_has_not_moved_pays_nothing(trainer: Callable[..., Trainer]) -> None:
     """The KL to the tuned model is 0 before the first update, to the bit."""
-    rollout, figures = trainer().sample(0)
+    ours = trainer()
+    rollout, figures = ours.sample(0)
     assert figures["kl"] == 0
-    assert (rollout.logp == rollout.reference).all()
+    assert (rollout.logp == tuned_logp(ours, rollout)).all()
 
 
 def test_the_reward_is_the_score_at_the_end_less_the_price_of_moving(trainer: Callable[..., Trainer]) -> None:
@@ -133,21 +139,21 @@ def test_the_reward_is_the_score_at_the_end_less_the_price_of_moving(trainer: Ca
     )
     disturb(ours.policy.model.model, 0.05)
     rollout, figures = ours.sample(3)
-    total = 0.0
+    tuned, total = tuned_logp(ours, rollout), 0.0
     for row in range(len(rollout.ids)):
         length = int(rollout.replied[row].sum())
         tokens = rollout.ids[row, -rollout.replied.shape[1] :][:length].tolist()
         ended = tokens[-1] == ours.tokenizer.eos_token_id
         text = ours.tokenizer.decode(tokens, skip_special_tokens=True).strip()
         score = len(text) / 10 - (0.0 if ended else 1.0)
-        moved = [float(rollout.logp[row, t] - rollout.reference[row, t]) for t in range(length)]
+        moved = [float(rollout.logp[row, t] - tuned[row, t]) for t in range(length)]
         for t in range(length):  # with values of 0 the return is the sum of the rewards from a token on
             expected = score - 0.3 * sum(moved[t:])
             assert rollout.returns[row, t].item() == pytest.approx(expected, abs=1e-4)
         total += score
     assert figures["reward"] == pytest.approx(total / len(rollout.ids), abs=1e-5)
     assert 0 < figures["ended"] < 1  # so that both cases were seen
-    moved_all = ((rollout.logp - rollout.reference) * rollout.replied).sum(1)
+    moved_all = ((rollout.logp - tuned) * rollout.replied).sum(1)
     assert figures["kl"] == pytest.approx(moved_all.mean().item(), rel=1e-5)
     torch.testing.assert_close(
         rollout.advantages, estimates.whiten(rollout.returns, rollout.replied), atol=1e-4, rtol=0
@@ -353,16 +359,17 @@ def test_what_lies_below_the_trained_blocks_is_worked_out_once(trainer: Callable
     sides = [trainer(method={"name": "top", "layers": 1}) for _ in range(2)]
     plain = sides[1].policy
     plain.halves, plain.reference = None, trainer().policy.reference
-    rollouts = []
+    rollouts, references = [], []
     for side in sides:
         rollout, figures = side.sample(0)
+        references.append(tuned_logp(side, rollout))
         assert figures["kl"] == pytest.approx(0, abs=1e-5)
         for rows in (np.arange(7), np.arange(5, 12)):
             side.update(rollout, rows, 1e-2)
         rollouts.append(rollout)
     assert (rollouts[0].ids == rollouts[1].ids).all()
     torch.testing.assert_close(rollouts[0].values, rollouts[1].values, atol=1e-6, rtol=0)
-    torch.testing.assert_close(rollouts[0].reference, rollouts[1].reference, atol=1e-5, rtol=0)
+    torch.testing.assert_close(references[0], references[1], atol=1e-5, rtol=0)
     moved = sides[0].policy.weights()
     for name, weight in sides[1].policy.weights().items():
         torch.testing.assert_close(moved[name], weight, atol=1e-5, rtol=0)
