@@ -71,7 +71,7 @@ def run(stages: tuple[str, ...]) -> None:
     Examples:
       bessemer run                        the whole chain
       bessemer run -s finetune            up to the tuned model
-      bessemer run -s reward@judge -s prune   two stages and what they need
+      bessemer run -s reward              both reward models; `-s reward@policy` for one
     """
     from flows import commands
 

@@ -38,10 +38,9 @@ def changed_inputs(stage: Any, root: Path, apart: Apart) -> Iterator[str]:
 
 def touched(reads: Iterable[str], changed: Iterable[str]) -> set[str]:
     """Return which of the changed paths are read: themselves, as a part of a folder, or with the folder they lie in."""
-    paths = [Path(read) for read in reads]
-    return {
-        path for path in changed if any(Path(path).is_relative_to(read) or read.is_relative_to(path) for read in paths)
-    }
+    read = set(reads)
+    folders = {str(parent) for path in read for parent in Path(path).parents}
+    return {path for path in changed if path in folders or not read.isdisjoint([path, *map(str, Path(path).parents)])}
 
 
 def _grew(dep: Any, part: str, path: str) -> bool:

@@ -63,14 +63,19 @@ def reasons(project: Path, name: str) -> tuple[str, ...]:
 
 
 def select(graph: Graph, names: Iterable[str]) -> Graph:
-    """Return the named stages and everything they need, in order; all stages where none is named."""
+    """Return the named stages and everything they need, in order; all stages where none is named.
+
+    As with DVC, the name of a matrix stage without a key (`reward`) is that of all its keys.
+    """
     wanted: set[str] = set()
-    pending = list(names)
+    pending: list[str] = []
+    for name in names:
+        found = [stage for stage in graph if name in (stage, stage.partition("@")[0])]
+        if not found:
+            raise GraphError(f"There is no stage {name!r}. There are: {', '.join(graph)}.")
+        pending += found
     if not pending:
         return graph
-    for name in pending:
-        if name not in graph:
-            raise GraphError(f"There is no stage {name!r}. There are: {', '.join(graph)}.")
     while pending:
         name = pending.pop()
         if name not in wanted:

@@ -124,7 +124,8 @@ def show_plan(out: Console, project: Path, stages: Graph) -> None:
     table.add_column("stage")
     table.add_column("last took", justify="right")
     table.add_column("why", overflow="fold")
-    due = [name for name in stages if name in graph.affected(stages)]
+    affected = graph.affected(stages)
+    due = [name for name in stages if name in affected]
     for name in due:
         seconds = f"{logs[name]['seconds']:.0f} s" if name in logs else ""
         why = "\n".join(map(escape, stages[name].reasons)) or f"[dim]after {escape(_first(stages, name, due))}[/]"

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
-from flows import artifacts, graph, leash, records, runner, workplace
+from flows import artifacts, forecast, graph, leash, records, runner, workplace
 from flows.records import Outcome
 from flows.runner import Runner, StageFailed, StageStopped
 from tasks.common import settings
@@ -131,9 +131,17 @@ class TestGraph:
         (toy.path / "data" / "source" / "out.txt").unlink()
         assert due() == set(NAMES)
 
+    def test_a_changed_path_is_read_by_itself_in_a_folder_or_with_what_lies_in_it(self) -> None:
+        reads = ["data/box", "data/other/part.txt", "steps.py"]
+        changed = ["data/box", "data/box/new/1.txt", "data/boxes", "data/other", "data/other/part.txt", "data/side"]
+        assert forecast.touched(reads, changed) == {
+            "data/box", "data/box/new/1.txt", "data/other", "data/other/part.txt"
+        }  # fmt: skip
+
     def test_select_takes_what_is_needed_along(self, toy: Project) -> None:
         stages = graph.read(toy.path)
         assert list(graph.select(stages, ["side@right"])) == ["source", "side@right"]
+        assert list(graph.select(stages, ["side"])) == ["source", "side@left", "side@right"]
         with pytest.raises(BessemerError, match=r"no stage 'sides'.*side@left"):
             graph.select(stages, ["sides"])
 
