@@ -72,14 +72,15 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         share = (len(told) - len(frame)) / max(len(told), 1)
         verdicts = suites.run(table, frame, share, config) if len(frame) else []
         summaries[table] = report.summarise(table, frame, told, shown, verdicts)
-        failures += [failure(verdict, job) for verdict in verdicts if not verdict.success]
+        failures += [failure(verdict, job, told) for verdict in verdicts if not verdict.success]
         failures += [] if len(frame) else [empty_message(table, told)]
     in_order = [summaries[table] for table in tables.TABLES]
     ranked = judgements.figures()
     report.write(in_order, ranked, job.outputs["report"])
     if failures:
         keep_failed(job)
-        said = ["the data does not meet its expectations.", *failures, f"The report is {FAILED}/index.html."]
+        remedy = f"Mend the sources, or the limits under `validate` in params.yaml. The report is {FAILED}/index.html."
+        said = ["the data does not meet its expectations.", *failures, remedy]
         raise StageError("\n".join(said))
     for summary in in_order:
         if summary.refused:
@@ -166,21 +167,31 @@ def marked(rows: "pa.Table", positions: Sequence[int], look: Look, shown: Shown)
 
 def empty_message(table: str, reasons: Sequence[str | None]) -> str:
     """Say why nothing is left of a table."""
-    told = "; ".join(f"{count} × {reason}" for reason, count in Counter(reasons).most_common(3))
     return (
         f"table {table} is empty after validation: {len(reasons)} rows came in, none was kept "
-        f"({told or 'the sources gave none'}). Mend the sources."
+        f"({most_frequent(reasons) or 'the sources gave none'}). Mend the sources."
     )
 
 
-def failure(verdict: suites.Verdict, job: Job) -> str:
-    """Return a failed expectation with its suite, what was found, and three rows that show it."""
+def most_frequent(reasons: Sequence[str | None]) -> str:
+    """Return the three most frequent reasons against rows, and how many rows each has."""
+    told = Counter(filter(None, reasons)).most_common(3)
+    return "; ".join(f"{count} × {reason}" for reason, count in told)
+
+
+def failure(verdict: suites.Verdict, job: Job, reasons: Sequence[str | None]) -> str:
+    """Return a failed expectation with its suite, what was found, and three rows that show it.
+
+    Where rows were refused, the reasons against all of the table say more than three of them.
+    """
     clean, refused = job.outputs[verdict.suite], job.outputs["refused"] / verdict.suite
     content = refused if verdict.shows_refused and tables.count(refused) else clean
     positions = verdict.rows or range(suites.EXAMPLES)
     examples = [report.line(row) for row in tables.rows_at(content, positions)]
     head = f'suite {verdict.suite}, expectation "{verdict.says}" ({verdict.type}): found {verdict.observed}.'
-    kind = "Rows that show it" if verdict.rows else "Refused rows" if content is refused else "The first rows"
+    kind = "Rows that show it" if verdict.rows else "The first rows"
+    if content is refused:
+        kind = f"Refused rows ({most_frequent(reasons)})"
     return "\n".join([head, f"  {kind}:", *(f"    {example}" for example in examples)])
 
 

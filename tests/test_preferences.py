@@ -69,7 +69,7 @@ NO_PAIRS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "Hello"}, "chosen, rejected missing; expected chosen, rejected, and prompt unless they hold it"),
     ({"chosen": "The sky is blue.", "rejected": "The sky is green."}, "no prompt: expected a column prompt"),
     ({"chosen": [ASKED, BLUE, ASKED, BLUE], "rejected": [ASKED, GREEN]}, "differ in more than one reply"),
-    ({"chosen": [ASKED, BLUE, ASKED], "rejected": [ASKED, BLUE, ASKED]}, "differ in more than one reply"),
+    ({"chosen": [ASKED, BLUE, ASKED], "rejected": [ASKED, BLUE]}, "chosen ends with a turn of the user; expected the"),
     ({"chosen": f"{TALK} ", "rejected": f"{TALK} It is green."}, "an empty answer"),
     ({"prompt": "Hello", "chosen": 5, "rejected": "b"}, "chosen must be a list of messages, found 5"),
     ({"prompt": [{"role": "tool", "content": "4"}], "chosen": "a", "rejected": "b"}, "a tool’s turn cannot be told"),

@@ -133,7 +133,7 @@ def test_what_validate_would_refuse_stays_out_and_is_told(project: Path, store: 
     assert export.left_out == {
         "damaged encoding": 1,
         "the text holds <|end|>, which is reserved for the chat template": 1,
-        "a response longer than 1000 characters": 1,
+        "a message or a response longer than 1000 characters": 1,
     }
     assert rankings.export(project) is None
 

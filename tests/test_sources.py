@@ -1,5 +1,6 @@
 """Sources: files, datasets and rankings are read as they are meant, and what is wrong with one is told by its name."""
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -34,7 +35,12 @@ from tests.data_fixtures import (
         ("kind,entity,value\ncountry,France,Paris\n", {}, "Missing: relation"),
         ("{}\n{}\n", {"format": "jsonl"}, "none of the 2 rows of"),
         ("not parquet", {"format": "parquet"}, "source mine: expected a Parquet file at"),
-        (b"caf\xe9\n", {"format": "txt", "table": "corpus"}, "expected UTF-8 text in"),
+        (b"tea\n\ncaf\xe9\n", {"format": "txt", "table": "corpus"}, "mine.data, found the byte 0xe9 in line 3; save"),
+        ("tea".encode("utf-16"), {"format": "jsonl"}, "found UTF-16; save it as UTF-8"),
+        (gzip.compress(b"{}"), {"format": "jsonl"}, "found a gzip file; unpack it first"),
+        (b"PAR1\xff", {"format": "jsonl"}, "found a Parquet file; set `format: parquet`"),
+        ("\n[\n{}\n]\n", {"format": "jsonl"}, "expected an object a line in"),
+        ("\n", {"format": "jsonl"}, "source mine: expected rows of facts in mine.data, found none"),
         ("kind,entity,relation,value\n" + "x" * 200_000, {}, "found something else (after line 1: field larger"),
     ],
 )
@@ -45,6 +51,14 @@ def test_a_bad_file_is_told(tmp_path: Path, content: str | bytes | None, change:
     with pytest.raises(StageError) as caught:
         ingest_into(tmp_path / "out", copied, sources=[{**FACTS, "name": "mine", "path": "mine.data", **change}])
     assert told in str(caught.value)
+
+
+def test_what_would_not_be_read_among_rankings_is_told(tmp_path: Path) -> None:
+    copied = copy_sources(tmp_path)
+    (copied / "rankings").mkdir(exist_ok=True)
+    (copied / "rankings" / "mine.jsonl").write_text(f"{json.dumps(RANKING)}\n", encoding="utf-8")
+    with pytest.raises(StageError, match=r"expected Parquet files alone in .*rankings, found mine\.jsonl"):
+        ingest_into(tmp_path / "out", copied, sources=[FACTS, PEOPLE])
 
 
 @pytest.mark.parametrize(

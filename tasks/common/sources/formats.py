@@ -18,6 +18,15 @@ Rows = Iterator[tuple[str, Any]]
 ROWS_AT_ONCE = 1000  # of a Parquet file
 CHARACTERS_AT_ONCE = 2**16  # of a JSON array
 HEAD_BYTES = 4096  # that tell what a file is
+# How files begin that are often taken for text, and what to do with them.
+OTHERS = {
+    b"\x1f\x8b": "a gzip file; unpack it first (gunzip)",
+    b"PK\x03\x04": "a zip file; unpack it first",
+    b"\x28\xb5\x2f\xfd": "a zstd file; unpack it first",
+    b"PAR1": "a Parquet file; set `format: parquet`",
+    b"\xff\xfe": "UTF-16; save it as UTF-8",
+    b"\xfe\xff": "UTF-16; save it as UTF-8",
+}
 
 
 def text(name: str, path: Path, wanted: Set[str]) -> Rows:
@@ -28,7 +37,14 @@ def text(name: str, path: Path, wanted: Set[str]) -> Rows:
 
 def json_lines(name: str, path: Path, wanted: Set[str]) -> Rows:
     """Yield the lines of a file that hold something; a line that is no JSON is a bad row, not a bad file."""
-    yield from ((f"line {number}", line) for number, line in enumerate(_lines(name, path), 1) if line.strip())
+    filled = ((number, line) for number, line in enumerate(_lines(name, path), 1) if line.strip())
+    for count, (number, line) in enumerate(filled):
+        if not count and line.lstrip().startswith("["):
+            raise StageError(
+                f"source {name}: expected an object a line in {path}, found a JSON array; write each of its items on a "
+                "line of its own."
+            )
+        yield f"line {number}", line
 
 
 def comma_separated(name: str, path: Path, wanted: Set[str]) -> Rows:
@@ -98,7 +114,7 @@ def _array(name: str, path: Path) -> Rows:
                     told = f"expected a JSON array in {path}, found something else from line {line} on ({told})."
                     raise StageError(f"source {name}: {told}")
     except UnicodeDecodeError as error:
-        raise StageError(f"source {name}: {_not_text(path, line, error)}") from error
+        raise StageError(f"source {name}: {_not_text(path, error)}") from error
 
 
 def _first_item(held: str) -> tuple[Any, int, str]:
@@ -111,17 +127,27 @@ def _first_item(held: str) -> tuple[Any, int, str]:
 
 def _lines(name: str, path: Path) -> Iterator[str]:
     """Yield the lines of a text file, their ends included; other signs that end a line (U+2028) do not cut it."""
-    number = 0
     try:
         with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):  # noqa: B007 - told below
-                yield line
+            yield from file
     except UnicodeDecodeError as error:
-        raise StageError(f"source {name}: {_not_text(path, number, error)}") from error
+        raise StageError(f"source {name}: {_not_text(path, error)}") from error
 
 
-def _not_text(path: Path, line: int, error: UnicodeDecodeError) -> str:
-    return f"expected UTF-8 text in {path}, found something else after line {line} ({error})."
+def _not_text(path: Path, error: UnicodeDecodeError) -> str:
+    """Say what a file that is no UTF-8 is instead, or where; text is read far ahead of the line that was last taken."""
+    number = 0
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+        file.seek(0)
+        for number, line in enumerate(file, 1):  # noqa: B007 - told below
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                break
+    found = f"the byte 0x{error.object[error.start]:02x} in line {number}; save the file as UTF-8"
+    found = next((told for start, told in OTHERS.items() if head.startswith(start)), found)
+    return f"expected UTF-8 text in {path}, found {found}."
 
 
 def _columns(name: str, path: Path, wanted: Set[str], found: Set[str]) -> None:

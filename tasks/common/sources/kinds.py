@@ -270,6 +270,12 @@ def _rankings(source: Rankings, folder: Path, reading: Reading) -> None:
             f"source {source.name}: expected a folder at {path} (it may be empty), found none; mend `path`."
         )
     files = sorted(path.glob("*.parquet"))
+    others = [file.name for file in sorted(path.iterdir()) if file not in files and not file.name.startswith(".")]
+    if others:
+        raise StageError(
+            f"source {source.name}: expected Parquet files alone in {path}, found {', '.join(others)}, which would not "
+            "be read; list it as a source of kind files with table rankings, or take it away."
+        )
     reading.files = {file.name: identity.file_hash(file) for file in files}
     reading.sha256 = draw.digest(*reading.files.values())
     for file in files:
@@ -313,7 +319,12 @@ def _take_rows(
                            f"{called}, {place}: {error}")  # fmt: skip
         if reading.full:
             return
-    if count and refusals == count:
+    if not count:
+        raise StageError(
+            f"source {reading.source}: expected rows of {table} in {called}, found none; put some there, or take "
+            "it away."
+        )
+    if refusals == count:
         raise StageError(f"source {reading.source}: none of the {count} rows of {called} is a row of {table}; {first}.")
 
 

@@ -24,6 +24,9 @@ def convert(row: Row) -> Row:
         raise ValueError(f"{', '.join(missing)} missing; expected {', '.join(NEEDED)}, and prompt unless they hold it")
     prompt = _asked(row.get("prompt"))
     chosen, rejected = (_without(prompt, _told(row[name], name)) for name in NEEDED)
+    for name, turns in zip(NEEDED, (chosen, rejected), strict=True):
+        if turns[-1]["role"] != "assistant":
+            raise ValueError(f"{name} ends with a turn of the {turns[-1]['role']}; expected the assistant's reply")
     shared = _shared(chosen, rejected)
     prompt, chosen, rejected = prompt + chosen[:shared], chosen[shared:], rejected[shared:]
     if [message["role"] for message in (*chosen, *rejected)] != ["assistant", "assistant"]:

@@ -79,15 +79,16 @@ def rankings_features(row: Row) -> Features:
     prompt = [message or {} for message in row["prompt"] or []]
     responses = [response or "" for response in row["responses"] or []]
     plain = [" ".join(response.split()) for response in responses]
-    asked = "\n".join(message.get("content") or "" for message in prompt)
+    turns = [message.get("content") or "" for message in prompt]
+    asked = "\n".join(turns)
     return {
         **{column: row[column] for column in ("id", "source", "split")},
         "text": "\n".join([asked, *responses]),
         "turns": " ".join([*(str(message.get("role")) for message in prompt), "assistant"]),
         "responses": len(responses),
         "repeated": len(plain) - len(set(plain)),
-        "shortest": min(map(len, (*plain, asked.strip())), default=0),
-        "longest": max(map(len, (*responses, asked)), default=0),
+        "shortest": min(len(text.strip()) for text in (*plain, *turns)) if turns else 0,
+        "longest": max(map(len, (*responses, *turns)), default=0),
         "fit": judgement_fit(row, len(responses)),
         # What one person said twice; the same responses judged by another, or otherwise, are another ranking.
         "same": "\n".join(
@@ -181,9 +182,9 @@ def _ranking_objection(features: Features, limits: Limits) -> str | None:
     if features["repeated"]:
         return "two of the responses are the same text"
     if not features["shortest"]:
-        return "an empty response"
+        return "an empty message or response"
     if features["longest"] > limits.message_characters:
-        return f"a response longer than {limits.message_characters} characters"
+        return f"a message or a response longer than {limits.message_characters} characters"
     return None if features["fit"] == "fits" else str(features["fit"])
 
 

@@ -117,7 +117,7 @@ def _instructions(limits: Limits) -> list[Expectation]:
 
 def _rankings(limits: Limits) -> list[Expectation]:
     return [
-        *_turns(limits, "response"),
+        *_turns(limits, "message or response"),
         _expect("there are two or more responses", "ExpectColumnValuesToBeBetween", column="responses", min_value=2),
         _expect("all of them are distinct", "ExpectColumnValuesToBeBetween", column="repeated", max_value=0),
         _expect("ranks or scores fit the responses and the scale", "ExpectColumnValuesToBeInSet",
