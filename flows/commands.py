@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flows.terminal import Terminal
 
 PROVENANCE = Path("data/package/provenance.json")
+JOINED = "compare"  # the stage whose figures the sheet shows
 NEXT = (
     ("bessemer chat", "talk to the model"),
     ("bessemer serve", "answer on http://localhost:3000 (POST /generate, OpenAI's /v1, GET /provenance)"),
@@ -57,7 +58,7 @@ def run(project: Path, names: Sequence[str]) -> None:
         raise BessemerError(f"{state.message}\n{told}`bessemer run` goes on from here.")
     if state.is_cancelled():
         raise BessemerError(str(state.message))
-    if records.rows(project):
+    if JOINED in watcher.outcomes and records.rows(project):  # else it is an earlier run's
         terminal.show_sheet(out, project)
     terminal.show_commands(out, NEXT)
 
@@ -121,6 +122,8 @@ def status(project: Path) -> None:
     out.print(f"{_count(stages)}{_model(project)}.")
     _tell_rankings(out, project)
     if records.rows(project):
+        if JOINED in graph.affected(stages):
+            out.print("These are figures of an earlier run; `bessemer plan` says what has changed since.")
         terminal.show_sheet(out, project)
 
 

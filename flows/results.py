@@ -91,8 +91,8 @@ class Results:
 
     @cached_property
     def sheet(self) -> dict[str, Any]:
-        """The joined evaluation: `models` and `gates`."""
-        return records.sheet(self.project)
+        """The joined evaluation: `models` and `gates`; empty where no evaluation's results lie here."""
+        return records.sheet(self.project) if self.left("compare") else {}
 
     def json(self, path: str) -> Any:
         """Return what a JSON file of the project holds, or None."""
@@ -101,7 +101,12 @@ class Results:
     def metrics(self, stage: str) -> dict[str, Any]:
         """Return a stage's figures; empty where it has left none."""
         found = self.json(f"metrics/{stage}.json")
-        return found if isinstance(found, dict) else {}
+        return found if isinstance(found, dict) and self.left(stage) else {}
+
+    def left(self, stage: str) -> bool:
+        """Whether a stage's results lie here: git brings metrics of other runs, which say nothing of this one."""
+        step = self.steps.get(stage)
+        return step is None or bool(step.record)
 
     def settings(self, stage: str) -> dict[str, Any]:
         """Return the settings that a stage's results were made with, as its record has them."""

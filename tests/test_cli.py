@@ -110,6 +110,15 @@ class TestRun:
         commands.run(Path(), [])
         assert "Nothing has changed: all 4 stages are up to date" in capsys.readouterr().out
 
+    def test_a_run_that_evaluates_nothing_shows_no_earlier_sheet(
+        self, inside: Project, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        write_json(inside.path / records.SHEET, {"models": [{"model": "tuned"}], "gates": []})
+        commands.run(Path(), ["side"])
+        shown = capsys.readouterr().out
+        assert "✓ side@right" in shown
+        assert "tuned" not in shown
+
     def test_a_failure_is_a_sentence(self, inside: Project) -> None:
         inside.settings(right={"fail": "three lines of facts.csv have no capital"})
         with pytest.raises(BessemerError) as failure:
@@ -263,9 +272,22 @@ class TestPlanAndStatus:
         assert "3 of 4 stages are up to date; the packaged model is abc-def." in shown
         assert re.search(r"join +params: join\.text four → new", shown)
         assert re.search(r"tuned +5\.60 M +97\.0", shown)
+        assert "an earlier run" not in shown
         assert "0 of 2 gates passed." in shown
         assert "gain: no value against a limit of 0.5" in shown
         assert "size: 0.3 against a limit of 0.28" in shown
+
+    def test_status_says_that_a_sheet_is_of_an_earlier_run(
+        self, inside: Project, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        stages = inside.path / "dvc.yaml"
+        stages.write_text(stages.read_text().replace("  join:\n", "  compare:\n"))
+        make_all(inside, last="compare")
+        write_json(inside.path / records.SHEET, {"models": [{"model": "tuned"}], "gates": []})
+        inside.settings(left={"text": "new"})
+        commands.status(Path())
+        shown = capsys.readouterr().out
+        assert shown.index("figures of an earlier run") < shown.index("tuned")
 
 
 class TestProfiles:
