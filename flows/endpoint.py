@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from flows import models
+from flows import models, rankings
 from serving import serve as endpoint
 from serving.package import open_package
+from serving.questions import FILE
 from tasks.common.settings import BessemerError
 
 
@@ -30,7 +31,8 @@ def rank(project: Path, host: str, port: int, others: Sequence[str]) -> None:
     where = f"Rank answers at http://{name}:{port}/rank, and then: bessemer rank export"
     held = endpoint.running(port, host)
     if held is None:
-        serve(project, host, port, others, where)
+        questions = rankings.store_folder(project) / FILE
+        serve(project, host, port, others, f"{where}\nQuestions that are to wait there, one a line: {questions}")
     lacking = [name for name in others if name not in held]
     if lacking:
         advised = f"--port {endpoint.another(port, endpoint.PORT)}"

@@ -109,10 +109,12 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     scale = raters_scale(rows)
     train_rows = [row for row in rows if row["split"] == "train"]
     shares = {key: share_of(train_rows, key, config.judge_share, config.reads) for key in KEY_INPUTS}
-    train_set, heldout = (
-        [read_ranking(row, tokenizer, config.max_tokens, config.reads) for row in found]
-        for found in (shares[str(job.key)], [row for row in rows if row["split"] == "heldout"])
-    )
+    with models.quiet("transformers"):  # what is longer than the model's context is cut
+        train_set, heldout = (
+            [read_ranking(row, tokenizer, config.max_tokens, config.reads) for row in found]
+            for found in (shares[str(job.key)], [row for row in rows if row["split"] == "heldout"])
+        )
+    tell_cut((*train_set, *heldout), config.max_tokens)
     refuse_too_little(config, job, train_rows, train_set)
     if job.key == "judge":
         config = as_often_read(config, *(len(shares[key]) for key in ("policy", "judge")))
@@ -141,6 +143,13 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         **summary(history),
         **agreement.judge(scorer, heldout, {name: peer if peer.words else None for name, peer in peers.items()}),
     }
+
+
+def tell_cut(rankings: Sequence[Ranking], most: int) -> None:
+    """Say how many responses the model sees only a part of: who compares long answers would not expect it."""
+    cut, count = sum(ranking.cut for ranking in rankings), sum(len(ranking.texts) for ranking in rankings)
+    if cut:
+        print(f"{cut} of {count} responses have more than the {most} tokens of reward.max_tokens and are read in part")
 
 
 def new_scorer(config: Config, job: Job) -> "PreTrainedModel":

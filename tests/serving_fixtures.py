@@ -73,7 +73,11 @@ def make(folder: Path) -> None:
     _write_json(folder / "policy/limits.json", {"context": CONTEXT, "max_new_tokens": MAX_NEW_TOKENS})
     _write_json(folder / "encoder/names.json", list(CAPITALS))
     recipe, content = TAG.split("-")[1:]
-    provenance = {"model": TAG, "recipe": recipe, "content": content, "stages": [], "sources": [], "evaluation": {}}
+    files = {f"{number:06d}.parquet": "0" * 64 for number in range(1, 5)}
+    people = {"name": "people", "kind": "rankings", "licence": "MIT", "sha256": "0" * 64, "files": files}
+    sources = [{**people, "read": 9, "used": 8, "refused": 1, "rows": {"rankings": 8}}]
+    made = {"model": TAG, "recipe": recipe, "content": content}
+    provenance = {**made, "stages": [], "sources": sources, "evaluation": {}}
     _write_json(folder / "provenance.json", provenance)
 
 

@@ -168,5 +168,7 @@ def test_lineage_is_readable_in_a_browser_and_tells_of_an_answer(client: TestCli
     assert OTHER in shown
     assert client.get(f"/provenance?answer={identifier}").json() == {"model": OTHER}
     assert client.get("/provenance").json()["model"] == TAG
+    of_package = client.get("/provenance", headers={"Accept": "text/html"}).text
+    assert "000002.parquet, 000003.parquet, 000004.parquet and 1 before" in of_package
     missing = client.get("/provenance?answer=unknown", headers={"Accept": "text/html"})
     assert (missing.status_code, "There is no answer" in missing.text) == (404, True)

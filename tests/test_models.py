@@ -12,6 +12,7 @@ import pytest
 
 from flows import endpoint
 from serving.errors import InputError, PackageError, ServingError
+from serving.feedback import VARIABLE
 from serving.package import OTHERS, choose, open_models, open_package
 from serving.serve import running
 from tasks.common.settings import BessemerError
@@ -150,6 +151,23 @@ def test_a_model_that_lacks_a_file_is_told(
     monkeypatch.setenv(OTHERS, json.dumps({"brief": str(tmp_path / "brief")}))
     with pytest.raises(PackageError, match=rf"{part} is missing"):
         open_models(open_package(package))
+
+
+def test_rank_says_where_its_page_is_and_where_questions_are_put(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def serve(project: Path, host: str, port: int, others: list[str], first: str) -> None:
+        raise SystemExit(first)
+
+    monkeypatch.setattr(endpoint, "serve", serve)
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    port = free_port()
+    with pytest.raises(SystemExit) as told:
+        endpoint.rank(Path(), "127.0.0.1", port, [])
+    assert str(told.value) == (
+        f"Rank answers at http://localhost:{port}/rank, and then: bessemer rank export\n"
+        f"Questions that are to wait there, one a line: {tmp_path / 'questions.txt'}"
+    )
 
 
 def test_rank_finds_the_endpoint_that_runs_and_says_where_its_page_is(

@@ -265,7 +265,7 @@ def test_side_by_side_answers_feed_rankings(page: "Page", address: str, store: S
     slide(page, 2)
     page.fill("#message", question("France"))
     page.keyboard.press("Enter")
-    page.click("text=Right is better")
+    page.click("text=B is better")
     page.locator(".verdict", has_text="Saved as ranking").wait_for()
     row = store.rankings()[-1]
     shown = page.locator(".reply .text").all_text_contents()

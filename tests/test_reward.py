@@ -249,10 +249,16 @@ def test_no_score_leaves_the_raters_scale(chain: Chain) -> None:
 # The stage
 
 
-def test_a_response_longer_than_what_is_read_is_counted(chain: Chain) -> None:
+def test_a_response_longer_than_what_is_read_is_counted_and_told(
+    chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
     row = ranking(ratings=[1.0, 2.0, 3.0]) | {"responses": ["Yes.", "word " * 40, "word " * 50]}
     (found,) = read([row], chain)
     assert found.cut == 2
+    reward.tell_cut([found, *read([ranking([1.0, 2.0])], chain)], 32)
+    assert capsys.readouterr().out.startswith("2 of 5 responses have more than the 32 tokens of reward.max_tokens")
+    reward.tell_cut(read([ranking([1.0, 2.0])], chain), 32)
+    assert not capsys.readouterr().out
     assert [len(ids) for ids in found.ids][1:] == [32, 32]
     assert len(found.ids[0]) < 32
 

@@ -65,7 +65,7 @@ function reveal(shown, outcome) {
 }
 
 function verdict(shown, outcomes) {
-  const words = [["Left is better", [1, 2]], ["Both alike", [1, 1]], ["Right is better", [2, 1]]];
+  const words = [["A is better", [1, 2]], ["Both alike", [1, 1]], ["B is better", [2, 1]]];
   const row = make("div", { className: "verdict", role: "group", ariaLabel: "Which answer is better?" });
   const id = newId();
   const press = async (ranks) => {
