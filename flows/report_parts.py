@@ -54,6 +54,9 @@ SECTIONS = {
 }  # fmt: skip
 
 
+RANKED = "ranked_only"  # figures of pairs that people put in order without rating them
+
+
 def headline(run: Results) -> Part:
     """Return the model's tag, the verdict of the gates, and when, where and from which commit it was made."""
     package = run.steps.get("package")
@@ -65,6 +68,7 @@ def headline(run: Results) -> Part:
     return {
         "model": provenance["model"] if packaged else "",
         "gates": len(gates),
+        "earlier": any(step.name == "compare" and step.stale for step in steps),
         "passed": sum(bool(gate["passed"]) for gate in gates),
         "failures": [step for step in steps if step.status == "failed"],
         "stopped": [step for step in steps if step.status == "stopped"],
@@ -133,15 +137,15 @@ def reward(run: Results) -> Part:
     if not figures:
         return {}
     gaps = [
-        {"gap": name.removeprefix("gap_at_least_"), **value, "judge": (judge.get(name) or {}).get("model")}
+        {"gap": name.removeprefix("gap_at_least_").removeprefix(RANKED), **value,
+         "judge": (judge.get(name) or {}).get("model")}
         for name, value in figures.items()
-        if name.startswith("gap_at_least_") and value.get("pairs")
-    ]
-    ranked = figures.get("ranked_only")
+        if (name.startswith("gap_at_least_") or name == RANKED) and value.get("pairs")
+    ]  # fmt: skip
     points = [(item["predicted"], item["rated"]) for item in figures.get("calibration", [])]
     return {
         "figures": figures,
-        "gaps": gaps + ([{"gap": "", **ranked}] if ranked else []),
+        "gaps": gaps,
         "calibration": report_plots.calibration(points, "predicted rating, points", "people's rating, points"),
         "base": run.settings("reward@policy").get("model", ""),
         "words": run.settings("reward@policy").get("words", False),

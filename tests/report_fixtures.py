@@ -176,11 +176,17 @@ def _training(project: Path) -> None:
     pairs = {"pairs": 120, "model": 0.81, "bag_of_words": 0.84}
     calibration = [{"predicted": -1.0, "rated": -0.9}, {"predicted": 1.0, "rated": 1.2}]
     length = {"correlation": -0.25, "correlation_of_raters": 0.1, "longer_first": 0.47, "longer_first_by_people": 0.52}
-    figures = {"gap_at_least_1": pairs, "calibration": calibration, "length": length}
+    ranked = {"pairs": 30, "model": 0.625, "bag_of_words": 0.6}
+    figures = {"gap_at_least_1": pairs, "ranked_only": ranked, "calibration": calibration, "length": length}
     put(project / "metrics/reward@policy.json", {"rankings": 51, **figures})
     put(
         project / "metrics/reward@judge.json",
-        {"rankings": 21, **figures, "gap_at_least_1": {"pairs": 120, "model": 0.77}},
+        {
+            "rankings": 21,
+            **figures,
+            "gap_at_least_1": {"pairs": 120, "model": 0.77},
+            "ranked_only": {"pairs": 30, "model": 0.703},
+        },
     )
 
 

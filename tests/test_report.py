@@ -234,9 +234,15 @@ class TestMissingParts:
         assert "ppo (params: ppo.iterations 3 → 4)" in page.text
         assert "compare (a stage that it needs is out of date)" in page.text
         assert "finetune (" not in page.text
+        assert "1 of 2 gates passed in an earlier run" in page.text
+        assert "✗ 1 of 2 gates" not in page.text
 
 
 class TestFigures:
+    def test_the_judge_stands_beside_the_policys_reward_model_where_people_only_ranked(self, project: Path) -> None:
+        text = Page(written(project)).text
+        assert re.search(r"ranked only ?30 pairs 62\.5 % model 70\.3 % judge 60\.0 % words", text)
+
     def test_a_change_is_marked_by_its_paired_interval(self, project: Path) -> None:
         text = written(project)
         rows = {name: text.partition(f"</i>{name}<span")[2].partition("</tr>")[0] for name in ("policy", "int8")}

@@ -163,7 +163,7 @@ they were judged.</p>
 <td class="number">{{ row.units|thousands }} {{ row.unit }}{{ "" if row.units == 1 else "s" }}</td>
 <td class="number">{{ row.judgements|thousands }}</td>
 {% if row.alpha is none %}
-<td class="number">–</td><td class="soft name">{% if row.units %}all judged alike{% elif row.unnamed == row.rankings %}
+<td class="number">–</td><td class="soft">{% if row.units %}all judged alike{% elif row.unnamed == row.rankings %}
 nobody is named{% else %}nobody judged the same as another{% endif %}</td>
 {% else %}
 <td class="number strong">{{ "%.2f"|format(row.alpha)|replace("-", "−") }}</td><td class="soft name">{{ row.says }}</td>
