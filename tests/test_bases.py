@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 
+import numpy as np
 import pytest
 
 from tasks.common.evaluation.rankings import Ranking
@@ -53,15 +54,6 @@ def test_where_few_rankings_are_rated_the_base_of_all_is_their_mean(rated: int) 
     assert lexicon.score(["a", "z"]) == [2.5, 2.5]
 
 
-def test_a_fold_without_ratings_elsewhere_falls_back_to_the_mean() -> None:
-    """A base of 0 would let the model learn the mean, and the lexicon add it once more."""
-    rankings = [ranking("ab", None) for _ in range(5 * FOLDS)]
-    rankings[::FOLDS] = [replace(item, ratings=[3.0, 2.0]) for item in rankings[::FOLDS]]
-    lexicon, found = with_bases(rankings, words=True)
-    assert found[0] == [lexicon.mean] * 2 == [2.5, 2.5]
-    assert lexicon.words["a"] > 0 > lexicon.words["b"]
-
-
 # From orders
 
 
@@ -97,12 +89,24 @@ def test_words_are_learnt_from_orders_where_nothing_is_rated() -> None:
     assert found == tried[min(tried)]
 
 
-def test_a_rating_anywhere_is_what_words_are_learnt_from() -> None:
+def test_words_are_learnt_from_ratings_where_half_of_the_rankings_have_any() -> None:
     """Orders are in another unit: the two are not mixed."""
-    rankings = [*ordered(), *(ranking([f"kind {n}", f"vile {n}"], [2.0, -2.0]) for n in range(FOLDS))]
-    lexicon, _ = with_bases(rankings, words=True)
+    rated = [ranking([f"kind {n}", f"vile {n}"], [2.0, -2.0]) for n in range(len(THINGS))]
+    lexicon, _ = with_bases([*ordered(), *rated], words=True)
     assert lexicon.words["kind"] > 0 > lexicon.words["vile"]
     assert not set(ADJECTIVES) & set(lexicon.words)
+
+
+def test_a_few_ratings_tell_where_the_words_of_many_orders_begin() -> None:
+    """Words are learnt from all orders, in logits, about the mean rating of what was rated."""
+    orders, rankings = ordered() * 2, ordered() * 2
+    rated = [5.0, 4.0, 4.0, 3.0, 1.0, 1.0]
+    rankings[:FOLDS] = [replace(item, ratings=rated) for item in rankings[:FOLDS]]
+    alone, logits = with_bases(orders, words=True)
+    lexicon, found = with_bases(rankings, words=True)
+    assert lexicon.words == alone.words
+    np.testing.assert_allclose(found, np.array(logits) + 3.0 - np.mean(logits[:FOLDS]), atol=1e-6)
+    assert lexicon.mean == pytest.approx(3.0 - np.mean(logits[:FOLDS]), abs=1e-6)
 
 
 def test_a_response_is_in_one_fold_wherever_it_stands() -> None:

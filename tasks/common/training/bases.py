@@ -1,12 +1,14 @@
 """What a reward model begins from: ratings of whole words, of which it learns what they miss.
 
-Words are learnt from ratings where some ranking has any, and else from orders. A ranking's base comes from a lexicon
-that has not seen it (out of fold, Wolpert 1992, "Stacked generalization"): of what it has seen a lexicon knows too
-much, and the model would learn to correct too little.
+Words are learnt from ratings where half of the rankings or more have any, and else from the orders of all, about
+the mean of what ratings there are. A ranking's base comes from a lexicon that has not seen it (out of fold, Wolpert
+1992, "Stacked generalization"): of what it has seen a lexicon knows too much, and the model would learn to correct too
+little.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -24,8 +26,12 @@ def with_bases(rankings: Sequence[Ranking], words: bool) -> tuple[Lexicon, Bases
 
     Of fewer rankings than there are folds nothing is known by words: the base is their mean rating, or 0.
     """
-    rated = any(ranking.ratings for ranking in rankings)
-    return _of_orders(rankings) if words and not rated else _of_ratings(rankings, words)
+    rated = sum(ranking.ratings is not None for ranking in rankings)
+    if not words or 2 * rated >= len(rankings):
+        return _of_ratings(rankings, words)
+    lexicon, bases = _of_orders(rankings)
+    start = _start(rankings, bases)
+    return replace(lexicon, mean=lexicon.mean + start), [[value + start for value in base] for base in bases]
 
 
 def fit_lexicon(rankings: Sequence[Ranking], *, words: bool = True, bigrams: bool = False) -> Lexicon:
@@ -58,11 +64,10 @@ def _of_ratings(rankings: Sequence[Ranking], words: bool) -> tuple[Lexicon, Base
     lexicon = fit_lexicon(rankings, words=words and enough)
     if not lexicon.words:
         return lexicon, _alike(lexicon, rankings)
-    folds = []
-    for fold in range(FOLDS):
-        others = [ranking for number, ranking in enumerate(rankings) if number % FOLDS != fold]
-        known = any(ranking.ratings for ranking in others)
-        folds.append(fit_lexicon(others) if known else Lexicon(lexicon.mean, {}))
+    folds = [
+        fit_lexicon([ranking for number, ranking in enumerate(rankings) if number % FOLDS != fold])
+        for fold in range(FOLDS)
+    ]
     return lexicon, _scored([folds[number % FOLDS] for number in range(len(rankings))], rankings)
 
 
@@ -85,6 +90,16 @@ def _of_orders(rankings: Sequence[Ranking]) -> tuple[Lexicon, Bases]:
         found[penalty] = (surprise(rankings, bases), bases)
     best = min(found, key=lambda penalty: found[penalty][0])
     return _fit_orders(rankings, best), found[best][1]
+
+
+def _start(rankings: Sequence[Ranking], bases: Bases) -> float:
+    """Return what brings the bases of rated responses to their mean rating; 0 where none is rated.
+
+    A logit stays a point: it is the unit in which the model learns from orders, which are most of what there is.
+    """
+    known = [(base, ranking.ratings) for ranking, base in zip(rankings, bases, strict=True) if ranking.ratings]
+    missing = [rating - value for base, ratings in known for value, rating in zip(base, ratings, strict=True)]
+    return round(math.fsum(missing) / len(missing), 6) if missing else 0.0
 
 
 def _fit_orders(rankings: Sequence[Ranking], penalty: float) -> Lexicon:
