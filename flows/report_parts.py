@@ -67,6 +67,7 @@ def headline(run: Results) -> Part:
     counts = Counter(step.status for step in steps)
     return {
         "model": provenance["model"] if packaged else "",
+        "before": provenance["model"] if provenance and not packaged else "",
         "gates": len(gates),
         "earlier": any(step.name == "compare" and step.stale for step in steps),
         "passed": sum(bool(gate["passed"]) for gate in gates),

@@ -223,7 +223,7 @@ class TestMissingParts:
     def test_a_failed_run_says_where_and_why(self, project: Path) -> None:
         put(project / "runs" / RUN / "flow.json", {"stages": {"package": {"status": "failed", "message": "1 gate"}}})
         page = Page(written(project))
-        assert "No model was packaged" in page.text
+        assert "No model was packaged since aaaaaaaaaaaa-bbbbbbbbbbbb" in page.text
         assert "package failed. 1 gate" in page.text
 
     def test_results_from_before_a_change_are_named(self, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
