@@ -1,10 +1,9 @@
 """PPO, DPO, RLOO and GRPO on the same data: one tuned model, reward model, questions, number of replies and sheet.
 
 Run as `make bench-alternatives` or `python -m benchmarks alternatives`, in a project in which `bessemer run` is
-through. PPO is the default profile's; the others take its replies, updates, optimizer and pretraining term, RLOO and
-GRPO its price of leaving the tuned model too, DPO TRL's. The learning rate is one, below the default profile's. What
-else was tried stands in `LOG.md`. The target is that each of them passes the chain's gates on what alignment must gain
-and may cost.
+through. PPO is the default profile's; the others take its replies, updates, optimizer, learning rate and pretraining
+term; RLOO and GRPO its price of leaving the tuned model too, DPO TRL's. What else was tried stands in `LOG.md`. The
+target is that each of them passes the chain's gates on what alignment must gain and may cost.
 """
 
 import json
@@ -30,7 +29,6 @@ ALGORITHMS: dict[str, dict[str, Any]] = {  # what differs from the profile's ppo
     "rloo": {"name": "rloo", **GROUP, "beta": 0.15, "normalise": True},
     "grpo": {"name": "grpo", **GROUP, "beta": 0.15, "scale": "group", "loss": "dapo", "ratio": "token"},
 }  # fmt: skip
-RATE = 1.5e-4
 COLUMNS = (  # figure, what it is called, its unit, and whether the tuned model's sheet has it
     ("reward_mean", "mean reward", "rating points", True),
     ("win_rate_over_tuned", "wins over the tuned model", "share, by the judge", False),
@@ -56,8 +54,8 @@ def measure(*, trial: bool) -> Measured:
 
 
 def settings(name: str, ppo: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a profile's ppo section with another algorithm and the learning rate of all in it."""
-    changed = {**ppo, "optimizer": {**ppo["optimizer"], "learning_rate": RATE}}
+    """Return a profile's ppo section with another algorithm in it."""
+    changed = dict(ppo)
     if ALGORITHMS[name]:
         changed["algorithm"] = {**ALGORITHMS[name], "ptx": ppo["algorithm"]["ptx"]}
     return changed
@@ -109,7 +107,6 @@ def notes(found: Mapping[str, Figures]) -> list[str]:
     return [
         "One seed, the default profile's iterations, replies, pretraining term, alarms and sheet; updates: "
         + ", ".join(f"{name.upper()} {figures['updates']}" for name, figures in found.items()) + ".",
-        f"Learning rate: {RATE:g}.",
         f"Wins over the tuned model, 95 % intervals: {sure}.",
         f"Rolled back to an earlier iteration: {', '.join(back) or 'none'}.",
     ]  # fmt: skip
