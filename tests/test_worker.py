@@ -60,8 +60,12 @@ class Server:
             return subprocess.Popen(command, env=self.env, stdout=file, stderr=subprocess.STDOUT, cwd=log.parent)
 
     def ask(self, path: str, **body: Any) -> Any:
-        """Post to the server's API."""
-        answer = httpx.post(f"{self.url}/{path}", json=body, timeout=30)
+        """Post to the server's API, again where its database is busy (503), as Prefect's own client does."""
+        for _ in range(10):
+            answer = httpx.post(f"{self.url}/{path}", json=body, timeout=30)
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                break
+            time.sleep(1)
         answer.raise_for_status()
         return answer.json()
 
