@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from ruamel.yaml import YAML
 
 # What makes a project; the rest of the repository is about it.
@@ -112,13 +113,23 @@ def copy_project(path: Path, profile: str) -> Project:
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The whole chain under the profile `smoke`, run once by `bessemer run`. Copy it before changing anything in it."""
-    project = copy_project(tmp_path_factory.mktemp("smoke") / "project", "smoke")
-    command = [sys.executable, "-c", "from flows.cli import main; main()", "run"]
-    done = subprocess.run(command, cwd=project.path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    project.commit("the first run's locks and figures")
-    return project
+    """The whole chain under the profile `smoke`, run once by `bessemer run`. Copy it before changing anything in it.
+
+    Of several workers the first makes it, and the others wait: it takes minutes on all cores.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    done = folder / "smoke-done"
+    with FileLock(folder / "smoke.lock"):
+        if done.exists():
+            return Project(folder / "smoke")
+        project = copy_project(folder / "smoke", "smoke")
+        command = [sys.executable, "-c", "from flows.cli import main; main()", "run"]
+        ran = subprocess.run(command, cwd=project.path, capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        project.commit("the first run's locks and figures")
+        done.touch()
+        return project
 
 
 @pytest.fixture(scope="session")
