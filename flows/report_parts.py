@@ -69,7 +69,7 @@ def headline(run: Results) -> Part:
         "model": provenance["model"] if packaged else "",
         "before": provenance["model"] if provenance and not packaged else "",
         "gates": len(gates),
-        "earlier": any(step.name == "compare" and step.stale for step in steps),
+        "earlier": "compare" in run.steps and bool(run.steps["compare"].stale),
         "passed": sum(bool(gate["passed"]) for gate in gates),
         "failures": [step for step in steps if step.status == "failed"],
         "stopped": [step for step in steps if step.status == "stopped"],

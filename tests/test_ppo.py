@@ -69,19 +69,6 @@ def tuned_logp(trainer: Trainer, rollout: Rollout) -> "torch.Tensor":
     return trainer.policy.looks(rollout.ids, rollout.mask, rollout.replied).reference
 
 
-def looked(
-    policy: Policy, ids: "torch.Tensor", mask: "torch.Tensor", width: int
-) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
-    """Return log-probabilities, values and entropies of all reply tokens, each (N, width)."""
-    import torch
-
-    found = [torch.zeros(len(ids), width) for _ in range(3)]
-    for part in policy.parts(ids, mask, width):
-        for whole, piece in zip(found, policy.look(part, entropy=True), strict=True):
-            whole[part.rows, : part.width] = piece
-    return found[0], found[1], found[2]
-
-
 def disturb(module: Any, size: float) -> None:
     """Move all weights of a module a little."""
     import torch
@@ -106,7 +93,8 @@ def test_log_probabilities_are_a_plain_softmaxes(trainer: Callable[..., Trainer]
     replies = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in ("Rome.", "A much longer one.", "", "Me")]
     ids, mask, replied = ours.policy.assemble(prompts, replies, ours.tokenizer.pad_token_id)
     with torch.no_grad():
-        logp, values, entropy = looked(ours.policy, ids, mask, replied.shape[1])
+        seen = ours.policy.looks(ids, mask, replied)
+        logp, values, entropy = seen.logp, seen.values, seen.entropy
         for row, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
             model: Any = ours.policy.model
             out = model(input_ids=torch.tensor([prompt + reply]), output_hidden_states=True)
@@ -224,7 +212,7 @@ def test_an_update_moves_probability_to_where_the_advantage_is(trainer: Callable
         before = (rollout.logp * rollout.replied)[0].sum()
         ours.update(rollout, np.array([0]), RATE)
         with torch.no_grad():
-            logp, *_ = looked(ours.policy, rollout.ids, rollout.mask, rollout.replied.shape[1])
+            logp = ours.policy.looks(rollout.ids, rollout.mask, rollout.replied).logp
         assert sign * ((logp * rollout.replied)[0].sum() - before) > 0
 
 
