@@ -37,7 +37,7 @@ from tests.data_fixtures import (
         ("not parquet", {"format": "parquet"}, "source mine: expected a Parquet file at"),
         (b"tea\n\ncaf\xe9\n", {"format": "txt", "table": "corpus"}, "mine.data, found the byte 0xe9 in line 3; save"),
         ("tea".encode("utf-16"), {"format": "jsonl"}, "found UTF-16; save it as UTF-8"),
-        (gzip.compress(b"{}"), {"format": "jsonl"}, "found a gzip file; unpack it first"),
+        (gzip.compress(b"{}", mtime=0), {"format": "jsonl"}, "found a gzip file; unpack it first"),
         (b"PAR1\xff", {"format": "jsonl"}, "found a Parquet file; set `format: parquet`"),
         ("\n[\n{}\n]\n", {"format": "jsonl"}, "expected an object a line in"),
         ("\n", {"format": "jsonl"}, "source mine: expected rows of facts in mine.data, found none"),
