@@ -332,9 +332,9 @@ def test_with_low_rank_updates_one_model_is_policy_and_reference(trainer: Callab
     width = rollout.replied.shape[1]
     with torch.no_grad():
         for part in ours.policy.parts(rollout.ids, rollout.mask, width):
-            plain = tuned.policy.look(part)[0]
+            plain = tuned.policy.forward(part)[0]
             torch.testing.assert_close(ours.policy.reference_logp(part), plain, atol=1e-5, rtol=0)
-            assert (ours.policy.look(part)[0] - plain).abs().max() > 1e-2
+            assert (ours.policy.forward(part)[0] - plain).abs().max() > 1e-2
     frozen = {name: value for name, value in ours.policy.model.named_parameters() if not value.requires_grad}
     assert len(frozen) > 10
     assert all("lora_" in name or "value_head" in name for name in ours.policy.weights())
@@ -378,7 +378,7 @@ def test_what_is_saved_is_a_plain_model(trainer: Callable[..., Trainer], chain: 
         ours.update(rollout, np.arange(12), 1e-2)
         (part, *_) = ours.policy.parts(rollout.ids, rollout.mask, rollout.replied.shape[1], rollout.states)
         with torch.no_grad():
-            before = ours.policy.look(part)[0]
+            before = ours.policy.forward(part)[0]
             plain: Any = ours.policy.plain(chain.path("data/finetune/model"), ours.policy.model)
             logits = plain(**part.given).logits[:, -part.width - 1 : -1]
         after = torch.log_softmax(logits, -1).gather(2, part.ids[:, -part.width :, None])[..., 0]

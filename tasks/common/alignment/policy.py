@@ -121,7 +121,7 @@ class Policy:
                 found[part.rows, end - states.shape[1] : end] = states.float()
         return found
 
-    def look(
+    def forward(
         self, part: "Part", *, entropy: bool = False, backbone: bool = True
     ) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
         """Return log-probability, value and entropy (nats) of a part's reply tokens, each (B, part.width).
@@ -172,7 +172,7 @@ class Policy:
         logp, values, entropy, reference = (torch.zeros((len(ids), width), device=ids.device) for _ in range(4))
         with torch.no_grad():
             for part in self.parts(ids, mask, width, states):
-                seen = (*self.look(part, entropy=True), self.reference_logp(part))
+                seen = (*self.forward(part, entropy=True), self.reference_logp(part))
                 for whole, piece in zip((logp, values, entropy, reference), seen, strict=True):
                     whole[part.rows, : part.width] = piece
         return Looks(logp * replied, values * replied, entropy * replied, reference * replied, states)

@@ -189,13 +189,10 @@ class Trainer:
         """Return the judge's rewards; raise StageError, in all processes, where any of them got none."""
         import torch
 
-        ids, asked, failed, found = (
-            [prompt.id for prompt in prompts],
-            [p.messages for p in prompts],
-            None,
-            list[float](),
-        )
+        failed: RewardError | None = None
+        found: list[float] = []
         try:
+            ids, asked = [prompt.id for prompt in prompts], [prompt.messages for prompt in prompts]
             found = rewards.rated(self.judge, self.judged_by, ids, asked, texts)
         except RewardError as error:
             failed = error
@@ -244,7 +241,7 @@ class Trainer:
         import torch
 
         config = self.config
-        logp, values, entropy = self.policy.look(part, entropy=config.entropy > 0, backbone=policy_learns)
+        logp, values, entropy = self.policy.forward(part, entropy=config.entropy > 0, backbone=policy_learns)
 
         def of(whole: "torch.Tensor") -> "torch.Tensor":
             return whole[rows, : part.width]
