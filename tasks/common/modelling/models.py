@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from tasks.common.modelling import bfloat16
+from tasks.common.modelling import bfloat16, masks
 from tasks.common.settings import Numerics, Settings
 from tasks.common.text import chat
 
@@ -55,6 +55,7 @@ def prepare_torch(numerics: Numerics, seed: int) -> "torch.device":
     # A tenth of a step, only to show who reads what nobody has written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(seed)
+    masks.by_broadcasting()
     narrow = "bfloat16" in (numerics.dtype.decoder, numerics.dtype.encoder)
     if numerics.device == "cpu" and narrow and not bfloat16.built_in():
         bfloat16.provide()
