@@ -50,7 +50,9 @@ def run(project: Path, names: Sequence[str]) -> None:
     with terminal.Terminal(out) as watcher:
         state = _flow(project, names, watcher)
     terminal.show_seconds(out, watcher.outcomes)
-    terminal.show_pages(out, project, project / "runs" / watcher.run_id / "report.html")
+    compared = JOINED in watcher.outcomes and watcher.outcomes[JOINED].done  # else it is an earlier run's
+    report = project / "runs" / watcher.run_id / "report.html"
+    terminal.show_pages(out, project, report, compared=compared)
     if state.is_failed() or state.is_crashed():
         known = dict.fromkeys((*stages, *watcher.outcomes))  # the Bento's build is no stage
         left = [name for name in known if name not in watcher.outcomes or not watcher.outcomes[name].done]
@@ -58,7 +60,7 @@ def run(project: Path, names: Sequence[str]) -> None:
         raise BessemerError(f"{state.message}\n{told}`bessemer run` goes on from here.")
     if state.is_cancelled():
         raise BessemerError(str(state.message))
-    if JOINED in watcher.outcomes and records.rows(project):  # else it is an earlier run's
+    if compared and records.rows(project):
         terminal.show_sheet(out, project)
     terminal.show_commands(out, NEXT)
 

@@ -184,10 +184,10 @@ def show_sheet(out: Console, project: Path) -> None:
         out.print(f"[red]✗[/] {escape(gate['name'])}: {value} against a limit of {gate['limit']:.4g}")
 
 
-def show_pages(out: Console, project: Path, report: Path) -> None:
-    """Print where the pages for people lie: the run's report, and the models' replies side by side."""
+def show_pages(out: Console, project: Path, report: Path, *, compared: bool = True) -> None:
+    """Print where the pages for people lie: the run's report, and the models' replies side by side if they are its."""
     for name, path in (("Report", report), ("Samples", project / SAMPLES)):
-        if path.is_file():
+        if path.is_file() and (path == report or compared):
             out.print(f"{name}: {path}")
 
 

@@ -110,14 +110,19 @@ class TestRun:
         commands.run(Path(), [])
         assert "Nothing has changed: all 4 stages are up to date" in capsys.readouterr().out
 
-    def test_a_run_that_evaluates_nothing_shows_no_earlier_sheet(
+    def test_a_run_that_evaluates_nothing_shows_no_earlier_sheet_or_samples(
         self, inside: Project, capsys: pytest.CaptureFixture[str]
     ) -> None:
         write_json(inside.path / records.SHEET, {"models": [{"model": "tuned"}], "gates": []})
+        samples = inside.path / records.SAMPLES
+        samples.parent.mkdir(parents=True)
+        samples.write_text("<!doctype html>")
         commands.run(Path(), ["side"])
         shown = capsys.readouterr().out
         assert "✓ side@right" in shown
+        assert "Report: " in shown
         assert "tuned" not in shown
+        assert "Samples" not in shown
 
     def test_a_failure_is_a_sentence(self, inside: Project) -> None:
         inside.settings(right={"fail": "three lines of facts.csv have no capital"})
