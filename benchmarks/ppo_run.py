@@ -30,7 +30,7 @@ LORA = Lora(
     name="lora", rank=16, alpha=32, dropout=0.0, rank_stabilized=False, dora=False, targets="all-linear"
 )  # fmt: skip
 METHODS: dict[str, tuple[Method, float]] = {  # on one backbone, each with its learning rate
-    "last-block": (Top(name="top", layers=1), 8e-4), "low-rank": (LORA, 3e-3),
+    "last-block": (Top(name="top", layers=1), 1.6e-3), "low-rank": (LORA, 3e-3),
 }  # fmt: skip
 WHOLE: tuple[Method, float] = Full(name="full"), 3e-4  # of all other sides
 
@@ -61,7 +61,7 @@ def ours(request: dict[str, Any], work: Work) -> Trainer:
         schedule=Constant(name="constant", warmup=0.0), epsilon=epsilon_of(request),
     )  # fmt: skip
     world = World(0, 1, "data", request["device"])
-    sampler = Sampler(request["episodes"], work.minibatch, work.reply, 1.0, work.missing_end_penalty, 1)
+    sampler = Sampler(request["episodes"], work.minibatch, work.reply, 1.0, work.missing_end_penalty, request["seed"])
     return Trainer(
         config, sampler, policy, begun(rule, policy.model, world), work.tokenizer, work.judge, "the benchmark's",
         work.questions, None, world,
@@ -117,7 +117,8 @@ def trl(request: dict[str, Any], work: Work, epochs: int) -> Any:
         local_rollout_forward_batch_size=episodes, num_sample_generations=0, report_to=[], stop_token="eos",
         use_cpu=request["device"] == "cpu", bf16=False, save_strategy="no", learning_rate=WHOLE[1],
         lr_scheduler_type="constant", kl_coef=work.kl, cliprange_value=work.value_clip, temperature=1.0,
-        missing_eos_penalty=work.missing_end_penalty or None, logging_strategy="no", adam_epsilon=epsilon_of(request),
+        missing_eos_penalty=work.missing_end_penalty or None, seed=request["seed"], logging_strategy="no",
+        adam_epsilon=epsilon_of(request),
     )  # fmt: skip
     value = AutoModelForSequenceClassification.from_pretrained(work.folder, num_labels=1)
     policy, reference = (AutoModelForCausalLM.from_pretrained(work.folder) for _ in range(2))
