@@ -34,7 +34,7 @@ class Aside:
 
     id: str
     split: str
-    reason: str  # too_long | empty_answer | no_answer | no_number | unseen_label
+    reason: str  # too_long | empty_answer | no_answer | control_token | no_number | unseen_label
     used: bool  # whether what is left of it is used
     detail: str
     source: str
@@ -61,8 +61,9 @@ class Reader:
         """Return the conversations that can be learnt from, in the table's order, and what was kept aside."""
         kept: list[Named] = []
         aside: list[Aside] = []
+        controls = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         for row in rows:
-            encoded, found = None, unanswered(row)
+            encoded, found = None, unanswered(row) or controlling(row, controls)
             if not found:
                 encoded, found = fit(row, row["messages"], self._encode, self.longest, self.too_long)
             kept += [(row["id"], encoded)] if encoded else []
@@ -107,6 +108,16 @@ def unanswered(row: Row) -> Aside | None:
     if empty:
         return Aside.of(row, "empty_answer", f"answer {', '.join(empty)} of {len(replies)}")
     return None
+
+
+def controlling(row: Row, controls: Sequence[str]) -> Aside | None:
+    """Return why a row would say more than its words: one spells a token that opens or closes turns; or None.
+
+    `validate` refuses those of the chain's own template; a given model's tokenizer has others.
+    """
+    said = [message["content"] for message in row["messages"]]
+    spelt = [control for control in controls if any(control in content for content in said)]
+    return Aside.of(row, "control_token", f"spells {', '.join(spelt)}") if spelt else None
 
 
 def last_only(answers: Sequence[bool]) -> list[bool]:

@@ -3,7 +3,7 @@
 Where a tokenizer is byte-level BPE as GPT-2's (Radford et al. 2019), a text is cut into words by one regular
 expression, and the ids of a word do not hang on its neighbours. So each word is encoded once and found in a table from
 then on: the ids are those that the tokenizer gives (tests hold the two together), and come several times as fast. Other
-tokenizers, and texts with a special token written out or with signs that are young, take the library's way.
+tokenizers, and texts with an added token or with signs that are young, take the library's way.
 """
 
 import json
@@ -36,13 +36,16 @@ class Encoder:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", refuse_lossy: bool) -> None:
         import regex
+        from tokenizers import Tokenizer
 
-        self.backend: Any = tokenizer.backend_tokenizer
+        description = tokenizer.backend_tokenizer.to_str()
+        self.backend: Any = Tokenizer.from_str(description)
+        self.backend.encode_special_tokens = True  # a text that spells one holds its letters, and not the token
         self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
         self.refuse_lossy, self.lossy = refuse_lossy, 0
-        self.special = [token.content for token in self.backend.get_added_tokens_decoder().values()]
+        self.added = [token.content for token in self.backend.get_added_tokens_decoder().values() if not token.special]
         self.young = re.compile(f"[{young_signs()}]")
-        self.by_words = cuts_as_gpt2(json.loads(self.backend.to_str()))
+        self.by_words = cuts_as_gpt2(json.loads(description))
         self.ascii_words = re.compile(WORDS.format(L="A-Za-z", N="0-9", S=r"\t-\r ")).findall
         self.all_words = regex.compile(WORDS.format(L=r"\p{L}", N=r"\p{N}", S=r"\s")).findall
         self.words: dict[str, bytes] = _Table(self)
@@ -55,7 +58,7 @@ class Encoder:
 
     def apart(self, text: str) -> bool:
         """Return whether a text is more than its words, or holds signs that are young."""
-        return any(token in text for token in self.special) or (not text.isascii() and bool(self.young.search(text)))
+        return any(token in text for token in self.added) or (not text.isascii() and bool(self.young.search(text)))
 
     def offsets(self, texts: Sequence[str]) -> list[tuple[Ids, list[tuple[int, int]]]]:
         """Return the ids of each text and the (start, end) of each token in it, by the library; check as `encode`."""
