@@ -25,11 +25,11 @@ def log_probabilities(
     """Return the log-probability of chosen tokens (N, R) under logits (N, R, V); where asked, the entropies (nats)."""
     import torch
 
+    if entropy:
+        every = logits.log_softmax(-1)
+        return every.gather(-1, chosen[..., None])[..., 0], -(every.exp() * every).sum(-1)
     logp = -torch.nn.functional.cross_entropy(logits.flatten(0, 1), chosen.flatten(), reduction="none")
-    if not entropy:
-        return logp.view(chosen.shape), None
-    every = logits.log_softmax(-1)
-    return logp.view(chosen.shape), -(every.exp() * every).sum(-1)
+    return logp.view(chosen.shape), None
 
 
 def kl(logp: "torch.Tensor", reference: "torch.Tensor", estimator: Estimator) -> "torch.Tensor":
