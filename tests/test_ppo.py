@@ -160,7 +160,7 @@ def by_hand(trainer: Trainer, ratios: list[float], values: list[float], rollout:
     logp = rollout.logp + torch.tensor([ratios]).log() + nothing
     given = (logp, torch.tensor([values]) + nothing, torch.zeros(1, len(ratios)))
     stub: Any = trainer.policy
-    stub.look = lambda *_, **__: given
+    stub.forward = lambda *_, **__: given
     return trainer.update(rollout, np.array([0]), RATE)
 
 
