@@ -88,10 +88,8 @@ def rows(
     peak = {side: rounds[0]["peak_memory"] for side, rounds in memory.items()}
     theirs, speeds = tuned["trl"], {side: figures["episodes_per_second"] for side, figures in tuned.items()}
     start = harness.median([figures for rounds in learnt.values() for figures in rounds], "reward_first")
-    gain, told = (
-        f"reward gained in {episodes:,} episodes, tuned model",
-        ("rating points", theirs["reward_last"] - start, NAME),
-    )
+    gain = f"reward gained in {episodes:,} episodes, tuned model"
+    told = ("rating points", theirs["reward_last"] - start, NAME)
     return [
         Row("like for like", middle["like-for-like"], "episodes/s", middle["trl"], NAME, "ratio >= 1.1"),
         Row("last block", middle["last-block"], "episodes/s", middle["trl"], NAME),
