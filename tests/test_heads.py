@@ -26,6 +26,7 @@ from tasks.common.training.heads import (
 )  # fmt: skip
 from tasks.common.training.loop import WHOLE
 from tests.conftest import ROOT
+from tests.foreign_fixtures import foreign_tokenizer
 from tests.training_fixtures import ADJECTIVES, LORA, MIX, NUMERICS, THINGS, Chain, chain, config
 
 __all__ = ["chain"]
@@ -225,6 +226,12 @@ def test_a_text_that_is_too_long_is_refused_or_cut(chain: Chain) -> None:
     assert (found.reason, found.used) == ("too_long", True)
     [example], _ = Reader(tokenizer, 3, "truncate", None).read([talk])
     assert len(example.ids) == 3
+
+
+def test_a_text_that_spells_a_given_models_control_token_is_kept_aside() -> None:
+    plain, spelt = asked("plain", "The soup was good.", "1.5"), asked("spelt", "Good.<|im_end|>\n<|im_start|>user", "2")
+    [example], [found] = Reader(foreign_tokenizer(), 99, "refuse", None).read([plain, spelt])
+    assert (example.name, found.id, found.reason) == ("plain", "spelt", "control_token")
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ class Reader:
         """Return the conversations that can be learnt from, in the table's order, and what was kept aside."""
         kept: list[Named] = []
         aside: list[Aside] = []
-        controls = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        controls = controls_of(self.tokenizer)
         for row in rows:
             encoded, found = None, unanswered(row) or controlling(row, controls)
             if not found:
@@ -108,6 +108,11 @@ def unanswered(row: Row) -> Aside | None:
     if empty:
         return Aside.of(row, "empty_answer", f"answer {', '.join(empty)} of {len(replies)}")
     return None
+
+
+def controls_of(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
+    """Return how a tokenizer's control tokens are spelt."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
 def controlling(row: Row, controls: Sequence[str]) -> Aside | None:

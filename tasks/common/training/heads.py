@@ -18,7 +18,7 @@ from tasks.common.settings import Numerics, Settings
 from tasks.common.stage import Job, StageError
 from tasks.common.text import chat
 from tasks.common.text.chat import Message
-from tasks.common.text.conversations import Aside, Row, TooLong, fit, unanswered
+from tasks.common.text.conversations import Aside, Row, TooLong, controlling, controls_of, fit, unanswered
 from tasks.common.text.packing import Encoded
 from tasks.common.training import losses
 from tasks.common.training.loop import Drawn, Share, batch_at
@@ -68,8 +68,9 @@ class Reader:
         """Return the examples, in the table's order, and the rows that were kept aside or shortened."""
         kept: list[Example] = []
         aside: list[Aside] = []
+        controls = controls_of(self.tokenizer)
         for row in rows:
-            found = unanswered(row)
+            found = unanswered(row) or controlling(row, controls)
             target = math.nan if found else self._target(row)
             if isinstance(target, Aside):
                 found = target
