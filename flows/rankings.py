@@ -3,10 +3,10 @@
 New data enters the chain as a file: rows that no export has taken yet become the next numbered Parquet in the folder of
 the source of kind `rankings`, with the columns that `data/sources/README.md` tells of. Files there are never changed.
 
-No ranking is exported twice, and none is lost, wherever this is cut off: first a note of what is to be exported is
-written, then the store marks it as exported (which alone decides, and from then on nobody can take it back), then the
-file is written beside its place and moved there, then the note goes. Where a note is found later, the store says how
-far it had come.
+No ranking is exported twice, and none is lost, wherever this is cut off, by a power cut too: first the store marks what
+an export takes (which alone decides, and from then on nobody can take it back), then the file is written beside its
+place and moved there, then the store notes that it is written. Each is on disk before the next begins. The next export
+completes one without that last note; the number of the export in a file's metadata says whether it had come that far.
 """
 
 import fcntl
@@ -22,16 +22,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from flows.records import read_json
 from serving.feedback import FILE, VARIABLE, Store
 from serving.judgements import FLAGS, Ranking
 from tasks.common.settings import BessemerError, read_params
-from tasks.common.stage import write_json
 from tasks.common.validation import checks
 
 SOURCES = Path("data/sources")
 WORK = Path("data/.scratch/rankings-export")  # DVC does not look there
-STORE_KEY = b"bessemer.store"  # in a file's metadata: whose rows it holds
+STORE_KEY, EXPORT_KEY = b"bessemer.store", b"bessemer.export"  # in a file's metadata: whose rows it holds
 
 
 @dataclass(frozen=True)
@@ -61,12 +59,11 @@ def waiting(project: Path) -> Waiting:
     with _store(project) as store:
         if store is None:
             return Waiting(0, {})
-        good, left_out = _judged(project, store, store.rankings(store.exported_through()))
-        note = _note(project)
-        cut = note is not None and note["store"] == store.id and not _dropped(note, store)
-        if note is not None and cut and not (project / note["file"]).exists():
-            good += _judged(project, store, _noted(note, store))[0]
-        return Waiting(len(good), left_out)
+        good, left_out = _judged(project, store, store.rankings_of(None))
+        last = _last_words(good)
+        unwritten = store.unwritten_export()
+        begun = _last_words(store.rankings_of(unwritten)) if unwritten is not None else []
+        return Waiting(len(last) + len(begun), left_out | _replaced(good, last))
 
 
 def export(project: Path) -> Export | None:
@@ -75,30 +72,17 @@ def export(project: Path) -> Export | None:
     An export that was cut off is completed, and its file returned with the rest still waiting for the next call.
     """
     folder = rankings_folder(project)
-    with _store(project) as store, _alone(project):
+    with _store(project) as store:
         if store is None:
             return None
-        note = _note(project)
-        if note is not None and note["store"] != store.id:
-            raise BessemerError(
-                f"An export of another store's rankings was cut off ({note['file']}): set {VARIABLE} to that store's "
-                "folder and call `bessemer rank export` once, then again for this one."
-            )
-        if note is not None and not _dropped(note, store):
-            return _complete(project, note, store)
-        after = store.exported_through()
-        new = store.rankings(after)
-        if not _judged(project, store, new)[0]:
-            return None  # those left out alone wait on: a flag can be taken back, a setting changed
-        note = {
-            "store": store.id,
-            "after": after,
-            "through": max(ranking.number for ranking in new),
-            "file": (folder.relative_to(project) / f"{_next_number(folder):06d}.parquet").as_posix(),
-        }
-        write_json(_note_path(project), note)
-        store.mark_exported(note["through"])
-        return _complete(project, note, store)
+        with _alone(store):
+            number = store.unwritten_export()
+            if number is None:
+                taken, _ = _judged(project, store, store.rankings_of(None))
+                if not taken:
+                    return None
+                number = store.begin_export([ranking.number for ranking in taken])
+            return _complete(project, folder, store, number)
 
 
 def rankings_folder(project: Path) -> Path:
@@ -115,36 +99,28 @@ def rankings_folder(project: Path) -> Path:
 
 def exported(project: Path) -> list[Path]:
     """Return the files that exports have made here, whoever's rankings they hold."""
-    import pyarrow.parquet as pq
-
     files = sorted(rankings_folder(project).glob("[0-9]*.parquet"))
-    return [path for path in files if STORE_KEY in (pq.read_schema(path).metadata or {})]
+    return [path for path in files if _origin(path)]
 
 
-def _complete(project: Path, note: dict[str, Any], store: Store) -> Export | None:
-    """Write the file of an export that the store has marked, and drop its note."""
-    path = project / note["file"]
-    rows, left_out = _judged(project, store, _noted(note, store))
-    if rows and not path.exists():
-        _write(rows, path, project / WORK, store)
-    _note_path(project).unlink()
-    return Export(path, len(rows), left_out) if rows else None
-
-
-def _noted(note: dict[str, Any], store: Store) -> list[Ranking]:
-    return [ranking for ranking in store.rankings(note["after"]) if ranking.number <= note["through"]]
-
-
-def _dropped(note: dict[str, Any], store: Store) -> bool:
-    """Return whether an export was cut off before its store had marked it: then it never was."""
-    return store.exported_through() < int(note["through"])
+def _complete(project: Path, folder: Path, store: Store, number: int) -> Export | None:
+    """Write the file of an export that the store has begun, where it is not there yet, and tell the store."""
+    taken = store.rankings_of(number)
+    rows = _last_words(taken)
+    path = next((path for path in exported(project) if _origin(path) == _metadata(store, number)), None)
+    if path is None and rows:  # none: all were taken back in that very moment
+        path = folder / f"{_next_number(folder):06d}.parquet"
+        _write(rows, path, project / WORK, store, number)
+    store.end_export(number)
+    _, left_out = _judged(project, store, store.rankings_of(None))
+    return Export(path, len(rows), left_out | _replaced(taken, rows)) if path else None
 
 
 def _judged(project: Path, store: Store, rankings: Sequence[Ranking]) -> tuple[list[Ranking], dict[str, int]]:
-    """Return the rankings that a run can learn from, and why how many others are left out.
+    """Return the rankings that a run can learn from, and why how many others are left out: they wait on.
 
-    Those are what `validate` would refuse (too many of them would stop the run there), and what holds an answer that
-    somebody flags: of one person's flags on an answer the last one counts.
+    Left out is what `validate` would refuse (too much of it would stop the run there), and what holds an answer that
+    somebody flags, as long as it does: of one person's flags on an answer the last one counts.
     """
     last = {
         (opinion.annotator, *_answer(opinion.prompt, opinion.response)): opinion.opinion
@@ -160,7 +136,7 @@ def _judged(project: Path, store: Store, rankings: Sequence[Ranking]) -> tuple[l
             reasons[reason] += 1
         else:
             good.append(ranking)
-    return _last_words(good), dict(reasons)
+    return good, dict(reasons)
 
 
 def _limits(project: Path) -> checks.Limits:
@@ -180,12 +156,18 @@ def _last_words(rankings: Sequence[Ranking]) -> list[Ranking]:
     return sorted(said.values(), key=lambda ranking: ranking.number)
 
 
+def _replaced(rankings: Sequence[Ranking], last: Sequence[Ranking]) -> dict[str, int]:
+    """Return how many rankings the same person's later ones took the place of, as a reason to leave them out."""
+    count = len(rankings) - len(last)
+    return {"ranked again by the same person": count} if count else {}
+
+
 def _answer(prompt: list[dict[str, str]], response: str) -> tuple[str, str]:
     return json.dumps(prompt, sort_keys=True), response
 
 
-def _write(rankings: Sequence[Ranking], path: Path, work: Path, store: Store) -> None:
-    """Write a file whole: beside its place first, on the disk, then moved there."""
+def _write(rankings: Sequence[Ranking], path: Path, work: Path, store: Store, number: int) -> None:
+    """Write a file whole: beside its place first, on the disk, then moved there, on the disk again."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -194,7 +176,7 @@ def _write(rankings: Sequence[Ranking], path: Path, work: Path, store: Store) ->
     schema = pa.schema(
         [("prompt", messages), ("responses", texts), ("ranks", pa.list_(pa.int32())), ("models", texts),
          ("annotator", pa.string())],
-        metadata={STORE_KEY: store.id.encode()},
+        metadata=_metadata(store, number),
     )  # fmt: skip
     rows = [_row(store, ranking) for ranking in rankings]
     work.mkdir(parents=True, exist_ok=True)
@@ -205,6 +187,28 @@ def _write(rankings: Sequence[Ranking], path: Path, work: Path, store: Store) ->
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
+    opened = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(opened)  # the folder's entry, without which a power cut leaves no file of that name
+    finally:
+        os.close(opened)
+
+
+def _metadata(store: Store, number: int) -> dict[bytes, bytes]:
+    """Return what a file says of the export that it is from."""
+    return {STORE_KEY: store.id.encode(), EXPORT_KEY: str(number).encode()}
+
+
+def _origin(path: Path) -> dict[bytes, bytes]:
+    """Return what a file says of the export that it is from; nothing, where it is another's or not readable."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        found = pq.read_schema(path).metadata or {}
+    except (OSError, pa.ArrowInvalid):
+        return {}
+    return {key: found[key] for key in (STORE_KEY, EXPORT_KEY) if key in found}
 
 
 def _row(store: Store, ranking: Ranking) -> dict[str, Any]:
@@ -234,15 +238,6 @@ def _next_number(folder: Path) -> int:
     return max(numbers, default=0) + 1
 
 
-def _note_path(project: Path) -> Path:
-    return project / WORK / "note.json"
-
-
-def _note(project: Path) -> dict[str, Any] | None:
-    found = read_json(_note_path(project))
-    return found if isinstance(found, dict) else None
-
-
 @contextmanager
 def _store(project: Path) -> Iterator[Store | None]:
     """Yield the project's store, None where nobody has ranked anything yet: none is made."""
@@ -258,10 +253,8 @@ def _store(project: Path) -> Iterator[Store | None]:
 
 
 @contextmanager
-def _alone(project: Path) -> Iterator[None]:
-    """Hold off other exports of this project; the kernel takes the lock back however its holder ends."""
-    work = project / WORK
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as file:
+def _alone(store: Store) -> Iterator[None]:
+    """Hold off other exports of this store; the kernel takes the lock back however its holder ends."""
+    with store.path.with_name("export.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

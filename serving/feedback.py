@@ -6,7 +6,7 @@ WAL mode with `synchronous=FULL`. A change carries an id made by whoever sends i
 connection is there once. Several processes may have the file open.
 
 Only answers that this endpoint gave can be judged; they are kept here with the model that gave them, and a ranking
-names them by their ids. A ranking has a row number that never comes again, so an export can take what is new.
+names them by their ids. A ranking is marked with the export that takes it, so that each is exported once.
 """
 
 import json
@@ -20,40 +20,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from serving import feedback_tables
 from serving.errors import InputError
 from serving.judgements import Answer, FeedbackError, Opinion, Ranking, check_id, check_opinion, check_ranks
 from serving.package import ROOT
 
 VARIABLE = "BESSEMER_FEEDBACK"
 FILE = "feedback.sqlite3"
-VERSION = 1  # of the tables below
 WAIT_SECONDS = 30  # for another process that writes
 
 Message = Mapping[str, str]
-
-TABLES = """
-CREATE TABLE store (id TEXT NOT NULL);
-CREATE TABLE answers (
-  id TEXT PRIMARY KEY, prompt TEXT NOT NULL, text TEXT NOT NULL, model TEXT NOT NULL, temperature REAL NOT NULL,
-  seed INTEGER, created TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE rankings (
-  number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, prompt TEXT NOT NULL, responses TEXT NOT NULL,
-  ranks TEXT NOT NULL, models TEXT NOT NULL, answers TEXT NOT NULL, annotator TEXT NOT NULL, created TEXT NOT NULL,
-  withdrawn TEXT
-);
-CREATE INDEX rankings_by_prompt ON rankings (prompt, annotator) WHERE withdrawn IS NULL;
-CREATE TABLE opinions (
-  number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, answer TEXT NOT NULL, prompt TEXT NOT NULL,
-  response TEXT NOT NULL, model TEXT NOT NULL, opinion TEXT NOT NULL, note TEXT NOT NULL, annotator TEXT NOT NULL,
-  created TEXT NOT NULL
-);
-CREATE TABLE skips (
-  annotator TEXT NOT NULL, prompt TEXT NOT NULL, created TEXT NOT NULL, PRIMARY KEY (annotator, prompt)
-) WITHOUT ROWID;
-CREATE TABLE questions (number INTEGER PRIMARY KEY AUTOINCREMENT, prompt TEXT NOT NULL UNIQUE);
-CREATE TABLE exports (through INTEGER NOT NULL, created TEXT NOT NULL);
-"""
 
 
 def feedback_folder() -> Path:
@@ -88,16 +64,15 @@ class Store:
     def _make_tables(self) -> None:
         with self.change() as change:
             [found] = change.execute("PRAGMA user_version").fetchone()
-            if found > VERSION:
+            if found > feedback_tables.VERSION:
                 raise FeedbackError(
                     f"{self.path} was written by a newer Bessemer (tables of version {found}, this one knows "
-                    f"{VERSION}); start that one, or name another folder in {VARIABLE}."
+                    f"{feedback_tables.VERSION}); start that one, or name another folder in {VARIABLE}."
                 )
+            for statement in feedback_tables.statements(found):
+                change.execute(statement)
             if found == 0:
-                for statement in TABLES.split(";"):
-                    change.execute(statement)
                 change.execute("INSERT INTO store VALUES (?)", (new_id(),))
-                change.execute(f"PRAGMA user_version = {VERSION}")
 
     def close(self) -> None:
         """Close the file; it needs no closing to be whole."""
@@ -192,8 +167,7 @@ class Store:
                 raise InputError(
                     f'There is no ranking "{identifier[:64]}" of yours here.', field="id", code="unknown", status=404
                 )
-            [through] = change.execute("SELECT coalesce(max(through), 0) FROM exports").fetchone()
-            if kept["number"] <= through:
+            if kept["export"] is not None:
                 raise InputError(
                     "This ranking has been exported to the training data already, so it can't be taken back here.",
                     field="id", code="exported", status=409,
@@ -217,23 +191,42 @@ class Store:
         _check_same(kept, row, ("id", "answer", "prompt", "response", "model", "opinion", "note", "annotator"))
         return _opinion(kept)
 
-    def rankings(self, after: int = 0) -> list[Ranking]:
-        """Return the rankings with a row number above `after` that stand, in the order of their numbers."""
-        found = self.rows("SELECT * FROM rankings WHERE number > ? AND withdrawn IS NULL ORDER BY number", (after,))
-        return [_ranking(row) for row in found]
+    def rankings(self) -> list[Ranking]:
+        """Return the rankings that stand, in the order of their row numbers."""
+        return [_ranking(row) for row in self.rows("SELECT * FROM rankings WHERE withdrawn IS NULL ORDER BY number")]
 
-    def opinions(self, after: int = 0) -> list[Opinion]:
-        """Return thumbs and flags with a row number above `after`, in the order of their numbers."""
-        return [_opinion(row) for row in self.rows("SELECT * FROM opinions WHERE number > ? ORDER BY number", (after,))]
+    def rankings_of(self, export: int | None) -> list[Ranking]:
+        """Return the rankings that stand and that an export has taken (None: that none has), in that order."""
+        query = "SELECT * FROM rankings WHERE export IS ? AND withdrawn IS NULL ORDER BY number"
+        return [_ranking(row) for row in self.rows(query, (export,))]
 
-    def exported_through(self) -> int:
-        """Return the row number up to which rankings were exported, 0 where none was."""
-        return int(self.rows("SELECT coalesce(max(through), 0) FROM exports")[0][0])
+    def opinions(self) -> list[Opinion]:
+        """Return thumbs and flags in the order of their row numbers."""
+        return [_opinion(row) for row in self.rows("SELECT * FROM opinions ORDER BY number")]
 
-    def mark_exported(self, through: int) -> None:
-        """Note that rankings up to a row number are exported: they cannot be taken back any more."""
+    def begin_export(self, numbers: Sequence[int]) -> int:
+        """Mark rankings, by their row numbers, as taken by a new export, and return its number.
+
+        From then on they cannot be taken back; what was taken back before is left out.
+        """
         with self.change() as change:
-            change.execute("INSERT INTO exports VALUES (?, ?)", (through, now()))
+            export = change.execute("INSERT INTO exports (created) VALUES (?)", (now(),)).lastrowid
+            assert export is not None
+            change.executemany(
+                "UPDATE rankings SET export = ? WHERE number = ? AND export IS NULL AND withdrawn IS NULL",
+                [(export, number) for number in numbers],
+            )
+        return export
+
+    def unwritten_export(self) -> int | None:
+        """Return the number of an export that was begun and whose file nobody said to be written."""
+        found = self.rows("SELECT number FROM exports WHERE written IS NULL ORDER BY number LIMIT 1")
+        return int(found[0]["number"]) if found else None
+
+    def end_export(self, export: int) -> None:
+        """Note that an export's file is written."""
+        with self.change() as change:
+            change.execute("UPDATE exports SET written = ? WHERE number = ?", (now(), export))
 
 
 def new_id() -> str:

@@ -53,13 +53,53 @@ def test_the_same_post_again_is_there_once_and_another_under_its_id_is_refused(s
     assert store.rankings() == [first]
 
 
-def test_what_is_new_since_a_row(store: Store) -> None:
+def test_an_export_takes_what_still_stands_and_nobody_took(store: Store) -> None:
     answers = shown(store, *TEXTS)
     for at in range(1, 6):
         store.add_ranking(f"ranking-{at}", answers, [1, 2, 3], WHO)
     store.withdraw("ranking-4", WHO)
-    assert [ranking.number for ranking in store.rankings(after=2)] == [3, 5]
-    assert store.rankings(after=5) == []
+    first = store.begin_export([1, 4])
+    assert store.unwritten_export() == first
+    store.end_export(first)
+    assert store.unwritten_export() is None
+    second = store.begin_export([1, 3])  # one of them is taken already
+    assert second != first
+    numbers = [[ranking.number for ranking in store.rankings_of(export)] for export in (first, second, None)]
+    assert numbers == [[1], [3], [2, 5]]
+
+
+OLD_TABLES = """
+CREATE TABLE store (id TEXT NOT NULL);
+INSERT INTO store VALUES ('the-old-store');
+CREATE TABLE rankings (
+  number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, prompt TEXT NOT NULL, responses TEXT NOT NULL,
+  ranks TEXT NOT NULL, models TEXT NOT NULL, answers TEXT NOT NULL, annotator TEXT NOT NULL, created TEXT NOT NULL,
+  withdrawn TEXT
+);
+CREATE TABLE exports (through INTEGER NOT NULL, created TEXT NOT NULL);
+INSERT INTO exports VALUES (2, 'monday'), (3, 'tuesday');
+PRAGMA user_version = 1;
+"""
+
+
+def test_a_store_of_the_first_version_keeps_what_it_holds(tmp_path: Path) -> None:
+    """What it had exported, up to a row, stays exported; what came after waits."""
+    with sqlite3.connect(tmp_path / "feedback.sqlite3") as old:
+        old.executescript(OLD_TABLES)
+        for number in range(1, 6):
+            row = (f"ranking-{number}", "[]", "[]", "[]", "[]", "[]", WHO, "then")
+            old.execute(f"INSERT INTO rankings VALUES (NULL, {', '.join('?' * len(row))}, NULL)", row)
+    old.close()
+    for _ in range(2):  # the second time there is nothing left to change
+        store = Store(tmp_path)
+        assert store.id == "the-old-store"
+        assert store.unwritten_export() is None
+        numbers = [[ranking.number for ranking in store.rankings_of(export)] for export in (1, 2, None)]
+        assert numbers == [[1, 2], [3], [4, 5]]
+        with pytest.raises(InputError, match="exported to the training data"):
+            store.withdraw("ranking-3", WHO)
+        store.close()
+    assert Store(tmp_path).begin_export([4]) == 3
 
 
 def test_a_ranking_is_taken_back_by_its_maker_until_it_is_exported(store: Store) -> None:
@@ -70,13 +110,10 @@ def test_a_ranking_is_taken_back_by_its_maker_until_it_is_exported(store: Store)
         store.withdraw("ranking-2", ELSE)
     assert store.withdraw("ranking-2", WHO) == store.withdraw("ranking-2", WHO)
     assert [ranking.id for ranking in store.rankings()] == ["ranking-1"]
-    store.mark_exported(1)
+    export = store.begin_export([1])
     with pytest.raises(InputError, match="exported to the training data"):
         store.withdraw("ranking-1", WHO)
-    assert store.exported_through() == 1
-    # A number is never given again, or an export would take its second holder for the first.
-    store.withdraw("ranking-2", WHO)
-    assert store.add_ranking("ranking-3", answers, [1, 2, 3], WHO).number == 3
+    assert [ranking.id for ranking in store.rankings_of(export)] == ["ranking-1"]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +156,6 @@ def test_thumbs_and_flags_are_a_table_of_their_own(store: Store) -> None:
     flag = store.add_opinion("opinion-2", answer, "flag", WHO, note="It is rude.")
     assert store.opinions() == [up, flag]
     assert (flag.prompt, flag.response, flag.model, flag.note) == (PROMPT, TEXTS[0], "model-0", "It is rude.")
-    assert store.opinions(after=1) == [flag]
     assert store.rankings() == []
     with pytest.raises(InputError, match='one of up, down, none, flag, unflag; got "sideways"'):
         store.add_opinion("opinion-3", answer, "sideways", WHO)
