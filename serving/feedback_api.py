@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import Field
 from starlette.concurrency import run_in_threadpool
@@ -24,7 +25,7 @@ from serving.intake import naming, refusal
 from serving.judgements import FEWEST, MOST, FeedbackError
 from serving.package import choose
 from serving.requests import Body, ChatMessage, Text, parse
-from serving.samples import draw
+from serving.samples import SEEDS, draw
 
 if TYPE_CHECKING:
     from serving.feedback import Store
@@ -42,7 +43,7 @@ class AnswerRequest(Body):
     messages: list[ChatMessage]
     model: str | None = None
     temperature: float = 0.0
-    seed: int | None = None
+    seed: int | None = Field(None, ge=0, lt=SEEDS)
 
 
 class SampleRequest(Body):
@@ -82,9 +83,9 @@ class OpinionRequest(Body):
 
 
 class SkipRequest(Body):
-    """A question, named by one of the answers shown to it, that this annotator would not rank."""
+    """A question that this annotator would not rank."""
 
-    answer: str
+    prompt: list[ChatMessage]
     annotator: str
 
 
@@ -96,7 +97,7 @@ def told(handler: Handler) -> Handler:
 
     async def answer(request: Request) -> Response:
         try:
-            if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+            if _foreign(request):
                 raise InputError("Only this endpoint's own pages may post here.", code="foreign_page", status=403)
             return await handler(request)
         except InputError as error:
@@ -105,6 +106,15 @@ def told(handler: Handler) -> Handler:
             return JSONResponse({"error": str(error)}, 503)
 
     return answer
+
+
+def _foreign(request: Request) -> bool:
+    """Whether a post comes from another site's page: its browser says so, or, over plain HTTP, the page's address."""
+    said = request.headers.get("sec-fetch-site")
+    if said is not None:
+        return said not in ("same-origin", "none")
+    origin = request.headers.get("origin")
+    return origin is not None and urlsplit(origin).netloc != request.headers.get("host")
 
 
 def opened(request: Request) -> "Store":
@@ -154,7 +164,10 @@ def _event(content: dict[str, Any]) -> str:
 
 @told
 async def samples(request: Request) -> Response:
-    """Draw answers to rank, and tell how many questions wait. Which model gave which is not told."""
+    """Draw answers to rank, and tell how many questions wait. Which model gave which is not told.
+
+    A refusal names the question too, so that it can be skipped.
+    """
     store, questions = opened(request), request.app.state.questions
     asked = parse(SampleRequest, await request.body())
     served = request.app.state.models
@@ -167,7 +180,10 @@ async def samples(request: Request) -> Response:
     reply = {"prompt": prompt, "answers": [], **await written(questions.progress)}
     if prompt is None:
         return JSONResponse(reply)
-    drawn = await run_in_threadpool(draw, models, prompt, asked.count, asked.temperature)
+    try:
+        drawn = await run_in_threadpool(draw, models, prompt, asked.count, asked.temperature)
+    except InputError as error:
+        return JSONResponse({"error": str(error), "prompt": prompt}, error.status)
     ids = await written(store.add_answers, prompt, drawn)
     shown = [{"id": identifier, "text": sample.text} for identifier, sample in zip(ids, drawn, strict=True)]
     return JSONResponse({**reply, "answers": shown})
@@ -203,8 +219,9 @@ async def opinions(request: Request) -> Response:
 async def skips(request: Request) -> Response:
     """Do not offer a question to this annotator again."""
     asked = parse(SkipRequest, await request.body())
-    shown = await written(opened(request).answer, asked.answer)
-    await written(request.app.state.questions.skip, shown.prompt, asked.annotator)
+    prompt = [message.plain() for message in asked.prompt]
+    opened(request)
+    await written(request.app.state.questions.skip, prompt, asked.annotator)
     return JSONResponse({"skipped": True})
 
 

@@ -14,6 +14,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from serving.errors import InputError
+from serving.feedback_api import opened, written
 from serving.intake import naming, refusal
 from serving.judgements import FEWEST, MOST, Answer, FeedbackError
 from serving.package import choose
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from jinja2 import Environment
     from starlette.types import Scope
 
-    from serving.feedback import Store
     from serving.package import Model, Package
 
 WEB = Path(__file__).parent / "web"
@@ -93,7 +93,7 @@ async def provenance(request: Request) -> Response:
     """
     readable = "text/html" in request.headers.get("accept", "")
     try:
-        answer = _answer(request)
+        answer = await _answer(request)
         model = choose(request.app.state.models, answer.model if answer else request.query_params.get("model"))
     except (InputError, FeedbackError) as error:
         found = error if isinstance(error, InputError) else InputError(str(error), status=503)
@@ -106,14 +106,9 @@ async def provenance(request: Request) -> Response:
     return shown
 
 
-def _answer(request: Request) -> Answer | None:
+async def _answer(request: Request) -> Answer | None:
     identifier = request.query_params.get("answer")
-    store: Store | None = request.app.state.store
-    if identifier is None:
-        return None
-    if store is None:
-        raise FeedbackError(request.app.state.store_problem)
-    return store.answer(identifier)
+    return None if identifier is None else await written(opened(request).answer, identifier)
 
 
 ROUTES = [

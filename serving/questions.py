@@ -64,11 +64,12 @@ class Questions:
         return prompt
 
     def skip(self, prompt: Sequence[Message], annotator: str) -> None:
-        """Never offer a question to this annotator again."""
+        """Never offer a question to this annotator again; one that is not in the file is none to be offered."""
         check_id("annotator", annotator)
         with self.store.change() as change:
             change.execute(
-                "INSERT INTO skips VALUES (?, ?, ?) ON CONFLICT DO NOTHING", (annotator, packed_prompt(prompt), now())
+                "INSERT INTO skips SELECT ?, prompt, ? FROM questions WHERE prompt = ? ON CONFLICT DO NOTHING",
+                (annotator, now(), packed_prompt(prompt)),
             )
 
     def progress(self) -> dict[str, Any]:

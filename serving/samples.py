@@ -12,6 +12,7 @@ from serving.judgements import FEWEST
 from serving.package import Model
 
 TRIES = 6  # draws for each answer that is asked for: models that are sure of themselves repeat themselves
+SEEDS = 2**53  # JavaScript's whole numbers end there
 
 
 class Sample(NamedTuple):
@@ -33,7 +34,7 @@ def draw(models: Sequence[Model], prompt: Sequence[Message], count: int, tempera
     turns = cycle(models)
     for _ in range(len(models) if temperature == 0 else count * TRIES):
         model = next(turns)
-        seed = secrets.randbits(53)  # JavaScript's whole numbers end there
+        seed = secrets.randbelow(SEEDS)
         text = model.text.generate(prompt, Sampling(temperature=temperature, seed=seed)).text.strip()
         if text:
             found.setdefault(" ".join(text.split()), Sample(text, model.tag, temperature, seed))

@@ -105,10 +105,10 @@ async function save() {
 
 async function skip() {
   if (!task) return;
-  const answer = task.answers[0].id;
+  const { prompt } = task;
   tell("Answers are being drawn …");
   try {
-    await post("skips", { answer, annotator: annotator() });
+    await post("skips", { prompt, annotator: annotator() });
   } catch (error) {
     say(`The question may come again: ${error.message}`, true);
   }
