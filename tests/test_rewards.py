@@ -43,6 +43,14 @@ def broken(prompts, replies):
 
 def hanging(prompts, replies):
     time.sleep(60)
+
+def lazy(prompts, replies):
+    for reply in replies:
+        time.sleep(60)
+        yield 1.0
+
+def huge(prompts, replies):
+    return [1.0, 1e39]
 """
 
 
@@ -64,20 +72,31 @@ def test_a_function_is_given_prompts_and_replies(tmp_path: Path) -> None:
     ("function", "told"),
     [
         ("short", "it returned 1 rewards for 2 replies. The prompts: q1, q2."),
-        ("nothing", "1 of its 2 rewards are no finite numbers. The prompts: q2."),
+        ("nothing", "1 of its 2 rewards are no finite float32 numbers. The prompts: q2."),
+        ("huge", "1 of its 2 rewards are no finite float32 numbers. The prompts: q2."),
         ("text", "ValueError: could not convert string to float: 'good'"),
         ("broken", "KeyError: 'weights'. The prompts: q1, q2."),
         ("hanging", "TimeoutError: it has not answered within 0.2 s. The prompts: q1, q2."),
+        ("lazy", "TimeoutError: it has not answered within 0.2 s. The prompts: q1, q2."),
     ],
 )
 def test_what_is_no_reward_stops_with_its_name_and_the_prompts(function: str, told: str, tmp_path: Path) -> None:
     """And says what was expected and that nothing is lost."""
     with pytest.raises(RewardError) as caught:
-        asked(function, tmp_path, timeout=0.2 if function == "hanging" else 30.0)
+        asked(function, tmp_path, timeout=0.2 if function in ("hanging", "lazy") else 30.0)
     assert str(caught.value).startswith(f"the reward data/mine.py:{function} could not be used: ")
     assert told in str(caught.value)
     assert "a finite number for each reply" in str(caught.value)
-    assert "goes on from here" in str(caught.value)
+    assert "goes on from here with the same reward" in str(caught.value)
+
+
+def test_how_long_a_reward_may_take_is_no_part_of_the_model() -> None:
+    """So a run that a slow one stopped goes on from its checkpoint under a longer limit."""
+    for kind, path in ((Function, "mine.py"), (Endpoint, "judge.json")):
+        settings: dict[str, Any] = {"name": kind.__name__.lower(), "path": path, "timeout": 3.0}
+        reward = kind.model_validate(settings | ({"function": "rate"} if kind is Function else {}))
+        assert reward.timeout == 3.0
+        assert "timeout" not in reward.model_dump(mode="json")
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ class Alarms(Settings):
     length: float = Field(description="Factor by which replies may grow or shrink", gt=1)
     distinct_2: float = Field(description="Least share kept of the replies' distinct word pairs", ge=0, le=1)
     action: Literal["rollback", "stop", "tell"] = Field(
-        description="rollback: end with the policy that passed with the most reward; stop: end with an error, from "
-        "where the stage can be taken up with other settings; tell: only say so"
+        description="rollback: end with the policy that passed with the most reward; stop: end with an error, "
+        "after which other settings begin anew; tell: only say so"
     )
 
 

@@ -7,7 +7,6 @@ stops the run with its name and the prompts' ids; nothing of the run is lost.
 
 import importlib.util
 import json
-import math
 import queue
 import threading
 import urllib.error
@@ -24,6 +23,7 @@ from tasks.common.settings import Numerics, Settings
 from tasks.common.stage import StageError
 from tasks.common.text.chat import Message
 
+LARGEST = 2.0**128 - 2.0**104  # float32
 NAMED = 8  # prompts that are named in an error
 Prompts = Sequence[Sequence[Message]]
 
@@ -55,7 +55,7 @@ class Function(Settings):
     name: Literal["function"] = Field(description="Kind of reward")
     path: str = Field(description="Python file in the project, a part of the model's identity", pattern=r"\.py$")
     function: str = Field(description="Its function: takes prompts and replies, returns numbers", min_length=1)
-    timeout: float = Field(description="Seconds that one call may take", gt=0)
+    timeout: float = Field(description="Seconds that one call may take", gt=0, exclude=True)  # changes no model
 
 
 class Endpoint(Settings):
@@ -67,7 +67,7 @@ class Endpoint(Settings):
         "stand for the service in the model's identity",
         pattern=r"\.json$",
     )
-    timeout: float = Field(description="Seconds that one call may take", gt=0)
+    timeout: float = Field(description="Seconds that one call may take", gt=0, exclude=True)  # changes no model
 
 
 Reward = Annotated[Model | Function | Endpoint, Field(discriminator="name")]
@@ -102,7 +102,7 @@ class InTime:
 
         def ask() -> None:
             try:
-                answered.put((self.judge(prompts, replies), None))
+                answered.put((list(self.judge(prompts, replies)), None))  # a generator works when it is read
             except Exception as error:  # whatever the user's code raises is told with its name, below
                 answered.put((None, error))
 
@@ -129,9 +129,9 @@ def rated(judge: Judge, called: str, ids: Sequence[str], prompts: Prompts, repli
         raise _unusable(called, ids, f"{type(error).__name__}: {error}") from error
     if len(rewards) != len(replies):
         raise _unusable(called, ids, f"it returned {len(rewards)} rewards for {len(replies)} replies")
-    wrong = [name for name, value in zip(ids, rewards, strict=True) if not math.isfinite(value)]
+    wrong = [name for name, value in zip(ids, rewards, strict=True) if not abs(value) <= LARGEST]
     if wrong:
-        raise _unusable(called, wrong, f"{len(wrong)} of its {len(rewards)} rewards are no finite numbers")
+        raise _unusable(called, wrong, f"{len(wrong)} of its {len(rewards)} rewards are no finite float32 numbers")
     return rewards
 
 
@@ -144,7 +144,8 @@ def _unusable(called: str, ids: Sequence[str], why: str) -> RewardError:
     more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
     return RewardError(
         f"the reward {called} could not be used: {why}. The prompts: {', '.join(ids[:NAMED])}{more}. Expected was a "
-        "finite number for each reply. What was learnt so far is kept: mend it, and the stage goes on from here."
+        "finite number for each reply. What was learnt so far is kept: the stage goes on from here with the same "
+        "reward, be it with a longer timeout. A changed file is another reward, with which it begins anew."
     )
 
 

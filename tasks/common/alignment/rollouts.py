@@ -53,7 +53,9 @@ class Vllm(Settings):
     name: Literal["vllm"] = Field(description="What samples")
     version: str = Field(description="Release of vLLM, which has a part in the policy's identity", min_length=1)
     cache_mb: int = Field(description="Memory for keys and values, in MB", ge=1)
-    timeout: float = Field(description="Seconds that it may take to start, and for an iteration's replies", gt=0)
+    timeout: float = Field(  # changes no model
+        description="Seconds that it may take to start, and for an iteration's replies", gt=0, exclude=True
+    )
 
     @field_validator("version")
     @classmethod
@@ -228,6 +230,7 @@ class Engine:
     def _failed(self, why: str) -> RolloutError:
         said = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LAST_LINES:]
         return RolloutError(
-            f"vLLM could not sample (ppo.rollouts): {why}. What was learnt so far is kept: mend it, and the stage goes "
-            f"on from here. The end of {self.log}:\n" + "\n".join(said or ["(nothing)"])
+            f"vLLM could not sample (ppo.rollouts): {why}. What was learnt so far is kept, and the stage goes on from "
+            f"here, be it with a longer timeout; other settings begin anew. The end of {self.log}:\n"
+            + "\n".join(said or ["(nothing)"])
         )
