@@ -44,7 +44,7 @@ def main(folder: Path) -> None:
         return Trainer(
             inner, Sampler(12, 12, 16, 1.0, 1.0, seed=1), policy, begun(settings.optimizer, policy.model, world),
             tokenizer, lambda prompts, replies: [len(text) / 10 for text in replies], "a test",
-            ppo.questions_of(tokenizer, table),
+            ppo.questions_of(tokenizer, table, 16),
             Term.of(inner.ptx, split, 1, world), world,
         ), trained  # fmt: skip
 
@@ -53,8 +53,8 @@ def main(folder: Path) -> None:
     known = ((field.name, getattr(rollout, field.name)) for field in fields(Rollout))
     mine = Rollout(**{name: value[share] for name, value in known if value is not None})
     ours, trained = trainer(world)
-    for _ in range(2):  # the second sees the weights of the first
-        ours.update(mine, np.arange(len(mine.ids)), 1e-3)
+    for policy_learns in (True, True, False):  # each sees the weights of the one before; the last is one of a warm-up
+        ours.update(mine, np.arange(len(mine.ids)), 1e-3, policy_learns=policy_learns)
     ours.updates.end(trained)
     found = {name: value.detach().clone() for name, value in trained.named_parameters() if value.requires_grad}
     world.leave()

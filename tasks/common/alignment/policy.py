@@ -121,13 +121,11 @@ class Policy:
                 found[part.rows, end - states.shape[1] : end] = states.float()
         return found
 
-    def forward(
-        self, part: "Part", *, entropy: bool = False, backbone: bool = True
-    ) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
+    def forward(self, part: "Part", *, entropy: bool = False) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
         """Return log-probability, value and entropy (nats) of a part's reply tokens, each (B, part.width).
 
         The token at position t is predicted, and valued, from the state at t - 1. The temperature is the sampler's.
-        Without `entropy` that is 0, and without a head the values are; without `backbone` their gradient stops at it.
+        Without `entropy` that is 0, and without a head the values are.
         """
         import torch
 
@@ -140,7 +138,7 @@ class Policy:
         states = states[:, part.before].float()
         values = states.new_zeros(states.shape[:-1])
         if hasattr(self.model, HEAD):
-            values = self.model.value_head(states if backbone else states.detach())[..., 0]
+            values = self.model.value_head(states)[..., 0]
         logp, uncertain = self._log_probabilities(out.logits, part, entropy=entropy)
         return logp, values, torch.zeros_like(logp) if uncertain is None else uncertain
 
@@ -197,6 +195,25 @@ class Policy:
         """Go on with other trained weights."""
         for name, value in trained_weights(self.model).items():
             value.copy_(weights[name])
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within this a step moves the value function alone.
+
+        What else is trained loses its gradient, even of zeros, which would leave it to weight decay.
+        """
+        still = [
+            weight for name, weight in self.model.named_parameters()
+            if weight.requires_grad and not name.startswith((f"{HEAD}.", f"{CRITIC}."))
+        ]  # fmt: skip
+        for weight in still:
+            weight.grad = None
+            weight.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for weight in still:
+                weight.requires_grad_(True)
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:

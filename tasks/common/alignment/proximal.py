@@ -8,6 +8,7 @@ Matrices are (N, R): this process's N replies, padded on the right to R tokens.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -215,10 +216,8 @@ class Trainer:
         totals = torch.zeros(5, device=tokens.device)
         states = None if rollout.states is None else rollout.states[rows]
         for part in self.policy.parts(rollout.ids[rows], rollout.mask[rows], replied.shape[1], states):
-            sums = self.sums(rollout, torch.as_tensor(rows, device=part.rows.device)[part.rows], part, policy_learns)
-            weights = sums.new_tensor(
-                [float(policy_learns), config.value_weight, -config.entropy * policy_learns, 0, 0]
-            )
+            sums = self.sums(rollout, torch.as_tensor(rows, device=part.rows.device)[part.rows], part)
+            weights = sums.new_tensor([policy_learns, config.value_weight, -config.entropy * policy_learns, 0, 0])
             self.updates.backward((sums * weights).sum() / tokens)
             totals += sums.detach()
         names = ("policy_loss", "value_loss", "update_entropy", "clip_fraction", "moved")
@@ -227,21 +226,21 @@ class Trainer:
         ptx = self.ptx if policy_learns else None
         means["ptx_loss"] = ptx.add(self.policy, self.updates, self.steps) if ptx else tokens.new_zeros(())
         # 10. The step.
-        found = dict(
-            zip([*means, "gradient_norm"], self.updates.step(torch.stack([*means.values()]), rate), strict=True)
-        )
+        with nullcontext() if policy_learns else self.policy.held():
+            figures = self.updates.step(torch.stack([*means.values()]), rate)
+        found = dict(zip([*means, "gradient_norm"], figures, strict=True))
         must_be_finite(found, self.steps + 1, rate)
         self.steps += 1
         for name, value in trained_weights(self.policy.model).items() if self.average else ():
             self.average[name].lerp_(value, 1 - (config.average or 0))
         return found
 
-    def sums(self, rollout: Rollout, rows: "torch.Tensor", part: Part, policy_learns: bool) -> "torch.Tensor":
+    def sums(self, rollout: Rollout, rows: "torch.Tensor", part: Part) -> "torch.Tensor":
         """Return the sums over a part's tokens of: policy loss, value loss, entropy, clipped tokens, KL moved."""
         import torch
 
         config = self.config
-        logp, values, entropy = self.policy.forward(part, entropy=config.entropy > 0, backbone=policy_learns)
+        logp, values, entropy = self.policy.forward(part, entropy=config.entropy > 0)
 
         def of(whole: "torch.Tensor") -> "torch.Tensor":
             return whole[rows, : part.width]
