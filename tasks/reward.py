@@ -28,7 +28,7 @@ from tasks.common.settings import Settings
 from tasks.common.stage import Job, StageError
 from tasks.common.text import chat
 from tasks.common.training import losses
-from tasks.common.training.bases import fit_lexicon, with_bases
+from tasks.common.training.bases import fit_lexicon, mostly_rated, with_bases
 from tasks.common.training.loop import NAMED, Drawn, Share, Training, batch_at, summary, train
 
 if TYPE_CHECKING:
@@ -122,6 +122,8 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         model = new_scorer(config, job)
     model.config.pad_token_id = tokenizer.pad_token_id
     lexicon, known = with_bases(train_set, config.words)
+    if not config.rating or (config.words and not mostly_rated(train_set)):
+        scale = None  # a score is then a logit, of which the raters' scale is no bound
     trained = methods.apply(model, config.method)
     frozen = Frozen(trained, tokenizer, job.numerics) if isinstance(config.method, Head) else None
     judgements = Judgements(config, job, trained, tokenizer, train_set, known, frozen=frozen)

@@ -289,6 +289,14 @@ def test_a_reward_model_learns_peoples_order(
     assert bad == pytest.approx(-4.0, abs=1.5)
 
 
+def test_orders_of_rated_responses_have_scores_without_bounds(chain: Chain, tmp_path: Path) -> None:
+    """A logit has no ends, and cut off at those of a short scale, most would be one and the same."""
+    settings = config("reward", rating=0.0, ordering={**BRADLEY_TERRY, "weight": 1.0}, steps=1)
+    job = chain.job("reward@policy", settings, tmp_path)
+    chain.run(job, settings)
+    assert Scorer.load(job.outputs["model"], NUMERICS).scale is None
+
+
 def test_orders_alone_teach_words_and_model(chain: Chain, tmp_path: Path) -> None:
     """Without any rating: the words' part of a score says which adjective is better, and is told beside the whole."""
     rows = []

@@ -1,8 +1,9 @@
 """Scores from a reward model: what PPO learns from and what the sheet's mean reward is.
 
 A score is a model's number for the tokens of a reply, or of the whole conversation, plus a lexicon's for the reply's
-words, on the raters' scale. A model of several heads has as many numbers: their mean is its score, and how far they lie
-apart tells where it knows little (Coste et al. 2024, "Reward Model Ensembles Help Mitigate Overoptimization").
+words, on the raters' scale (a logit, where it is orders that were learnt from). A model of several heads has as many
+numbers: their mean is its score, and how far they lie apart tells where it knows little (Coste et al. 2024, "Reward
+Model Ensembles Help Mitigate Overoptimization").
 """
 
 import math
@@ -50,7 +51,7 @@ class Scorer:
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerFast"
     lexicon: Lexicon  # its rating of the reply's words is a part of the score
-    scale: Sequence[float] | None  # the ends of the raters' scale, which no score leaves; None where people only ranked
+    scale: Sequence[float] | None  # the ends of the raters' scale, which no score leaves; None: scores are logits
     max_tokens: int
     reads: Reads
     numerics: Numerics

@@ -26,12 +26,16 @@ def with_bases(rankings: Sequence[Ranking], words: bool) -> tuple[Lexicon, Bases
 
     Of fewer rankings than there are folds nothing is known by words: the base is their mean rating, or 0.
     """
-    rated = sum(ranking.ratings is not None for ranking in rankings)
-    if not words or 2 * rated >= len(rankings):
+    if not words or mostly_rated(rankings):
         return _of_ratings(rankings, words)
     lexicon, bases = _of_orders(rankings)
     start = _start(rankings, bases)
     return replace(lexicon, mean=lexicon.mean + start), [[value + start for value in base] for base in bases]
+
+
+def mostly_rated(rankings: Sequence[Ranking]) -> bool:
+    """Return whether half of the rankings or more have ratings, in whose unit words are then learnt."""
+    return 2 * sum(ranking.ratings is not None for ranking in rankings) >= len(rankings)
 
 
 def fit_lexicon(rankings: Sequence[Ranking], *, words: bool = True, bigrams: bool = False) -> Lexicon:
