@@ -174,6 +174,27 @@ def test_nothing_is_read_beyond_the_context(path: str, params: dict[str, Any]) -
     ]
 
 
+@pytest.mark.parametrize(
+    ("section", "name", "value", "told"),
+    [
+        ("kl", "horizon", 95, "horizon: found 95, but it should be 0, for a fixed price, or at least ppo.episodes"),
+        ("algorithm", "value_warmup", 18, "value_warmup: found 18, but it should be less than ppo.iterations"),
+        ("ppo", "max_new_tokens", 65, "max_new_tokens: found 65, but it should be at most reward.max_tokens"),
+    ],
+)
+def test_ppo_neither_steers_too_fast_nor_learns_nothing_nor_says_what_nobody_rates(
+    section: str, name: str, value: int, told: str, params: dict[str, Any]
+) -> None:
+    ppo = params["ppo"]
+    inner = {"kl": ppo["algorithm"]["kl"], "algorithm": ppo["algorithm"], "ppo": ppo}[section]
+    inner[name] = value
+    [found] = problems(params)
+    assert told in found
+    ppo["algorithm"]["kl"]["horizon"] = ppo["algorithm"]["value_warmup"] = 0
+    ppo["max_new_tokens"] = 40
+    check(params)
+
+
 def test_tensor_cuts_matrices_and_not_batches(params: dict[str, Any]) -> None:
     """Three processes read the same 32 windows, but cannot share four heads out."""
     params["numerics"]["parallel"] = {"processes": 3, "engine": "tensor"}

@@ -20,6 +20,8 @@ AT_MOST = (
     ("ppo.method.layers", "pretrain.clm.model.layers", "the model has no more blocks to train"),
     ("ppo.method.rank", "pretrain.clm.model.hidden", "a matrix of the model's width has no higher rank"),
     ("ppo.minibatch", "ppo.episodes", "an update learns from some of an iteration's replies"),
+    ("ppo.max_new_tokens", "reward.max_tokens", "of a longer reply the reward model sees the beginning alone"),
+    ("evaluate.max_new_tokens", "reward.max_tokens", "of a longer reply the judge sees the beginning alone"),
     ("tokenize.context", "pretrain.clm.model.positions", "the model that training goes on from knows no more"),
     *(
         (setting, "tokenize.context", "the models read no longer rows")
@@ -71,6 +73,7 @@ def of_settings(params: dict[str, Any]) -> Iterator[str]:
             yield f"{path}: found {value!r}, which needs {other} to be {needed} (it is {_at(params, other)}): {why}"
     if _at(params, "reward.model") == CHECKPOINT and _at(params, "ingest.checkpoint") is None:
         yield f"reward.model: found {CHECKPOINT!r}, but ingest.checkpoint is null: name a model there, or take another"
+    yield from _proximal(params)
     yield from _shares(params)
     yield from _zero(params)
     yield from _groups(params)
@@ -179,6 +182,22 @@ def _groups(params: dict[str, Any]) -> Iterator[str]:
                 f"ppo.algorithm.pairs.{name}: found {pairs!r}, but reward.{name} is {judge!r}: make them equal, or the "
                 "judge would learn from what the policy learns from"
             )
+
+
+def _proximal(params: dict[str, Any]) -> Iterator[str]:
+    """Tell of a price of KL that is steered too fast, and of a policy that never learns."""
+    horizon, episodes = _at(params, "ppo.algorithm.kl.horizon"), _at(params, "ppo.episodes")
+    if isinstance(horizon, int | float) and isinstance(episodes, int) and 0 < horizon < episodes:
+        yield (
+            f"ppo.algorithm.kl.horizon: found {horizon:g}, but it should be 0, for a fixed price, or at least "
+            f"ppo.episodes, which is {episodes}: one iteration would move the price by more than the KL is off"
+        )
+    warmup, iterations = _at(params, "ppo.algorithm.value_warmup"), _at(params, "ppo.iterations")
+    if isinstance(warmup, int) and isinstance(iterations, int) and warmup >= iterations:
+        yield (
+            f"ppo.algorithm.value_warmup: found {warmup}, but it should be less than ppo.iterations, which is "
+            f"{iterations}: the policy would never learn"
+        )
 
 
 def _multiple(params: dict[str, Any], path: str, of: str, why: str) -> Iterator[str]:
