@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from flows.results import Results
+from tasks.common.evaluation.agreement import headline
 
 Note = tuple[str, str]  # in a few words, and in full
 
@@ -51,7 +52,7 @@ def limits(run: Results) -> list[Note]:
 def _modest(run: Results) -> list[Note]:
     """Return the limits that follow from the figures themselves."""
     notes = []
-    gap = run.metrics("reward@policy").get("gap_at_least_1") or {}
+    gap = headline(run.metrics("reward@policy"))
     ours, peers = gap.get("model"), {"words": "bag_of_words", "words and their pairs": "bag_of_words_and_bigrams"}
     shares = {name: gap[key] for name, key in peers.items() if gap.get(key) is not None}
     if ours is not None and shares and ours <= max(shares.values()):

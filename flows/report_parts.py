@@ -16,6 +16,7 @@ from markupsafe import Markup
 from flows import report_lineage, report_plots
 from flows.report_plots import Level, Series
 from flows.results import DONE, Results, Step
+from tasks.common.evaluation.agreement import RANKED
 
 Part = dict[str, Any]
 
@@ -52,9 +53,6 @@ SECTIONS = {
     "reward": "reward", "ppo": "ppo", "prune": "training", "quantize": "size", "evaluate": "evaluation",
     "compare": "evaluation", "package": "top",
 }  # fmt: skip
-
-
-RANKED = "ranked_only"  # figures of pairs that people put in order without rating them
 
 
 def headline(run: Results) -> Part:

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from tasks.common import stage, tables
-from tasks.common.evaluation import bootstrap, continuations, samples
+from tasks.common.evaluation import agreement, bootstrap, continuations, samples
 from tasks.common.settings import Settings
 from tasks.common.stage import Job
 
@@ -54,7 +54,9 @@ class Gates(Settings):
     heldout_exact_match_min: float = Field(
         description="Exact match of the tuned model on held-out entities", ge=0, le=1
     )
-    reward_accuracy_min: float = Field(description="Held-out pairs (gap >= 1) in people's order", ge=0, le=1)
+    reward_accuracy_min: float = Field(
+        description="Held-out pairs in people's order: those a rating point apart, or what else there is", ge=0, le=1
+    )
     ppo_reward_gain_min: float = Field(description="Mean reward gained by PPO, in rating points", ge=-8, le=8)
     ppo_exact_match_drop_max: float = Field(
         description="Exact match lost by PPO, on either side of the sheet", ge=0, le=1
@@ -125,7 +127,7 @@ def judge(sheets: dict[str, Any], others: dict[str, Any], gates: Gates) -> list[
         "masked_names_min": sheets["encoder"]["masked_names"],
         "tuned_exact_match_min": tuned["exact_match_tuned"],
         "heldout_exact_match_min": tuned["exact_match_heldout"],
-        "reward_accuracy_min": others["reward"].get("gap_at_least_1", {}).get("model"),
+        "reward_accuracy_min": agreement.headline(others["reward"]).get("model"),
         "ppo_reward_gain_min": policy["reward_mean"] - tuned["reward_mean"],
         "ppo_exact_match_drop_max": drop(tuned, policy),
         "ppo_distinct_2_kept_min": policy["distinct_2"] / tuned["distinct_2"] if tuned["distinct_2"] else None,

@@ -223,6 +223,19 @@ def test_a_figure_that_could_not_be_had_fails(name: str, sheets: Any) -> None:
     assert found["passed"] is False
 
 
+@pytest.mark.parametrize(
+    ("figures", "value"),
+    [
+        ({"gap_at_least_1": {"model": 0.9}, "ranked_only": {"model": 0.7}}, 0.9),
+        ({"gap_at_least_1": {"pairs": 0, "model": None}, "gap_at_least_0.5": {"model": 0.8}}, 0.8),
+        ({"gap_at_least_1": {"pairs": 0, "model": None}, "ranked_only": {"model": 0.7}}, 0.7),
+    ],
+)
+def test_the_reward_model_is_held_to_the_pairs_that_there_are(figures: dict[str, Any], value: float) -> None:
+    """People who only ranked, or rated from 0 to 1, make no pairs a point apart."""
+    assert verdicts(others={**OTHERS, "reward": figures})["reward_accuracy_min"]["value"] == value
+
+
 def test_a_reward_model_without_pairs_fails() -> None:
     """No held-out pairs is no accuracy."""
     assert verdicts(others={**OTHERS, "reward": {"heldout_pairs": 0}})["reward_accuracy_min"]["passed"] is False

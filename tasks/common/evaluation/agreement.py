@@ -12,6 +12,8 @@ from tasks.common.evaluation.scoring import Scorer
 from tasks.common.modelling.lexicon import Lexicon
 
 GAPS = (0.2, 0.5, 1.0, 2.0)
+RANKED = "ranked_only"  # figures of pairs that people put in order without rating them
+HEADLINE = ("gap_at_least_1", "gap_at_least_0.5", "gap_at_least_0.2", RANKED)
 Numbers = npt.NDArray[np.float64]
 Pair = tuple[int, int]  # places of the better and of the worse response
 
@@ -37,7 +39,7 @@ def judge(scorer: Scorer, heldout: Sequence[Ranking], peers: Mapping[str, Lexico
     unmeasured = [(i, j) for i, j, size in pairs if math.isnan(size)]
     if unmeasured:
         theirs = {name: accuracy(values, unmeasured) for name, values in words.items()}
-        result["ranked_only"] = {"pairs": len(unmeasured), "model": accuracy(ours, unmeasured), **theirs}
+        result[RANKED] = {"pairs": len(unmeasured), "model": accuracy(ours, unmeasured), **theirs}
     if any(apart):
         result["disagreement"] = round(float(np.mean(apart)), 4)
     rated = [(at + i, value) for at, ranking in placed for i, value in enumerate(ranking.ratings or ())]
@@ -46,6 +48,15 @@ def judge(scorer: Scorer, heldout: Sequence[Ranking], peers: Mapping[str, Lexico
         "length": length(ours, lengths, rated, [(i, j) for i, j, _ in pairs]),
         "calibration": calibration([(scores[place], value) for place, value in rated]),
     }
+
+
+def headline(figures: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the figures of the pairs that a reward model is held to, of what `judge` found; {} where there are none.
+
+    They are those a rating point apart; on a scale that is shorter, or of people who ranked alone, what else there is.
+    """
+    found = (figures.get(name) or {} for name in HEADLINE)
+    return next((figure for figure in found if figure.get("model") is not None), {})
 
 
 def accuracy(scores: Numbers | None, pairs: Sequence[Pair]) -> float | None:
