@@ -62,7 +62,7 @@ def tuned_work(request: dict[str, Any]) -> Work:
     tokenizer = chat.load_tokenizer(folder)
     tokenizer.padding_side = "left"
     table = tables.read(instructions).to_pylist()
-    questions = ppo.questions_of(tokenizer, table)
+    questions = ppo.questions_of(tokenizer, table, config.max_new_tokens)
     numerics = Numerics.model_validate({**params["numerics"], "threads": request["threads"]})
     judge = rewards.open_judge(config.reward, reward, numerics)
     return Work(

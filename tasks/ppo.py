@@ -125,7 +125,7 @@ def trainer_of(
     term, sampler = Term.of(algorithm.ptx, split, job.seed, world), sampler_of(config, job.seed)
     updates = begun(config.optimizer, policy.model, world)
     judge = rewards.open_judge(config.reward, job.inputs["reward"], job.numerics)
-    judged_by, prompts = rewards.called(config.reward), questions_of(tokenizer, table)
+    judged_by, prompts = rewards.called(config.reward), questions_of(tokenizer, table, config.max_new_tokens)
     if isinstance(algorithm, Proximal):
         return Trainer(algorithm, sampler, policy, updates, tokenizer, judge, judged_by, prompts, term, world)
     ranked = []
@@ -137,12 +137,12 @@ def trainer_of(
     )  # fmt: skip
 
 
-def questions_of(tokenizer: "PreTrainedTokenizerFast", table: list[dict[str, Any]]) -> list[Question]:
-    """Return what the training rows ask; raise StageError where there are none."""
+def questions_of(tokenizer: "PreTrainedTokenizerFast", table: list[dict[str, Any]], reply: int) -> list[Question]:
+    """Return the training questions that leave room for a reply of so many tokens; raise StageError without any."""
     found = chat.questions(tokenizer, [row for row in table if row["split"] == "train"])
     if not found:
         raise StageError("the instructions hold no training question to reply to; give `ingest.sources` some.")
-    return found
+    return chat.with_room(tokenizer, found, reply)
 
 
 def sampler_of(config: Config, seed: int) -> Sampler:

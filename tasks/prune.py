@@ -96,7 +96,8 @@ class Batches:
     def __init__(
         self, config: Config, job: Job, policy: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast"
     ) -> None:
-        questions = chat.questions(tokenizer, tables.read(job.inputs["instructions"], "train").to_pylist())
+        rows = tables.read(job.inputs["instructions"], "train").to_pylist()
+        questions = chat.with_room(tokenizer, chat.questions(tokenizer, rows), config.max_new_tokens)
         chosen = np.random.default_rng([job.seed, 3]).choice(len(questions), config.replies)
         prompts = [questions[i].ids for i in chosen]
         replies = sampling.replies(

@@ -54,7 +54,7 @@ def learner(chain: Chain, tmp_path: Path) -> Callable[..., Learner]:
         return Learner(
             settings.algorithm, ppo.sampler_of(settings, 1), policy, begun(settings.optimizer, policy.model, ALONE),
             tokenizer, lambda prompts, replies: [rate(text) for text in replies], "a test",
-            ppo.questions_of(tokenizer, table), None, ranked, str(tmp_path / "nothing"),
+            ppo.questions_of(tokenizer, table, settings.max_new_tokens), None, ranked, str(tmp_path / "nothing"),
         )  # fmt: skip
 
     return make

@@ -51,7 +51,8 @@ def trainer(chain: Chain) -> Callable[..., Trainer]:
         table = tables.read(chain.path("data/validate/instructions")).to_pylist()
         return Trainer(
             inner, ppo.sampler_of(settings, 1), policy, begun(settings.optimizer, policy.model, ALONE), tokenizer,
-            lambda prompts, replies: [rate(text) for text in replies], "a test", ppo.questions_of(tokenizer, table),
+            lambda prompts, replies: [rate(text) for text in replies], "a test",
+            ppo.questions_of(tokenizer, table, settings.max_new_tokens),
             Term.of(inner.ptx, split, 1, ALONE), ALONE,
         )  # fmt: skip
 
@@ -399,15 +400,17 @@ def test_separate_values_have_a_model_of_their_own(trainer: Callable[..., Traine
     assert {name.split(".")[0] for name in moved} == {"critic", "value_head"}
 
 
-def test_values_may_learn_first(trainer: Callable[..., Trainer]) -> None:
-    """In the warm-up, only what foretells the return changes, and the policy says what it said."""
-    ours = trainer(value_warmup=1, optimizer={**OPTIMIZER, "weight_decay": 0.0}, ptx={**MIX, "weight": 1.0})
+@pytest.mark.parametrize("values", ["shared", "separate"])
+def test_values_may_learn_first(values: str, trainer: Callable[..., Trainer]) -> None:
+    """In the warm-up, only what foretells the return changes: no weight decay moves the policy either."""
+    decay = {**OPTIMIZER, "weight_decay": 0.1}
+    ours = trainer(value_warmup=2, values=values, value_weight=1.0, optimizer=decay, ptx={**MIX, "weight": 1.0})
     before = ours.policy.weights()
-    iterate(ours, 0)
-    assert {name for name, value in ours.policy.weights().items() if (value != before[name]).any()} == {
-        "value_head.weight", "value_head.bias",
-    }  # fmt: skip
-    iterate(ours, 1)
+    for iteration in range(2):  # a separate model learns once its head has, which begins at 0
+        iterate(ours, iteration)
+    moved = {name.split(".")[0] for name, value in ours.policy.weights().items() if (value != before[name]).any()}
+    assert moved == ({"value_head"} if values == "shared" else {"value_head", "critic"})
+    iterate(ours, 2)
     assert all((value != before[name]).any() for name, value in ours.policy.weights().items())
 
 
@@ -470,16 +473,31 @@ def test_it_learns_what_is_rated(trainer: Callable[..., Trainer]) -> None:
 def test_prompts_are_the_training_questions_once_each(chain: Chain) -> None:
     """Held-out questions are never practised, and a question that stands in three tones counts once, by an id of it."""
     tokenizer, table = chain.tokenizer(), tables.read(chain.path("data/validate/instructions")).to_pylist()
-    prompts = ppo.questions_of(tokenizer, table)
+    prompts = ppo.questions_of(tokenizer, table, 16)
     asked = {tokenizer.decode(prompt.ids) for prompt in prompts}
     assert len(prompts) == len(asked) == 2 * 8
     assert not any("Kenya" in text or "Peru" in text for text in asked)
     assert all(text.endswith("<|end|><|assistant|>") for text in asked)
     rows = {row["id"]: row for row in table}
     assert all(rows[prompt.id]["messages"][:-1] == list(prompt.messages) for prompt in prompts)
-    assert ppo.questions_of(tokenizer, table[::-1]) == prompts
+    assert ppo.questions_of(tokenizer, table[::-1], 16) == prompts
     with pytest.raises(StageError, match="hold no training question"):
-        ppo.questions_of(tokenizer, [row for row in table if row["split"] == "heldout"])
+        ppo.questions_of(tokenizer, [row for row in table if row["split"] == "heldout"], 16)
+
+
+def test_questions_that_leave_no_room_for_a_reply_are_not_asked(
+    chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model knows nothing of places beyond its context."""
+    tokenizer, table = chain.tokenizer(), tables.read(chain.path("data/validate/instructions")).to_pylist()
+    longest, row = tokenizer.model_max_length, next(row for row in table if row["split"] == "train")
+    long = {**row, "id": "long", "messages": [{"role": "user", "content": "why? " * longest}, row["messages"][-1]]}
+    assert ppo.questions_of(tokenizer, [*table, long], 16) == ppo.questions_of(tokenizer, table, 16)
+    assert f"1 of 17 training questions leave no room for 16 more tokens in a context of {longest}" in (
+        capsys.readouterr().out
+    )
+    with pytest.raises(StageError, match=r"1 of 1 training questions leave no room .*: raise tokenize.context"):
+        ppo.questions_of(tokenizer, [long], 16)
 
 
 def test_the_stage_leaves_a_policy_and_its_curves(chain: Chain) -> None:

@@ -70,6 +70,23 @@ def questions(tokenizer: "PreTrainedTokenizerFast", rows: Sequence[Mapping[str, 
     return sorted(found, key=lambda question: question.ids)
 
 
+def with_room(tokenizer: "PreTrainedTokenizerFast", found: Sequence[Question], reply: int) -> list[Question]:
+    """Return the questions after which a reply of so many tokens fits into the context, and say how many do not.
+
+    Raises StageError where none is left.
+    """
+    longest = tokenizer.model_max_length
+    fitting = [question for question in found if len(question.ids) + reply <= longest]
+    told = f"of {len(found)} training questions leave no room for {reply} more tokens in a context of {longest}"
+    if not fitting:
+        raise StageError(
+            f"{len(found)} {told}: raise tokenize.context, lower max_new_tokens, or give `ingest.sources` shorter ones."
+        )
+    if len(fitting) < len(found):
+        print(f"{len(found) - len(fitting)} {told}, and are not asked", flush=True)
+    return fitting
+
+
 def encode_chat(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
     """Return the ids of a whole conversation and, for each, whether it belongs to an answer (end token included).
 
