@@ -1,0 +1,61 @@
+"""The chat page in a real browser: answers, opinions on them, and which of two is better."""
+
+from typing import TYPE_CHECKING
+
+from serving.feedback import Store
+from tests.browser_fixtures import browser, page
+from tests.page_fixtures import OTHER, SCRIPT, address, folder, slide, store
+from tests.serving_fixtures import TAG, answer, package, question
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+__all__ = ["address", "browser", "folder", "package", "page", "store"]
+
+
+def test_chat_streams_stops_and_takes_thumbs(page: "Page", address: str, store: Store) -> None:
+    page.goto(address)
+    page.fill("#message", question("Japan"))
+    page.keyboard.press("Enter")
+    page.locator(".reply a").wait_for()
+    assert page.inner_text(".reply .text") == answer("Japan")
+    assert TAG in page.inner_text(".reply .who")
+    rankings = len(store.rankings())
+    page.get_by_role("button", name="Good: ").click()
+    page.locator("#status", has_text="Saved").wait_for()
+    [opinion] = store.opinions()
+    assert (opinion.opinion, opinion.response, opinion.model) == ("up", answer("Japan"), TAG)
+    page.get_by_role("button", name="Flag ").click()
+    page.fill("#flag-note", SCRIPT)
+    page.get_by_role("button", name="Flag it").click()
+    page.locator("#status", has_text="Flagged").wait_for()
+    assert [(one.opinion, one.note) for one in store.opinions()] == [("up", ""), ("flag", SCRIPT)]
+    assert len(store.rankings()) == rankings
+    with page.context.expect_page() as opened:
+        page.click("text=What made this?")
+    lineage = opened.value.inner_text("main")
+    assert answer("Japan") in lineage
+    assert TAG in lineage
+    page.route("**/feedback/answers", lambda route: None)  # an answer that does not come
+    page.fill("#message", "And then?")
+    page.keyboard.press("Enter")
+    page.click("#stop")
+    page.locator(".reply", has_text="Stopped").wait_for()
+    assert page.locator("#send").is_visible()
+
+
+def test_side_by_side_answers_feed_rankings(page: "Page", address: str, store: Store) -> None:
+    page.goto(address)
+    page.check("#side-by-side")
+    slide(page, 2)
+    page.fill("#message", question("France"))
+    page.keyboard.press("Enter")
+    page.click("text=B is better")
+    page.locator(".verdict", has_text="Saved as ranking").wait_for()
+    row = store.rankings()[-1]
+    shown = page.locator(".reply .text").all_text_contents()
+    assert ([text.strip() for text in row.responses], row.ranks) == ([text.strip() for text in shown], [2, 1])
+    assert sorted(row.models) == [OTHER, TAG]
+    # Whose answer was whose is told only now, and rightly.
+    names = page.locator(".reply .who").all_inner_texts()
+    assert [model in name for model, name in zip(row.models, names, strict=True)] == [True, True]
