@@ -14,25 +14,35 @@ export function make(name, properties = {}, ...children) {
 
 export const find = (id) => document.getElementById(id);
 
-/** This browser's memory, or this page's where the browser keeps none. */
-const fallback = new Map();
-export const memory = {
+class Memory {
+  #storage; // a function: where a browser keeps nothing, the mere mention of its storage raises
+  #fallback = new Map();
+
+  constructor(storage) {
+    this.#storage = storage;
+  }
+
   get(key, otherwise = null) {
     try {
-      const text = localStorage.getItem(`bessemer.${key}`);
-      return text === null ? fallback.get(key) ?? otherwise : JSON.parse(text);
+      const text = this.#storage().getItem(`bessemer.${key}`);
+      return text === null ? this.#fallback.get(key) ?? otherwise : JSON.parse(text);
     } catch {
-      return fallback.get(key) ?? otherwise;
+      return this.#fallback.get(key) ?? otherwise;
     }
-  },
+  }
+
   set(key, value) {
     try {
-      localStorage.setItem(`bessemer.${key}`, JSON.stringify(value));
+      this.#storage().setItem(`bessemer.${key}`, JSON.stringify(value));
     } catch {
-      fallback.set(key, value);
+      this.#fallback.set(key, value);
     }
-  },
-};
+  }
+}
+
+/** This browser's memory and this tab's, or the page's where the browser keeps none. */
+export const memory = new Memory(() => localStorage);
+export const tab = new Memory(() => sessionStorage);
 
 /** An id that nobody else makes. (`crypto.randomUUID` is absent where a page comes over plain HTTP.) */
 export function newId() {
@@ -56,11 +66,12 @@ export function say(text, bad = false, quiet = false) {
   clearing = setTimeout(() => line.remove(), bad ? 12000 : 5000);
 }
 
-/** The server understood and said no; sending the same again would not help. */
+/** The server understood and said no; sending the same again would not help. It may name the prompt that it is about. */
 export class Refused extends Error {
-  constructor(message, status) {
+  constructor(message, status, prompt) {
     super(message);
     this.status = status;
+    this.prompt = prompt;
   }
 }
 
@@ -79,13 +90,14 @@ export async function request(route, body, signal) {
     throw new Unreached("The server cannot be reached.");
   }
   if (response.ok) return response;
-  let sentence;
+  let said = null;
   try {
-    sentence = (await response.json()).error;
-  } catch { /* not ours: a proxy's, or the server on its way down */ }
-  sentence ||= `The server answered ${response.status}.`;
-  if (response.status >= 500 || response.status === 429) throw new Unreached(sentence);
-  throw new Refused(sentence, response.status);
+    said = await response.json();
+  } catch { /* not JSON: not the endpoint's */ }
+  // Whoever else answers here (a proxy, another program on this port) has not understood and cannot refuse.
+  if (typeof said?.error !== "string") throw new Unreached(`The server answered ${response.status}.`);
+  if (response.status >= 500 || response.status === 429) throw new Unreached(said.error);
+  throw new Refused(said.error, response.status, said.prompt);
 }
 
 /** Post JSON and return the reply, its bytes all here. */
