@@ -1,5 +1,6 @@
 """The chat page in a real browser: answers, opinions on them, and which of two is better."""
 
+import json
 from typing import TYPE_CHECKING
 
 from serving.feedback import Store
@@ -8,7 +9,7 @@ from tests.page_fixtures import OTHER, SCRIPT, address, folder, slide, store
 from tests.serving_fixtures import TAG, answer, package, question
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Page, Route
 
 __all__ = ["address", "browser", "folder", "package", "page", "store"]
 
@@ -59,3 +60,35 @@ def test_side_by_side_answers_feed_rankings(page: "Page", address: str, store: S
     # Whose answer was whose is told only now, and rightly.
     names = page.locator(".reply .who").all_inner_texts()
     assert [model in name for model, name in zip(row.models, names, strict=True)] == [True, True]
+
+
+def test_a_late_verdict_changes_its_own_turn_alone(page: "Page", address: str, store: Store) -> None:
+    asked: list[list[dict[str, str]]] = []
+
+    def reply(route: "Route") -> None:
+        """Answer in words that tell which answer to which question it is, as the endpoint would."""
+        messages = json.loads(route.request.post_data or "")["messages"]
+        asked.append(messages)
+        text = f"Reply {len(asked)} to {messages[-1]['content']}"
+        [kept] = store.add_answers(messages, [(text, TAG, 0.8, len(asked))])
+        end = {"id": kept, "name": "bessemer", "model": TAG, "finish_reason": "stop", "problem": None}
+        events = [{"text": text}, end]
+        route.fulfill(
+            content_type="text/event-stream", body="".join(f"data: {json.dumps(event)}\n\n" for event in events)
+        )
+
+    page.route("**/feedback/answers", reply)
+    page.goto(address)
+    page.check("#side-by-side")
+    page.check("#remembers")
+    for count, words in enumerate(("one?", "two?"), 1):
+        page.fill("#message", words)
+        page.keyboard.press("Enter")
+        page.locator(".verdict").nth(count - 1).wait_for()
+    shown = page.locator(".reply .text").all_inner_texts()
+    page.locator(".verdict").first.get_by_role("button", name="B is better").click()
+    page.locator(".verdict", has_text="Saved as ranking").wait_for()
+    page.fill("#message", "three?")
+    page.keyboard.press("Enter")
+    page.locator(".verdict").nth(2).wait_for()
+    assert [turn["content"] for turn in asked[-1]] == ["one?", shown[1], "two?", shown[2], "three?"]

@@ -64,7 +64,8 @@ function reveal(shown, outcome) {
   shown.name.textContent += ` · ${shown.label === outcome.name ? "" : `${outcome.name} · `}${outcome.model}`;
 }
 
-function verdict(shown, outcomes) {
+/** Ask which of two answers is better; a conversation that is kept goes on from that one, told in `said`. */
+function verdict(shown, outcomes, said) {
   const words = [["A is better", [1, 2]], ["Both alike", [1, 1]], ["B is better", [2, 1]]];
   const row = make("div", { className: "verdict", role: "group", ariaLabel: "Which answer is better?" });
   const id = newId();
@@ -73,13 +74,13 @@ function verdict(shown, outcomes) {
     try {
       const body = { id, answers: outcomes.map((outcome) => outcome.id), ranks, annotator: annotator() };
       const kept = await send("rankings", body, { late: (saved) => say(`Ranking ${saved.saved.number} is saved now.`) });
-      const said = kept ? `Saved as ranking ${kept.saved.number}.` : "Not saved yet; it is sent again by itself.";
-      row.replaceChildren(make("span", { className: "fine" }, said));
+      const thanks = kept ? `Saved as ranking ${kept.saved.number}.` : "Not saved yet; it is sent again by itself.";
+      row.replaceChildren(make("span", { className: "fine" }, thanks));
       shown.forEach((one, at) => {
         one.element.classList.toggle("chosen", ranks[at] === 1 && ranks[1 - at] === 2);
         reveal(one, outcomes[at]);
       });
-      if (history.length) history.at(-1).content = outcomes[ranks[0] <= ranks[1] ? 0 : 1].text;
+      said.content = outcomes[ranks[0] <= ranks[1] ? 0 : 1].text;
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
       row.replaceChildren(make("span", { className: "problem" }, error.message));
@@ -110,10 +111,11 @@ async function ask(question) {
   outcomes.forEach((outcome, at) => { if (outcome) rateable(shown[at], outcome); });
   const whole = outcomes.every(Boolean);
   const [first] = outcomes;
-  if (first) history = [...messages, { role: "assistant", content: first.text }];
+  const said = { role: "assistant", content: first?.text }; // of this turn, whatever is asked before its verdict
+  if (first) history = [...messages, said];
   const plain = (text) => text.split(/\s+/).join(" ").trim();
   if (whole && outcomes.length > 1 && plain(first.text) !== plain(outcomes[1].text)) {
-    turn.append(verdict(shown, outcomes));
+    turn.append(verdict(shown, outcomes, said));
   } else {
     if (whole && outcomes.length > 1) turn.append(make("p", { className: "fine" }, "Both say the same."));
     outcomes.forEach((outcome, at) => { if (outcome) reveal(shown[at], outcome); });
