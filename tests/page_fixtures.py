@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
@@ -51,10 +51,15 @@ def begin(page: "Page", address: str, asked: str | None = None) -> None:
     page.goto(f"{address}/rank")
     if asked is not None:
         page.locator("#nothing-text", has_text="No questions wait").wait_for()
-        slide(page, 1.5)
-        page.fill("#own-question", asked)
-        page.click("text=Draw answers")
+        ask(page, asked)
     page.locator(".card").first.wait_for()
+
+
+def ask(page: "Page", asked: str) -> None:
+    """Ask for answers to a question of one's own."""
+    slide(page, 1.5)
+    page.fill("#own-question", asked)
+    page.click("text=Draw answers")
 
 
 def slide(page: "Page", temperature: float) -> None:
@@ -77,3 +82,24 @@ def order(row: Any) -> list[set[str]]:
     """Return the responses of a row place by place."""
     pairs = list(zip(row.ranks, row.responses, strict=True))
     return [{text for rank, text in pairs if rank == place} for place in range(1, max(row.ranks) + 1)]
+
+
+class Heard(NamedTuple):
+    """What a screen reader is told of one element."""
+
+    role: str
+    name: str
+    description: str
+    focusable: bool
+
+
+def heard(page: "Page") -> list[Heard]:
+    """Return the browser's accessibility tree in its order, without what is hidden."""
+    nodes = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
+    found = []
+    for node in nodes:
+        if not node["ignored"]:
+            role, name, description = (node.get(part, {}).get("value", "") for part in ("role", "name", "description"))
+            focusable = any(one["name"] == "focusable" for one in node.get("properties", []))
+            found.append(Heard(role, name, description, focusable))
+    return found

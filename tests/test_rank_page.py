@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from serving.feedback import Store
 from tests.browser_fixtures import browser, page
-from tests.page_fixtures import OTHER, SCRIPT, address, begin, folder, order, saved, slide, store, texts
+from tests.page_fixtures import OTHER, SCRIPT, address, begin, folder, heard, order, saved, slide, store, texts
 from tests.serving_fixtures import TAG, package, question
 
 if TYPE_CHECKING:
@@ -112,6 +112,13 @@ def test_given_questions_wait_are_skipped_and_ranked(page: "Page", address: str,
         assert page.inner_text("#queue").endswith("1 of 2")
     finally:
         (folder / "questions.txt").unlink()
+
+
+def test_a_card_reads_its_answer_to_a_screen_reader(page: "Page", address: str) -> None:
+    begin(page, address, question("France"))
+    cards = [(node.name, node.description) for node in heard(page) if node.role == "group" and ": place" in node.name]
+    told = [" ".join(text.split()) for text in texts(page)]
+    assert cards == [(f"Answer {'ABCD'[at]}: place {at + 1} of 4", text) for at, text in enumerate(told)]
 
 
 def test_scripts_in_prompts_and_replies_are_text(page: "Page", address: str, store: Store) -> None:

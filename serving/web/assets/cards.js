@@ -60,8 +60,9 @@ export class Cards {
     const tool = (sign, label, work) =>
       make("button", { type: "button", className: "quiet", title: label, "aria-label": `${label}: answer ${letter}`, onclick: work }, sign);
     const grip = make("div", { className: "grip", ariaHidden: "true", title: "Drag" }, "⠿");
-    const card = make("div", { className: "card", tabIndex: 0, role: "group" }, grip,
-      make("p", { className: "text" }, answer.text),
+    const text = `text-${letter}`; // the card's description, so that whoever comes to it hears the answer
+    const card = make("div", { className: "card", tabIndex: 0, role: "group", "aria-describedby": text }, grip,
+      make("p", { className: "text", id: text }, answer.text),
       make("div", { className: "tools" },
         make("span", { className: "letter" }, `Answer ${letter}`),
         tool("▲", "Up", () => this.#moved(key, this.order.step(key, -1))),
