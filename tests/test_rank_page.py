@@ -77,6 +77,23 @@ def test_an_order_that_nobody_touched_is_asked_about_and_a_double_click_saves_on
     assert len(store.rankings()) == before + 1
 
 
+def test_the_keys_that_save_flag_where_the_flag_dialog_is_open(page: "Page", address: str, store: Store) -> None:
+    rankings, opinions = len(store.rankings()), len(store.opinions())
+    begin(page, address, question("Italy"))
+    page.keyboard.press("Shift+ArrowDown")
+    page.get_by_role("button", name="Flag answer A").click()
+    page.locator("#flag-note").press_sequentially("rude")
+    page.keyboard.down("Control")
+    page.keyboard.down("Enter")
+    page.keyboard.down("Enter")  # held: with the dialog gone, it must not reach the page behind
+    page.keyboard.up("Enter")
+    page.keyboard.up("Control")
+    page.locator("#status", has_text="Flagged").wait_for()
+    assert [one.note for one in store.opinions()[opinions:]] == ["rude"]
+    assert len(store.rankings()) == rankings
+    assert page.locator(".card:visible").count() == 4
+
+
 def test_undo_brings_the_last_one_back_with_its_order(page: "Page", address: str, store: Store) -> None:
     begin(page, address, question("Japan"))
     page.keyboard.press("Shift+ArrowDown")

@@ -39,6 +39,15 @@ export function flagButton(answer, label) {
   return button;
 }
 
+document.addEventListener("keydown", (event) => {
+  const dialog = find("flag");
+  if (!dialog.open || event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+  event.preventDefault();
+  event.stopPropagation(); // the page behind the dialog has a use of its own for these keys
+  if (event.repeat) return;
+  dialog.querySelector("form").requestSubmit(event.target.closest("button") ?? dialog.querySelector(".primary"));
+});
+
 const SVG = "http://www.w3.org/2000/svg";
 const THUMB = "M3 10h4v11H3zM7 10l4-8c2 0 3 1.2 3 3v4h5c1.6 0 2.4 1.3 2 2.8l-1.8 6.9C18.9 20.1 18 21 16.6 21H7";
 

@@ -151,6 +151,7 @@ find("ask").addEventListener("submit", (event) => {
 addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
   event.preventDefault();
+  if (event.repeat) return;
   if (event.target === find("own-question")) find("ask").requestSubmit();
   else save();
 });
