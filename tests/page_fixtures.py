@@ -50,7 +50,7 @@ def begin(page: "Page", address: str, asked: str | None = None) -> None:
     """Open the ranking page and have answers drawn to a question of one's own; by default to the next that waits."""
     page.goto(f"{address}/rank")
     if asked is not None:
-        page.locator("#nothing-text", has_text="No questions wait").wait_for()
+        page.locator("#nothing", has_text="No questions wait").wait_for()
         ask(page, asked)
     page.locator(".card").first.wait_for()
 

@@ -17,7 +17,7 @@ __all__ = ["address", "browser", "folder", "package", "page", "store"]
 
 def test_keyboard_alone_from_the_first_prompt_to_the_stored_row(page: "Page", address: str, store: Store) -> None:
     page.goto(f"{address}/rank")
-    page.locator("#nothing-text", has_text="No questions wait").wait_for()
+    page.locator("#nothing", has_text="No questions wait").wait_for()
     slide(page, 1.5)
     page.locator("#own-question").focus()
     page.keyboard.type(question("France"))
@@ -64,17 +64,44 @@ def test_dragging_orders_and_ties(page: "Page", address: str, store: Store) -> N
     assert order(saved(page, store)) == [{one}, {two, four}, {three}]
 
 
-def test_an_order_that_nobody_touched_is_asked_about_and_a_double_click_saves_once(
+def test_an_order_that_nobody_touched_is_asked_about_and_no_double_click_passes(
     page: "Page", address: str, store: Store
 ) -> None:
     before = len(store.rankings())
     begin(page, address, question("Japan"))
-    page.click("#save")
-    page.locator("#status", has_text="Nothing was moved").wait_for()
-    assert len(store.rankings()) == before
+    shown = texts(page)
     page.dblclick("#save")
+    page.locator("#untouched", has_text="Nothing was moved").wait_for()
+    assert len(store.rankings()) == before
+    page.click("#keep")
+    assert order(saved(page, store)) == [{text} for text in shown]
+    assert len(store.rankings()) == before + 1
+
+
+def test_keys_ask_about_an_untouched_order_and_save_it_only_after_a_moment(
+    page: "Page", address: str, store: Store
+) -> None:
+    page.clock.install(time="2026-01-01T12:00:00")
+    before = len(store.rankings())
+    begin(page, address, question("Japan"))
+    page.clock.pause_at("2026-01-01T15:00:00")  # from here on the page's time is moved by this test alone
+    for _ in range(3):
+        page.keyboard.press("Control+Enter")
+    page.locator("#keep:disabled").wait_for()
+    page.clock.run_for(2000)
+    page.locator("#keep:enabled").wait_for()
+    assert len(store.rankings()) == before
+    page.keyboard.press("Control+Enter")
     saved(page, store)
     assert len(store.rankings()) == before + 1
+
+
+def test_a_move_answers_the_question_about_an_untouched_order(page: "Page", address: str) -> None:
+    begin(page, address, question("Japan"))
+    page.click("#save")
+    page.locator("#untouched").wait_for()
+    page.locator(".card").first.press("Shift+ArrowDown")
+    assert page.locator("#untouched").is_hidden()
 
 
 def test_the_keys_that_save_flag_where_the_flag_dialog_is_open(page: "Page", address: str, store: Store) -> None:
@@ -100,7 +127,7 @@ def test_undo_brings_the_last_one_back_with_its_order(page: "Page", address: str
     shown = texts(page)
     page.click("#save")
     first = saved(page, store)
-    page.click("#undo-here")
+    page.click("#undo")
     page.locator("#status", has_text="Taken back").wait_for()
     assert texts(page) == shown
     assert first.id not in [row.id for row in store.rankings()]
@@ -109,6 +136,21 @@ def test_undo_brings_the_last_one_back_with_its_order(page: "Page", address: str
     again = saved(page, store)
     assert (again.responses, again.ranks) == (first.responses, first.ranks)
     assert again.number > first.number
+
+
+def test_undo_shows_a_flagged_answer_flagged(page: "Page", address: str, store: Store) -> None:
+    begin(page, address, question("Japan"))
+    page.keyboard.press("Shift+ArrowDown")
+    page.get_by_role("button", name="Flag answer B").click()
+    page.get_by_role("button", name="Flag it").click()
+    page.locator("#status", has_text="Flagged").wait_for()
+    page.click("#save")
+    saved(page, store)
+    page.click("#undo")
+    page.locator("#status", has_text="Taken back").wait_for()
+    flags = page.locator("[aria-label^='Flag answer']")
+    pressed = {flag.get_attribute("aria-label"): flag.get_attribute("aria-pressed") for flag in flags.all()}
+    assert pressed == {f"Flag answer {letter}": str(letter == "B").lower() for letter in "ABCD"}
 
 
 def test_given_questions_wait_are_skipped_and_ranked(page: "Page", address: str, store: Store, folder: Path) -> None:
@@ -125,34 +167,56 @@ def test_given_questions_wait_are_skipped_and_ranked(page: "Page", address: str,
         page.keyboard.press("=")
         page.click("#save")
         saved(page, store)
-        page.locator("#nothing-text", has_text="You have been through all questions").wait_for()
+        page.locator("#nothing", has_text="You have been through all questions").wait_for()
         assert page.inner_text("#queue").endswith("1 of 2")
     finally:
         (folder / "questions.txt").unlink()
 
 
-def test_a_card_reads_its_answer_to_a_screen_reader(page: "Page", address: str) -> None:
-    begin(page, address, question("France"))
-    cards = [(node.name, node.description) for node in heard(page) if node.role == "group" and ": place" in node.name]
-    told = [" ".join(text.split()) for text in texts(page)]
-    assert cards == [(f"Answer {'ABCD'[at]}: place {at + 1} of 4", text) for at, text in enumerate(told)]
+def test_a_question_that_cannot_be_ranked_is_shown_with_the_reason_and_skipped(
+    page: "Page", address: str, folder: Path
+) -> None:
+    long = "Why? " * 200
+    (folder / "questions.txt").write_text(long, encoding="utf-8")
+    try:
+        page.goto(f"{address}/rank")
+        page.locator("#refusal", has_text="too long").wait_for()
+        assert page.inner_text("#question").strip() == long.strip()
+        assert page.locator("#save").is_hidden()
+        assert page.locator(".card:visible").count() == 0
+        page.click("#again")
+        page.locator("#refusal", has_text="too long").wait_for()
+        assert page.locator("#draw").is_visible()
+        page.click("#skip")
+        page.locator("#nothing", has_text="You have been through all questions").wait_for()
+        page.reload()
+        page.locator("#nothing", has_text="You have been through all questions").wait_for()
+    finally:
+        (folder / "questions.txt").unlink()
 
 
-def test_scripts_in_prompts_and_replies_are_text(page: "Page", address: str, store: Store) -> None:
+def rewrite(page: "Page", text: str) -> None:
+    """Have answers drawn that say this text and their number, in place of what a tiny model makes up."""
+
     def replace(route: "Route") -> None:
         reply = route.fetch()
         content = reply.json()
-        content["answers"] = [{**one, "text": f"{SCRIPT} {at}"} for at, one in enumerate(content["answers"])]
+        content["answers"] = [{**one, "text": f"{text} {at}"} for at, one in enumerate(content["answers"], 1)]
         route.fulfill(response=reply, json=content)
 
-    page.goto(f"{address}/rank")
-    page.locator("#nothing-text", has_text="No questions wait").wait_for()
     page.route("**/feedback/samples", replace)
-    begin_question = f"{question('France')} {SCRIPT}"
-    slide(page, 1.5)
-    page.fill("#own-question", begin_question)
-    page.click("text=Draw answers")
-    page.locator(".card").first.wait_for()
-    assert page.inner_text("#question") == begin_question
+
+
+def test_a_card_reads_its_answer_to_a_screen_reader(page: "Page", address: str) -> None:
+    rewrite(page, "Reply")
+    begin(page, address, question("France"))
+    cards = [(node.name, node.description) for node in heard(page) if node.role == "group" and ": place" in node.name]
+    assert cards == [(f"Answer {letter}: place {at} of 4", f"Reply {at}") for at, letter in enumerate("ABCD", 1)]
+
+
+def test_scripts_in_prompts_and_replies_are_text(page: "Page", address: str) -> None:
+    rewrite(page, SCRIPT)
+    begin(page, address, f"{question('France')} {SCRIPT}")
+    assert page.inner_text("#question") == f"{question('France')} {SCRIPT}"
     assert texts(page)[0].startswith(SCRIPT)
     assert page.locator("main img, main b, main script").count() == 0

@@ -6,10 +6,12 @@ import pytest
 
 from serving.feedback import Store
 from tests.browser_fixtures import browser, page
-from tests.page_fixtures import address, begin, folder, store
+from tests.page_fixtures import address, ask, begin, folder, order, saved, store, texts
 from tests.serving_fixtures import package, question
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from playwright.sync_api import Page, Route
 
 __all__ = ["address", "browser", "folder", "package", "page", "store"]
@@ -74,3 +76,109 @@ def test_a_refusal_of_the_endpoint_is_told_and_not_sent_again(page: "Page", addr
     page.click("#save")
     page.locator("#status", has_text="refused and is not saved: No such answer.").wait_for()
     wait_until_sent(page)
+
+
+def test_a_refused_question_of_ones_own_leaves_the_ranking_under_way(page: "Page", address: str, store: Store) -> None:
+    begin(page, address, question("Italy"))
+    page.keyboard.press("Shift+ArrowDown")
+    shown = texts(page)
+    page.click("summary")
+    page.fill("#own-question", "Why? " * 200)
+    page.click("#draw")
+    page.locator("#status", has_text="too long").wait_for()
+    assert texts(page) == shown
+    assert page.inner_text("#question") == question("Italy")
+    page.click("#save")
+    assert order(saved(page, store)) == [{text} for text in shown]
+
+
+def test_a_reload_brings_the_ranking_under_way_back(page: "Page", address: str, store: Store) -> None:
+    begin(page, address, question("Italy"))
+    page.keyboard.press("Shift+ArrowDown")
+    page.keyboard.press("=")
+    shown = texts(page)
+    page.get_by_role("button", name="Flag answer B").click()
+    page.get_by_role("button", name="Flag it").click()
+    page.locator("#status", has_text="Flagged").wait_for()
+    page.reload()
+    page.locator(".place.tied").wait_for()
+    assert texts(page) == shown
+    assert page.inner_text("#question") == question("Italy")
+    assert page.get_by_role("button", name="Flag answer B").get_attribute("aria-pressed") == "true"
+    page.click("#save")
+    assert order(saved(page, store)) == [set(shown[:2]), {shown[2]}, {shown[3]}]
+    page.reload()  # what is saved is not brought back
+    page.locator("#nothing", has_text="No questions wait").wait_for()
+
+
+def test_a_skipped_ranking_is_not_brought_back(page: "Page", address: str) -> None:
+    begin(page, address, question("Italy"))
+    page.click("#skip")
+    page.locator("#nothing", has_text="No questions wait").wait_for()
+    page.reload()
+    page.locator("#nothing", has_text="No questions wait").wait_for()
+
+
+def hold(page: "Page", route: str) -> "Callable[[], None]":
+    """Keep posts to a route on their way until the function that is returned is called."""
+    held: list[Route] = []
+    page.route(f"**/feedback/{route}", lambda one: held.append(one))
+
+    def release() -> None:
+        while not held:
+            page.wait_for_timeout(20)
+        held.pop().continue_()
+
+    return release
+
+
+def save_one_and_draw_another(page: "Page", address: str, store: Store) -> Any:
+    """Return the row of a saved ranking; another one is under way, moved and not saved."""
+    begin(page, address, question("Italy"))
+    page.keyboard.press("Shift+ArrowDown")
+    page.click("#save")
+    row = saved(page, store)
+    page.locator("#nothing", has_text="No questions wait").wait_for()
+    ask(page, question("Japan"))
+    page.locator(".card").first.wait_for()
+    page.keyboard.press("Shift+ArrowDown")
+    return row
+
+
+def test_nothing_is_undone_or_skipped_while_a_ranking_is_on_its_way(page: "Page", address: str, store: Store) -> None:
+    first = save_one_and_draw_another(page, address, store)
+    shown = texts(page)
+    release = hold(page, "rankings")
+    page.keyboard.press("Control+Enter")
+    assert [page.locator(f"#{name}").is_disabled() for name in ("save", "skip", "undo", "draw")] == [True] * 4
+    release()
+    page.locator("#nothing", has_text="No questions wait").wait_for()
+    second = store.rankings()[-1]
+    assert order(second) == [{text} for text in shown]
+    assert store.rankings()[-2].id == first.id
+    page.click("#undo")  # takes back the one that was on its way, not the one before
+    page.locator("#status", has_text="Taken back").wait_for()
+    assert store.rankings()[-1].id == first.id
+    assert texts(page) == shown
+
+
+def test_nothing_is_saved_while_a_ranking_is_being_taken_back(page: "Page", address: str, store: Store) -> None:
+    first = save_one_and_draw_another(page, address, store)
+    before = len(store.rankings())
+    shown = texts(page)
+    release = hold(page, "withdrawals")
+    page.click("#undo")
+    page.keyboard.press("Control+Enter")
+    assert [page.locator(f"#{name}").is_disabled() for name in ("save", "skip", "undo", "draw")] == [True] * 4
+    release()
+    page.locator("#status", has_text="Taken back").wait_for()
+    assert page.inner_text("#question") == question("Italy")
+    page.click("#save")
+    page.locator("#question", has_text=question("Japan")).wait_for()
+    again = store.rankings()[-1]
+    assert (again.responses, again.ranks) == (first.responses, first.ranks)
+    assert texts(page) == shown  # the one that was under way, as it was
+    page.click("#save")
+    page.locator("#nothing", has_text="No questions wait").wait_for()
+    assert order(store.rankings()[-1]) == [{text} for text in shown]
+    assert len(store.rankings()) == before + 1

@@ -7,11 +7,14 @@ import { Order } from "./order.js";
 const TIE = 0.4; // the middle part of a card where a drop ties; above and below it, it parts
 
 export class Cards {
-  /** Show answers `[{id, text}]` in the order given. */
-  constructor(answers, order) {
-    this.answers = answers;
-    this.order = order ?? new Order(answers.map((answer) => answer.id));
-    this.touched = order !== undefined;
+  /**
+   * Show the answers `[{id, text, flagged}]` of a task in the order of its `places`. A move changes those, sets its
+   * `touched`, and the list tells by a `change`.
+   */
+  constructor(task) {
+    const { answers, places } = task;
+    this.task = task;
+    this.order = new Order(places);
     this.list = find("places");
     this.letters = new Map(answers.map((answer, at) => [answer.id, "ABCDEF"[at]]));
     this.cards = new Map(answers.map((answer) => [answer.id, this.#card(answer)]));
@@ -19,7 +22,7 @@ export class Cards {
   }
 
   ranks() {
-    return this.order.ranks(this.answers.map((answer) => answer.id));
+    return this.order.ranks(this.task.answers.map((answer) => answer.id));
   }
 
   focus() {
@@ -47,11 +50,12 @@ export class Cards {
 
   #moved(key, moved) {
     const focused = document.activeElement;
-    if (moved) this.touched = true;
+    if (moved) this.task.touched = true;
     this.draw();
     if (focused && focused !== document.body) focused.focus({ preventScroll: true });
     this.cards.get(key).scrollIntoView({ block: "nearest" });
     say(moved ? `${this.#describe(key)}.` : `${this.#describe(key)} already.`);
+    if (moved) this.list.dispatchEvent(new Event("change"));
   }
 
   #card(answer) {
@@ -68,7 +72,7 @@ export class Cards {
         tool("▲", "Up", () => this.#moved(key, this.order.step(key, -1))),
         tool("▼", "Down", () => this.#moved(key, this.order.step(key, 1))),
         tool("=", "Tie with the one above, or end the tie", () => this.#moved(key, this.order.tie(key))),
-        flagButton(key, `answer ${letter}`)));
+        flagButton(answer, `answer ${letter}`)));
     card.addEventListener("keydown", (event) => this.#key(event, key));
     grip.addEventListener("pointerdown", (event) => this.#drag(event, key));
     return card;

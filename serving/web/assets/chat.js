@@ -55,7 +55,7 @@ async function fill(shown, body, signal) {
 }
 
 function rateable(shown, outcome) {
-  shown.tools.append(...thumbs(outcome.id, shown.label), flagButton(outcome.id, shown.label));
+  shown.tools.append(...thumbs(outcome.id, shown.label), flagButton(outcome, shown.label));
 }
 
 function reveal(shown, outcome) {

@@ -19,11 +19,19 @@ function mark(buttons, pressed) {
   for (const button of buttons) button.setAttribute("aria-pressed", String(button === pressed));
 }
 
-/** A button that flags an answer, after asking what is wrong with it; pressed again it takes the flag back. */
+/**
+ * A button that flags an answer, after asking what is wrong with it; pressed again it takes the flag back.
+ * Whether it is flagged is kept in `answer.flagged`, and the button tells by a `change`.
+ */
 export function flagButton(answer, label) {
+  const flagged = (now) => {
+    answer.flagged = now;
+    mark([button], now ? button : null);
+    button.dispatchEvent(new Event("change", { bubbles: true }));
+  };
   const press = async () => {
-    if (button.getAttribute("aria-pressed") === "true") {
-      if (await opine(answer, "unflag", "The flag is taken back.")) mark([button], null);
+    if (answer.flagged) {
+      if (await opine(answer.id, "unflag", "The flag is taken back.")) flagged(false);
       return;
     }
     const dialog = find("flag");
@@ -32,9 +40,9 @@ export function flagButton(answer, label) {
     dialog.showModal();
     await new Promise((closed) => dialog.addEventListener("close", closed, { once: true }));
     if (dialog.returnValue !== "flag") return;
-    if (await opine(answer, "flag", "Flagged. Thank you.", find("flag-note").value.trim())) mark([button], button);
+    if (await opine(answer.id, "flag", "Flagged. Thank you.", find("flag-note").value.trim())) flagged(true);
   };
-  const properties = { type: "button", className: "quiet", "aria-pressed": "false", "aria-label": `Flag ${label}` };
+  const properties = { type: "button", className: "quiet", "aria-pressed": String(Boolean(answer.flagged)), "aria-label": `Flag ${label}` };
   const button = make("button", { ...properties, title: "Flag", onclick: press }, "⚑");
   return button;
 }

@@ -1,8 +1,9 @@
 // An order with ties: places from the best to the worst, each with the keys that share it. Nothing here knows the page.
 
 export class Order {
-  constructor(keys) {
-    this.places = keys.map((key) => [key]);
+  /** The order is kept in `places` itself, which whoever made it may read at any time. */
+  constructor(places) {
+    this.places = places;
   }
 
   keys() {

@@ -1,43 +1,71 @@
 // The ranking page: get answers, let a person put them in order, send the order, go on.
 
 import { Cards } from "./cards.js";
-import { annotator, find, newId, post, Refused, remember, say } from "./common.js";
+import { annotator, find, newId, post, Refused, remember, say, tab } from "./common.js";
 import { forget, send } from "./outbox.js";
 
-let task = null; // { id, prompt, answers, cards }: what is on the page
-let last = null; // the task that was saved last, for undo
-const later = []; // tasks put aside by an undo
-let sure = false; // whether an order that nobody touched was asked about
+const DOUBLE = 1000; // milliseconds within which a second press may be the rest of a double click
 
-const session = {
-  get: () => { try { return Number(sessionStorage.getItem("bessemer.ranked") ?? 0); } catch { return 0; } },
-  add(count) {
-    try { sessionStorage.setItem("bessemer.ranked", String(this.get() + count)); } catch { /* not counted */ }
-    find("session").textContent = String(this.get());
-  },
-};
+// What is on the page: { id, prompt, answers, asked, places, touched }, or { prompt, answers: [], problem } where the
+// server refuses to draw answers to a question that waits. Plain data, so that this tab can keep it.
+let task = null;
+let cards = null; // the task's answers as they are shown
+let last = null; // the task that was saved last, for undo
+const later = tab.get("tasks", []); // tasks put aside, the next one last; at first those of the page before a reload
+let busy = false; // whether a save, skip or undo is on its way
+let asking; // the timer of the question about an order that nobody touched
+let latest = 0; // counts the drawings, so that one that was overtaken is let go
 
 function show(next) {
   task = next;
-  sure = false;
+  const rankable = Boolean(next?.answers.length);
   find("task").hidden = !next;
   find("nothing").hidden = Boolean(next);
-  find("skip").disabled = find("save").disabled = !next;
-  for (const id of ["undo", "undo-here"]) find(id).disabled = !last;
-  find("undo-here").hidden = !last;
-  if (!next) return;
-  find("question").textContent = next.prompt.map((turn) => turn.content).join("\n\n");
-  find("fewer").hidden = next.answers.length >= next.asked;
-  find("fewer").textContent = `${next.asked} answers were asked for; no more than these ${next.answers.length} different ones came up.`;
-  next.cards = new Cards(next.answers, next.cards?.order);
-  next.cards.focus();
-  scrollTo({ top: 0 });
+  find("ranking").hidden = find("save").hidden = !rankable;
+  find("refusal").hidden = find("again").hidden = !next?.problem;
+  find("skip").hidden = !next;
+  find("undo").hidden = !next && !last;
+  cards = null;
+  if (next) find("question").textContent = next.prompt.map((turn) => turn.content).join("\n\n");
+  if (rankable) lay(next);
+  if (next?.problem) {
+    find("refusal").textContent = next.problem;
+    find("again").onclick = () => load();
+  }
+  if (next) scrollTo({ top: 0 });
+  enable();
+  changed();
 }
 
-function tell(text, again = false) {
+function lay(next) {
+  find("fewer").hidden = next.answers.length >= next.asked;
+  find("fewer").textContent = `${next.asked} answers were asked for; no more than these ${next.answers.length} different ones came up.`;
+  cards = new Cards(next);
+  cards.focus();
+}
+
+function tell(text, again = null) {
   show(null);
-  find("nothing-text").textContent = text;
+  find("nothing").textContent = text;
   find("again").hidden = !again;
+  find("again").onclick = again;
+}
+
+function enable() {
+  for (const id of ["save", "skip", "draw"]) find(id).disabled = busy;
+  find("undo").disabled = busy || !last;
+}
+
+/** Keep what is to be ranked in this tab, so that a reload brings it back; whatever was asked about it is settled. */
+function changed() {
+  tab.set("tasks", [...later, task].filter((one) => one?.answers.length));
+  clearTimeout(asking);
+  find("untouched").hidden = find("keep").disabled = true;
+}
+
+function count(ranked) {
+  tab.set("ranked", tab.get("ranked", 0) + ranked);
+  find("session").textContent = String(tab.get("ranked", 0));
 }
 
 function settings() {
@@ -49,101 +77,143 @@ function settings() {
   };
 }
 
-let latest = 0;
 async function load(question = null) {
   if (!question && later.length) return show(later.pop());
   const turn = ++latest;
   const asked = settings();
   tell("Answers are being drawn …");
+  let drawn;
   try {
-    const drawn = await post("samples", { annotator: annotator(), question, ...asked });
-    if (turn !== latest) return;
-    find("queue").hidden = drawn.questions === 0;
-    find("waiting").textContent = String(drawn.waiting);
-    find("questions").textContent = String(drawn.questions);
-    if (drawn.answers.length) {
-      find("own").open = false;
-      show({ id: newId(), prompt: drawn.prompt, answers: drawn.answers, asked: asked.count });
-    } else {
-      find("own").open = true;
-      tell(drawn.questions
-        ? "You have been through all questions that there are. Ask one of your own, or come back later."
-        : "No questions wait here. Ask one of your own below; whoever runs this endpoint may put more, one a line, into questions.txt.");
-    }
+    drawn = await post("samples", { annotator: annotator(), question, ...asked });
   } catch (error) {
-    if (turn !== latest) return;
-    if (error instanceof Refused) find("own").open = true;
-    tell(error.message, true);
-    find("again").onclick = () => load(question);
+    if (turn === latest) fail(error, question);
+    return;
   }
+  if (turn !== latest) return;
+  find("queue").hidden = drawn.questions === 0;
+  find("waiting").textContent = String(drawn.waiting);
+  find("questions").textContent = String(drawn.questions);
+  find("own").open = !drawn.answers.length;
+  if (drawn.answers.length) {
+    const places = drawn.answers.map((answer) => [answer.id]);
+    show({ id: newId(), prompt: drawn.prompt, answers: drawn.answers, asked: asked.count, places, touched: false });
+  } else {
+    tell(drawn.questions
+      ? "You have been through all questions that there are. Ask one of your own, or come back later."
+      : "No questions wait here. Ask one of your own below; whoever runs this endpoint may put more, one a line, into questions.txt.");
+  }
+}
+
+/** Tell why no answers came: to a question of one's own while another one is under way, without losing that one. */
+function fail(error, question) {
+  if (error instanceof Refused) find("own").open = true;
+  if (later.length) {
+    show(later.pop());
+    say(error.message, true);
+  } else if (error.prompt && !question) {
+    show({ prompt: error.prompt, answers: [], problem: error.message });
+    find("again").focus({ preventScroll: true });
+  } else {
+    tell(error.message, () => load(question));
+  }
+}
+
+/** Do one thing at a time: until it is done, nothing else can be saved, skipped, undone or asked. */
+async function alone(work) {
+  busy = true;
+  enable();
+  try {
+    await work();
+  } finally {
+    busy = false;
+    enable();
+  }
+}
+
+/** Ask whether an order that nobody touched is meant. The answer counts only once a double click is over. */
+function ask() {
+  find("untouched").hidden = false;
+  find("untouched").scrollIntoView({ block: "nearest" });
+  clearTimeout(asking);
+  asking = setTimeout(() => { find("keep").disabled = false; }, DOUBLE);
 }
 
 async function save() {
-  if (!task) return;
-  if (!task.cards.touched && !sure) {
-    sure = true;
-    say("Nothing was moved. Save once more to keep the order as it stands.");
-    return;
-  }
+  if (busy || !cards) return;
+  if (!task.touched) return ask();
   const done = task;
-  show(null);
-  find("nothing-text").textContent = "Saving …";
-  const body = { id: done.id, answers: done.answers.map((answer) => answer.id), ranks: done.cards.ranks(), annotator: annotator() };
-  try {
-    const late = (reply) => say(`Ranking ${reply.saved.number} is saved now.`);
-    const reply = await send("rankings", body, { late });
-    last = done;
-    session.add(1);
-    if (reply) find("status").dataset.saved = reply.saved.id;
-    say(reply ? `Saved as ranking ${reply.saved.number}.` : "Not saved yet: it is kept in this browser and sent again by itself.", !reply);
-  } catch (error) {
-    if (!(error instanceof Refused)) throw error;
-    say(`This ranking was refused and is not saved: ${error.message}`, true);
-  }
+  const body = { id: done.id, answers: done.answers.map((answer) => answer.id), ranks: cards.ranks(), annotator: annotator() };
+  await alone(async () => {
+    tell("Saving …");
+    try {
+      const late = (reply) => say(`Ranking ${reply.saved.number} is saved now.`);
+      const reply = await send("rankings", body, { late });
+      last = done;
+      count(1);
+      say(reply ? `Saved as ranking ${reply.saved.number}.` : "Not saved yet: it is kept in this browser and sent again by itself.", !reply);
+    } catch (error) {
+      if (!(error instanceof Refused)) throw error;
+      say(`This ranking was refused and is not saved: ${error.message}`, true);
+    }
+  });
   await load();
 }
 
+/** Save an order that nobody touched, once it was asked about. */
+function keep() {
+  if (find("keep").disabled) return;
+  task.touched = true;
+  save();
+}
+
 async function skip() {
-  if (!task) return;
+  if (busy || !task) return;
   const { prompt } = task;
-  tell("Answers are being drawn …");
-  try {
-    await post("skips", { prompt, annotator: annotator() });
-  } catch (error) {
-    say(`The question may come again: ${error.message}`, true);
-  }
+  await alone(async () => {
+    tell("Answers are being drawn …");
+    try {
+      await post("skips", { prompt, annotator: annotator() });
+    } catch (error) {
+      say(`The question may come again: ${error.message}`, true);
+    }
+  });
   await load();
 }
 
 async function undo() {
-  if (!last) return;
+  if (busy || !last) return;
   const back = last;
   last = null;
   latest += 1; // what is being drawn meanwhile is not wanted any more
   if (task) later.push(task);
-  try {
-    forget("rankings", back.id);
-    const reply = await send("withdrawals", { id: back.id, annotator: annotator() }, { tolerate: 404 });
-    session.add(-1);
-    say(reply ? "Taken back. Rank it anew." : "It will be taken back as soon as the server is reached.", !reply);
+  let kept = true;
+  await alone(async () => {
     show({ ...back, id: newId() });
-  } catch (error) {
-    if (!(error instanceof Refused)) throw error;
-    say(error.message, true);
-    await load();
-  }
+    forget("rankings", back.id);
+    try {
+      const reply = await send("withdrawals", { id: back.id, annotator: annotator() }, { tolerate: 404 });
+      count(-1);
+      say(reply ? "Taken back. Rank it anew." : "It will be taken back as soon as the server is reached.", !reply);
+    } catch (error) {
+      if (!(error instanceof Refused)) throw error;
+      say(error.message, true);
+      kept = false;
+    }
+  });
+  if (!kept) await load();
 }
 
 remember(find("settings"), "ranking");
-session.add(0);
+count(0);
+find("places").addEventListener("change", changed);
 find("save").addEventListener("click", save);
+find("keep").addEventListener("click", keep);
 find("skip").addEventListener("click", skip);
 find("undo").addEventListener("click", undo);
-find("undo-here").addEventListener("click", undo);
-find("again").onclick = () => load();
 find("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   const question = find("own-question").value.trim();
+  if (busy) return;
   if (!question) return find("own-question").focus();
   if (task) later.push(task);
   load(question);
@@ -153,6 +223,7 @@ addEventListener("keydown", (event) => {
   event.preventDefault();
   if (event.repeat) return;
   if (event.target === find("own-question")) find("ask").requestSubmit();
-  else save();
+  else if (find("untouched").hidden) save();
+  else keep();
 });
 load();
