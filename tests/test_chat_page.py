@@ -62,6 +62,48 @@ def test_side_by_side_answers_feed_rankings(page: "Page", address: str, store: S
     assert [model in name for model, name in zip(row.models, names, strict=True)] == [True, True]
 
 
+def test_every_model_answers_side_by_side_and_what_says_the_same_is_judged_once(
+    page: "Page", address: str, store: Store
+) -> None:
+    said = {"bessemer": "Lima.", "other": " Lima. ", "third": "Quito.", "fourth": "Cusco."}
+    kept: dict[str, str] = {}
+
+    def reply(route: "Route") -> None:
+        """Answer as the endpoint would, for models of which it has only two."""
+        asked = json.loads(route.request.post_data or "")
+        name = asked["model"]
+        [kept[name]] = store.add_answers(asked["messages"], [(said[name], f"{name}-tag", 0.0, None)])
+        end = {"id": kept[name], "name": name, "model": f"{name}-tag", "finish_reason": "stop", "problem": None}
+        events = [{"text": said[name]}, end]
+        route.fulfill(
+            content_type="text/event-stream", body="".join(f"data: {json.dumps(event)}\n\n" for event in events)
+        )
+
+    page.route("**/feedback/answers", reply)
+    page.goto(address)
+    page.check("#side-by-side")
+    page.evaluate(
+        "for (const name of ['third', 'fourth', '']) document.getElementById('second').add(new Option(name, name))"
+    )
+    page.select_option("#second", "")
+    page.fill("#message", "What is the capital of Peru?")
+    page.keyboard.press("Enter")
+    page.locator(".verdict").wait_for()
+    shown = [text.strip() for text in page.locator(".reply .text").all_inner_texts()]
+    assert sorted(shown) == ["Cusco.", "Lima.", "Lima.", "Quito."]
+    same = " and ".join("ABCD"[place] for place, text in enumerate(shown) if text == "Lima.")
+    buttons = page.locator(".verdict button").all_inner_texts()
+    assert buttons[-1] == "All alike"
+    page.click(f"text={same} are best")
+    page.locator(".verdict", has_text="Saved as ranking").wait_for()
+    row = store.rankings()[-1]
+    assert [(text.strip(), rank) for text, rank in zip(row.responses, row.ranks, strict=True)] == [
+        (text, 1 if text == "Lima." else 2) for text in dict.fromkeys(shown)
+    ]
+    assert page.locator(".reply.chosen").count() == 2
+    assert page.locator(".reply a").count() == 4
+
+
 def test_a_late_verdict_changes_its_own_turn_alone(page: "Page", address: str, store: Store) -> None:
     asked: list[list[dict[str, str]]] = []
 

@@ -186,6 +186,13 @@ def test_pages_run_nothing_from_elsewhere(client: TestClient, path: str) -> None
     assert shown.text.count('aria-current="page"') == (not path.startswith("/assets"))
 
 
+def test_all_models_can_be_asked_at_once_where_there_are_more_than_two(client: TestClient) -> None:
+    state = client.app.state  # type: ignore[attr-defined]
+    assert "all the others" not in client.get("/").text
+    state.models = {**state.models, "third": state.models["other"]}
+    assert "all the others" in client.get("/").text
+
+
 def test_lineage_is_readable_in_a_browser_and_tells_of_an_answer(client: TestClient, store: Store) -> None:
     [identifier] = store.add_answers(
         [{"role": "user", "content": "Is <b>this</b> text?"}], [("<script>alert(1)</script>", OTHER, 0.5, 7)]

@@ -1,4 +1,4 @@
-// The chat page: ask one model or two side by side, watch the answers come, say what you think of them.
+// The chat page: ask one model or several side by side, watch the answers come, say what you think of them.
 
 import { annotator, find, make, newId, Refused, remember, say } from "./common.js";
 import { flagButton, thumbs } from "./opinions.js";
@@ -6,6 +6,7 @@ import { send } from "./outbox.js";
 import { stream } from "./stream.js";
 
 const SPREAD = 0.8; // the temperature of two answers of one model, where none is set: at 0 both would be the same
+const LETTERS = "ABCDEF";
 let history = []; // turns that the next question follows, where the conversation is kept
 let running = null; // the AbortController of the answers that are coming
 
@@ -14,8 +15,15 @@ const box = find("message");
 function models() {
   const first = find("first")?.value ?? null;
   if (!find("side-by-side").checked) return [first];
-  const pair = [first, find("second")?.value ?? null];
-  return Math.random() < 0.5 ? pair : pair.reverse(); // whose answer stands where is told after the verdict
+  const second = find("second");
+  const every = [...(second?.options ?? [])].map((option) => option.value).filter((name) => name && name !== first);
+  return shuffled([first, ...(second?.value === "" ? every : [second?.value ?? null])]);
+}
+
+/** An order that tells nothing: whose answer stands where is told after the verdict. */
+function shuffled(names) {
+  const drawn = crypto.getRandomValues(new Uint32Array(names.length));
+  return names.map((name, at) => [drawn[at], name]).sort(([one], [other]) => one - other).map(([, name]) => name);
 }
 
 function busy(controller) {
@@ -64,29 +72,48 @@ function reveal(shown, outcome) {
   shown.name.textContent += ` · ${shown.label === outcome.name ? "" : `${outcome.name} · `}${outcome.model}`;
 }
 
-/** Ask which of two answers is better; a conversation that is kept goes on from that one, told in `said`. */
-function verdict(shown, outcomes, said) {
-  const words = [["A is better", [1, 2]], ["Both alike", [1, 1]], ["B is better", [2, 1]]];
-  const row = make("div", { className: "verdict", role: "group", ariaLabel: "Which answer is better?" });
+/** The answers' places, those together that say the same but for their spaces. */
+function alike(outcomes) {
+  const groups = new Map();
+  outcomes.forEach(({ text }, at) => {
+    const plain = text.split(/\s+/).join(" ").trim();
+    groups.set(plain, [...(groups.get(plain) ?? []), at]);
+  });
+  return [...groups.values()];
+}
+
+/** Every verdict on groups of answers: what its button says, and the groups' ranks. */
+function verdicts(groups) {
+  const letters = groups.map((places) => places.map((at) => LETTERS[at]).join(" and "));
+  const best = groups.length > 2 ? "best" : "better";
+  const of = (group) => [`${letters[group]} ${groups[group].length > 1 ? "are" : "is"} ${best}`, groups.map((_, at) => (at === group ? 1 : 2))];
+  const same = [groups.length > 2 ? "All alike" : "Both alike", groups.map(() => 1)];
+  const all = groups.map((_, at) => of(at));
+  return groups.length > 2 ? [...all, same] : [all[0], same, all[1]];
+}
+
+/** Ask which answer is best, of each group the first one; a conversation that is kept goes on from it, in `said`. */
+function verdict(shown, outcomes, groups, said) {
+  const asked = groups.length > 2 ? "Which is best?" : "Which is better?";
+  const row = make("div", { className: "verdict", role: "group", ariaLabel: asked });
   const id = newId();
   const press = async (ranks) => {
     for (const button of row.querySelectorAll("button")) button.disabled = true;
     try {
-      const body = { id, answers: outcomes.map((outcome) => outcome.id), ranks, annotator: annotator() };
+      const body = { id, answers: groups.map(([at]) => outcomes[at].id), ranks, annotator: annotator() };
       const kept = await send("rankings", body, { late: (saved) => say(`Ranking ${saved.saved.number} is saved now.`) });
       const thanks = kept ? `Saved as ranking ${kept.saved.number}.` : "Not saved yet; it is sent again by itself.";
       row.replaceChildren(make("span", { className: "fine" }, thanks));
-      shown.forEach((one, at) => {
-        one.element.classList.toggle("chosen", ranks[at] === 1 && ranks[1 - at] === 2);
-        reveal(one, outcomes[at]);
-      });
-      said.content = outcomes[ranks[0] <= ranks[1] ? 0 : 1].text;
+      shown.forEach((one, at) => reveal(one, outcomes[at]));
+      const chosen = groups[ranks.indexOf(1)];
+      if (ranks.includes(2)) for (const at of chosen) shown[at].element.classList.add("chosen");
+      said.content = outcomes[chosen[0]].text;
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
       row.replaceChildren(make("span", { className: "problem" }, error.message));
     }
   };
-  row.append(make("span", {}, "Which is better?"), ...words.map(([word, ranks]) =>
+  row.append(make("span", {}, asked), ...verdicts(groups).map(([word, ranks]) =>
     make("button", { type: "button", onclick: () => press(ranks) }, word)));
   return row;
 }
@@ -96,7 +123,7 @@ async function ask(question) {
   const set = Number(find("temperature").value);
   const temperature = names.length > 1 && names[0] === names[1] && set === 0 ? SPREAD : set;
   const messages = [...(find("remembers").checked ? history : []), { role: "user", content: question }];
-  const shown = names.map((name, at) => reply(names.length > 1 ? `Answer ${"AB"[at]}` : name ?? "Answer"));
+  const shown = names.map((name, at) => reply(names.length > 1 ? `Answer ${LETTERS[at]}` : name ?? "Answer"));
   const replies = make("div", { className: "replies" }, ...shown.map((one) => one.element));
   find("empty")?.remove();
   const turn = make("div", {}, replies);
@@ -113,11 +140,12 @@ async function ask(question) {
   const [first] = outcomes;
   const said = { role: "assistant", content: first?.text }; // of this turn, whatever is asked before its verdict
   if (first) history = [...messages, said];
-  const plain = (text) => text.split(/\s+/).join(" ").trim();
-  if (whole && outcomes.length > 1 && plain(first.text) !== plain(outcomes[1].text)) {
-    turn.append(verdict(shown, outcomes, said));
+  const groups = whole ? alike(outcomes) : [];
+  if (groups.length > 1) {
+    turn.append(verdict(shown, outcomes, groups, said));
   } else {
-    if (whole && outcomes.length > 1) turn.append(make("p", { className: "fine" }, "Both say the same."));
+    const same = outcomes.length > 2 ? "All say the same." : "Both say the same.";
+    if (whole && outcomes.length > 1) turn.append(make("p", { className: "fine" }, same));
     outcomes.forEach((outcome, at) => { if (outcome) reveal(shown[at], outcome); });
   }
   const read = shown.map((one) => `${one.label}: ${one.text.textContent}`).join(". ");
