@@ -120,6 +120,25 @@ def test_a_response_is_in_one_fold_wherever_it_stands() -> None:
     assert all(base == [0.0, 0.0] for base in found)  # nothing of a pair is known from the others
 
 
+def test_the_base_of_what_several_people_rated_row_by_row_has_not_seen_their_ratings() -> None:
+    """Five people's rows of replies whose words are of no other's say nothing of each other: each base is a mean."""
+    people = 5
+    alone = [ranking([f"only{n}", f"other{n}"], [float(n % 3), float(-n % 4)]) for n in range(2 * FOLDS)]
+    _, found = with_bases([item for item in alone for _ in range(people)], words=True)
+    for number, bases in enumerate(found):
+        others = [
+            rating for n, item in enumerate(alone) if (n - number // people) % FOLDS for rating in item.ratings or ()
+        ]
+        assert bases == pytest.approx([np.mean(others)] * 2, abs=1e-6)
+
+
+def test_ratings_of_the_same_responses_throughout_begin_at_their_mean() -> None:
+    """However many people's rows there are, by words nothing is known of one from the others."""
+    lexicon, found = with_bases([ranking(["good", "bad"], [2.0, -1.0])] * (2 * FOLDS), words=True)
+    assert lexicon == Lexicon(0.5, {})
+    assert found == [[0.5, 0.5]] * (2 * FOLDS)
+
+
 @pytest.mark.parametrize("words", [True, False])
 def test_too_few_groups_of_orders_begin_at_nothing(words: bool) -> None:
     """All rankings of the same responses are one group, of which nothing is known from others."""

@@ -3,7 +3,7 @@
 Words are learnt from ratings where half of the rankings or more have any, and else from the orders of all, about
 the mean of what ratings there are. A ranking's base comes from a lexicon that has not seen it (out of fold, Wolpert
 1992, "Stacked generalization"): of what it has seen a lexicon knows too much, and the model would learn to correct too
-little.
+little. A response may be in many rankings, one of each annotator: those that share any are in one fold.
 """
 
 import math
@@ -24,7 +24,8 @@ Bases = list[list[float]]  # of each response of each ranking
 def with_bases(rankings: Sequence[Ranking], words: bool) -> tuple[Lexicon, Bases]:
     """Return the lexicon of all rankings, and for each ranking the base that the model is trained on.
 
-    Of fewer rankings than there are folds nothing is known by words: the base is their mean rating, or 0.
+    Of fewer rankings than there are folds, those that share responses counted as one, nothing is known by words: the
+    base is their mean rating, or 0.
     """
     if not words or mostly_rated(rankings):
         return _of_ratings(rankings, words)
@@ -64,23 +65,20 @@ def linked(rankings: Sequence[Ranking]) -> list[int]:
 
 
 def _of_ratings(rankings: Sequence[Ranking], words: bool) -> tuple[Lexicon, Bases]:
-    enough = sum(ranking.ratings is not None for ranking in rankings) >= FOLDS
-    lexicon = fit_lexicon(rankings, words=words and enough)
+    groups = linked(rankings)
+    rated = {group for ranking, group in zip(rankings, groups, strict=True) if ranking.ratings is not None}
+    lexicon = fit_lexicon(rankings, words=words and len(rated) >= FOLDS)
     if not lexicon.words:
         return lexicon, _alike(lexicon, rankings)
     folds = [
-        fit_lexicon([ranking for number, ranking in enumerate(rankings) if number % FOLDS != fold])
+        fit_lexicon([item for item, group in zip(rankings, groups, strict=True) if group % FOLDS != fold])
         for fold in range(FOLDS)
     ]
-    return lexicon, _scored([folds[number % FOLDS] for number in range(len(rankings))], rankings)
+    return lexicon, _scored([folds[group % FOLDS] for group in groups], rankings)
 
 
 def _of_orders(rankings: Sequence[Ranking]) -> tuple[Lexicon, Bases]:
-    """Take the penalty under which the folds' lexicons, together, find the orders that they have not seen likeliest.
-
-    A response may be in many rankings, and a lexicon that has seen one of them knows it by heart: those that share any
-    are in one fold.
-    """
+    """Take the penalty under which the folds' lexicons, together, find the orders that they have not seen likeliest."""
     groups = linked(rankings)
     if len(set(groups)) < FOLDS:
         return Lexicon(0.0, {}), _alike(Lexicon(0.0, {}), rankings)
