@@ -21,7 +21,7 @@ WORKED: Units = [[float(value) for value in unit if value] for unit in zip(*OBSE
 
 
 def interval(units: Units) -> float | None:
-    sums = [(len(unit), sum(unit), sum(value**2 for value in unit)) for unit in units]
+    sums = [(len(unit), math.fsum(unit), math.fsum(value**2 for value in unit)) for unit in units]
     return agreement.interval(*zip(*sums, strict=True))
 
 
@@ -65,3 +65,11 @@ def test_all_alike_in_each_unit_is_perfect_and_all_alike_throughout_says_nothing
     assert math.isclose(alpha([[1.0, 1.0], [3.0, 3.0, 3.0], [2.0]]), 1)
     assert alpha([[2.0, 2.0], [2.0, 2.0]]) is None
     assert alpha([[1.0], [2.0]]) is None
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, -3.3, 1 / 3])
+def test_one_value_throughout_says_nothing_however_sums_are_rounded(value: float) -> None:
+    """And the least that people differ by says something."""
+    units = [[value] * count for count in (2, 3, 5, 7, 20, 97)]
+    assert interval(units) is None
+    assert interval([*units, [value, value + 0.01]]) == pytest.approx(0, abs=0.1)

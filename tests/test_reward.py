@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,19 @@ from pydantic import ValidationError
 
 from tasks import reward
 from tasks.common import tables
+from tasks.common.alignment import pairs
+from tasks.common.alignment.alternatives import Ranked
 from tasks.common.evaluation import agreement
 from tasks.common.evaluation.rankings import Ranking, read_ranking
 from tasks.common.evaluation.scoring import Scorer, encode
 from tasks.common.modelling import models
 from tasks.common.modelling.lexicon import Lexicon
+from tasks.common.ratings import mean_score
 from tasks.common.stage import StageError
 from tasks.common.text.chat import Exchange
 from tasks.common.training import losses
 from tasks.common.training.loop import Share
+from tasks.common.validation.judgements import Judgements
 from tests.training_fixtures import NUMERICS, Chain, chain, config, rankings
 
 __all__ = ["chain"]
@@ -112,6 +117,43 @@ def test_ratings_order_pairs_and_ties_order_none(chain: Chain) -> None:
     assert found.ratings == [3.0, -1.0, 3.0]
     assert found.pairs == [(0, 1, 4.0), (2, 1, 4.0)]
     assert found.order == [[0, 2], [1]]
+
+
+EQUAL_MEANS: list[list[list[float]]] = [
+    [[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]],
+    [[0.7, 0.7, 0.7], [0.7]],
+    [[0.1, 0.3], [0.2, 0.2], [0.2]],
+    [[0.1, 0.2, -0.3], [0.0]],
+    [[99.1, 99.3], [99.2]],
+]
+
+
+@pytest.mark.parametrize("stored", [np.float64, np.float32])
+@pytest.mark.parametrize("scores", EQUAL_MEANS)
+def test_replies_of_equal_means_are_tied_wherever_scores_are_read(
+    scores: list[list[float]], stored: type[np.floating[Any]], chain: Chain
+) -> None:
+    """By the reward model, by DPO and by validation, as they were given and as the tables hold them."""
+    row = ranking([0.0] * len(scores))
+    row |= {"scores": [np.array(given, stored).tolist() for given in scores], "scale": [-100.0, 100.0]}
+    (found,) = read([row], chain)
+    assert (found.pairs, found.order) == ([], [list(range(len(scores)))])
+    ranked = Ranked(name="rankings", judge_share=0.0, reads="response")
+    with pytest.raises(StageError, match="no response that beats another"):
+        pairs.of_rankings(chain.tokenizer(), [{**row, "split": "train"}], ranked)
+    judged = Judgements()
+    judged.add({**row, "annotator": None, "source": "s"})
+    (told,) = judged.figures()["s"].values()
+    assert (told["undecided"], told["pairs"], told["rating_length_correlation"]) == (1, 0, None)
+
+
+def test_the_mean_of_scores_is_the_nearest_to_the_exact_one() -> None:
+    """Against fractions; whole numbers give what plain division gives."""
+    draws = np.random.default_rng(3)
+    for _ in range(200):
+        tenths = draws.integers(-40, 41, draws.integers(1, 30)).tolist()
+        assert mean_score([tenth / 10 for tenth in tenths]) == float(Fraction(sum(tenths), 10 * len(tenths)))
+        assert mean_score([float(tenth) for tenth in tenths]) == sum(tenths) / len(tenths)
 
 
 def test_ranks_order_pairs_without_a_gap(chain: Chain) -> None:

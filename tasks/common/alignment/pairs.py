@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tasks.common.alignment.alternatives import Ranked
 from tasks.common.evaluation.rankings import Row, share_of
+from tasks.common.ratings import mean_score
 from tasks.common.stage import StageError
 from tasks.common.text import chat
 
@@ -55,7 +56,7 @@ def of_rankings(
     for row in share_of(rows, "policy", settings.judge_share, settings.reads):
         prompt = chat.encode_prompt(tokenizer, row["prompt"])
         replies = [_reply(tokenizer, row, prompt, text) for text in row["responses"]]
-        places = [-sum(scores) / len(scores) for scores in row["scores"]] if row["scores"] else row["ranks"]
+        places = [-mean_score(scores) for scores in row["scores"]] if row["scores"] else row["ranks"]
         found += [
             Pair(prompt, replies[i], replies[j])
             for i in range(len(places)) for j in range(len(places)) if places[i] < places[j]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.common import draw
 from tasks.common.evaluation.scoring import Reads, encode
+from tasks.common.ratings import mean_score
 from tasks.common.stage import StageError
 from tasks.common.text.chat import Exchange, Message
 
@@ -70,7 +71,7 @@ def share_of(rows: Sequence[Row], key: str, judge_share: float, reads: Reads) ->
 
 def read_ranking(row: Row, tokenizer: "PreTrainedTokenizerFast", longest: int, reads: Reads) -> Ranking:
     """Return a ranking's replies, encoded, with the pairs and the order that people gave (ties make no pair)."""
-    ratings = None if row["scores"] is None else [sum(scores) / len(scores) for scores in row["scores"]]
+    ratings = None if row["scores"] is None else [mean_score(scores) for scores in row["scores"]]
     places = [-value for value in ratings] if ratings else row["ranks"]
     pairs = [
         (i, j, ratings[i] - ratings[j] if ratings else math.nan)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
+ROUNDING = 1e-12  # of sums of squares, relative: far more than float64 loses, far less than people differ by
 
 
 def interval(counts: npt.ArrayLike, sums: npt.ArrayLike, squares: npt.ArrayLike) -> float | None:
@@ -23,10 +24,12 @@ def interval(counts: npt.ArrayLike, sums: npt.ArrayLike, squares: npt.ArrayLike)
     pairable = n > 1
     n, total, square = n[pairable], total[pairable], square[pairable]
     values = n.sum()
-    # The sum of (a - b)² over all ordered pairs of n values is 2 (n Σa² - (Σa)²).
-    expected = 2 * (values * square.sum() - total.sum() ** 2) / (values - 1) if values else 0.0
-    if expected <= 0:
+    # The sum of (a - b)² over all ordered pairs of n values is 2 (n Σa² - (Σa)²), or what rounding leaves of 0.
+    most = values * square.sum()
+    differences = most - total.sum() ** 2
+    if differences <= ROUNDING * most:
         return None
+    expected = 2 * differences / (values - 1)
     return float(1 - (2 * (n * square - total**2) / (n - 1)).sum() / expected)
 
 

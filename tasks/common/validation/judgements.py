@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from tasks.common.ratings import mean_score
 from tasks.common.validation import agreement
 from tasks.common.validation.checks import Row, digest
 
@@ -64,7 +65,7 @@ def _worth(row: Row) -> list[float]:
     """Return a number a response that is greater the better it was judged."""
     if row["ranks"] is not None:
         return [-rank for rank in row["ranks"]]
-    return [math.fsum(given) / len(given) for given in row["scores"]]
+    return [mean_score(given) for given in row["scores"]]
 
 
 def _number(*parts: str) -> int:
