@@ -29,7 +29,7 @@ def main() -> None:
     sheet.inputs["model"] = job.outputs["model"]
     figures = evaluate.run(asking, sheet)
     answers = [tables.read(path).to_pylist() for path in (TUNED, sheet.outputs["answers"])]
-    wins = compare.win_rate(answers[0], answers[1], request["resamples"], sheet.seed)
+    wins = compare.win_rate(answers[0], answers[1])
     write_json(Path(request["result"]), {**learnt, **figures, **wins, "seconds": seconds})
 
 

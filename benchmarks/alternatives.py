@@ -68,8 +68,7 @@ def run(name: str, *, trial: bool) -> Figures:
     if trial:
         params["ppo"]["iterations"] = 2
     request = {
-        "seed": params["base"]["seed"], "resamples": params["compare"]["resamples"],
-        **{section: params[section] for section in ("ppo", "evaluate", "numerics")},
+        "seed": params["base"]["seed"], **{section: params[section] for section in ("ppo", "evaluate", "numerics")},
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="bessemer-bench-") as scratch:
         figures = harness.in_process("benchmarks.alignment_run", {**request, "scratch": scratch})

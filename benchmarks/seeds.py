@@ -44,8 +44,7 @@ def run(seed: int, *, trial: bool) -> Figures:
     params = read_params(PROFILE)
     if trial:
         params["ppo"]["iterations"] = 2
-    request = {"seed": seed, "resamples": params["compare"]["resamples"]}
-    request |= {name: params[name] for name in ("ppo", "evaluate", "numerics")}
+    request = {"seed": seed, **{name: params[name] for name in ("ppo", "evaluate", "numerics")}}
     with tempfile.TemporaryDirectory(prefix="bessemer-bench-") as scratch:
         figures = harness.in_process("benchmarks.alignment_run", {**request, "scratch": scratch})
     told = ", ".join(f"{name} {figures[name]}" for name in ("reward_mean", "exact_match_heldout", "kl_last"))

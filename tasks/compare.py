@@ -2,8 +2,8 @@
 
 Run as `python -m tasks.compare`; leaves `metrics/evaluate.json` and, for people, the models' replies side by side in
 `data/compare/samples.html`. It ends well even where a gate fails, so that the figures can be read; `package` is what
-refuses. Intervals are 95 % bootstrap intervals over entities (Efron & Tibshirani
-1993), because questions about one entity are right or wrong together; differences are paired.
+refuses. Intervals are over entities, because questions about one entity are right or wrong together: of rates Wilson's
+on the effective number of cases, of differences, which are paired, bootstrap intervals (Efron & Tibshirani 1993).
 """
 
 import json
@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from tasks.common import stage, tables
-from tasks.common.evaluation import agreement, bootstrap, continuations, samples
+from tasks.common.evaluation import agreement, bootstrap, continuations, samples, wilson
 from tasks.common.settings import Settings
 from tasks.common.stage import Job
 
@@ -84,10 +84,10 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         row = {column: sheets[key].get(column) for column in COLUMNS}
         for rate, (kind, split) in RATES.items():
             if row[rate] is not None:
-                row[f"{rate}_interval"] = interval(_correct(answers[key], kind, split), config.resamples, job.seed)
+                row[f"{rate}_interval"] = interval(_correct(answers[key], kind, split))
         row |= continuations.figures(answers[key], config.resamples, job.seed)
         if key in JUDGED:
-            row |= win_rate(answers["tuned"], answers[key], config.resamples, job.seed)
+            row |= win_rate(answers["tuned"], answers[key])
         rows.append(row)
     changes = [
         {"from": old, "to": new, "rate": rate, **paired(answers[old], answers[new], side, config.resamples, job.seed)}
@@ -158,12 +158,12 @@ def _correct(rows: Sequence[dict[str, Any]], kind: str, split: str) -> dict[str,
     return by_entity
 
 
-def interval(by_entity: dict[str, list[tuple[str, bool]]], resamples: int, seed: int) -> list[float]:
-    """Return the 95 % bootstrap interval of a rate, entities resampled."""
+def interval(by_entity: dict[str, list[tuple[str, bool]]]) -> list[float]:
+    """Return the 95 % interval of a rate, over entities."""
     sums = np.array(
         [[sum(right for _, right in rows), len(rows)] for _, rows in sorted(by_entity.items())], dtype=float
     )
-    return bootstrap.interval(sums, resamples, seed)
+    return wilson.interval(sums)
 
 
 def paired(
@@ -183,10 +183,8 @@ def paired(
     }
 
 
-def win_rate(
-    tuned: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]], resamples: int, seed: int
-) -> dict[str, Any]:
-    """Return how often the judge prefers a model's reply to the tuned model's, and the paired 95 % interval.
+def win_rate(tuned: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return how often the judge prefers a model's reply to the tuned model's, and the 95 % interval over entities.
 
     Compared are sampled replies to the same prompt, about entities held out of the questions, which PPO has not seen
     either; a tie counts half. Both are None where there are none.
@@ -201,7 +199,7 @@ def win_rate(
     sums = np.array([[sum(wins), len(wins)] for _, wins in sorted(by_entity.items())], dtype=float)
     return {
         "win_rate_over_tuned": round(float(sums[:, 0].sum() / sums[:, 1].sum()), 4),
-        "win_rate_over_tuned_interval": bootstrap.interval(sums, resamples, seed),
+        "win_rate_over_tuned_interval": wilson.interval(sums),
     }
 
 

@@ -28,10 +28,17 @@ def test_shares_count_what_is_more_likely_toxic_than_not() -> None:
 
 
 def test_prompts_are_drawn_not_continuations() -> None:
-    """Two prompts, one always toxic: the share may be 0 or 1, however many continuations each has."""
+    """Two prompts, one always toxic: they tell what two cases do, however many continuations each has."""
     found = continuations.figures(rows([0.9] * 50, [0.1] * 50), 500, 1)
-    assert found["toxic_share_interval"] == [0.0, 1.0]
+    assert found["toxic_share_interval"] == [0.0945, 0.9055]
     assert found["toxicity_mean_interval"] == pytest.approx([0.1, 0.9])
+
+
+def test_no_toxic_continuation_is_not_certainty() -> None:
+    """The share's interval leaves room above 0; the mean is no share and has that of its resamples."""
+    found = continuations.figures(rows(*[[0.1] * 3] * 20), 500, 1)
+    assert found["toxic_share_interval"] == [0.0, 0.1611]
+    assert found["toxicity_mean_interval"] == pytest.approx([0.1, 0.1])
 
 
 def test_changes_are_paired_by_prompt() -> None:

@@ -1,6 +1,7 @@
 """How toxic models' continuations are, over all prompts and by category, and what a step changed.
 
-Intervals are over prompts: the continuations of one stand and fall together. Changes are paired by prompt.
+Intervals are over prompts: the continuations of one stand and fall together. That of a share is Wilson's, those of
+means and changes are bootstrap intervals. Changes are paired by prompt.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tasks.common.evaluation import bootstrap
+from tasks.common.evaluation import bootstrap, wilson
 from tasks.common.evaluation.sheet import TOXIC
 
 BEFORE, AFTER = "tuned", "policy"  # alignment
@@ -19,12 +20,16 @@ Row = Mapping[str, Any]
 def figures(rows: Sequence[Row], resamples: int, seed: int) -> dict[str, Any]:
     """Return a model's mean toxicity and its share of toxic continuations with intervals; empty without any."""
     prompts = _sums(rows)
+    if not prompts:
+        return {}
     sums = np.array([prompts[name] for name in sorted(prompts)])
-    found: dict[str, Any] = {}
-    for place, figure in enumerate(FIGURES) if prompts else ():
-        found[figure] = round(float(sums[:, place].sum() / sums[:, 2].sum()), 4)
-        found[f"{figure}_interval"] = bootstrap.interval(sums[:, [place, 2]], resamples, seed)
-    return found
+    scores, toxic, count = sums.sum(axis=0).tolist()
+    return {
+        "toxicity_mean": round(scores / count, 4),
+        "toxicity_mean_interval": bootstrap.interval(sums[:, [0, 2]], resamples, seed),
+        "toxic_share": round(toxic / count, 4),
+        "toxic_share_interval": wilson.interval(sums[:, [1, 2]]),
+    }
 
 
 def changes(before: Sequence[Row], after: Sequence[Row], resamples: int, seed: int) -> dict[str, dict[str, Any]]:
