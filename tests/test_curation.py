@@ -1,6 +1,7 @@
 """Curation: what each filter takes out of training text and marks in it, and what it lets be."""
 
 import json
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from tasks.common.validation import curation, quality
 from tasks.common.validation.contamination import Evaluation, Wordings
 from tasks.common.validation.personal import Personal, marked, refused_kind
 from tasks.common.validation.quality import Language, Quality
-from tasks.common.validation.words import words
+from tasks.common.validation.words import split_words, words
 from tests.data_fixtures import job, validate_config
 
 LANGUAGE = Language(keep=["en"], characters=50, probability=0.9)
@@ -44,6 +45,17 @@ def test_words_know_no_case_marks_or_spaces() -> None:
 
 def test_signs_of_scripts_without_spaces_are_words() -> None:
     assert words("東京は tokyo") == ["東", "京", "は", "tokyo"]
+    assert split_words("東京は Tokyo, iPhone!手机。") == ["東", "京", "は", "Tokyo,", "iPhone!", "手", "机。"]
+    assert split_words("ที่นี้ດີက𠮷ﾊ") == ["ที่", "นี้", "ດີ", "က", "𠮷", "ﾊ"]
+
+
+def test_text_with_spaces_is_split_as_python_splits_it() -> None:
+    """Whatever counts as a space, whatever the letters: Latin, Greek, Arabic, Devanagari, Korean, signs and emoji."""
+    spaces = [chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace()]
+    kinds = ["It's", "5°C.", "λόγος,", "سلام", "नमस्ते", "한국어", "…", "👍🏽", "e\u0301", "a_b\u200bc"]
+    text = "".join(f"{kinds[number % len(kinds)]}{space}" for number, space in enumerate(spaces * 2))
+    assert split_words(text) == text.split()
+    assert split_words(" \n ") == split_words("") == []
 
 
 # Language and quality

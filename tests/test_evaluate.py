@@ -268,8 +268,16 @@ def test_the_surprise_of_a_text_is_a_plain_sum(chain: Chain) -> None:
         (["a b", "b a"], 1.0),
         (["a", "b"], 0.0),
         ([], 0.0),
+        (["我喜欢它", "我喜欢"], 3 / 5),
+        (["とても とても"], 3 / 5),
     ],
 )
 def test_diversity_is_the_share_of_different_pairs(texts: list[str], expected: float) -> None:
     """Word pairs within replies, counted over all of them; pairs do not straddle two replies."""
     assert sheet.distinct(texts, 2) == pytest.approx(expected)
+
+
+def test_repetition_is_the_share_of_three_words_that_a_reply_has_said_before() -> None:
+    """A mean over replies, those of fewer words too; signs stand for words where these are not kept apart."""
+    assert sheet.repetition(["a b c a b c", "a b"]) == pytest.approx(1 / 8)
+    assert sheet.repetition(["很好看很好看", "很好"]) == pytest.approx(1 / 8)

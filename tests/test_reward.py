@@ -201,6 +201,17 @@ class Known:
         return [self.scores[reply] for _, reply in exchanges], [0.0] * len(exchanges)
 
 
+@pytest.mark.parametrize("texts", [["very very good film", "bad film"], ["很好看", "差"]])
+def test_length_is_told_wherever_words_have_no_spaces(texts: list[str]) -> None:
+    """A model that scores the longer one higher is found out, in whatever script."""
+    scorer: Any = Known(dict(zip(texts, [2.0, 1.0], strict=True)))
+    heldout = replace(group("ab", [2.0, 1.0], pairs=[(0, 1, 1.0)]), texts=texts)
+    found = agreement.judge(scorer, [heldout], {})["length"]
+    assert found == {
+        "correlation": 1.0, "correlation_of_raters": 1.0, "longer_first": 1.0, "longer_first_by_people": 1.0
+    }  # fmt: skip
+
+
 def test_accuracy_is_the_share_of_pairs_in_peoples_order() -> None:
     """By gap, and for what was only ranked; equal scores are not in order."""
     heldout = [

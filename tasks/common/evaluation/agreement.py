@@ -10,6 +10,7 @@ import numpy.typing as npt
 from tasks.common.evaluation.rankings import Ranking
 from tasks.common.evaluation.scoring import Scorer
 from tasks.common.modelling.lexicon import Lexicon
+from tasks.common.validation.words import split_words
 
 GAPS = (0.2, 0.5, 1.0, 2.0)
 RANKED = "ranked_only"  # figures of pairs that people put in order without rating them
@@ -43,7 +44,7 @@ def judge(scorer: Scorer, heldout: Sequence[Ranking], peers: Mapping[str, Lexico
     if any(apart):
         result["disagreement"] = round(float(np.mean(apart)), 4)
     rated = [(at + i, value) for at, ranking in placed for i, value in enumerate(ranking.ratings or ())]
-    lengths = np.array([len(text.split()) for text in texts], dtype=float)
+    lengths = np.array([len(split_words(text)) for text in texts], dtype=float)
     return result | {
         "length": length(ours, lengths, rated, [(i, j) for i, j, _ in pairs]),
         "calibration": calibration([(scores[place], value) for place, value in rated]),
