@@ -104,11 +104,25 @@ def test_a_reload_brings_the_ranking_under_way_back(page: "Page", address: str, 
     page.locator(".place.tied").wait_for()
     assert texts(page) == shown
     assert page.inner_text("#question") == question("Italy")
+    assert page.locator("#own[open]").count() == 0
     assert page.get_by_role("button", name="Flag answer B").get_attribute("aria-pressed") == "true"
     page.click("#save")
     assert order(saved(page, store)) == [set(shown[:2]), {shown[2]}, {shown[3]}]
     page.reload()  # what is saved is not brought back
     page.locator("#nothing", has_text="No questions wait").wait_for()
+
+
+def test_answers_that_come_leave_the_keyboard_to_who_types_another_question(page: "Page", address: str) -> None:
+    begin(page, address, question("Italy"))
+    assert page.evaluate("document.activeElement.className") == "card"
+    page.click("#own summary")
+    release = hold(page, "samples")
+    ask(page, question("Japan"))
+    page.fill("#own-question", "And what is")
+    release()
+    page.locator("#question", has_text=question("Japan")).wait_for()
+    page.keyboard.type(" the capital of Peru?")
+    assert page.input_value("#own-question") == "And what is the capital of Peru?"
 
 
 def test_a_skipped_ranking_is_not_brought_back(page: "Page", address: str) -> None:

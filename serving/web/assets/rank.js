@@ -41,7 +41,13 @@ function lay(next) {
   find("fewer").hidden = next.answers.length >= next.asked;
   find("fewer").textContent = `${next.asked} answers were asked for; no more than these ${next.answers.length} different ones came up.`;
   cards = new Cards(next);
-  cards.focus();
+  if (!typing(next)) cards.focus();
+}
+
+/** Whether somebody types another question meanwhile, who is to go on typing. */
+function typing(drawn) {
+  const own = find("own-question");
+  return document.activeElement === own && own.value.trim() !== drawn.prompt.at(-1).content;
 }
 
 function tell(text, again = null) {
@@ -78,7 +84,10 @@ function settings() {
 }
 
 async function load(question = null) {
-  if (!question && later.length) return show(later.pop());
+  if (!question && later.length) {
+    find("own").open = false;
+    return show(later.pop());
+  }
   const turn = ++latest;
   const asked = settings();
   tell("Answers are being drawn …");
@@ -93,7 +102,7 @@ async function load(question = null) {
   find("queue").hidden = drawn.questions === 0;
   find("waiting").textContent = String(drawn.waiting);
   find("questions").textContent = String(drawn.questions);
-  find("own").open = !drawn.answers.length;
+  find("own").open = !drawn.answers.length || typing(drawn);
   if (drawn.answers.length) {
     const places = drawn.answers.map((answer) => [answer.id]);
     show({ id: newId(), prompt: drawn.prompt, answers: drawn.answers, asked: asked.count, places, touched: false });
