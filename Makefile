@@ -16,7 +16,7 @@ run: $(VENV)/.runtime ## train, align, shrink and package a model, then talk to 
 	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/bessemer chat; else $(BIN)/bessemer chat --samples; fi
 
 test: $(VENV)/.dev ## run the tests, two at a time; they need no network
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev ## lint, format and types
 	@$(BIN)/ruff check .
