@@ -76,13 +76,17 @@ def export(project: Path) -> Export | None:
         if store is None:
             return None
         with _alone(store):
+            good, left_out = _judged(project, store, store.rankings_of(None))
             number = store.unwritten_export()
             if number is None:
-                taken, _ = _judged(project, store, store.rankings_of(None))
-                if not taken:
+                if not good:
                     return None
-                number = store.begin_export([ranking.number for ranking in taken])
-            return _complete(project, folder, store, number)
+                number = store.begin_export([ranking.number for ranking in good])
+            taken = store.rankings_of(number)
+            rows = _last_words(taken)
+            path = _written(project / WORK, folder, store, number, rows)
+            store.end_export(number)
+            return Export(path, len(rows), left_out | _replaced(taken, rows)) if path else None
 
 
 def rankings_folder(project: Path) -> Path:
@@ -99,21 +103,23 @@ def rankings_folder(project: Path) -> Path:
 
 def exported(project: Path) -> list[Path]:
     """Return the files that exports have made here, whoever's rankings they hold."""
-    files = sorted(rankings_folder(project).glob("[0-9]*.parquet"))
-    return [path for path in files if _origin(path)]
+    return [path for path in _numbered(rankings_folder(project)) if _origin(path)]
 
 
-def _complete(project: Path, folder: Path, store: Store, number: int) -> Export | None:
-    """Write the file of an export that the store has begun, where it is not there yet, and tell the store."""
-    taken = store.rankings_of(number)
-    rows = _last_words(taken)
-    path = next((path for path in exported(project) if _origin(path) == _metadata(store, number)), None)
-    if path is None and rows:  # none: all were taken back in that very moment
+def _numbered(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[0-9]*.parquet"))
+
+
+def _written(work: Path, folder: Path, store: Store, number: int, rows: Sequence[Ranking]) -> Path | None:
+    """Return the file of an export that the store has begun, and write it where it is not there yet.
+
+    There is none where all of its rankings were taken back in that very moment.
+    """
+    path = next((path for path in _numbered(folder) if _origin(path) == _metadata(store, number)), None)
+    if path is None and rows:
         path = folder / f"{_next_number(folder):06d}.parquet"
-        _write(rows, path, project / WORK, store, number)
-    store.end_export(number)
-    _, left_out = _judged(project, store, store.rankings_of(None))
-    return Export(path, len(rows), left_out | _replaced(taken, rows)) if path else None
+        _write(rows, path, work, store, number)
+    return path
 
 
 def _judged(project: Path, store: Store, rankings: Sequence[Ranking]) -> tuple[list[Ranking], dict[str, int]]:

@@ -1,7 +1,7 @@
 """The chat page in a real browser: answers, opinions on them, and which of two is better."""
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from serving.feedback import Store
 from tests.browser_fixtures import browser, page
@@ -9,6 +9,8 @@ from tests.page_fixtures import OTHER, SCRIPT, address, folder, slide, store
 from tests.serving_fixtures import TAG, answer, package, question
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from playwright.sync_api import Page, Route
 
 __all__ = ["address", "browser", "folder", "package", "page", "store"]
@@ -62,24 +64,27 @@ def test_side_by_side_answers_feed_rankings(page: "Page", address: str, store: S
     assert [model in name for model, name in zip(row.models, names, strict=True)] == [True, True]
 
 
-def test_every_model_answers_side_by_side_and_what_says_the_same_is_judged_once(
-    page: "Page", address: str, store: Store
-) -> None:
-    said = {"bessemer": "Lima.", "other": " Lima. ", "third": "Quito.", "fourth": "Cusco."}
-    kept: dict[str, str] = {}
+def stand_in(page: "Page", store: Store, say: "Callable[[dict[str, Any]], str]") -> None:
+    """Answer in the models' place as the endpoint would, in words of the test's."""
 
     def reply(route: "Route") -> None:
-        """Answer as the endpoint would, for models of which it has only two."""
-        asked = json.loads(route.request.post_data or "")
-        name = asked["model"]
-        [kept[name]] = store.add_answers(asked["messages"], [(said[name], f"{name}-tag", 0.0, None)])
-        end = {"id": kept[name], "name": name, "model": f"{name}-tag", "finish_reason": "stop", "problem": None}
-        events = [{"text": said[name]}, end]
+        request = json.loads(route.request.post_data or "")
+        text, name = say(request), request["model"]
+        [kept] = store.add_answers(request["messages"], [(text, f"{name}-tag", 0.0, None)])
+        end = {"id": kept, "name": name, "model": f"{name}-tag", "finish_reason": "stop", "problem": None}
+        events = [{"text": text}, end]
         route.fulfill(
             content_type="text/event-stream", body="".join(f"data: {json.dumps(event)}\n\n" for event in events)
         )
 
     page.route("**/feedback/answers", reply)
+
+
+def test_every_model_answers_side_by_side_and_what_says_the_same_is_judged_once(
+    page: "Page", address: str, store: Store
+) -> None:
+    said = {"bessemer": "Lima.", "other": " Lima. ", "third": "Quito.", "fourth": "Cusco."}  # the server has but two
+    stand_in(page, store, lambda asked: said[asked["model"]])
     page.goto(address)
     page.check("#side-by-side")
     page.evaluate(
@@ -107,19 +112,12 @@ def test_every_model_answers_side_by_side_and_what_says_the_same_is_judged_once(
 def test_a_late_verdict_changes_its_own_turn_alone(page: "Page", address: str, store: Store) -> None:
     asked: list[list[dict[str, str]]] = []
 
-    def reply(route: "Route") -> None:
-        """Answer in words that tell which answer to which question it is, as the endpoint would."""
-        messages = json.loads(route.request.post_data or "")["messages"]
-        asked.append(messages)
-        text = f"Reply {len(asked)} to {messages[-1]['content']}"
-        [kept] = store.add_answers(messages, [(text, TAG, 0.8, len(asked))])
-        end = {"id": kept, "name": "bessemer", "model": TAG, "finish_reason": "stop", "problem": None}
-        events = [{"text": text}, end]
-        route.fulfill(
-            content_type="text/event-stream", body="".join(f"data: {json.dumps(event)}\n\n" for event in events)
-        )
+    def say(request: dict[str, Any]) -> str:
+        """Answer in words that tell which answer to which question it is."""
+        asked.append(request["messages"])
+        return f"Reply {len(asked)} to {request['messages'][-1]['content']}"
 
-    page.route("**/feedback/answers", reply)
+    stand_in(page, store, say)
     page.goto(address)
     page.check("#side-by-side")
     page.check("#remembers")

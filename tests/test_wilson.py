@@ -51,7 +51,7 @@ def test_the_effective_number_comes_from_the_variance_between_clusters() -> None
 
 
 def test_the_effective_number_is_at_most_that_of_cases_and_of_clusters_where_these_are_alike() -> None:
-    """Wholes of one share say nothing of how their cases go together: each counts once, large ones alone count."""
+    """Clusters of one share say nothing of how their cases go together: each counts once, large ones alone count."""
     assert wilson.effective(clusters([1, 2, 1, 2], [2, 3, 2, 3])) == 10
     assert wilson.effective(clusters([2.0] * 7, 4)) == 7
     assert wilson.effective(clusters([1, 2], [3, 6])) == pytest.approx(81 / 45)
