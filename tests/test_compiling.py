@@ -7,7 +7,7 @@ import pytest
 
 from tasks.common.settings import Numerics, Parallel
 from tasks.common.stage import StageError
-from tasks.common.training.compiling import PAYS, worthwhile
+from tasks.common.training.compiling import PAYS, compiled, worthwhile
 from tests.training_fixtures import NUMERICS, Chain, chain, config
 
 __all__ = ["chain"]
@@ -51,6 +51,32 @@ def test_without_a_compiler_the_setting_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(StageError, match="looked for no-such-compiler"):
         worthwhile(numerics("auto"), 1e20)
+
+
+@pytest.mark.filterwarnings("default")  # the compiler itself does some of what torch warns of
+def test_positions_and_mask_are_worked_out_once_in_one_program() -> None:
+    """Cosines, sines and mask are each set apart, and the model's pass is not cut into several programs."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, attn_implementation="eager", **shape))
+    programs: list[list[str]] = []
+
+    def seen(program: torch.fx.GraphModule, _inputs: Any) -> Any:
+        programs.append([str(node.target) for node in program.graph.nodes])
+        return program.forward
+
+    def logits(ids: torch.Tensor) -> Any:
+        return model(input_ids=ids, use_cache=False).logits
+
+    ids = torch.arange(24).view(2, 12)
+    plain = logits(ids)
+    compiled(logits, model, steady=True)  # sets the model up; what is called is compiled without machine code
+    found = torch.compile(logits, backend=seen, dynamic=False)(ids)
+    assert torch.equal(found, plain)
+    assert torch.equal(logits(ids), plain)
+    assert [program.count("bessemer.once.default") for program in programs] == [3]
 
 
 @pytest.mark.slow

@@ -32,6 +32,21 @@ def test_cross_entropy_is_the_sum_of_surprises() -> None:
     assert losses.cross_entropy(found, torch.tensor(targets)).item() == pytest.approx(naive, rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_what_is_written_for_a_compiler_is_the_same_loss(kind: str) -> None:
+    """Its sum, and each logit's gradient."""
+    import torch
+
+    targets, found = torch.tensor([3, 0, IGNORED, 10, 5, IGNORED]), []
+    for loss in (losses.surprise, losses.cross_entropy):
+        given = logits().to(getattr(torch, kind)).requires_grad_()
+        total = loss(given.float(), targets)
+        total.backward()
+        found.append((total.detach(), given.grad))
+    torch.testing.assert_close(*found)
+    assert found[0][1][2].abs().sum() == 0
+
+
 def test_smoothing_shares_a_part_of_the_target_among_all() -> None:
     """(1 − ε) × the target's surprise + ε × the mean surprise of the vocabulary (Szegedy et al. 2016, section 7)."""
     import torch

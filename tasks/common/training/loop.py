@@ -189,7 +189,7 @@ def _sums(model: Any, objective: Objective, config: Training, job: Job, work: Wo
     flops = work.flops_per_token * objective.draw(0, WHOLE).tokens * config.steps if work else None
     if not compiling.worthwhile(numerics, flops):
         return objective.sums
-    return compiling.compiled(objective.sums, steady=objective.steady)
+    return compiling.compiled(objective.sums, model, steady=objective.steady)
 
 
 def _drawn_ahead(objective: Objective, steps: range, accumulate: int, world: World) -> Iterator[list[Drawn]]:
