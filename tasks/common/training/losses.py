@@ -31,12 +31,12 @@ def cross_entropy(logits: "torch.Tensor", targets: "torch.Tensor", entropy: "Ent
     """Return the summed negative log-likelihood (nats) of `targets` (N,) under `logits` (N, V), with what is added."""
     import torch
 
-    logits, smoothing = logits.float(), entropy.smoothing if entropy else 0.0
+    logits, smoothing = logits.float(), 0.0 if entropy is None else entropy.smoothing
     if torch.compiler.is_compiling() and not smoothing:
         total = surprise(logits, targets)
     else:
         total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
-    if entropy and entropy.z:
+    if entropy is not None and entropy.z:  # asked for its truth, a compiler (torch 2.11) would end its program here
         asked = targets != IGNORED
         total = total + entropy.z * logits[asked].logsumexp(-1).square().sum()
     return total
