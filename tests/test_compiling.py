@@ -5,9 +5,10 @@ from typing import Any, Literal
 
 import pytest
 
+from tasks.common.modelling import masks
 from tasks.common.settings import Numerics, Parallel
 from tasks.common.stage import StageError
-from tasks.common.training.compiling import PAYS, compiled, worthwhile
+from tasks.common.training.compiling import PAYS, compiled, rotate_half, worthwhile
 from tests.training_fixtures import NUMERICS, Chain, chain, config
 
 __all__ = ["chain"]
@@ -72,11 +73,35 @@ def test_positions_and_mask_are_worked_out_once_in_one_program() -> None:
 
     ids = torch.arange(24).view(2, 12)
     plain = logits(ids)
-    compiled(logits, model, steady=True)  # sets the model up; what is called is compiled without machine code
+    masks.provide()
+    for _ in range(2):  # a second time changes no more
+        compiled(logits, model, steady=True)  # sets the model up; what is called is compiled without machine code
     found = torch.compile(logits, backend=seen, dynamic=False)(ids)
     assert torch.equal(found, plain)
     assert torch.equal(logits(ids), plain)
     assert [program.count("bessemer.once.default") for program in programs] == [3]
+
+
+def test_halves_are_rotated_by_parts_where_that_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama's way, whose gradient is the same to the bit; Cohere pairs neighbours, and keeps its own."""
+    import torch
+    from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers.models.cohere import modeling_cohere
+    from transformers.models.llama import modeling_llama
+
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    neighbours, theirs = modeling_cohere.rotate_half, modeling_llama.rotate_half
+    monkeypatch.setattr(modeling_llama, "rotate_half", theirs)  # so that what is changed is put back
+    compiled(print, LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape)), steady=True)
+    compiled(print, CohereForCausalLM(CohereConfig(vocab_size=64, pad_token_id=0, **shape)), steady=True)
+    assert modeling_cohere.rotate_half is neighbours
+    assert modeling_llama.rotate_half is rotate_half
+    slope, found = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1)), list[Any]()
+    for rotate in (theirs, rotate_half):
+        states = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        (rotate(states) * slope).sum().backward()
+        found.append(states.grad)
+    assert torch.equal(*found)
 
 
 @pytest.mark.slow

@@ -61,6 +61,6 @@ def test_stages_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
     mapping = masking_utils.AttentionMaskInterface._global_mapping
     for name, theirs in THEIRS.items():
         monkeypatch.setitem(mapping, name, theirs)
-    masks.by_broadcasting()
+    masks.provide()
     assert mapping["sdpa"] is masks.boolean
     assert mapping["eager"] is masks.additive

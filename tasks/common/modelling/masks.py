@@ -1,24 +1,27 @@
-"""Attention masks by broadcasting. Transformers 4.57 maps the rule over all pairs of places with `torch.vmap` instead,
-which takes 5 ms a forward pass on a CPU: as long as a small model's own work on a few rows (docs/decisions.md).
+"""Attention masks by broadcasting, worked out once where they are compiled (`apart.py`).
 
-Transformers 5 broadcasts by itself.
+Transformers 4.57 maps the rule over all pairs of places with `torch.vmap` instead, which takes 5 ms a forward pass on a
+CPU: as long as a small model's own work on a few rows (docs/decisions.md). Transformers 5 broadcasts by itself.
 """
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from tasks.common.modelling import apart
+
 if TYPE_CHECKING:
     import torch
 
 
-def by_broadcasting() -> None:
+def provide() -> None:
     """Have Transformers make its masks so in this process; each is the same to the bit."""
     import transformers
     from transformers.masking_utils import AttentionMaskInterface
 
+    apart.provide()
+    AttentionMaskInterface.register("eager", additive)
     if transformers.__version__.startswith("4."):
         AttentionMaskInterface.register("sdpa", boolean)
-        AttentionMaskInterface.register("eager", additive)
 
 
 def boolean(
@@ -48,8 +51,17 @@ def boolean(
     return seen.expand(batch_size, 1, queries, kv_length)
 
 
-def additive(*, dtype: "torch.dtype", **named: Any) -> "torch.Tensor":
+def additive(*positional: Any, **named: Any) -> "torch.Tensor | None":
     """Return what is added to the scores, (B, 1, Q, K): 0 for seen keys, the lowest value for others."""
+    import transformers
+    from transformers import masking_utils
+
+    make = _additive if transformers.__version__.startswith("4.") else masking_utils.eager_mask
+    found = make(*positional, **named)
+    return None if found is None else apart.once(found)
+
+
+def _additive(*, dtype: "torch.dtype", **named: Any) -> "torch.Tensor":
     import torch
 
     seen = boolean(**{**named, "allow_is_causal_skip": False})

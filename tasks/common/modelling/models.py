@@ -55,7 +55,7 @@ def prepare_torch(numerics: Numerics, seed: int) -> "torch.device":
     # A tenth of a step, only to show who reads what nobody has written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(seed)
-    masks.by_broadcasting()
+    masks.provide()
     narrow = "bfloat16" in (numerics.dtype.decoder, numerics.dtype.encoder)
     if numerics.device == "cpu" and narrow and not bfloat16.built_in():
         bfloat16.provide()

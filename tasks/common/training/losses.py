@@ -31,28 +31,27 @@ def cross_entropy(logits: "torch.Tensor", targets: "torch.Tensor", entropy: "Ent
     """Return the summed negative log-likelihood (nats) of `targets` (N,) under `logits` (N, V), with what is added."""
     import torch
 
-    logits, smoothing = logits.float(), 0.0 if entropy is None else entropy.smoothing
+    smoothing = 0.0 if entropy is None else entropy.smoothing
+    z = 0.0 if entropy is None else entropy.z  # asked for their truth, compilers (torch 2.11) end a program at settings
     if torch.compiler.is_compiling() and not smoothing:
-        total = surprise(logits, targets)
-    else:
-        total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
-    if entropy is not None and entropy.z:  # asked for its truth, a compiler (torch 2.11) would end its program here
-        asked = targets != IGNORED
-        total = total + entropy.z * logits[asked].logsumexp(-1).square().sum()
+        return for_compilers(logits, targets, z)
+    logits = logits.float()
+    total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+    if z:
+        total = total + z * logits[targets != IGNORED].logsumexp(-1).square().sum()
     return total
 
 
-def surprise(logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
-    """Return what `cross_entropy` does without smoothing, written for a compiler: log Z less the target's own logit.
-
-    Of torch's own the compiler makes a gradient that sums a row of zeros and one over the whole vocabulary first, and
-    compares in 64 bits: 18 ms where this takes 8 (docs/decisions.md).
-    """
+def for_compilers(logits: "torch.Tensor", targets: "torch.Tensor", z: float) -> "torch.Tensor":
+    """Return what `cross_entropy` does without smoothing, in a form of which a compiler makes less work."""
     import torch
 
-    vocabulary = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
-    own = torch.where(vocabulary == targets.int()[:, None], logits, 0.0).sum(-1)  # (N,)
-    return torch.where(targets == IGNORED, 0.0, logits.logsumexp(-1) - own).sum()
+    from tasks.common.training.compiled_entropy import Surprise
+
+    asked = targets != IGNORED
+    surprise, partition = Surprise.apply(logits, targets.clamp(min=0))  # type: ignore[no-untyped-call]
+    each = surprise + z * partition.square() if z else surprise
+    return torch.where(asked, each, 0.0).sum()
 
 
 def next_token(logits: "torch.Tensor", ids: "torch.Tensor", entropy: "Entropy | None" = None) -> "torch.Tensor":

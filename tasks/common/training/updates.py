@@ -63,6 +63,7 @@ class Torch:
     def __init__(self, config: Optimizer, model: "torch.nn.Module", world: World) -> None:
         self.optimizers = optimizers.build(config, model)
         self.clip, self.model, self.world = config.clip, model, world
+        self.parameters = list(model.parameters())  # walking through the modules takes a third of a millisecond
 
     def backward(self, loss: "torch.Tensor") -> None:
         """Add the gradient to the parameters'."""
@@ -73,7 +74,7 @@ class Torch:
         import torch
 
         self.world.add_up(self.model)
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip))
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.clip))
         figures: list[float] = torch.cat([losses, norm[None]]).tolist()
         if all(map(math.isfinite, figures)):
             for optimizer in self.optimizers:
