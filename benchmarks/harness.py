@@ -170,22 +170,18 @@ def spread(results: Mapping[str, Sequence[Figures]], figure: str) -> str:
     return f"{figure}, round by round: " + "; ".join(sides)
 
 
-def in_process(
-    module: str, request: Mapping[str, Any], *, killed: bool = False, processes: int = 1, timeout: float = 1800
-) -> Figures:
+def in_process(module: str, request: Mapping[str, Any], *, killed: bool = False, timeout: float = 1800) -> Figures:
     """Run `python -m MODULE FILE` in a fresh process and return what it left in its result file.
 
     The file is the request as JSON, with the moment of the start (`started`, monotonic clock) and the result's path
-    (`result`) added. With `killed` the process is expected to end itself with SIGKILL, and nothing is returned. Several
-    processes are started by torchrun; the first of them leaves the result.
+    (`result`) added. With `killed` the process is expected to end itself with SIGKILL, and nothing is returned.
     """
-    several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"] if processes > 1 else []
     with tempfile.TemporaryDirectory(prefix="bessemer-bench-") as scratch:
         asked, result = Path(scratch, "request.json"), Path(scratch, "result.json")
         content = {**request, "result": str(result), "started": time.monotonic()}
         asked.write_text(json.dumps(content), encoding="utf-8")
         done = subprocess.run(
-            [sys.executable, "-m", *several, module, str(asked)],
+            [sys.executable, "-m", module, str(asked)],
             cwd=ROOT, env={**os.environ, **OFFLINE}, capture_output=True, text=True, timeout=timeout, check=False,
         )  # fmt: skip
         if killed and done.returncode == -9:

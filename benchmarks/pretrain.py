@@ -61,7 +61,7 @@ def by_adamw(steps: int) -> dict[str, Any]:
 
 def train(
     side: str, config: dict[str, Any], numerics: dict[str, Any], scratch: Path | None = None, *,
-    stop_at: int | None = None, resume: bool = False, processes: int = 1,
+    stop_at: int | None = None, resume: bool = False,
 ) -> Figures:  # fmt: skip
     """Do one run of `benchmarks/training_run.py` on the project's tokens; see `run`."""
     request = {
@@ -75,9 +75,7 @@ def train(
     }
     with tempfile.TemporaryDirectory(prefix="bessemer-bench-") as fresh:
         place = {"scratch": str(scratch or fresh)}
-        return harness.in_process(
-            "benchmarks.training_run", {**request, **place}, killed=stop_at is not None, processes=processes
-        )
+        return harness.in_process("benchmarks.training_run", {**request, **place}, killed=stop_at is not None)
 
 
 def resumes(side: str, steps: int) -> bool:

@@ -1,7 +1,7 @@
-"""The rate of matrix products at a decoder's own shapes, in a process of one thread.
+"""The rate of matrix products at a decoder's own shapes.
 
-`benchmarks/speed.py` starts it as `python -m benchmarks.shapes_run FILE`, once a core at the same time. Timed are the
-products of a training step in bfloat16: of each weight its output, its input's gradient and its own, and attention's.
+`benchmarks/speed.py` starts it as `python -m benchmarks.shapes_run FILE`. Timed are the products of a training step in
+bfloat16, worked out as a stage does: of each weight its output, its input's gradient and its own, and attention's.
 """
 
 import statistics
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
+from tasks.common.modelling import bfloat16
 from tasks.common.modelling.models import Shape
 from tasks.common.modelling.pretrained import New
 from tasks.common.stage import write_json
@@ -53,7 +54,9 @@ def main() -> None:
     import torch
 
     request = harness.read_request()
-    torch.set_num_threads(1)
+    torch.set_num_threads(request["threads"])
+    if not bfloat16.built_in():
+        bfloat16.provide()
     shape = New.model_validate(request["model"])
     found = [rate(*product) for product in products(shape, request["vocabulary"], request["batch"], request["window"])]
     write_json(Path(request["result"]), {"gflops": statistics.median(found) / 1e9})
