@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from tasks.common.modelling import bfloat16
+from tasks.common.modelling import models
 from tasks.common.modelling.models import Shape
 from tasks.common.modelling.pretrained import New
+from tasks.common.settings import Numerics
 from tasks.common.stage import write_json
 
 SECONDS, WARM = 0.3, 3  # each product is repeated for so long, after so many that warm up
@@ -51,12 +52,8 @@ def rate(several: int, rows: int, inner: int, columns: int) -> float:
 
 def main() -> None:
     """Measure and write the median."""
-    import torch
-
     request = harness.read_request()
-    torch.set_num_threads(request["threads"])
-    if not bfloat16.built_in():
-        bfloat16.provide()
+    models.prepare_torch(Numerics.model_validate(request["numerics"]), seed=1)
     shape = New.model_validate(request["model"])
     found = [rate(*product) for product in products(shape, request["vocabulary"], request["batch"], request["window"])]
     write_json(Path(request["result"]), {"gflops": statistics.median(found) / 1e9})

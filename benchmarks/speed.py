@@ -54,9 +54,10 @@ def run(side: str, steps: int) -> Figures:
 
 def ceiling() -> Figures:
     """Return the GFLOP/s of bfloat16 products at the model's shapes, by all cores."""
-    config = read_params(PROFILE)["pretrain"]["clm"]
-    request = {"model": config["model"], "window": config["window"], "batch": config["batch"], "threads": CORES}
-    request["vocabulary"] = read_params(PROFILE)["tokenize"]["tokenizer"]["vocabulary"]
+    params = read_params(PROFILE)
+    request = {name: params["pretrain"]["clm"][name] for name in ("model", "window", "batch")}
+    request["vocabulary"] = params["tokenize"]["tokenizer"]["vocabulary"]
+    request["numerics"] = {**params["numerics"], "threads": CORES}
     return harness.in_process("benchmarks.shapes_run", request)
 
 
