@@ -160,7 +160,7 @@ def train(
         for step in bar:
             rate = rate_at(config.optimizer, step, steps)
             parts = next(batches)
-            torch.manual_seed(_seed(job.seed, step, world.reader))  # of dropout, wherever a model has some
+            _reseed(_seed(job.seed, step, world.reader), world.device)  # dropout, wherever a model has some
             with _memory_advice(job, config.accumulate):
                 losses = _backward(sums, objective.weights, parts, updates, world)
             values = updates.step(torch.stack([*losses.values()]), rate)
@@ -284,6 +284,15 @@ def _not_finite(
 
 def _seed(seed: int, step: int, reader: int) -> int:
     return int(np.random.SeedSequence([seed, step, 5, reader]).generate_state(1)[0])
+
+
+def _reseed(seed: int, device: str) -> None:
+    """Seed the generators of the devices that are used; `torch.manual_seed` takes 0.4 ms, for GPUs that are not."""
+    import torch
+
+    torch.default_generator.manual_seed(seed)
+    if device == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def batch_at(items: Sequence[Item], size: int, seed: int, step: int) -> list[Item]:

@@ -8,7 +8,7 @@ every matrix, and all processes read the same (`tensor_parallel.py`).
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -85,7 +85,7 @@ class World:
         fully_shard(model, mesh=mesh)
         return plain
 
-    def add_up(self, model: "torch.nn.Module") -> None:
+    def add_up(self, parameters: "Sequence[torch.nn.Parameter]") -> None:
         """Give every process the sum of all gradients; models that are shared out have theirs already."""
         import torch
         from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -93,7 +93,7 @@ class World:
         if self.size == 1 or self.engine != "data":
             return
         gradients: list[torch.Tensor] = []
-        for parameter in model.parameters():
+        for parameter in parameters:
             if parameter.requires_grad:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)

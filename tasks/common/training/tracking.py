@@ -82,8 +82,9 @@ class Tracker:
         if self.pending is None:
             return
         (step, figures), now = self.pending, time.perf_counter()
-        speed = self._speed(self.tokens - self.reported, now - self.clock)
-        self.write(step, {**figures, **speed, "peak_memory_bytes": peak_memory()})
+        if self.writers:
+            speed = self._speed(self.tokens - self.reported, now - self.clock)
+            self.write(step, {**figures, **speed, "peak_memory_bytes": peak_memory()})
         self.pending, self.reported, self.clock = None, self.tokens, now
 
     def write(self, step: int, figures: Figures) -> None:

@@ -73,7 +73,7 @@ class Torch:
         """Sum gradients over the processes, clip them to the norm that the settings allow, and step."""
         import torch
 
-        self.world.add_up(self.model)
+        self.world.add_up(self.parameters)
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.clip))
         figures: list[float] = torch.cat([losses, norm[None]]).tolist()
         if all(map(math.isfinite, figures)):
