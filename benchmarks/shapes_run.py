@@ -3,7 +3,7 @@
 `benchmarks/speed.py` starts it as `python -m benchmarks.shapes_run FILE`. Timed are the products of a training step in
 bfloat16, worked out as a stage does: of each weight its output, its input's gradient and its own, and attention's. An
 operand that a step reads across its rows (the weight for its output, the output's gradient for the weight's) is read so
-here; a second figure has all operands straight, which is faster and what no step can have.
+here; a second figure has all operands straight, which is faster and what a step could have by copying alone.
 """
 
 import statistics
