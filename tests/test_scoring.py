@@ -50,19 +50,13 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_reply_its_end(chain: Chain
 
 
 def test_only_who_reads_the_conversation_tells_prompts_apart(chain: Chain) -> None:
-    """The same weights score a reply alone, or after a prompt that bears on its score.
-
-    Not to the last bit: a product's rows of the same numbers may be rounded by other instructions, as wide as the
-    processor has them.
-    """
+    """The same weights score a reply alone, or after a prompt that bears on its score."""
     scorer = Scorer.load(chain.path("data/reward/policy/model"), NUMERICS)
     two = [(ASKED, "It was good."), ([], "It was good.")]
-    after, alone = scorer.score(two)
-    assert after == pytest.approx(alone, abs=1e-5)
+    assert scorer.score(two[:1]) == scorer.score(two[1:])  # one at a time: rows of one product may round apart
     hearing = replace(scorer, reads="conversation")
-    after, alone = hearing.score(two)
-    assert abs(after - alone) > 1e-3
-    assert [alone] == pytest.approx(scorer.score(two[1:]), abs=1e-5)
+    assert len(set(hearing.score(two))) == 2
+    assert hearing.score(two[1:]) == pytest.approx(scorer.score(two[1:]), abs=1e-6)
 
 
 def test_a_reward_model_learns_which_reply_fits_its_prompt(chain: Chain, tmp_path: Path) -> None:
