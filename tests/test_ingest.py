@@ -109,6 +109,35 @@ def test_a_lonely_last_sentence_joins_the_group_before_it(tmp_path: Path) -> Non
     assert sorted(len(row["responses"]) for row in rows) == [4, 5]
 
 
+def test_sentences_are_compared_with_those_of_their_own_prompt(tmp_path: Path) -> None:
+    """What is said of a soup is no better or worse than what is said of a book, and may be said of both."""
+    copied = copy_sources(tmp_path)
+    told = [("Review a soup.", f"It is {word}.") for word in ("hot", "good", "bad")]
+    told += [("Review a book.", f"It is {word}.") for word in ("long", "good", "bad", "good")]
+    lines = ["text,ratings,prompt", *(f"{text},{place} 1,{prompt}" for place, (prompt, text) in enumerate(told, -3))]
+    (copied / "smoke/ratings.csv").write_text("\n".join(lines), encoding="utf-8")
+    made = ingest_into(tmp_path / "out", copied)
+    rows = [row for row in table(made, "rankings") if row["source"] == "ratings"]
+    found = {row["prompt"][0]["content"]: sorted(row["responses"]) for row in rows}
+    assert found == {
+        "Review a soup.": ["It is bad.", "It is good.", "It is hot."],
+        "Review a book.": ["It is bad.", "It is good.", "It is long."],
+    }
+    assert "the same text came before" in str(refusals(made))
+
+
+def test_half_a_character_is_refused_and_written_down(tmp_path: Path) -> None:
+    """A JSON array may spell one, which neither a table nor a file of UTF-8 can hold."""
+    copied = copy_sources(tmp_path)
+    rows = [{"instruction": "Hi", "output": "Hello!"}, {"instruction": "Bye \ud800", "output": "Farewell!"}]
+    (copied / "chats.json").write_text(json.dumps(rows), encoding="utf-8")
+    chats = {**FACTS, "name": "chats", "path": "chats.json", "format": "alpaca", "table": "instructions"}
+    made = ingest_into(tmp_path / "out", copied, sources=[FACTS, RATINGS, chats])
+    [refused] = [line for line in refusals(made) if line["source"] == "chats"]
+    assert "half a character" in refused["reason"]
+    assert "\\ud800" in refused["row"]
+
+
 def test_stated_splits_hold_and_others_are_drawn(made: Path) -> None:
     chats = table(made, "instructions")
     assert {row["split"] for row in chats if row["source"] == "smalltalk"} == {"train"}

@@ -125,6 +125,15 @@ def test_an_answer_in_argilla_is_a_ranking_by_its_user(record: dict[str, Any], r
     assert (found["prompt"], found["annotator"]) == ("Tell a joke.", "u-1")
 
 
+def test_people_whose_names_were_taken_away_keep_their_answers() -> None:
+    """Two of them disagree; each answered both questions."""
+    flat = {name: value for name, value in FLAT.items() if "." not in name}
+    flat |= {"preference.responses": [ORDER, ORDER[::-1]], "why.responses": ["shorter", "funnier"]}
+    (_, first), (_, second) = annotations.spread("argilla", [("row 1", flat)])
+    assert (first["annotator"], first["answers"]) == (None, {"preference": ORDER, "why": "shorter"})
+    assert (second["annotator"], second["answers"]) == (None, {"preference": ORDER[::-1], "why": "funnier"})
+
+
 def test_the_context_and_a_chat_are_what_was_asked() -> None:
     record = answered(ORDER)
     record["fields"] = {**FIELDS, "context": "A pub."}

@@ -229,6 +229,10 @@ def test_a_dataset_out_of_reach_is_told(tmp_path: Path, monkeypatch: pytest.Monk
         ({**DATASET, "path": "someone/chats", "data_files": []}, "needs revision"),
         ({**DATASET, "data_files": []}, "data_files belong to the builders"),
         ({**DATASET, "columns": {"entity": "about"}}, "columns must say where messages"),
+        (
+            {**DATASET, "columns": {"messages": "turns", "enttiy": "about"}},
+            "nothing reads enttiy; what is read is answer",
+        ),
         ({**FACTS, "path": "../secret.csv"}, "path must lie under data/sources/"),
         ({**DATASET, "data_files": ["../secret.parquet"]}, "path must lie under data/sources/"),
         ({**DATASET, "path": "./../secret", "data_files": []}, "path must lie under data/sources/"),

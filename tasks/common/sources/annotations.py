@@ -12,6 +12,7 @@ Neither export says all that was on the screen: which texts were compared is kno
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice, zip_longest
 from typing import Any
@@ -46,11 +47,17 @@ def _decoded(row: Any) -> Any:
 
 
 def _argilla_answers(record: Row) -> list[Row]:
-    """Return a record once for each person who answered: its fields, the person, and the answers by question."""
-    people: dict[str, dict[str, Any]] = {}
+    """Return a record once for each person who answered: its fields, the person, and the answers by question.
+
+    Of people without names the first answer to each question is taken for one person's, the second for another's.
+    """
+    people: dict[tuple[str, int], dict[str, Any]] = {}
+    unnamed: Counter[str] = Counter()  # answers to a question
     for question, answer in _argilla_told(record):
         user = answer.get("user_id")
-        one = people.setdefault(str(user), {"fields": _fields(record), "annotator": user, "answers": {}})
+        unnamed[question] += user is None
+        person = (str(user), 0 if user is not None else unnamed[question])
+        one = people.setdefault(person, {"fields": _fields(record), "annotator": user, "answers": {}})
         one["answers"][question] = answer.get("value")
         one["status"] = answer.get("status")
     return list(people.values())

@@ -87,8 +87,9 @@ class RefusedFile:
         self.file = path.open("w", encoding="utf-8")
 
     def append(self, refusal: Refusal) -> None:
-        """Take one refused piece."""
-        self.file.write(json.dumps(asdict(refusal), ensure_ascii=False) + "\n")
+        """Take one refused piece; half a character, for which some are refused, is spelt out."""
+        told = {name: text.encode("utf-8", "backslashreplace").decode() for name, text in asdict(refusal).items()}
+        self.file.write(json.dumps(told, ensure_ascii=False) + "\n")
 
     def __enter__(self) -> "RefusedFile":
         return self

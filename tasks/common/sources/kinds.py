@@ -91,6 +91,13 @@ def _fit_together(source: "Files | Remote | Dataset") -> None:
         raise ValueError(f"the format {form} is for the table{'s' * (len(tables) > 1)} {' and '.join(tables)}")
 
 
+def _refuse_unknown(columns: Mapping[str, str], read: set[str]) -> None:
+    """Raise ValueError for a column that nobody would read: a misspelt one would be dropped without a word."""
+    unknown = sorted(set(columns) - read)
+    if unknown:
+        raise ValueError(f"columns: nothing reads {', '.join(unknown)}; what is read is {', '.join(sorted(read))}")
+
+
 class Package(Told):
     """A pinned archive from a package index."""
 
@@ -154,6 +161,7 @@ class Dataset(Told):
         lacking = sorted(set(needed) - set(self.columns))
         if lacking:
             raise ValueError(f"columns must say where {', '.join(lacking)} of table {self.table} is found")
+        _refuse_unknown(self.columns, preferences.READ if self.of_preferences else rows.read_of(self.table))
         return self
 
     @property
@@ -193,6 +201,7 @@ class Remote(Told):
             raise ValueError(f"a file of the format {self.format} has no columns to name; leave `columns` empty ({{}})")
         if self.limit is not None and self.table != "corpus":
             raise ValueError("limit counts characters of prose, so it belongs to the corpus table; set it to null")
+        _refuse_unknown(self.columns, rows.read_of(self.table))
         return self
 
 
@@ -289,9 +298,10 @@ def _take(
     if format in importers.FORMATS:
         _import(importers.Layout(format, table), path, called, reading)
         return
-    wanted = {(columns or {}).get(name, name) for name in rows.REQUIRED[table]}
+    told = columns or {}
+    wanted = {told.get(name, name) for name in rows.REQUIRED[table]} | set(told.values())
     found = formats.FORMATS[format](reading.source, path, wanted)
-    _take_rows(table, found, called, reading, partial(_renamed, columns or {}))
+    _take_rows(table, found, called, reading, partial(_renamed, told))
 
 
 def _import(layout: importers.Layout, path: Path, called: str, reading: Reading) -> None:

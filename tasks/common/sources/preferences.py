@@ -13,6 +13,7 @@ from typing import Any
 from tasks.common.sources.turns import Messages, Row, messages, preference, said, turn
 
 NEEDED = ("chosen", "rejected")
+READ = {*NEEDED, "prompt", "annotator"}
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 

@@ -18,8 +18,20 @@ REQUIRED = {
     "facts": {"kind", "entity", "relation", "value"},
     "ratings": {"text", "ratings"},
 }
+OPTIONAL = {
+    "corpus": set[str](),
+    "instructions": {"entity", "answer", "tone", "split"},
+    "rankings": {"ranks", "scores", "scale", "annotators", "annotator", "models"},
+    "facts": set[str](),
+    "ratings": {"prompt"},
+}
 DEFAULT_PROMPT = "Write a sentence."
 T = TypeVar("T")
+
+
+def read_of(table: str) -> set[str]:
+    """Return the names of the columns that are read of a table's rows."""
+    return REQUIRED[table] | OPTIONAL[table]
 
 
 def add(table: str, row: Mapping[str, Any], reading: Reading) -> None:
