@@ -45,9 +45,10 @@ def test_two_halves_are_the_whole(kind: str, layers: int) -> None:
     assert len(model.base_model.layers) == 3
 
 
-def test_a_model_that_scales_what_it_is_given_is_not_cut() -> None:
-    """Gemma multiplies states that it is given by the root of its width, as if they were embeddings."""
-    assert Halves.of(built("gemma2"), 1) is None
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_neox"])
+def test_a_model_of_another_build_is_not_cut(kind: str) -> None:
+    """Gemma scales states that it is given, as if they were embeddings; GPT-NeoX has a norm of another name."""
+    assert Halves.of(built(kind), 1) is None
 
 
 def test_what_the_upper_half_learns_the_whole_has_learnt_and_the_twin_has_not() -> None:

@@ -265,6 +265,23 @@ def test_more_top_layers_than_there_are_is_told(model: Any) -> None:
         methods.apply(model, method(name="top", layers=5))
 
 
+def test_top_finds_the_blocks_of_other_builds() -> None:
+    """GPT-2 calls them otherwise than Llama, and a model of a third kind is refused with a way out."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    size = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    gpt2 = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **size))
+    methods.apply(gpt2, method(name="top", layers=1))
+    trained = {name for name, parameter in gpt2.named_parameters() if parameter.requires_grad}
+    assert {name.split(".")[1] for name in trained} == {"h", "ln_f", "wte"}  # the head is tied to the embedding
+    assert not any(".h.0." in name for name in trained)
+    opt = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("opt", **size, ffn_dim=48, word_embed_proj_dim=32, pad_token_id=0)
+    )
+    with pytest.raises(StageError, match="and OPTForCausalLM has no such names: take full, or lora"):
+        methods.apply(opt, method(name="top", layers=1))
+
+
 def test_a_rank_over_the_width_is_told(model: Any) -> None:
     """Of a model that is given, and whose width no setting tells."""
     with pytest.raises(StageError, match="rank is 65, but the model's width is 64"):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tasks.common.modelling import models
-from tasks.common.modelling.methods import HEADS
+from tasks.common.modelling.models import HEADS
 from tasks.common.settings import Numerics
 
 if TYPE_CHECKING:

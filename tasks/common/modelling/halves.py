@@ -32,14 +32,13 @@ class Halves:
         import torch
 
         body: Any = model.base_model
-        lower, upper_body = _sharing(body), _sharing(body)
-        lower.layers, upper_body.layers = body.layers[:-layers], body.layers[-layers:]
-        lower.norm = torch.nn.Identity()
-        upper: Any = _sharing(model)
+        lower, upper_body, upper = _sharing(body), _sharing(body), _sharing(model)
         setattr(upper, model.base_model_prefix, upper_body)
         ids = torch.arange(PROBE[0] * PROBE[1], device=model.device).reshape(PROBE) % model.config.vocab_size
         with torch.no_grad():
             try:
+                lower.layers, upper_body.layers = body.layers[:-layers], body.layers[-layers:]
+                lower.norm = torch.nn.Identity()
                 states = lower(input_ids=ids, use_cache=False).last_hidden_state
                 found = upper(inputs_embeds=states, use_cache=False).logits
             except (AttributeError, TypeError, ValueError):  # a model of another build

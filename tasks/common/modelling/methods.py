@@ -6,7 +6,7 @@ NormalFloat weights (Dettmers et al. 2023); `adapter` a narrow feed-forward laye
 fresh head alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from tasks.common.modelling import adapters
+from tasks.common.modelling.models import HEADS
 from tasks.common.settings import Settings
 from tasks.common.stage import StageError
 
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-HEADS = ("score", "classifier")  # what Transformers calls the fresh layer on top of a decoder and of an encoder
+# What Transformers' models call their blocks and the norm above the last one: Llama's and ModernBERT's kin, GPT-2's,
+# GPT-NeoX's, Phi's.
+BLOCKS = ("layers", "h")
+NORMS = ("norm", "final_norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 
 class Full(Settings):
@@ -205,13 +209,23 @@ def _train_head(model: "PreTrainedModel") -> None:
 
 def _train_top(model: "PreTrainedModel", method: Top) -> None:
     body: Any = model.base_model
-    if method.layers > len(body.layers):
-        raise StageError(f"method.layers is {method.layers}, but the model has {len(body.layers)} blocks.")
+    blocks, norm = _part_of(body, BLOCKS), _part_of(body, NORMS)
+    if blocks is None or norm is None:
+        raise StageError(
+            f"method top trains a model's last blocks (called {' or '.join(BLOCKS)}) and the norm above them "
+            f"({' or '.join(NORMS)}), and {type(model).__name__} has no such names: take full, or lora."
+        )
+    if method.layers > len(blocks):
+        raise StageError(f"method.layers is {method.layers}, but the model has {len(blocks)} blocks.")
     model.requires_grad_(False)
-    norm = body.norm if hasattr(body, "norm") else body.final_norm  # a decoder's and an encoder's name for it
     above = [part for part in model.children() if part is not body]
-    for part in (*body.layers[-method.layers :], norm, *above):
+    for part in (*blocks[-method.layers :], norm, *above):
         part.requires_grad_(True)
+
+
+def _part_of(body: Any, names: Sequence[str]) -> Any:
+    """Return the part of a model that has one of these names; None where none has."""
+    return next((getattr(body, name) for name in names if hasattr(body, name)), None)
 
 
 def _with_updates(model: "PreTrainedModel", method: LowRank) -> "torch.nn.Module":

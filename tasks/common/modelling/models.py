@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 ENCODER_TYPE = "modernbert"
+HEADS = ("score", "classifier")  # what Transformers calls the fresh layer on top of a decoder and of an encoder
 GATED = ("gate_proj", "up_proj", "down_proj")  # the matrices of a feed-forward layer as Llama has it
 
 

@@ -65,8 +65,11 @@ def per_token(model: Any, length: int, read_out: float = 1.0) -> float:
             total += sum(share * weight.numel() * (2 + 2 * learning + 2 * weight.requires_grad) for weight in matrices)
         learning = learning or any(weight.requires_grad for weight in weights)
     config = model.config
-    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads  # Q
-    pairs: int = 12 * config.num_hidden_layers * config.num_attention_heads * width * length
+    heads: int | None = getattr(config, "num_attention_heads", None)
+    if not heads:  # a model without attention, such as Mamba: no token is compared with another
+        return total
+    width: int = getattr(config, "head_dim", None) or config.hidden_size // heads  # Q
+    pairs: int = 12 * config.num_hidden_layers * heads * width * length
     return total + pairs
 
 
