@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from tasks.common.modelling import models
+from tasks.common.modelling import methods, models
 from tasks.common.modelling.models import Shape
 from tasks.common.training import optimizers
 from tasks.common.training.optimizers import Optimizer, rate_at
-from tests.training_fixtures import NUMERICS, RULE, RULES, SHAPE, Chain, chain
+from tests.training_fixtures import LORA, NUMERICS, RULE, RULES, SHAPE, Chain, chain
 
 if TYPE_CHECKING:
     import torch
@@ -221,6 +221,30 @@ def test_muon_leaves_what_touches_the_vocabulary_to_adamw(chain: Chain) -> None:
     assert sum(len(group["params"]) for group in adamw.param_groups) == len(list(both.parameters())) - len(names)
 
 
+@pytest.mark.parametrize(
+    ("method", "rules"),
+    [
+        ({**LORA, "rank": 4}, ["Muon", "AdamW"]),
+        ({**LORA, "rank": 1}, ["AdamW"]),
+        ({"name": "adapter", "width": 4}, ["Muon", "AdamW"]),
+        ({"name": "head", "layers": 1, "pooling": "model"}, ["AdamW"]),
+    ],
+    ids=["updates", "updates of rank 1", "adapter", "head"],
+)
+def test_muon_takes_what_a_method_leaves_it(method: dict[str, Any], rules: list[str], chain: Chain) -> None:
+    """A fresh head is AdamW's, and where a rule would have nothing there is none of it."""
+    labels = [str(label) for label in range(3)]
+    with models.quiet("transformers"):
+        model = models.load_classifier(chain.path("data/pretrain/clm/model"), NUMERICS, labels)
+    trained = methods.apply(model, TypeAdapter(methods.Method).validate_python(method))
+    made = optimizers.build(settings("muon"), trained)
+    assert [type(optimizer).__name__ for optimizer in made] == rules
+    held = [id(p) for optimizer in made for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in trained.parameters() if p.requires_grad)
+    heads = {id(p) for name, p in trained.named_parameters() if "score" in name}
+    assert heads.isdisjoint(held[: -sum(len(group["params"]) for group in made[-1].param_groups)])
+
+
 # Settings
 
 
@@ -239,3 +263,10 @@ def test_an_unknown_setting_is_told_with_the_choices(changes: dict[str, Any], se
     """A name that does not exist is an error that names those that do."""
     with pytest.raises(ValidationError, match=sentence):
         TypeAdapter(Optimizer).validate_python({"name": "adamw", **RULE, **RULES["adamw"], **changes})
+
+
+def test_there_is_nothing_ahead_without_momentum() -> None:
+    """Torch would say so with a traceback, once the stage runs."""
+    with pytest.raises(ValidationError, match="nesterov looks ahead along the momentum, which is 0"):
+        settings("sgd", momentum=0.0, nesterov=True)
+    settings("sgd", momentum=0.9, nesterov=True)

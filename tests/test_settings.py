@@ -141,6 +141,31 @@ def test_what_deepspeed_cannot_do_is_told(params: dict[str, Any], monkeypatch: p
     )
 
 
+def test_what_cannot_work_on_a_part_of_the_weights_is_told(params: dict[str, Any]) -> None:
+    """Adafactor's rows and columns are of whole matrices; a part of prune's batch without a window makes no pass."""
+    rule = params["finetune"]["optimizer"]
+    rule |= {"name": "adafactor", "threshold": 1.0}
+    del rule["betas"], rule["epsilon"]
+    params["prune"]["windows"] = 9
+    params["numerics"]["parallel"] = {"processes": 2, "engine": "fsdp"}
+    windows, adafactor = problems(params)
+    assert windows.startswith("prune.windows: found 9, but under the engine fsdp it should be a multiple of 2")
+    assert adafactor.startswith("finetune.optimizer.name: found 'adafactor', whose rows and columns")
+    assert adafactor.endswith("take another rule, or the engine data")
+    params["numerics"]["parallel"]["engine"] = "zero2"
+    assert any("works on whole matrices" in line and line.endswith("or the engine data") for line in problems(params))
+    params["numerics"]["parallel"]["engine"] = "data"
+    check(params)
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp", "tensor"])
+def test_one_process_has_no_use_for_an_engine(engine: str, params: dict[str, Any]) -> None:
+    """Muon under ZeRO would be wrong with two."""
+    params["numerics"]["parallel"] = {"processes": 1, "engine": engine}
+    params["reward"] |= {"method": {"name": "head", "layers": 2, "pooling": "model"}, "word_dropout": 0.0}
+    check(params)
+
+
 def test_an_unknown_key_is_told_with_those_beside_it(params: dict[str, Any]) -> None:
     """Those of the choice that was made, where there is one: AdamW has no momentum, and SGD has."""
     params["finetune"]["optimizer"]["momentum"] = 0.9

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tasks.common.settings import ZERO
+from tasks.common.settings import IN_STEP, ZERO
 
+ENGINE = "numerics.parallel.engine"
 TRAINING = ("pretrain.clm", "pretrain.mlm", "finetune", "reward", "prune")
 # Setting, the one of another section that it must not exceed, and why; {tuned}, {rated}: what the stage starts from.
 AT_MOST = (
@@ -39,8 +40,8 @@ AT_MOST = (
 )  # fmt: skip
 ONLY_WITH = (  # setting, its value, the setting that another value is wrong for, the value it needs, and why
     ("finetune.method.name", "qlora", "numerics.device", "cuda", "it computes on four-bit weights, which takes a GPU"),
-    ("finetune.method.name", "qlora", "numerics.parallel.engine", "data", "four-bit weights cannot be shared out"),
-    ("reward.method.name", "head", "numerics.parallel.engine", "data", "one layer is nothing to share out"),
+    ("finetune.method.name", "qlora", ENGINE, "data", "four-bit weights cannot be shared out"),
+    ("reward.method.name", "head", ENGINE, "data", "one layer is nothing to share out"),
     ("ppo.rollouts.name", "vllm", "numerics.parallel.processes", 1, "one process hands its weights over to it"),
     ("ppo.rollouts.name", "vllm", "ppo.algorithm.name", "ppo", "TRL's trainers are given replies of our own sampler"),
     ("pretrain.clm.model.name", "from", "tokenize.tokenizer.name", "from", "a model reads its own tokens alone"),
@@ -52,6 +53,7 @@ IN_CONFIG = {
     "positions": ("max_position_embeddings", "n_positions"),
 }
 ELEMENTWISE = ("sgd", "adam", "adamw", "lion")  # update rules that treat every number of a matrix alone
+UNDIVIDED = ("adafactor",)  # torch's cannot take a matrix of which a process holds a part
 ALTERNATIVES = ("dpo", "rloo", "grpo")  # to PPO
 ENCODER = "data/pretrain/mlm/model"
 CHECKPOINT = "data/ingest/checkpoint"
@@ -69,13 +71,14 @@ def of_settings(params: dict[str, Any]) -> Iterator[str]:
         if isinstance(value, int) and isinstance(most, int) and value > most:
             yield f"{path}: found {value}, but it should be at most {limit}, which is {most}: {why}"
     for path, value, other, needed, why in ONLY_WITH:
-        if _at(params, path) == value and _at(params, other) != needed:
+        alone = other == ENGINE and _engine(params) is None  # then it is not used, whatever it is
+        if _at(params, path) == value and _at(params, other) != needed and not alone:
             yield f"{path}: found {value!r}, which needs {other} to be {needed} (it is {_at(params, other)}): {why}"
     if _at(params, "reward.model") == CHECKPOINT and _at(params, "ingest.checkpoint") is None:
         yield f"reward.model: found {CHECKPOINT!r}, but ingest.checkpoint is null: name a model there, or take another"
     yield from _proximal(params)
     yield from _shares(params)
-    yield from _zero(params)
+    yield from _shared_out(params)
     yield from _groups(params)
 
 
@@ -146,6 +149,12 @@ def _shares(params: dict[str, Any]) -> Iterator[str]:
             told, parts = f"{told} x numerics.parallel.processes ({processes})", accumulate * processes
         if _divides(parts, batch) is False:
             yield f"{section}.batch: found {batch}, but it should be a multiple of {parts}: {told} parts of equal size"
+        windows = _at(params, f"{section}.windows")
+        if _engine(params) in IN_STEP and _divides(parts, windows) is False:
+            yield (
+                f"{section}.windows: found {windows}, but under the engine {_engine(params)} it should be a multiple "
+                f"of {parts}, {told}: parts wait for each other's passes, so all must make as many"
+            )
 
     for path in (
         ("ppo.episodes", "ppo.minibatch", "ppo.algorithm.ptx.batch") if _engine(params) in ("data", "fsdp") else ()
@@ -205,9 +214,9 @@ def _multiple(params: dict[str, Any], path: str, of: str, why: str) -> Iterator[
         yield f"{path}: found {_at(params, path)}, but it should be a multiple of {of} ({_at(params, of)}), {why}"
 
 
-def _zero(params: dict[str, Any]) -> Iterator[str]:
-    """Tell of what DeepSpeed's engines cannot do: they see stretches of weights, and no matrix whole."""
-    engine = _at(params, "numerics.parallel.engine")
+def _shared_out(params: dict[str, Any]) -> Iterator[str]:
+    """Tell of what cannot be worked out on a part of the weights, which some engines give each process."""
+    engine = _engine(params)
     if engine == "zero3" and _at(params, "numerics.compile") == "always":
         yield (
             "numerics.compile: found 'always', but under the engine zero3 each layer waits for its weights, which "
@@ -218,7 +227,16 @@ def _zero(params: dict[str, Any]) -> Iterator[str]:
         if rule not in ELEMENTWISE:
             yield (
                 f"{section}.optimizer.name: found {rule!r}, which works on whole matrices, and the engine {engine} "
-                f"gives each process a stretch of them: take {', '.join(ELEMENTWISE)}, or the engine data or fsdp"
+                f"gives each process a stretch of them: take {', '.join(ELEMENTWISE)}, or the engine data"
+                f"{'' if rule in UNDIVIDED else ' or fsdp'}"
+            )
+    for section in (*TRAINING, "ppo") if engine in ("fsdp", "tensor") else ():
+        rule = _at(params, f"{section}.optimizer.name")
+        if rule in UNDIVIDED:
+            yield (
+                f"{section}.optimizer.name: found {rule!r}, whose rows and columns of second moments need whole "
+                f"matrices, and the engine {engine} gives each process a part of them: take another rule, or the "
+                "engine data"
             )
 
 

@@ -92,7 +92,8 @@ class Numerics(Settings):
         description="Attention kernel; eager is faster on a CPU at short lengths"
     )
     compile: Literal["never", "auto", "always"] = Field(
-        description="torch.compile of training steps: auto where a run is long enough to win its time back"
+        description="torch.compile of training steps, but for heads and reward models: auto where a run is long "
+        "enough to win its time back"
     )
     recompute: bool = Field(
         description="Activation checkpointing: blocks are worked out again backwards: less memory, a third more work"

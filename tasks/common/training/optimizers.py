@@ -8,8 +8,9 @@ correction (`lamb.py`).
 import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from tasks.common.modelling.models import HEADS
 from tasks.common.settings import Settings
 from tasks.common.training.lamb import lamb
 
@@ -62,8 +63,8 @@ class _Rule(Settings):
 
     learning_rate: float = Field(description="Peak learning rate", gt=0, le=10)
     weight_decay: float = Field(
-        description="Decay of matrices, of which a step takes away this times the learning rate; norms, biases and "
-        "embeddings have none",
+        description="Decay of matrices, of which a step takes away this times the learning rate (sgd and adam add it "
+        "to the gradient instead); norms, biases and embeddings have none",
         ge=0, le=100,
     )  # fmt: skip
     clip: float = Field(description="Largest norm of the gradient; longer ones are scaled down to it", gt=0)
@@ -76,6 +77,12 @@ class Sgd(_Rule):
     name: Literal["sgd"] = Field(description="Update rule")
     momentum: Beta = Field(description="Share of the last update that goes into the next")
     nesterov: bool = Field(description="Look ahead along the momentum")
+
+    @model_validator(mode="after")
+    def _looks_along_something(self) -> "Sgd":
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov looks ahead along the momentum, which is 0: set it to false, or give a momentum")
+        return self
 
 
 class _Moments(_Rule):
@@ -116,7 +123,10 @@ class Lion(_Rule):
 
 
 class Adafactor(_Rule):
-    """Second moments by row and column only (Shazeer & Stern 2018, algorithm 4): almost no memory of its own."""
+    """Second moments by row and column only (Shazeer & Stern 2018, algorithm 4): almost no memory of its own.
+
+    Torch's form takes the smaller of the schedule's rate and 1/sqrt(t) at step t (algorithm 4's relative step).
+    """
 
     name: Literal["adafactor"] = Field(description="Update rule")
     threshold: float = Field(description="d: largest root mean square of an update; longer ones are scaled", gt=0)
@@ -145,15 +155,7 @@ def build(config: _Rule, model: "torch.nn.Module") -> "list[torch.optim.Optimize
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if isinstance(config, Muon):
-        outer = _outer(model)
-        hidden = [p for p in trainable if p.ndim == 2 and min(p.shape) > 1 and id(p) not in outer]
-        inside = {id(p) for p in hidden}
-        rest = AdamW(name="adamw", **config.model_dump(exclude={"name", "momentum"}))
-        muon = torch.optim.Muon(
-            hidden, lr=config.learning_rate, weight_decay=config.weight_decay, momentum=config.momentum,
-            adjust_lr_fn="match_rms_adamw",
-        )  # fmt: skip
-        return [muon, _adam(rest, groups(rest, model, [p for p in trainable if id(p) not in inside]))]
+        return _muon(config, model, trainable)
     made = groups(config, model, trainable)
     if isinstance(config, Sgd):
         return [torch.optim.SGD(made, config.learning_rate, config.momentum, nesterov=config.nesterov)]
@@ -187,6 +189,28 @@ def counters(optimizer: "torch.optim.Optimizer") -> list[dict[str, int]]:
     return [{"step": group["step"]} if "step" in group else {} for group in optimizer.param_groups]
 
 
+def _muon(
+    config: Muon, model: "torch.nn.Module", trainable: "list[torch.nn.Parameter]"
+) -> "list[torch.optim.Optimizer]":
+    """Return Muon over the hidden matrices and AdamW over the others; of low-rank updates, or a head, one has none."""
+    import torch
+
+    outer = _outer(model)
+    hidden = [p for p in trainable if p.ndim == 2 and min(p.shape) > 1 and id(p) not in outer]
+    inside = {id(p) for p in hidden}
+    rest = AdamW(name="adamw", **config.model_dump(exclude={"name", "momentum"}))
+    others = groups(rest, model, [p for p in trainable if id(p) not in inside])
+    found: list[torch.optim.Optimizer] = []
+    if hidden:
+        found.append(
+            torch.optim.Muon(
+                hidden, lr=config.learning_rate, weight_decay=config.weight_decay, momentum=config.momentum,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )  # fmt: skip
+    return [*found, *([_adam(rest, others)] if others else [])]
+
+
 def _adam(config: _Rule, made: list[dict[str, Any]]) -> "torch.optim.Optimizer":
     import torch
 
@@ -196,12 +220,14 @@ def _adam(config: _Rule, made: list[dict[str, Any]]) -> "torch.optim.Optimizer":
 
 
 def _outer(model: "torch.nn.Module") -> set[int]:
-    """Return the ids of the parameters that touch the vocabulary: embeddings and output heads, on any submodule."""
+    """Return the ids of the matrices that are not hidden, on any submodule: embeddings and heads, fresh ones too."""
     import torch
     from transformers import PreTrainedModel
 
     found = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    for module in model.modules():
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and not set(HEADS).isdisjoint(name.split(".")):
+            found.add(id(module.weight))
         head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
         if head is not None:
             found.add(id(head.weight))
