@@ -33,9 +33,9 @@ class Noise(Mixture):
     def __init__(self, vocabulary: int, config: pretrain.Config) -> None:
         self.vocabulary, self.size = vocabulary, (config.batch, config.window)
 
-    def batch(self, step: int) -> Ids:
-        """Return a step's windows (B, T)."""
-        return np.random.default_rng([SEED, step]).integers(self.vocabulary, size=self.size)
+    def batch(self, step: int, rows: slice = slice(None)) -> Ids:
+        """Return a step's windows (B, T), or some of them."""
+        return np.random.default_rng([SEED, step]).integers(self.vocabulary, size=self.size)[rows]
 
 
 class Causal(pretrain.Causal):

@@ -6,7 +6,7 @@ from a given model (`tasks/common/modelling/pretrained.py`). Masked: Devlin et a
 """
 
 import math
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
@@ -20,7 +20,7 @@ from tasks.common.modelling.pretrained import From, New
 from tasks.common.stage import Job
 from tasks.common.text import chat
 from tasks.common.text.masking import Masker, Masking, Vocabulary
-from tasks.common.text.shards import Batches, Mixture, Split, Weights
+from tasks.common.text.shards import Batches, Ids, Mixture, Split, Weights
 from tasks.common.training import losses
 from tasks.common.training.flops import Work
 from tasks.common.training.loop import WHOLE, Drawn, Share, Training, summary, train
@@ -39,7 +39,10 @@ PARALLEL = True
 class Config(Training):
     """Settings that both kinds of pretraining have."""
 
-    window: int = Field(description="Length of a training sequence, in tokens", ge=16, le=2**17)
+    window: int = Field(
+        description="Length of a training sequence, in tokens; mlm reads whole texts, the beginning of longer ones",
+        ge=16, le=2**17,
+    )  # fmt: skip
     batch: int = Field(description="Sequences a step; batch x window tokens where whole texts are read", ge=1, le=2**16)
     mixture: Weights
     entropy: Entropy
@@ -74,6 +77,7 @@ def run(config: CausalConfig | MaskedConfig, job: Job) -> dict[str, Any]:
         drawn = masked.draw(0, WHOLE)
         work = Work.of(model, config.window, job.numerics, read_out=drawn.targets["masked"] / drawn.tokens)
         model, history = train(model, masked, config, job, work)
+        evaluation = dict(masked.batches.counted)
     else:
         model = start(config, tokenizer, job)
         work = Work.of(model, config.window, job.numerics)
@@ -109,7 +113,7 @@ class Causal:
         """Return a part of a step's windows, token ids (B, T)."""
         import torch
 
-        ids = torch.from_numpy(self.mixture.batch(step)[share.rows])
+        ids = torch.from_numpy(self.mixture.batch(step, share.rows))
         numbers = range(step * self.config.batch, (step + 1) * self.config.batch)[share.rows]
         return Drawn(ids, {"causal": ids[:, 1:].numel()}, ids.numel(), [f"window {number}" for number in numbers])
 
@@ -131,14 +135,20 @@ class Masked:
         self.masker, self.fill = Masker(config.masking, vocabulary), fill
         model.sparse_prediction = True  # the vocabulary's logits are computed where something is asked only
         self.config, self.job, self.model = config, job, model
+        self._whole = lru_cache(maxsize=1)(self._hidden)  # a step's parts are cut from it one after the other
+
+    def _hidden(self, step: int) -> "tuple[Ids, Ids, Ids, Ids]":
+        """Return a step's documents (B,), and their hidden ids, attention mask and targets, each (B, T)."""
+        documents = self.batches.at(step)
+        ids, mask, names = self.batches.read(documents, self.fill)
+        hidden, targets = self.masker.hide(ids, names, np.random.default_rng([self.job.seed, step, 1]))
+        return documents, hidden, mask, targets
 
     def draw(self, step: int, share: Share) -> Drawn:
         """Return a part of a step's texts: hidden ids, attention mask and targets, each (B, T)."""
         import torch
 
-        documents = self.batches.at(step)
-        ids, mask, names = self.batches.read(documents, self.fill)
-        hidden, targets = self.masker.hide(ids, names, np.random.default_rng([self.job.seed, step, 1]))
+        documents, hidden, mask, targets = self._whole(step)
         numbers = documents[share.rows]
         if not len(numbers):  # more parts than texts: something to pass through the model, of which nothing is asked
             content = [torch.from_numpy(array[:1]) for array in (hidden, mask, np.full_like(targets, IGNORED))]

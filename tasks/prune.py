@@ -120,7 +120,7 @@ class Batches:
         chosen = np.random.default_rng([self.seed, step, 4]).integers(len(self.rows), size=self.config.batch)
         replies = [self.rows[i] for i in chosen][share.rows]
         groups = [[replies[i] for i in group] for group in chat.alike(replies)]
-        windows = self.mixture.batch(step).tolist()[share.rows]
+        windows = self.mixture.batch(step, share.rows).tolist()
         return [chat.padded(rows, self.pad, self.device) for rows in (*groups, windows) if rows]
 
 

@@ -192,7 +192,7 @@ def refuse_too_little(config: Config, job: Job, rows: Sequence[Any], train_set: 
 class Judgements:
     """What people said of replies, as the objective of the model."""
 
-    steady = False
+    steady = None  # rankings, whose orders no tensor holds
 
     def __init__(
         self, config: Config, job: Job, model: Any, tokenizer: "PreTrainedTokenizerFast",

@@ -104,6 +104,19 @@ def test_halves_are_rotated_by_parts_where_that_is_the_same(monkeypatch: pytest.
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("choice", ["always", "never"])
+def test_reward_models_are_not_compiled_whatever_is_said(choice: Choice, chain: Chain, tmp_path: Path) -> None:
+    """Their batches are no tensors: each would be a program of its own, eight of them and then none."""
+    import torch
+
+    short = config("reward@policy", steps=3, batch=4)
+    job = chain.job("reward@policy", short, tmp_path, numerics=numerics(choice))
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["frames"]["total"]
+    chain.run(job, short)
+    assert torch._dynamo.utils.counters["frames"]["total"] == before
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("default")  # the compiler itself does some of what torch warns of

@@ -130,7 +130,7 @@ def test_a_split_without_documents_is_a_split(tmp_path: Path) -> None:
 def test_windows_cover_an_epoch_once(split: Split) -> None:
     """The windows of an epoch do not overlap and leave out less than two windows' tokens; each epoch differs."""
     windows = Windows(whole(split), 16, seed=3)
-    epochs = [windows.batch(epoch * windows.per_epoch, windows.per_epoch) for epoch in range(2)]
+    epochs = [windows.batch(np.arange(windows.per_epoch) + epoch * windows.per_epoch) for epoch in range(2)]
     for rows in epochs:
         assert len(np.unique(rows)) == rows.size  # all tokens of the fixture differ
         assert len(split.tokens) - rows.size < 2 * 16
@@ -141,10 +141,11 @@ def test_windows_cover_an_epoch_once(split: Split) -> None:
 def test_windows_are_a_function_of_the_step(split: Split) -> None:
     """However it is cut into batches, across epochs too, the sequence is the same; another seed gives another."""
     windows = Windows(whole(split), 8, seed=3)
-    everything = windows.batch(0, 3 * windows.per_epoch)
-    by_step = [Windows(whole(split), 8, seed=3).batch(step * 7, 7) for step in reversed(range(len(everything) // 7))]
+    everything = windows.batch(np.arange(3 * windows.per_epoch))
+    steps = reversed(range(len(everything) // 7))
+    by_step = [Windows(whole(split), 8, seed=3).batch(np.arange(7) + step * 7) for step in steps]
     assert np.array_equal(np.concatenate(by_step[::-1]), everything[: len(by_step) * 7])
-    assert not np.array_equal(Windows(whole(split), 8, seed=4).batch(0, 20), everything[:20])
+    assert not np.array_equal(Windows(whole(split), 8, seed=4).batch(np.arange(20)), everything[:20])
 
 
 def test_a_stream_that_is_too_short_says_what_is_missing(split: Split) -> None:
@@ -172,6 +173,8 @@ def test_a_mixture_holds_its_shares(split: Split, weights: dict[str, float]) -> 
         assert rows.shape == (8, 8)
         assert all(set(row.tolist()) <= tokens[kind] for kind, row in zip(kinds, rows, strict=True))
         assert np.array_equal(Mixture(split, 8, 8, weights, seed=3).batch(step), rows)
+        for part in (slice(1, None, 3), slice(7, None, 8), slice(9, None)):  # the last holds none
+            assert np.array_equal(mixture.batch(step, part), rows[part])
     assert not np.array_equal(batches[0], batches[1])
 
 
@@ -180,7 +183,7 @@ def test_statements_and_prose_have_the_seeds_that_the_committed_figures_were_mad
     rows = Mixture(split, 8, 4, HALVES, seed=3).batch(1)
     for half, kind, seed in ((rows[:2], "statements", 4), (rows[2:], "prose", 3)):
         windows = Windows(split.stream(split.select(kind)), 8, seed)
-        assert np.array_equal(half, windows.batch(2, 2))
+        assert np.array_equal(half, windows.batch(np.arange(2, 4)))
 
 
 @pytest.mark.parametrize(
@@ -270,6 +273,12 @@ def test_a_batch_is_padded_and_knows_its_names(split: Split) -> None:
         assert ids[row].tolist() == kept + [FILL] * (ids.shape[1] - len(kept))
         assert mask[row].tolist() == [1] * len(kept) + [0] * (ids.shape[1] - len(kept))
         assert [(a, b) for r, a, b in found if r == row] == document.names
+    read = [document for document in documents(60) if len(document.names) != 1]
+    assert batches.counted == {
+        "documents": len(read),
+        "documents_cut": sum(len(document.ids) > 6 for document in read),
+        "documents_left_out": 10,
+    }
     short = Batches(split, 400, 3, HALVES, seed=3)
     assert {(a, b) for _, a, b in short.read(chosen, FILL)[2]} == {(1, 2), (1, 3)}
 

@@ -44,7 +44,8 @@ class Term:
         """Add the gradient of a step's windows; return their causal loss (nats a token)."""
         import torch
 
-        ids = torch.from_numpy(self.mixture.batch(step))[self.world.rank :: self.world.size]  # (B, T)
+        mine = slice(self.world.rank, None, self.world.size)
+        ids = torch.from_numpy(self.mixture.batch(step, mine))  # (B, T)
         count = self.world.sum(torch.tensor(float(ids[:, 1:].numel()), device=self.world.device))
         mean = windows_surprise(policy.model, ids, policy.numerics) / count
         updates.backward(self.weight * mean)

@@ -212,10 +212,9 @@ class Windows:
         self.per_epoch = len(stream) // length - 1
         self._epochs: dict[int, tuple[int, Ids]] = {}
 
-    def starts(self, first: int, count: int) -> Ids:
-        """Return where the windows number `first` … `first + count - 1` of the endless sequence start in the stream."""
-        wanted = np.arange(first, first + count)
-        result = np.empty(count, dtype=np.int64)
+    def starts(self, wanted: Ids) -> Ids:
+        """Return where the windows of these numbers, of the endless sequence, start in the stream."""
+        result = np.empty(len(wanted), dtype=np.int64)
         for epoch in np.unique(wanted // self.per_epoch):
             offset, order = self._epoch(int(epoch))
             mine = wanted // self.per_epoch == epoch
@@ -228,9 +227,9 @@ class Windows:
             self._epochs = {epoch: (int(random.integers(self.length)), random.permutation(self.per_epoch))}
         return self._epochs[epoch]
 
-    def batch(self, first: int, count: int) -> Ids:
-        """Return windows as token ids, shape (count, length)."""
-        return self.stream.read(self.starts(first, count)[:, None] + np.arange(self.length))
+    def batch(self, wanted: Ids) -> Ids:
+        """Return the windows of these numbers (N,) as token ids, shape (N, length)."""
+        return self.stream.read(self.starts(wanted)[:, None] + np.arange(self.length))
 
 
 def apportion(weights: Mapping[str, float], count: int) -> dict[str, int]:
@@ -265,15 +264,21 @@ class Mixture:
             for kind in self.counts
         }
 
-    def batch(self, step: int) -> Ids:
-        """Return token ids, shape (batch, length)."""
-        return np.concatenate([self.streams[k].batch(step * n, n) for k, n in self.counts.items()])
+    def batch(self, step: int, rows: slice = slice(None)) -> Ids:
+        """Return token ids, shape (batch, length); of some of the rows alone without reading the others."""
+        chosen, found, first = np.arange(sum(self.counts.values()))[rows], [], 0
+        for kind, count in self.counts.items():
+            mine = chosen[(chosen >= first) & (chosen < first + count)] - first
+            found.append(self.streams[kind].batch(step * count + mine))
+            first += count
+        return np.concatenate(found)
 
 
 class Batches:
     """Batches of whole documents of like length, a pure function of the step; for models that read one text at a time.
 
-    Of documents with names only those with two are read: either can be told from the other. An epoch reads as much as
+    Of documents with names only those with two are read: either can be told from the other; of longer ones than
+    `longest` their beginning. `counted` says how many are so cut and left out. An epoch reads as much as
     the mixture allows without reading a document twice. Its documents are shuffled, sorted by length within large
     chunks, cut into batches whose padded size stays within the budget, and shuffled again.
     """
@@ -283,8 +288,16 @@ class Batches:
     def __init__(self, split: Split, budget: int, longest: int, weights: Mapping[str, float], seed: int) -> None:
         self.split, self.budget, self.longest, self.seed = split, budget, longest, seed
         self.first_name = np.searchsorted(split.names[:, 0], split.documents)
-        self.lengths = np.minimum(np.diff(split.documents), longest)
-        self.kinds = {kind: self._told_apart(split.select(kind), kind) for kind in weights}
+        whole = np.diff(split.documents)
+        self.lengths = np.minimum(whole, longest)
+        meant = {kind: split.select(kind) for kind in weights}
+        self.kinds = {kind: self._told_apart(documents, kind) for kind, documents in meant.items()}
+        kept, all_meant = (np.unique(np.concatenate([*found.values()])) for found in (self.kinds, meant))
+        self.counted = {
+            "documents": len(kept),
+            "documents_cut": int((whole[kept] > longest).sum()),
+            "documents_left_out": len(all_meant) - len(kept),
+        }
         tokens = {kind: int(self.lengths[documents].sum()) for kind, documents in self.kinds.items()}
         most = min(tokens[kind] / weight for kind, weight in weights.items())  # tokens of an epoch
         self.counts = {

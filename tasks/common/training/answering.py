@@ -11,7 +11,7 @@ from tasks.common.settings import Numerics, Settings
 from tasks.common.stage import Job
 from tasks.common.text.conversations import Named
 from tasks.common.text.packing import Encoded, Rows, packed_rows, padded_rows
-from tasks.common.text.shards import Ids, Mixture, Split, Weights
+from tasks.common.text.shards import Mixture, Split, Weights
 from tasks.common.training import losses
 from tasks.common.training.loop import Drawn, Share, batch_at
 
@@ -62,7 +62,7 @@ class Answers:
         tokens = sum(len(ids) for ids, _ in encoded)
         windows = None
         if self.mixture is not None:
-            windows = _share_of(self.mixture.batch(step), share)
+            windows = _share_of(self.mixture, step, share)
             ids, asked = windows
             targets["pretraining"] = ids[:, 1:].numel() if asked else 0
             tokens += ids.numel() if asked else 0
@@ -83,16 +83,16 @@ class Answers:
         return found
 
 
-def _share_of(windows: Ids, share: Share) -> "tuple[torch.Tensor, bool]":
-    """Return the ids of a part's windows (B, T) and whether anything is asked of them.
+def _share_of(mixture: Mixture, step: int, share: Share) -> "tuple[torch.Tensor, bool]":
+    """Return the ids of a part's windows (B, T) of a step and whether anything is asked of them.
 
     Where there are more parts than windows a part passes one through the model, of which nothing is asked: where
     weights are shared out among processes, the others wait for its pass.
     """
     import torch
 
-    ids = windows[share.rows]
-    return torch.from_numpy(ids if len(ids) else windows[:1]), len(ids) > 0
+    ids = mixture.batch(step, share.rows)
+    return torch.from_numpy(ids if len(ids) else mixture.batch(step, slice(1))), len(ids) > 0
 
 
 def answers_surprise(model: Any, passes: Iterable[Rows], numerics: Numerics) -> "torch.Tensor":

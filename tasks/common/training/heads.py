@@ -126,7 +126,7 @@ class Labelled:
     """Examples with their labels or numbers, as the objective of a model with a head."""
 
     weights: ClassVar = {"task": 1.0}
-    steady = False
+    steady = None  # ids of rows, of which each pass makes tensors
 
     def __init__(
         self, model: Any, examples: Sequence[Example], batch: int, task: Head,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -34,6 +35,8 @@ Item = TypeVar("Item")
 Model = TypeVar("Model", bound="torch.nn.Module")
 
 AHEAD = 2  # steps whose batches are drawn, by a thread of its own, while one is worked out
+# How torch's allocators, of a CPU and of a GPU, and CUDA's libraries say that memory ended.
+NO_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "out of memory", "ALLOC_FAILED")
 NAMED = 12  # items of a batch, or of what was cut, that are named
 
 
@@ -73,8 +76,8 @@ class Objective(Protocol):
         ...
 
     @property
-    def steady(self) -> bool:
-        """Whether all parts have one shape."""
+    def steady(self) -> bool | None:
+        """Whether all parts have one shape; None where parts are no tensors alone, of which no program can be made."""
         ...
 
     def draw(self, step: int, share: Share) -> Drawn:
@@ -187,7 +190,7 @@ def _sums(model: Any, objective: Objective, config: Training, job: Job, work: Wo
     if numerics.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     flops = work.flops_per_token * objective.draw(0, WHOLE).tokens * config.steps if work else None
-    if not compiling.worthwhile(numerics, flops):
+    if objective.steady is None or not compiling.worthwhile(numerics, flops):
         return objective.sums
     return compiling.compiled(objective.sums, model, steady=objective.steady)
 
@@ -257,8 +260,9 @@ def _memory_advice(job: Job, accumulate: int) -> Iterator[None]:
 
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "alloc" not in str(error).lower() and "memory" not in str(error).lower():
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one
+        ended = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(end in str(error) for end in NO_MEMORY)
+        if not ended:
             raise
         section = job.name.replace("@", ".")
         more = "" if job.numerics.recompute else "; or numerics.recompute to true, which costs a third of the speed"
@@ -297,11 +301,14 @@ def _reseed(seed: int, device: str) -> None:
 
 def batch_at(items: Sequence[Item], size: int, seed: int, step: int) -> list[Item]:
     """Return a step's items: an endless reshuffled reading of all, a pure function of seed and step."""
-    wanted = np.arange(step * size, (step + 1) * size)
-    orders = {
-        epoch: np.random.default_rng([seed, int(epoch)]).permutation(len(items)) for epoch in set(wanted // len(items))
-    }
-    return [items[orders[n // len(items)][n % len(items)]] for n in wanted]
+    places = (divmod(n, len(items)) for n in range(step * size, (step + 1) * size))
+    return [items[_order(len(items), seed, epoch)[place]] for epoch, place in places]
+
+
+@lru_cache(maxsize=4)
+def _order(items: int, seed: int, epoch: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    """Return the order in which an epoch reads so many items."""
+    return np.random.default_rng([seed, epoch]).permutation(items)
 
 
 def summary(history: History) -> dict[str, Any]:
