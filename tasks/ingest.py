@@ -207,16 +207,19 @@ def _refuse(reading: Reading, fact: Fact, reason: str) -> None:
 
 
 def group_rated(readings: list[Reading], config: Config) -> list[list[Rated]]:
-    """Group the rated sentences of one collection and prompt by the order of their hashes; no text stands twice."""
-    seen: set[tuple[str, str]] = set()  # prompt, text
+    """Group the rated sentences of one collection and prompt by the order of their hashes.
+
+    A text that came before is refused, under another prompt too: it could stand on both sides of the split.
+    """
+    seen: set[str] = set()
     collections: dict[tuple[str, str, str], list[Rated]] = defaultdict(list)
     for reading in readings:
         for rated in reading.rated:
             plain = " ".join(rated.text.lower().split())
-            if not plain or (rated.prompt, plain) in seen:
+            if not plain or plain in seen:
                 reading.refuse(rated.text, "the same text came before" if plain else "an empty text")
                 continue
-            seen.add((rated.prompt, plain))
+            seen.add(plain)
             collections[rated.source, rated.group, rated.prompt].append(rated)
     groups: list[list[Rated]] = []
     for members in collections.values():

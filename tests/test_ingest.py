@@ -110,10 +110,10 @@ def test_a_lonely_last_sentence_joins_the_group_before_it(tmp_path: Path) -> Non
 
 
 def test_sentences_are_compared_with_those_of_their_own_prompt(tmp_path: Path) -> None:
-    """What is said of a soup is no better or worse than what is said of a book, and may be said of both."""
+    """What is said of a soup is no better or worse than what is said of a book."""
     copied = copy_sources(tmp_path)
     told = [("Review a soup.", f"It is {word}.") for word in ("hot", "good", "bad")]
-    told += [("Review a book.", f"It is {word}.") for word in ("long", "good", "bad", "good")]
+    told += [("Review a book.", f"It is {word}.") for word in ("long", "dull", "new", "good")]
     lines = ["text,ratings,prompt", *(f"{text},{place} 1,{prompt}" for place, (prompt, text) in enumerate(told, -3))]
     (copied / "smoke/ratings.csv").write_text("\n".join(lines), encoding="utf-8")
     made = ingest_into(tmp_path / "out", copied)
@@ -121,7 +121,7 @@ def test_sentences_are_compared_with_those_of_their_own_prompt(tmp_path: Path) -
     found = {row["prompt"][0]["content"]: sorted(row["responses"]) for row in rows}
     assert found == {
         "Review a soup.": ["It is bad.", "It is good.", "It is hot."],
-        "Review a book.": ["It is bad.", "It is good.", "It is long."],
+        "Review a book.": ["It is dull.", "It is long.", "It is new."],
     }
     assert "the same text came before" in str(refusals(made))
 
