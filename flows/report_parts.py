@@ -74,7 +74,7 @@ def headline(run: Results) -> Part:
         "stale": [step for step in steps if step.stale],
         "counts": [(status, count) for status, count in counts.most_common()],
         "place": _place(run),
-        "numerics": _flat(next((step.record["numerics"] for step in reversed(steps) if "numerics" in step.record), {})),
+        "numerics": _flat(next(filter(None, (step.record.get("numerics") for step in reversed(steps))), {})),
         "seed": next((step.record["seed"] for step in reversed(steps) if "seed" in step.record), None),
     }
 

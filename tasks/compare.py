@@ -20,6 +20,7 @@ from tasks.common.stage import Job
 
 DECODERS = ("base", "tuned", "policy", "pruned", "int8")
 CHAIN = ("encoder", "encoder-int8", *DECODERS)
+NUMERICS = False  # no model computes here
 INPUTS = (
     {f"sheet of {key}": f"metrics/evaluate@{key}.json" for key in CHAIN}
     | {f"answers of {key}": f"data/evaluate/{key}/answers" for key in CHAIN}

@@ -26,6 +26,7 @@ from tasks.common.sources.kinds import Source, SourcePath, read_source
 from tasks.common.sources.reading import Rated, Reading
 from tasks.common.stage import Job, StageError
 
+NUMERICS = False  # no model computes here
 INPUTS = {"sources": "data/sources"}
 OUTPUTS = {
     "corpus": "data/ingest/corpus",
@@ -77,7 +78,10 @@ class Config(Settings):
             raise ValueError(f"each source needs a name of its own, unlike {', '.join(twice)}")
         both = sorted({source.name for source in self.sources} & {str(source.group) for source in self.sources})
         if both:
-            raise ValueError(f"a mixture could not tell whether {', '.join(both)} is a source or a group of sources")
+            raise ValueError(
+                f"a mixture could not tell whether {', '.join(both)} is a source or a group of sources: give "
+                "the source another name, or its group"
+            )
         if self.ratings.scale[0] >= self.ratings.scale[1]:
             raise ValueError(f"ratings.scale must rise, unlike {self.ratings.scale}")
         return self
@@ -295,19 +299,24 @@ def rankings(config: Config, readings: list[Reading], groups: list[list[Rated]])
 def _with_given(
     table: str, rows: dict[str, dict[str, Any]], readings: list[Reading], heldout: float, salt: str
 ) -> dict[str, dict[str, Any]]:
-    """Add finished rows of the sources; their split is drawn from the entity or the prompt unless the row states it.
+    """Add finished rows of the sources; their split is drawn from the entity or the prompt unless a row states it.
 
-    The entity's draw is that of the chats about facts, so that nothing is asked about on both sides.
+    The entity's draw is that of the chats about facts, so that nothing is asked about on both sides. A row that states
+    a split does so for all that are about the same.
     """
+    given = [row for reading in readings for row in reading.rows.get(table, [])]
+    stated = {row["entity"]: row["split"] for row in given if table == "instructions" and row["split"]}
     for reading in readings:
         for row in reading.rows.get(table, []):
+            split = row["split"]
             if table == "instructions":
                 about = ["entity", row["entity"]]
+                split = split or stated.get(row["entity"])
             else:
                 about = [table, *(turn["content"] for turn in row["prompt"])]
             if row["id"] in rows:
                 reading.refuse(json.dumps(row, ensure_ascii=False), "the same row came before")
-            rows.setdefault(row["id"], {**row, "split": row["split"] or draw.split(heldout, salt, *about)})
+            rows.setdefault(row["id"], {**row, "split": split or draw.split(heldout, salt, *about)})
     return rows
 
 

@@ -19,6 +19,7 @@ RECORDS = (
     "reward/judge", "ppo", "prune", "quantize/policy", "quantize/encoder", "evaluate/base", "evaluate/tuned",
     "evaluate/policy", "evaluate/pruned", "evaluate/int8", "evaluate/encoder", "evaluate/encoder-int8", "compare",
 )  # fmt: skip
+NUMERICS = False  # no model computes here
 INPUTS = {
     "policy": "data/quantize/policy/model",
     "encoder": "data/quantize/encoder/model",

@@ -24,6 +24,7 @@ from tasks.common.text.encoding import Encoder, Ids, NotTheSame
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+NUMERICS = False  # no model computes here
 INPUTS = {"corpus": "data/validate/corpus", "source": "{config.tokenizer.path}"}
 OUTPUTS = {"tokenizer": "data/tokenize/tokenizer", "shards": "data/tokenize/shards"}
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
+NUMERICS = False  # no model computes here
 INPUTS = {table: f"data/ingest/{table}" for table in tables.TABLES}
 OUTPUTS = {
     **{table: f"data/validate/{table}" for table in tables.TABLES},

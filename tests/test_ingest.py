@@ -109,6 +109,23 @@ def test_a_lonely_last_sentence_joins_the_group_before_it(tmp_path: Path) -> Non
     assert sorted(len(row["responses"]) for row in rows) == [4, 5]
 
 
+def test_a_stated_split_holds_for_all_that_ask_the_same(tmp_path: Path) -> None:
+    """People's chats open as the project's own small talk does, which is for training."""
+    copied = copy_sources(tmp_path)
+    chats = [
+        {"conversations": [{"from": "human", "value": "Hello!"}, {"from": "gpt", "value": f"Hi, number {number}."}]}
+        for number in range(30)
+    ]
+    (copied / "chats.json").write_text(json.dumps(chats), encoding="utf-8")
+    told = {**FACTS, "name": "chats", "path": "chats.json", "format": "sharegpt", "table": "instructions"}
+    own = [{"messages": CHAT, "split": "train"}]
+    (copied / "own.jsonl").write_text("\n".join(map(json.dumps, own)), encoding="utf-8")
+    stated = {**FACTS, "name": "own", "path": "own.jsonl", "format": "jsonl", "table": "instructions"}
+    for salt in ("a", "b", "c", "d", "e", "f"):  # by some of which the greeting would be held out
+        made = ingest_into(tmp_path / salt, copied, salt=salt, sources=[FACTS, RATINGS, told, stated])
+        assert {row["split"] for row in table(made, "instructions") if row["source"] in ("chats", "own")} == {"train"}
+
+
 def test_sentences_are_compared_with_those_of_their_own_prompt(tmp_path: Path) -> None:
     """What is said of a soup is no better or worse than what is said of a book."""
     copied = copy_sources(tmp_path)

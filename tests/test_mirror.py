@@ -52,7 +52,7 @@ def expected(name: str, key: str | None) -> Sections:
     return {
         "cmd": {f"python -m tasks.{name}" + (f" {key}" if key is not None else "")},
         "deps": code | {str(identity.LOCK)} | set(stage.declared_inputs(module, key, config).values()),
-        "params": {section, "base", "numerics"},
+        "params": {section, "base", *(["numerics"] if stage.computes(module) else [])},
         "outs": set(stage.declared_outputs(module, key).values()) | {record},
         "metrics": {stage.metrics_path(name, key).as_posix()},
     }

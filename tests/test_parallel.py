@@ -124,6 +124,40 @@ def test_a_process_that_is_killed_is_named(chain: Chain, tmp_path: Path) -> None
     assert "Traceback" not in said
 
 
+def test_processes_end_with_their_launcher(chain: Chain, tmp_path: Path) -> None:
+    """However that ends: they would go on with nobody waiting, beside those of the next run."""
+    folder = clone(tmp_path, chain, "pretrain clm", {}, store := tmp_path / "store", 1e-9, processes=2)
+    process = start(folder, "pretrain clm")
+    while not steps(store):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
+    process.kill()
+    process.communicate()
+    reached = time.monotonic() + 30
+    while any(Path(f"/proc/{child}/cmdline").exists() for child in children):
+        assert time.monotonic() < reached, "processes outlived their launcher"
+        time.sleep(0.05)
+    assert "resuming at step" in finished(folder, "pretrain clm")
+
+
+def test_what_all_processes_read_is_named_where_the_loss_is_no_number(chain: Chain, tmp_path: Path) -> None:
+    """Not what the first of them read alone: the others' windows may be the cause."""
+    wild = {"name": "sgd", **RULE, **RULES["sgd"], "learning_rate": 10.0, "clip": 1e30}
+    wild |= {"momentum": 0.99, "schedule": {"name": "constant", "warmup": 0.0}}
+    changes = {"optimizer": wild, "steps": 300, "batch": 16}
+    folder = clone(tmp_path, chain, "pretrain clm", changes, tmp_path / "store", 1e9, processes=2)
+    process = start(folder, "pretrain clm")
+    said, _ = process.communicate()
+    assert process.returncode == 1
+    found = re.search(r"The batch: (.*) and 4 more, all of which (\S+) names", said)
+    assert found, said
+    all_of_it = (folder / found[2]).read_text(encoding="utf-8").splitlines()
+    numbers = sorted(int(name.removeprefix("window ")) for name in all_of_it)
+    assert numbers == list(range(numbers[0], numbers[0] + 16))
+    assert found[1].split(", ") == all_of_it[:12]
+
+
 @pytest.mark.parametrize(("engine", "method"), [("data", {"name": "full"}), ("fsdp", {"name": "full"}), ("fsdp", LORA)])
 def test_two_processes_update_a_policy_as_one(
     engine: str, method: dict[str, Any], chain: Chain, tmp_path: Path

@@ -251,6 +251,17 @@ def test_ppo_parts_its_replies_among_processes(params: dict[str, Any]) -> None:
     assert [line.split(",")[0] for line in found] == ["ppo.episodes: found 97", "ppo.minibatch: found 9"]
 
 
+def test_what_chooses_is_told_as_it_stands_in_the_file(params: dict[str, Any]) -> None:
+    """A source's kind is called `kind`; keys that do not go together are named, and not the whole section shown."""
+    params["ingest"]["sources"][0]["kind"] = "hf"
+    params["finetune"]["model"] = "data/pretrain/mlm/model"
+    params["pretrain"]["clm"]["model"]["hidden"] = 100
+    kind, width, model = problems(params)
+    assert width == ("pretrain.clm.model: hidden (100) must be an even multiple of heads (4), for rotary positions")
+    assert kind.startswith("ingest.sources.0.kind: found 'hf', but it should be one of package, files")
+    assert model.startswith("finetune: task chat needs the decoder")
+
+
 def test_a_choice_that_does_not_exist_is_told_with_those_that_do(params: dict[str, Any]) -> None:
     """Where it stands in the file, and what might stand there instead."""
     params["pretrain"]["clm"]["optimizer"]["name"] = "sofia"

@@ -217,6 +217,20 @@ class TestInterrupted:
         assert kitchen.run()[0] == 0
         assert kitchen.scratch() == []
 
+    def test_a_second_run_is_told_of_the_first(self, kitchen: Kitchen) -> None:
+        """Whose `dvc repro` may have been killed: DVC no longer knows of it."""
+        first = hang(kitchen)
+        code, said = kitchen.run()
+        assert code == 1
+        assert said.startswith(f"cook: process {first.pid} is at work on this stage here")
+        assert f"`kill {first.pid}`" in said
+        assert first.poll() is None
+        assert kitchen.scratch() != []  # the first one's, untouched
+        first.kill()
+        first.communicate(timeout=60)
+        kitchen.set(way="well")
+        assert kitchen.run()[0] == 0
+
     @pytest.mark.parametrize("step", range(4))
     def test_a_crash_while_results_move_in_leaves_no_record_of_a_mixture(
         self, kitchen: Kitchen, monkeypatch: pytest.MonkeyPatch, step: int

@@ -169,6 +169,53 @@ def test_a_loss_that_is_no_number_stops_with_a_sentence(value: float, term: str,
     assert [Path(path).name for path in store.filesystem.ls(store.folder, detail=False)] == ["000000003"]
 
 
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+@pytest.mark.parametrize("harm", ["a bit", "half"])
+def test_a_damaged_checkpoint_is_told_and_not_gone_on_from(name: str, harm: str, tmp_path: Path) -> None:
+    """A flipped bit would else end in other weights, without a word."""
+    toy, told, job = Toy(), settings(steps=6), make_job(str(tmp_path), every=1e-9)
+    toy.stop_at = 4
+    with pytest.raises(KeyboardInterrupt):
+        train(toy.model, toy, told, job)
+    (file,) = Path(tmp_path).rglob(name)
+    content = bytearray(file.read_bytes())
+    content[-20] ^= 1
+    file.write_bytes(content if harm == "a bit" else content[: len(content) // 2])
+    again = Toy()
+    with pytest.raises(StageError, match=r"the checkpoint .*/000000004 is damaged.* Remove that folder to begin anew"):
+        train(again.model, again, told, job)
+
+
+def test_two_runs_may_share_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two clones at once, say: what one is about to drop the other has dropped, and both end as one alone does."""
+    toys = [Toy(), Toy()]
+    train(toys[0].model, toys[0], settings(), make_job(str(tmp_path), "alone"))
+    listed = Store._folders
+    monkeypatch.setattr(Store, "_folders", lambda store: [*listed(store), "000000000"])
+    monkeypatch.setattr(Store, "_complete", lambda store, folder: folder != "000000000")
+    train(toys[1].model, toys[1], settings(), make_job(str(tmp_path), "shared", every=1e-9))
+    assert toys[0].values() == toys[1].values()
+
+
+def test_a_checkpoint_that_another_run_took_away_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While it was being written: training goes on, and the next one is written."""
+    toy, write, calls = Toy(), Store._write, iter(range(99))
+
+    def taken(store: Store, step: int, *contents: bytes) -> None:
+        if next(calls) == 0:
+            raise FileNotFoundError("gone")
+        write(store, step, *contents)
+
+    monkeypatch.setattr(Store, "_write", taken)
+    toy.stop_at = 3
+    with pytest.raises(KeyboardInterrupt):
+        train(toy.model, toy, settings(), make_job(str(tmp_path), every=1e-9))
+    assert "the checkpoint of step 1 was not kept, since another run shares" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.glob("*/*/*")] == ["000000003"]
+
+
 @pytest.mark.parametrize(
     "error", [MemoryError("no memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.")]
 )

@@ -18,12 +18,6 @@ STAGES = (
     "compare", "package",
 )  # fmt: skip
 Service = Literal["dvclive", "tensorboard", "wandb", "mlflow"]
-SERVICES: dict[Service, str] = {  # what pip installs for each; all of mlflow does not fit beside what else is pinned
-    "dvclive": "dvclive>=3.49",
-    "tensorboard": "tensorboard>=2.21",
-    "wandb": "wandb>=0.31",
-    "mlflow": "mlflow-skinny>=3.17",
-}
 
 
 class BessemerError(Exception):
@@ -145,7 +139,9 @@ class Tracking(Settings):
             raise ValueError("each service should be named once")
         for service in to:
             if importlib.util.find_spec(service) is None:
-                raise ValueError(f"{service} is not installed: `pip install '{SERVICES[service]}'` brings it")
+                # an extra, so that pip keeps to the pinned set: by itself it would move some of that
+                remedy = f"`pip install -c requirements.lock -e '.[{service}]'` brings it"
+                raise ValueError(f"{service} is not installed: {remedy}")
         return to
 
 
@@ -249,17 +245,20 @@ def _problems(model: type[Settings], params: dict[str, Any], path: tuple[str, ..
 
 
 def _sentence(model: type[Settings], path: tuple[str, ...], value: Any, item: Any) -> str:
-    where = ".".join((*path, *_keys(value, item["loc"])))
     kind, found = item["type"], item["input"]
+    where = ".".join((*path, *_keys(value, item["loc"], absent=kind == "missing")))
     if kind == "missing":
         return f"{where}: this key is missing"
     if kind == "extra_forbidden":
         return f"{where}: unknown key (found {found!r}); there are {_names_beside(model, item['loc'])}"
-    if kind == "union_tag_not_found":
-        return f"{where}.name: this key is missing"
-    if kind == "union_tag_invalid":
-        choices = item["ctx"]["expected_tags"].replace("'", "")
-        return f"{where}.name: found {item['ctx']['tag']!r}, but it should be one of {choices}"
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        told = {name: str(text).replace("'", "") for name, text in item["ctx"].items()}
+        where = f"{where}.{told['discriminator']}"  # the key that chooses
+        if kind == "union_tag_not_found":
+            return f"{where}: this key is missing"
+        return f"{where}: found {item['ctx']['tag']!r}, but it should be one of {told['expected_tags']}"
+    if kind == "value_error" and isinstance(found, dict):  # keys that do not go together, which the rule names
+        return f"{where}: {_rule(item['msg'])}"
     return f"{where}: found {_short(found)}, but {_rule(item['msg'])}"
 
 
@@ -284,11 +283,14 @@ def _groups(kind: Any) -> Iterator[type[Settings]]:
         yield from _groups(part)
 
 
-def _keys(value: Any, location: tuple[str | int, ...]) -> Iterator[str]:
-    """Yield the keys on the way to a problem, as they stand in the file: of a choice, pydantic names the chosen too."""
+def _keys(value: Any, location: tuple[str | int, ...], *, absent: bool) -> Iterator[str]:
+    """Yield the keys on the way to a problem, as they stand in the file: of a choice, pydantic names the chosen too.
+
+    The last one of a problem that is a key's absence stands nowhere, of course.
+    """
     for place, key in enumerate(location):
         inside = key in value if isinstance(value, dict) else isinstance(value, list)
-        if inside or place == len(location) - 1:
+        if inside or (absent and place == len(location) - 1):
             yield str(key)
             value = value[key] if inside else None
 

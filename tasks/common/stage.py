@@ -5,7 +5,9 @@ outputs into place in one go, so that half an output never passes for a whole on
 beside the outputs (`record.json`); what was measured goes to `runs/<run id>/<stage>.json`, which nothing tracks.
 """
 
+import ctypes
 import errno
+import fcntl
 import importlib
 import json
 import logging
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,7 +41,9 @@ from tasks.common.settings import (
 )
 
 RUN_ID = "BESSEMER_RUN_ID"
+LAUNCHER = "BESSEMER_LAUNCHER"  # the process that started this one as one of several that train together
 SCRATCH = Path("data/.scratch")
+LOCKS = Path(".bessemer/stages")
 RUNS = Path("runs")
 FIRST_SAYS_S = 10.0  # within which the first process has met an error that it shares with the others
 LEFT_BY_RUNS = ("benchmarks/results", "docs", "dvc.lock", "metrics")  # tracked, and no part of what is run
@@ -95,6 +99,11 @@ def declared_outputs(module: ModuleType, key: str | None) -> dict[str, str]:
     """Return the data that a stage leaves, name to project path, without its record and metrics."""
     outputs: dict[str, str] = module.OUTPUTS
     return {name: path.format(key=key) for name, path in outputs.items()}
+
+
+def computes(module: ModuleType) -> bool:
+    """Return whether a stage computes with a model, so that `numerics` bear on its bytes."""
+    return bool(getattr(module, "NUMERICS", True))
 
 
 def record_path(stage: str, key: str | None) -> Path:
@@ -157,7 +166,15 @@ def execute(module: ModuleType, key: str | None) -> dict[str, Any]:
     """Run one stage in this process and return its record; raise SettingsError or StageError for the user's errors."""
     params, stage = read_params(), module.__name__.rpartition(".")[2]
     check(params, stages=[name_of(stage, key)])
-    seed = params["base"]["seed"]
+    if LAUNCHER in os.environ:
+        _die_with(int(os.environ[LAUNCHER]))
+        return _execute(module, key, params)
+    with _alone(name_of(stage, key)) if not rank() else nullcontext():
+        return _execute(module, key, params)
+
+
+def _execute(module: ModuleType, key: str | None, params: dict[str, Any]) -> dict[str, Any]:
+    stage, seed = module.__name__.rpartition(".")[2], params["base"]["seed"]
     section, config = config_of(module, params, key)
     numerics = Numerics.model_validate(params["numerics"])
     inputs = {name: Path(path) for name, path in declared_inputs(module, key, config).items()}
@@ -181,6 +198,41 @@ def execute(module: ModuleType, key: str | None) -> dict[str, Any]:
     for call in job.when_complete:
         call()
     return record
+
+
+@contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """Work on a stage alone; raise StageError where another process still does.
+
+    Whoever started that one may be gone (a `dvc repro` that was killed outright leaves its stage at work), and DVC then
+    lets a second run begin. The system drops the lock with the process that holds it.
+    """
+    LOCKS.mkdir(parents=True, exist_ok=True)
+    with (LOCKS / name).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip()
+            raise StageError(
+                f"process {holder} is at work on this stage here, although nobody may be waiting for it any more. Wait "
+                f"until it has ended, or stop it (`kill {holder}`); what it has learnt is taken up from its last "
+                "checkpoint."
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def _die_with(launcher: int) -> None:
+    """Have the system end this process when its launcher ends, however that does: nobody would end it later."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl:  # Linux alone
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+        prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != launcher:
+        raise SystemExit(f"the launcher of this process, {launcher}, is gone")
 
 
 def rank() -> int:
@@ -218,6 +270,7 @@ def _torchrun(name: str, processes: int, command: Sequence[str]) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.disable(logging.ERROR)  # it tells every failure twice
+    os.environ[LAUNCHER] = str(os.getpid())
     try:
         run.main(["--standalone", f"--nproc-per-node={processes}", "-m", *command])
     except ChildFailedError as error:
@@ -256,7 +309,7 @@ def must_find_devices(processes: int, device: str) -> None:
 @contextmanager
 def _scratch(name: str, targets: dict[str, Path]) -> Iterator[dict[str, Path]]:
     """Yield a scratch path for each output; drop what a run of this stage that was killed outright left behind."""
-    scratch = SCRATCH / name  # the stage's own: DVC lets no two runs of a stage go on at once
+    scratch = SCRATCH / name  # the stage's own, which works alone
     shutil.rmtree(scratch, ignore_errors=True)
     outputs = {output: scratch / output / target.name for output, target in targets.items()}
     try:
@@ -289,7 +342,7 @@ def _describe(
     parts: dict[str, Any] = {
         "code": code,
         "settings": config.model_dump(mode="json"),
-        "numerics": numerics.model_dump(mode="json"),
+        "numerics": numerics.model_dump(mode="json") if computes(module) else None,
         "seed": seed,
         "lock": identity.lock_hash(),
         "inputs": {str(path): identity.tree_hash(path) for path in inputs.values()},

@@ -294,12 +294,20 @@ def load_classifier(path: Path, numerics: Numerics, labels: list[str]) -> "PreTr
 
 
 def _load(kind: Any, path: Path, numerics: Numerics, **settings: Any) -> Any:
-    """Return what Transformers makes of a folder; a pickle is never opened."""
+    """Return what Transformers makes of a folder; a pickle is never opened, and a damaged file is a StageError."""
     import torch
+    from safetensors import SafetensorError
 
-    return kind.from_pretrained(
-        path, dtype=torch.float32, attn_implementation=numerics.attention, use_safetensors=True, **settings
-    )
+    from tasks.common.stage import StageError
+
+    try:
+        return kind.from_pretrained(
+            path, dtype=torch.float32, attn_implementation=numerics.attention, use_safetensors=True, **settings
+        )
+    except SafetensorError as error:
+        raise StageError(
+            f"the weights in {path} are damaged or only half there ({error}): fetch them again."
+        ) from error
 
 
 def _on_device(loaded: Any, numerics: Numerics) -> "PreTrainedModel":

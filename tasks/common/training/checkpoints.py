@@ -5,8 +5,11 @@ setting, input or line of code is another recipe. Checkpoints are safetensors an
 renamed, and only the last one is kept until the stage is complete.
 """
 
+import hashlib
 import json
 import time
+import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,10 +95,9 @@ class Store:
     def resume(self, model: "torch.nn.Module", history: "History") -> Checkpoint | None:
         """Load the last checkpoint into model and history, and return it for the optimizers; None where there is none.
 
-        Raises StageError where its tensors are not those that the model trains, or where processes see different ones.
+        Raises StageError where its tensors are not those that the model trains, where it is not what was written, or
+        where processes see different ones.
         """
-        from safetensors.torch import load
-
         complete = sorted(name for name in self._folders() if self._complete(name))
         step = int(complete[-1]) if complete else 0
         if self.world.told(step) != step:
@@ -107,8 +109,7 @@ class Store:
         if not complete:
             return None
         folder = f"{self.folder}/{complete[-1]}"
-        tensors = load(self.filesystem.cat_file(f"{folder}/state.safetensors"))
-        state = json.loads(self.filesystem.cat_file(f"{folder}/state.json"))
+        tensors, state = self._read(folder)
         weights = _under(MODEL, tensors)
         trained = trained_weights(model)  # tied ones are stored once, frozen ones not at all
         self._must_fit(folder, weights, trained)
@@ -118,6 +119,22 @@ class Store:
         print(f"resuming at step {step} from {folder}")
         groups = {name: _under(f"{KEPT}{name}.", tensors) for name in state["kept"]}
         return Checkpoint(step, _under(OPTIMIZER, tensors), state["groups"], Kept(groups, state["notes"]))
+
+    def _read(self, folder: str) -> "tuple[dict[str, torch.Tensor], dict[str, Any]]":
+        """Return a checkpoint's tensors and state; raise StageError where a disk or a copy has spoilt them."""
+        from safetensors.torch import load
+
+        content, text = (self.filesystem.cat_file(f"{folder}/{name}") for name in FILES)
+        try:
+            state = json.loads(text)
+        except ValueError:
+            state = {}
+        if state.get("sha256") != hashlib.sha256(content).hexdigest():
+            raise StageError(
+                f"the checkpoint {folder} is damaged: its files are not those that were written. Remove that folder to "
+                "begin anew, or bring back a whole copy."
+            )
+        return load(content), state
 
     def keep(
         self, step: int, updates: "Updates", history: "History", kept: Kept = NOTHING, *, now: bool = False
@@ -135,20 +152,32 @@ class Store:
         self.last = time.monotonic()
         if self.world.rank:
             return
-        older = self._folders()
-        target, neighbour = f"{self.folder}/{step:09d}", f"{self.folder}/.{step:09d}"
-        self.filesystem.makedirs(neighbour, exist_ok=True)
         content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
-        self.filesystem.pipe_file(f"{neighbour}/state.safetensors", content)
-        state = {"rows": history.rows, "pending": history.pending, "groups": groups}
-        text = json.dumps({**state, "kept": list(kept.weights), "notes": kept.notes})
-        self.filesystem.pipe_file(f"{neighbour}/state.json", text.encode())
+        state: dict[str, Any] = {"rows": history.rows, "pending": history.pending, "groups": groups}
+        state |= {"kept": list(kept.weights), "notes": kept.notes, "sha256": hashlib.sha256(content).hexdigest()}
+        try:
+            self._write(step, content, json.dumps(state).encode())
+        except FileNotFoundError as error:  # the same stage is at work elsewhere, and drops what is behind it
+            print(f"the checkpoint of step {step} was not kept, since another run shares {self.folder} ({error})")
+
+    def _write(self, step: int, *contents: bytes) -> None:
+        """Write a checkpoint's files to a neighbour of this run's own, move that into place, and drop older ones."""
+        older, target = self._folders(), f"{self.folder}/{step:09d}"
+        neighbour = f"{self.folder}/.{step:09d}.{uuid.uuid4().hex[:8]}"
+        self.filesystem.makedirs(neighbour, exist_ok=True)
+        for name, content in zip(FILES, contents, strict=True):
+            self.filesystem.pipe_file(f"{neighbour}/{name}", content)
         if step in map(int, older):  # half a move that was cut short, or the same step once more
-            self.filesystem.rm(target, recursive=True)
+            self._drop(target)
             older.remove(Path(target).name)
         self.filesystem.mv(neighbour, target, recursive=True)
         for other in older:
-            self.filesystem.rm(f"{self.folder}/{other}", recursive=True)
+            self._drop(f"{self.folder}/{other}")
+
+    def _drop(self, folder: str) -> None:
+        """Remove a checkpoint, which another run that shares the store may have removed first."""
+        with suppress(FileNotFoundError):
+            self.filesystem.rm(folder, recursive=True)
 
     @staticmethod
     def _must_fit(folder: str, found: "dict[str, torch.Tensor]", wanted: "dict[str, torch.Tensor]") -> None:

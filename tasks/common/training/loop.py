@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field
 
 from tasks.common.settings import Settings
-from tasks.common.stage import Job, StageError
+from tasks.common.stage import Job, StageError, rank
 from tasks.common.training import compiling, tracking
 from tasks.common.training.checkpoints import Store
 from tasks.common.training.flops import Work
@@ -170,7 +170,8 @@ def train(
             figures = dict(zip([*losses, "gradient_norm"], values, strict=True))
             if not all(map(math.isfinite, values)):
                 store.keep(step, updates, history, now=True)
-                raise StageError(_not_finite(step, steps, figures, parts, store, rate))
+                names = world.names([name for part in parts for name in part.names])
+                raise StageError(_not_finite(step, steps, figures, names, store, rate, job))
             figures["learning_rate"] = rate
             read = world.readers * sum(part.tokens for part in parts)
             tokens += read
@@ -274,15 +275,22 @@ def _memory_advice(job: Job, accumulate: int) -> Iterator[None]:
 
 
 def _not_finite(
-    step: int, steps: int, figures: Mapping[str, float], parts: Sequence[Drawn], store: Store, rate: float
+    step: int, steps: int, figures: Mapping[str, float], names: Sequence[str], store: Store, rate: float, job: Job
 ) -> str:
-    names = [name for part in parts for name in part.names]
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    """Say what is no longer finite and what was read; of a large batch all names go to a file of the run's."""
+    more = ""
+    if len(names) > NAMED:
+        file = job.run_folder / f"{job.name}-batch.txt"
+        if not rank():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("\n".join(names) + "\n", encoding="utf-8")
+        more = f" and {len(names) - NAMED} more, all of which {file} names"
     found = ", ".join(f"{name} {value:g}" for name, value in figures.items())
     return (
-        f"the loss is no longer a finite number at step {step + 1} of {steps} ({found}). The batch: "
-        f"{', '.join(names[:NAMED])}{more}. The weights from before this step are kept in {store.folder}. Lower "
-        f"optimizer.learning_rate (the rate of this step was {rate:g}), or look at the batch."
+        f"the loss, or its gradient, is no longer a finite number at step {step + 1} of {steps} ({found}). The batch: "
+        f"{', '.join(names[:NAMED])}{more}. The weights from before this step are kept in {store.folder}, for these "
+        f"settings; others begin anew. Lower optimizer.learning_rate (the rate of this step was {rate:g}), or look at "
+        "the batch."
     )
 
 

@@ -126,6 +126,21 @@ class World:
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
         return int(found.item())
 
+    def names(self, read: Sequence[str]) -> list[str]:
+        """Return what the processes have read together, by its names; all of them must ask."""
+        import torch
+
+        if self.readers == 1:
+            return list(read)
+        told = torch.tensor(list("\n".join(read).encode()), dtype=torch.uint8, device=self.device)
+        sizes = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.size)]
+        torch.distributed.all_gather(sizes, torch.tensor([len(told)], device=self.device))
+        longest = max(int(size) for size in sizes)
+        parts = [torch.zeros(longest, dtype=torch.uint8, device=self.device) for _ in range(self.size)]
+        torch.distributed.all_gather(parts, torch.nn.functional.pad(told, (0, longest - len(told))))
+        found = (bytes(part[: int(size)].tolist()).decode() for part, size in zip(parts, sizes, strict=True))
+        return [name for text in found for name in text.split("\n") if name]
+
     def told(self, number: int) -> int:
         """Return the first process's number, on which all then act."""
         import torch
