@@ -278,9 +278,9 @@ class Batches:
     """Batches of whole documents of like length, a pure function of the step; for models that read one text at a time.
 
     Of documents with names only those with two are read: either can be told from the other; of longer ones than
-    `longest` their beginning. `counted` says how many are so cut and left out. An epoch reads as much as
-    the mixture allows without reading a document twice. Its documents are shuffled, sorted by length within large
-    chunks, cut into batches whose padded size stays within the budget, and shuffled again.
+    `longest` their beginning. `counted` says how many are so cut and left out. An epoch reads as much as the mixture
+    allows without reading a document twice. Its documents are shuffled, sorted by length within large chunks, cut into
+    batches whose padded size stays within the budget, and shuffled again.
     """
 
     CHUNK = 4096

@@ -7,8 +7,8 @@ renamed, and only the last one is kept until the stage is complete.
 
 import hashlib
 import json
+import platform
 import time
-import uuid
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,9 +161,13 @@ class Store:
             print(f"the checkpoint of step {step} was not kept, since another run shares {self.folder} ({error})")
 
     def _write(self, step: int, *contents: bytes) -> None:
-        """Write a checkpoint's files to a neighbour of this run's own, move that into place, and drop older ones."""
+        """Write a checkpoint's files to a neighbour, move that into place, and drop older ones.
+
+        The neighbour is the project's own, in which a stage works alone: what a kill leaves there is written over.
+        """
         older, target = self._folders(), f"{self.folder}/{step:09d}"
-        neighbour = f"{self.folder}/.{step:09d}.{uuid.uuid4().hex[:8]}"
+        project = hashlib.sha256(f"{platform.node()}:{Path.cwd()}".encode()).hexdigest()
+        neighbour = f"{self.folder}/.{project[:12]}"
         self.filesystem.makedirs(neighbour, exist_ok=True)
         for name, content in zip(FILES, contents, strict=True):
             self.filesystem.pipe_file(f"{neighbour}/{name}", content)
