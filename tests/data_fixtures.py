@@ -51,7 +51,10 @@ VALIDATE: dict[str, Any] = {
     "refused_share": 0.5,
     "rows": {"corpus": 1, "instructions": 1, "rankings": 1},
     "heldout_questions": 0,
-    "curate": dict.fromkeys(("personal", "language", "quality", "evaluation", "exact_duplicates", "near_duplicates")),
+    "curate": {
+        "code": [],
+        **dict.fromkeys(("personal", "language", "quality", "evaluation", "exact_duplicates", "near_duplicates")),
+    },
 }
 
 

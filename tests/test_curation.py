@@ -187,6 +187,7 @@ def test_the_shortest_wording_fits_into_the_longest() -> None:
 # The stage
 
 CURATE: dict[str, Any] = {
+    "code": ["library"],
     "personal": {**PERSONAL, "iban": "refuse"},
     "language": LANGUAGE.model_dump(),
     "quality": BOUNDS,
@@ -194,7 +195,7 @@ CURATE: dict[str, Any] = {
     "exact_duplicates": {"fewest_words": 5},
     "near_duplicates": {"shingle": 3, "jaccard": 0.5, "permutations": 128, "fewest_words": 10},
 }
-OFF: dict[str, Any] = dict.fromkeys(CURATE)
+OFF: dict[str, Any] = {**dict.fromkeys(CURATE), "code": []}
 
 
 def document(text: str, identifier: str, split: str = "train", names: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -219,6 +220,7 @@ CORPUS = [
     document(ENGLISH.upper().replace(".", "!"), "same"),
     document(GERMAN, "german"),
     document("word", "short"),
+    {**document("main()", "program"), "group": "library"},  # too short for prose
     document("Then she asked: what is the capital of France?", "quoting"),
     document("Then he asked: what is the capital of France?", "measuring", "heldout"),
     document("What is the capital of France?", "fact", names=("France",)),

@@ -251,6 +251,15 @@ def test_ppo_parts_its_replies_among_processes(params: dict[str, Any]) -> None:
     assert [line.split(",")[0] for line in found] == ["ppo.episodes: found 97", "ppo.minibatch: found 9"]
 
 
+def test_code_is_of_sources_that_there_are(params: dict[str, Any]) -> None:
+    params["validate"]["curate"]["code"] = ["speeches", "sotu"]  # a group, and the source in it
+    check(params)
+    params["validate"]["curate"]["code"] = ["programs"]
+    [found] = problems(params)
+    assert found.startswith("validate.curate.code: found 'programs', but no source of ingest.sources, nor a group")
+    assert "sotu, speeches" in found
+
+
 def test_what_chooses_is_told_as_it_stands_in_the_file(params: dict[str, Any]) -> None:
     """A source's kind is called `kind`; keys that do not go together are named, and not the whole section shown."""
     params["ingest"]["sources"][0]["kind"] = "hf"

@@ -76,6 +76,7 @@ def of_settings(params: dict[str, Any]) -> Iterator[str]:
             yield f"{path}: found {value!r}, which needs {other} to be {needed} (it is {_at(params, other)}): {why}"
     if _at(params, "reward.model") == CHECKPOINT and _at(params, "ingest.checkpoint") is None:
         yield f"reward.model: found {CHECKPOINT!r}, but ingest.checkpoint is null: name a model there, or take another"
+    yield from _code(params)
     yield from _proximal(params)
     yield from _shares(params)
     yield from _shared_out(params)
@@ -191,6 +192,20 @@ def _groups(params: dict[str, Any]) -> Iterator[str]:
                 f"ppo.algorithm.pairs.{name}: found {pairs!r}, but reward.{name} is {judge!r}: make them equal, or the "
                 "judge would learn from what the policy learns from"
             )
+
+
+def _code(params: dict[str, Any]) -> Iterator[str]:
+    """Tell of code in sources that there are none of."""
+    sources = _at(params, "ingest.sources")
+    listed = [source for source in sources if isinstance(source, dict)] if isinstance(sources, list) else []
+    called = {str(source[key]) for source in listed for key in ("name", "group") if source.get(key)}
+    wanted = _at(params, "validate.curate.code")
+    unknown = [name for name in wanted if name not in called] if isinstance(wanted, list) else []
+    if unknown:
+        yield (
+            f"validate.curate.code: found {', '.join(map(repr, unknown))}, but no source of ingest.sources, nor a "
+            f"group of them, is called so; there are {', '.join(sorted(called))}"
+        )
 
 
 def _proximal(params: dict[str, Any]) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Curation: what is taken out of training text although each row by itself is sound, and what is marked in it.
 
 In order: personal data is marked (so that all that follows sees the text that will be kept), then each row is asked for
-its language, its quality and the wordings of the evaluation, then rows are compared with each other. Rows made from
+its language, its quality (code for neither) and the wordings of the evaluation, then rows are compared. Rows made from
 facts are alike by design and are asked about nothing but personal data: in the corpus those with names, among the
 conversations those with a stated answer. The others are prose, and conversations of people. Rankings are only marked.
 """
@@ -33,6 +33,10 @@ Marks = Counter[str]
 class Curation(Settings):
     """The filters; null switches one off."""
 
+    code: list[str] = Field(
+        description="Sources, or groups of them, whose documents are code: neither their language is asked for nor the "
+        "quality of running text"
+    )
     personal: Personal | None = Field(description="Personal data; null leaves it alone")
     language: Language | None = Field(description="Languages of prose; null takes any")
     quality: Quality | None = Field(description="Rules for running text; null asks none")
@@ -59,6 +63,7 @@ class Look:
     def __init__(self, table: str, settings: Curation, wordings: Wordings | None) -> None:
         self.table, self.settings, self.wordings = table, settings, wordings
         self.marks: dict[int, Marks] = {}  # by position in the table
+        self._code = frozenset(settings.code)
         self._read = 0
         self._duplicates = Duplicates(
             settings.exact_duplicates if table == "corpus" else None, settings.near_duplicates
@@ -107,11 +112,17 @@ class Look:
             return f"personal data: {kind}"
         if self.table != "corpus" or not own:
             return None
+        told = None if self._code & {row["source"], row["group"]} else self._as_prose(text, own)
+        if told is None and self.wordings and row["split"] == "train" and self.wordings.quoted_in(own):
+            return contamination.QUOTED
+        return told
+
+    def _as_prose(self, text: str, own: Sequence[str]) -> str | None:
+        """Return what speaks against running text: another language, or its quality."""
+        settings = self.settings
         told = quality.language_objection(text, settings.language) if settings.language else None
         if told is None and settings.quality:
             told = quality.quality_objection(text, own, settings.quality)
-        if told is None and self.wordings and row["split"] == "train" and self.wordings.quoted_in(own):
-            return contamination.QUOTED
         return told
 
     def _hold_out(self, position: int, row: Row) -> None:
