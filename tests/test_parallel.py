@@ -16,7 +16,7 @@ import pytest
 from safetensors import safe_open
 
 from tests.conftest import ROOT
-from tests.test_resume import clone, finished, start, steps
+from tests.test_resume import clone, finished, start, wait_for_step
 from tests.training_fixtures import LORA, RULE, RULES, Chain, chain
 
 __all__ = ["chain"]
@@ -88,9 +88,7 @@ def test_two_processes_are_resumed(engine: str, changes: dict[str, Any], chain: 
     finished(whole, stage)
     assert curve(whole, stage) == pytest.approx(curve(one, stage), rel=TOLERANCE)
     process = start(again, stage)
-    while not any(step >= 7 for step in steps(store)):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
+    wait_for_step(7, store, process)
     process.send_signal(signal.SIGTERM)  # torchrun's, which ends its processes
     process.communicate()
     said = finished(again, stage)
@@ -109,14 +107,18 @@ def test_what_is_wrong_is_said_once(chain: Chain, tmp_path: Path) -> None:
     assert re.fullmatch(r"pretrain@clm: .*verse.*\n", said)
 
 
-def test_a_process_that_is_killed_is_named(chain: Chain, tmp_path: Path) -> None:
-    """The machine's memory ran out, say: nothing else would tell."""
+def two_at_work(chain: Chain, tmp_path: Path) -> "tuple[Path, subprocess.Popen[str], list[str]]":
+    """Return a folder in which two processes have begun to train, their launcher, and its children's numbers."""
     folder = clone(tmp_path, chain, "pretrain clm", {}, store := tmp_path / "store", 1e-9, processes=2)
     process = start(folder, "pretrain clm")
-    while not steps(store):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
+    wait_for_step(1, store, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
+    return folder, process, children
+
+
+def test_a_process_that_is_killed_is_named(chain: Chain, tmp_path: Path) -> None:
+    """The machine's memory ran out, say: nothing else would tell."""
+    _, process, children = two_at_work(chain, tmp_path)
     os.kill(int(children[-1]), signal.SIGKILL)
     said, _ = process.communicate()
     assert process.returncode == 1
@@ -126,12 +128,7 @@ def test_a_process_that_is_killed_is_named(chain: Chain, tmp_path: Path) -> None
 
 def test_processes_end_with_their_launcher(chain: Chain, tmp_path: Path) -> None:
     """However that ends: they would go on with nobody waiting, beside those of the next run."""
-    folder = clone(tmp_path, chain, "pretrain clm", {}, store := tmp_path / "store", 1e-9, processes=2)
-    process = start(folder, "pretrain clm")
-    while not steps(store):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
+    folder, process, children = two_at_work(chain, tmp_path)
     process.kill()
     process.communicate()
     reached = time.monotonic() + 30
@@ -197,9 +194,7 @@ def test_two_processes_align_a_policy_and_are_resumed(
     )
     finished(whole, "ppo")
     process = start(again, "ppo")
-    while not any(step >= 7 for step in steps(store)):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
+    wait_for_step(7, store, process)
     process.send_signal(signal.SIGTERM)
     process.communicate()
     assert "resuming at step" in finished(again, "ppo")

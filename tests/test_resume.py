@@ -89,6 +89,13 @@ def steps(store: Path) -> list[int]:
     return [int(path.name) for path in store.glob("*/*/*") if path.name.isdigit()]
 
 
+def wait_for_step(at: int, store: Path, process: "subprocess.Popen[str]") -> None:
+    """Wait until a process has kept a checkpoint of a step, or of a later one."""
+    while not any(step >= at for step in steps(store)):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.002)
+
+
 @pytest.mark.parametrize(("stage", "changes"), STAGES)
 def test_killed_anywhere_and_resumed_elsewhere_is_uninterrupted(
     stage: str, changes: dict[str, Any], chain: Chain, tmp_path: Path
@@ -99,9 +106,7 @@ def test_killed_anywhere_and_resumed_elsewhere_is_uninterrupted(
     first, second = (clone(tmp_path / name, chain, stage, changes, store, 1e-9) for name in ("first", "second"))
     finished(whole, stage)
     process = start(first, stage)
-    while not any(step >= at for step in steps(store)):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.002)
+    wait_for_step(at, store, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     reached = max(steps(store))

@@ -27,7 +27,7 @@ from tasks.common.modelling import models
 from tasks.common.settings import SettingsError
 from tasks.common.text import chat
 from tests.conftest import ROOT
-from tests.test_resume import clone, finished, start, steps
+from tests.test_resume import clone, finished, start, wait_for_step
 from tests.training_fixtures import CAPITALS, LORA, NUMERICS, QUESTIONS, Chain, chain, config
 
 __all__ = ["chain"]
@@ -402,9 +402,7 @@ class TestStage:
         cut = clone(tmp_path / "cut", chain, "ppo", settings, store, 1e-9, dtype="float32")
         finished(whole, "ppo")
         process = start(cut, "ppo")
-        while not any(step >= 4 for step in steps(store)):
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.01)
+        wait_for_step(4, store, process)
         children = psutil.Process(process.pid).children(recursive=True)
         commands = {child.pid: child.cmdline() for child in children}
         process.send_signal(signal.SIGKILL)
