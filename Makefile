@@ -8,7 +8,7 @@ VLLM   := .venv-vllm
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: run test check bench serve ui vllm lock clean help
+.PHONY: run test test-fast check docs bench serve ui vllm lock clean help
 .DEFAULT_GOAL := help
 
 run: $(VENV)/.runtime ## train, align, shrink and package a model, then talk to it
@@ -18,10 +18,17 @@ run: $(VENV)/.runtime ## train, align, shrink and package a model, then talk to 
 test: $(VENV)/.dev ## run the tests, two at a time; they need no network
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
+test-fast: $(VENV)/.dev ## run the tests that train nothing and start no server, for the inner loop
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not network and not gpu and not heavy"
+
 check: $(VENV)/.dev ## lint, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+docs: $(VENV)/.dev ## write the generated pages of docs/reference/
+	@$(BIN)/python -m flows.cli_reference
+	@$(BIN)/bessemer params --markdown > docs/reference/settings.md
 
 bench: $(VENV)/.dev ## measure against peers; `make bench-NAME` runs one
 	@$(BIN)/python -m benchmarks
@@ -35,15 +42,18 @@ serve: $(VENV)/.runtime ## answer on http://localhost:$(PORT); `make serve PORT=
 ui: $(VENV)/.runtime ## Prefect's server with its web page: runs, graphs, artifacts
 	@$(BIN)/bessemer ui
 
-vllm: $(VLLM)/.installed ## the environment in which vLLM samples for PPO, on a CPU; docs/ppo.md says how on a GPU
+vllm: $(VLLM)/.installed ## the environment in which vLLM samples for PPO, on a CPU; docs/guides/alignment.md says how on a GPU
 
-# What is installed are the two locks; what they were made from is pyproject.toml.
+# What is installed are the two locks; what they were made from is pyproject.toml. optimum-intel asks for torchvision,
+# which nothing here uses and which breaks every import of a model beside another build of torch: it comes last and alone.
 $(VENV)/.runtime: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Bessemer needs Python 3.11 or later; $(PYTHON) is {v[0]}.{v[1]}. Name another: make PYTHON=python3.12 ...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	    echo "No virtual environment could be made: Debian and Ubuntu need 'apt install python3-venv' first."; exit 1; }
 	@echo "Installing the pinned packages into $(VENV) (once; about two minutes and 2 GB) ..."
-	@$(PIP) install -qq --no-compile --requirement requirements.lock
+	@grep -v '^optimum-intel==' requirements.lock > $(VENV)/with-dependencies.txt
+	@$(PIP) install -qq --no-compile --requirement $(VENV)/with-dependencies.txt
+	@$(PIP) install -qq --no-compile --no-deps --requirement requirements.lock
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true # on all cores; some packages carry templates
 	@$(PIP) install -qq --no-deps --no-build-isolation --editable .
 	@touch $@
@@ -61,8 +71,9 @@ $(VLLM)/.installed: requirements-vllm.lock
 	@touch $@
 
 # A fresh environment, the newest releases within pyproject.toml's bounds, and what pip says it holds then. Left out:
-# the project itself, pip, and local build tags (`+cpu`), so that one lock serves every build of a package.
-FREEZE := freeze --all --exclude bessemer --exclude pip | sed -E 's/\+[A-Za-z0-9.]+$$//' | LC_ALL=C sort -f
+# the project itself, pip, torchvision (see above), and local build tags (`+cpu`), so that one lock serves every build of
+# a package.
+FREEZE := freeze --all --exclude bessemer --exclude pip --exclude torchvision | sed -E 's/\+[A-Za-z0-9.]+$$//' | LC_ALL=C sort -f
 
 lock: ## make the lock files anew from pyproject.toml (a few minutes)
 	@rm -rf .lock && $(PYTHON) -m venv .lock/venv

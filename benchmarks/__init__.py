@@ -1,1 +1,1 @@
-"""What this is measured against: peers on the same machine in the same run, the machine's ceiling printed first."""
+"""Benchmarks against peers on the same machine in the same run; the machine's peak rate is printed first."""

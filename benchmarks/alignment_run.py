@@ -1,6 +1,6 @@
-"""One alignment, by whatever algorithm and seed it is told, and its evaluation.
+"""Run one alignment with a given algorithm and seed, and its evaluation.
 
-Run as `python -m benchmarks.alignment_run FILE`, by `benchmarks/seeds.py` and `benchmarks/alternatives.py`, in the
+`benchmarks/seeds.py` and `benchmarks/alternatives.py` run it as `python -m benchmarks.alignment_run FILE`, in the
 project whose data it reads.
 """
 
@@ -8,29 +8,31 @@ import time
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.mixing_run import job_of
-from tasks import compare, evaluate, ppo
+from benchmarks.mixing_run import make_job
+from tasks.align import stage as align
 from tasks.common import tables
-from tasks.common.stage import write_json
+from tasks.common.harness.records import write_json
+from tasks.compare import stage as compare
+from tasks.evaluate import stage as evaluate
 
-TUNED = Path("data/evaluate/tuned/answers")
+TUNED_ANSWERS = Path("data/evaluate/tuned/answers")
 
 
 def main() -> None:
-    """Align, evaluate, and write both stages' figures, with the wins over the tuned model and the time of aligning."""
+    """Align and evaluate; write both stages' metrics, the win rate over the tuned model, and the alignment time."""
     request = harness.read_request()
-    settings = ppo.Config.model_validate(request["ppo"])
-    job = job_of(ppo, None, settings, request, request["seed"])
+    settings = align.Config.model_validate(request["align"])
+    job = make_job(align, "policy", settings, request, request["seed"])
     started = time.perf_counter()
-    learnt = ppo.run(settings, job)
+    align_metrics = align.run(settings, job)
     seconds = round(time.perf_counter() - started, 1)
-    asking = evaluate.Config.model_validate(request["evaluate"])
-    sheet = job_of(evaluate, "policy", asking, request)
-    sheet.inputs["model"] = job.outputs["model"]
-    figures = evaluate.run(asking, sheet)
-    answers = [tables.read(path).to_pylist() for path in (TUNED, sheet.outputs["answers"])]
+    evaluate_settings = evaluate.Config.model_validate(request["evaluate"])
+    evaluate_job = make_job(evaluate, "policy", evaluate_settings, request)
+    evaluate_job.inputs["model"] = job.outputs["model"]
+    figures = evaluate.run(evaluate_settings, evaluate_job)
+    answers = [tables.read(path).to_pylist() for path in (TUNED_ANSWERS, evaluate_job.outputs["answers"])]
     wins = compare.win_rate(answers[0], answers[1])
-    write_json(Path(request["result"]), {**learnt, **figures, **wins, "seconds": seconds})
+    write_json(Path(request["result"]), {**align_metrics, **figures, **wins, "seconds": seconds})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Near-duplicate removal: MB of text a second and core, and how many planted near-duplicates are found.
+"""Near-duplicate removal: MB of text per second and core, and recall of planted near-duplicates.
 
-Run as `make bench-curation` or `python -m benchmarks curation`, on all paragraphs of the default profile's speeches and
-under its settings. Near-duplicates are planted among them: copies with a twentieth of their words changed, dropped or
-appended; the default profile's settings were chosen on these very copies. The peer is datasketch's MinHash and
-MinHashLSH in the usual way (`benchmarks/curation_run.py`), with the same shingles, threshold and number of hash
-functions and with the bands that it chooses itself; it is installed into a folder of its own.
+Run as `make bench-curation` or `python -m benchmarks curation`, on all paragraphs of the default profile's speeches
+with its settings. The planted near-duplicates are copies with 5 % of their words changed, dropped or appended; the
+default profile's settings were tuned on these copies. The peer is datasketch's MinHash and MinHashLSH
+(`benchmarks/curation_run.py`), with the same shingles, threshold and number of hash functions and its own choice of
+bands; it is installed into a separate folder.
 """
 
 import subprocess
@@ -15,8 +15,8 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.data import ARCHIVES, PROFILE
-from benchmarks.harness import BenchmarkError, Figures, Measured, Row
-from tasks.common.settings import read_params
+from benchmarks.harness import BenchmarkError, Figures, Measurements, Row
+from tasks.common.defaults import read_settings
 
 PEER = "datasketch"
 PEER_REQUIREMENT = "datasketch==2.0.0"
@@ -26,14 +26,14 @@ TRIAL_PARAGRAPHS = 3000
 
 def source() -> dict[str, Any]:
     """Return the default profile's source of speeches."""
-    sources = read_params(PROFILE)["ingest"]["sources"]
+    sources = read_settings(PROFILE)["ingest"]["sources"]
     return next(source for source in sources if source.get("reader") == "speeches")
 
 
 def check() -> None:
-    """Raise BenchmarkError where the speeches or the peer would have to be downloaded and cannot."""
+    """Raise BenchmarkError if the speeches are missing or the peer cannot be installed."""
     remedy = "run `bessemer run -s ingest` under the default profile first."
-    harness.needed(ARCHIVES / source()["sha256"], remedy=remedy)
+    harness.require_paths(ARCHIVES / source()["sha256"], remedy=remedy)
     if not (PEERS / PEER).is_dir():
         command = [sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--target", str(PEERS), PEER_REQUIREMENT]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -42,16 +42,16 @@ def check() -> None:
 
 
 def threads() -> int:
-    """Return one: what is asked is what one core does."""
+    """Return 1: the figures are per core."""
     return 1
 
 
-def measure(*, trial: bool) -> Measured:
-    """Let both sides look for what was planted, in turn."""
+def measure(*, trial: bool) -> Measurements:
+    """Run both sides in turn."""
     sides = {side: partial(search, side, trial=trial) for side in ("ours", "peer")}
     results = harness.alternate(sides, 1 if trial else 3)
     one = results["ours"][0]
-    settings = read_params(PROFILE)["validate"]["curate"]["near_duplicates"]
+    settings = read_settings(PROFILE)["validate"]["curate"]["near_duplicates"]
     notes = [
         f"text: {one['megabytes']:.2f} MB, {one['documents']:,} paragraphs, {one['planted']:,} of them planted; "
         + ", ".join(f"{name} {value}" for name, value in settings.items()),
@@ -67,19 +67,19 @@ def measure(*, trial: bool) -> Measured:
         row("planted near-duplicates found", "recall", "share", ">= 0.95", results),
         row("removed paragraphs that are near-duplicates", "precision", "share", None, results),
     ]
-    return Measured(rows, notes)
+    return Measurements(rows, notes)
 
 
 def search(side: str, *, trial: bool) -> Figures:
-    """Look for near-duplicates in a process of its own and return what it found and how fast."""
-    place = ARCHIVES / source()["sha256"]
-    (archive,) = place.iterdir() if place.is_dir() else (place,)
-    settings = read_params(PROFILE)["validate"]["curate"]["near_duplicates"]
+    """Run one side in a subprocess; return recall, precision and speed."""
+    path = ARCHIVES / source()["sha256"]
+    (archive,) = path.iterdir() if path.is_dir() else (path,)
+    settings = read_settings(PROFILE)["validate"]["curate"]["near_duplicates"]
     request = {
         "side": side, "archive": str(archive), "members": source()["members"], "settings": settings,
         "paragraphs": TRIAL_PARAGRAPHS if trial else None, "peers": str(Path(PEERS)),
     }  # fmt: skip
-    return harness.in_process("benchmarks.curation_run", request)
+    return harness.run_module("benchmarks.curation_run", request)
 
 
 def row(what: str, figure: str, unit: str, target: str | None, results: dict[str, list[Figures]]) -> Row:

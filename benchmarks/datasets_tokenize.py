@@ -1,7 +1,7 @@
-"""The peer of `tokenize`: the same tokenizer trained and the same corpus packed in the usual way with `datasets`.
+"""The peer of `tokenize`: the same tokenizer and corpus in a standard `datasets` pipeline.
 
-Started by `benchmarks/data.py` in its scratch project as `python -m benchmarks.datasets_tokenize VOCABULARY`: map over
-batches, one process, write Arrow files. It proves no round-trip and marks no names, which `tokenize` does.
+`benchmarks/data.py` runs it in its scratch project as `python -m benchmarks.datasets_tokenize VOCABULARY`. It maps over
+batches in one process and writes Arrow files. Unlike `tokenize`, it does not verify the round trip or mark names.
 """
 
 import sys
@@ -24,11 +24,13 @@ def main() -> None:
         return load_dataset("parquet", data_files=files, split="train", cache_dir=str(Path("data/peer").resolve()))
 
     corpus, instructions = table("corpus"), table("instructions")
-    learnt = [table.filter(lambda split: split == "train", input_columns="split") for table in (corpus, instructions)]
-    turns = [turn["content"] for messages in learnt[1]["messages"] for turn in messages]
+    train_tables = [
+        table.filter(lambda split: split == "train", input_columns="split") for table in (corpus, instructions)
+    ]
+    turns = [turn["content"] for messages in train_tables[1]["messages"] for turn in messages]
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(
-        [*learnt[0]["text"], *turns],
+        [*train_tables[0]["text"], *turns],
         vocab_size=int(sys.argv[1]),
         special_tokens=["<|bos|>", "<|end|>"],
         show_progress=False,

@@ -1,7 +1,7 @@
-"""Decoding in a process of its own: the packaged INT8 policy on its engine, or the same model in torch FP32.
+"""Decoding speed of the packaged INT8 chat model on its engine, or of the same model in torch FP32.
 
-`benchmarks/serve.py` starts it as `python -m benchmarks.decoding_run FILE`. Measured are the tokens/s of a continuation
-of fixed length, and the answers a second to questions asked one after the other, each as long as the model makes it.
+`benchmarks/serve.py` runs it as `python -m benchmarks.decoding_run FILE`. It measures tokens/s of a continuation of
+fixed length, and answers/s to sequential questions, where each answer ends at its end token.
 """
 
 import statistics
@@ -11,39 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from tasks.common.stage import write_json
+from tasks.common.harness.records import write_json
 
 REPEATS = 3
 Answer = Callable[[str], int]
 
 
 def int8(request: dict[str, Any]) -> tuple[Callable[[], None], Answer]:
-    """Return what decodes a fixed number of tokens, and what answers a question, on the engine that serves."""
-    import numpy as np
-    import onnxruntime_genai
-
-    from serving import folders
+    """Return two functions on the serving engine: decode a fixed number of tokens, and answer a question."""
     from serving.engine import TextEngine
 
-    folder, threads = Path(request["int8"]), request["threads"]
-    engine, model = TextEngine(folder, threads), folders.load_genai(folder, threads)
-    prompt, tokens = np.array([request["prompt"]], np.int32), request["tokens"]
-    parameters = onnxruntime_genai.GeneratorParams(model)
-    length = prompt.shape[1] + tokens
-    parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
+    engine = TextEngine(Path(request["int8"]), request["threads"])
 
     def decode() -> None:
-        generator = onnxruntime_genai.Generator(model, parameters)
-        generator.append_tokens(prompt)
-        for _ in range(tokens):
-            generator.generate_next_token()
-            generator.get_next_tokens()
+        engine.decode(request["prompt"], request["tokens"])
 
     return decode, lambda question: engine.generate([{"role": "user", "content": question}]).completion_tokens
 
 
 def torch_fp32(request: dict[str, Any]) -> tuple[Callable[[], None], Answer]:
-    """Return the same two for `generate` of the model that was exported."""
+    """Return the same two functions with `generate` of the FP32 model."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -76,8 +63,8 @@ def torch_fp32(request: dict[str, Any]) -> tuple[Callable[[], None], Answer]:
     return decode, answer
 
 
-def timed(call: Callable[[], object]) -> float:
-    """Return the median seconds of a call, after one that warms up."""
+def median_seconds(call: Callable[[], object]) -> float:
+    """Return the median seconds of a call, after one warm-up call."""
     call()
     seconds = []
     for _ in range(REPEATS):
@@ -88,13 +75,13 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Measure the side that was asked for."""
+    """Measure the requested side."""
     request = harness.read_request()
     decode, answer = {"int8": int8, "torch": torch_fp32}[request["side"]](request)
     questions = request["questions"]
     figures = {
-        "tokens_per_second": request["tokens"] / timed(decode),
-        "answers_per_second": len(questions) / timed(lambda: [answer(question) for question in questions]),
+        "tokens_per_second": request["tokens"] / median_seconds(decode),
+        "answers_per_second": len(questions) / median_seconds(lambda: [answer(question) for question in questions]),
     }
     write_json(Path(request["result"]), figures)
 

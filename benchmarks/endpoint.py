@@ -1,7 +1,7 @@
-"""A running server and clients that ask it: how long until it answers, and how many answers a second it gives.
+"""Start a server and load it with clients: time to the first answer, and requests per second.
 
-Clients are threads of this process with one open connection each, so that what they cost is a few per cent of what
-the server spends on an answer. Used by `benchmarks/serve.py`.
+Clients are threads of this process with one open connection each, so that their cost is a few per cent of the server's
+cost per answer. Used by `benchmarks/serve.py` and `benchmarks/ranking.py`.
 """
 
 import http.client
@@ -24,16 +24,24 @@ from benchmarks import harness
 from benchmarks.harness import BenchmarkError, Figures
 
 HOST = "127.0.0.1"
-PATIENCE_SECONDS = 120
-GENERATE, CHAT = "/generate", "/v1/chat/completions"
-BESSEMER = ("-c", "from flows.cli import main; main()", "serve", "--port", "{port}")  # what `bessemer serve` is
-MODULE = ("-m", "serving.serve", "{port}")
-TRANSFORMERS = ("-m", "transformers.commands.transformers_cli", "serve", "--port", "{port}", "--device", "cpu")
+TIMEOUT_SECONDS = 120
+GENERATE_ROUTE, CHAT_ROUTE = "/generate", "/v1/chat/completions"
+BESSEMER_COMMAND = (
+    "-c",
+    "from flows.cli import main; main()",
+    "serve",
+    "--port",
+    "{port}",
+)  # the `bessemer serve` command
+MODULE_COMMAND = ("-m", "serving.serve", "{port}")
+TRANSFORMERS_COMMAND = (
+    "-c", "from transformers.cli.transformers import main; main()", "serve", "--port", "{port}", "--device", "cpu",
+)  # fmt: skip
 
 
 @contextmanager
-def started(arguments: Sequence[str], question: str, route: str = GENERATE) -> Iterator[tuple[int, float]]:
-    """Start a server and yield its port and the seconds until it gave its first answer; end it whatever happens."""
+def run_server(arguments: Sequence[str], question: str, route: str = GENERATE_ROUTE) -> Iterator[tuple[int, float]]:
+    """Start a server, yield its port and the seconds to its first answer, and stop it at the end."""
     port = free_port()
     with tempfile.TemporaryFile() as log:
         began = time.perf_counter()
@@ -45,11 +53,11 @@ def started(arguments: Sequence[str], question: str, route: str = GENERATE) -> I
         try:
             yield port, first_answer(server, port, question, route, began, log)
         finally:
-            end(server)
+            stop_server(server)
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
@@ -59,19 +67,19 @@ def free_port() -> int:
 def first_answer(
     server: subprocess.Popen[bytes], port: int, question: str, route: str, began: float, log: Any
 ) -> float:
-    """Return the seconds from `began` to a server's first answer; raise with what it said where none comes."""
-    while server.poll() is None and time.perf_counter() - began < PATIENCE_SECONDS:
+    """Return the seconds from `began` to the first answer; raise BenchmarkError with the server's output if none."""
+    while server.poll() is None and time.perf_counter() - began < TIMEOUT_SECONDS:
         with suppress(OSError, http.client.HTTPException, BenchmarkError):
-            ask(http.client.HTTPConnection(HOST, port, timeout=PATIENCE_SECONDS), question, route)
+            ask(http.client.HTTPConnection(HOST, port, timeout=TIMEOUT_SECONDS), question, route)
             return time.perf_counter() - began
         time.sleep(0.02)
     log.seek(0)
-    said = log.read().decode(errors="replace")[-2000:]
-    raise BenchmarkError(f"the server gave no answer in {PATIENCE_SECONDS} s. It said:\n{said}")
+    output = log.read().decode(errors="replace")[-2000:]
+    raise BenchmarkError(f"the server gave no answer in {TIMEOUT_SECONDS} s. Its output:\n{output}")
 
 
-def end(server: subprocess.Popen[bytes]) -> None:
-    """End a server as Ctrl-C would, then whatever is left of it."""
+def stop_server(server: subprocess.Popen[bytes]) -> None:
+    """Stop a server with SIGINT, then kill its process group."""
     with suppress(subprocess.TimeoutExpired):
         server.send_signal(signal.SIGINT)
         server.wait(20)
@@ -81,9 +89,9 @@ def end(server: subprocess.Popen[bytes]) -> None:
 
 
 def ask(connection: http.client.HTTPConnection, question: str, route: str) -> None:
-    """Ask one question and wait for the whole answer, in a chat piece by piece; raise where there is none."""
+    """Ask one question and read the whole answer (streamed on the chat route); raise BenchmarkError on failure."""
     chat = {"model": "bessemer", "messages": [{"role": "user", "content": question}], "stream": True, "temperature": 0}
-    body = json.dumps({"input": question} if route == GENERATE else chat)
+    body = json.dumps({"input": question} if route == GENERATE_ROUTE else chat)
     connection.request("POST", route, body, {"Content-Type": "application/json"})
     response = connection.getresponse()
     content = response.read()
@@ -92,12 +100,12 @@ def ask(connection: http.client.HTTPConnection, question: str, route: str) -> No
 
 
 def load(port: int, route: str, questions: Sequence[str], clients: int, requests: int) -> Figures:
-    """Ask `requests` questions from a number of clients at once, and return the rate and how long one waits."""
+    """Send `requests` questions from concurrent clients; return requests/s and latency percentiles."""
     waits: list[float] = []
     problems: list[Exception] = []
 
     def client(number: int) -> None:
-        connection = http.client.HTTPConnection(HOST, port, timeout=PATIENCE_SECONDS)
+        connection = http.client.HTTPConnection(HOST, port, timeout=TIMEOUT_SECONDS)
         try:
             for turn in range(number, requests, clients):
                 began = time.perf_counter()
@@ -117,18 +125,18 @@ def load(port: int, route: str, questions: Sequence[str], clients: int, requests
     seconds = time.perf_counter() - began
     if problems:
         raise BenchmarkError(f"{len(problems)} of {clients} clients got no answer: {problems[0]}")
-    late = statistics.quantiles(waits, n=20)[-1]
+    p95 = statistics.quantiles(waits, n=20)[-1]
     return {
         "requests_per_second": requests / seconds,
         "median_ms": 1e3 * statistics.median(waits),
-        "p95_ms": 1e3 * late,
+        "p95_ms": 1e3 * p95,
     }
 
 
 def package_folder() -> Path:
-    """Return the package that is served here; raise BenchmarkError where there is none."""
+    """Return the package's folder; raise BenchmarkError if it does not exist."""
     folder = harness.ROOT / "data" / "package"
-    harness.needed(
-        folder / "provenance.json", folder / "policy", remedy="run `bessemer run` first: it makes the package."
+    harness.require_paths(
+        folder / "provenance.json", folder / "chat", remedy="run `bessemer run` first: it makes the package."
     )
     return folder

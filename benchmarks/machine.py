@@ -1,7 +1,7 @@
-"""The machine under the figures: its ceiling, its hardware, the versions in use and the commit.
+"""The environment of a benchmark: the machine's peak rate, its hardware, package versions and the commit.
 
-The ceiling is what one matrix product reaches in GFLOP/s on the threads that a benchmark computes with; it is printed
-before anything is measured. `python -m benchmarks.machine FILE` is the process that measures it.
+The peak rate ("ceiling") is the GFLOP/s of a matrix product with the benchmark's number of threads. It is printed
+before the measurements. `python -m benchmarks.machine FILE` measures it.
 """
 
 import os
@@ -13,29 +13,29 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from tasks.common import stage
+from tasks.common.harness import records
 
-SIZE = 1024
+MATRIX_SIZE = 1024
 REPEATS = 15
-SAMPLED_SECONDS = 2.0
-BUSY_PERCENT = 15.0
+BUSY_SAMPLE_SECONDS = 2.0
+MAX_BUSY_PERCENT = 15.0
 PACKAGES = (
-    "torch", "transformers", "accelerate", "tokenizers", "optimum-onnx", "onnxruntime", "onnxruntime-genai", "bentoml",
-    "prefect", "dvc", "great-expectations", "pyarrow", "numpy", "rensa",
+    "torch", "transformers", "accelerate", "tokenizers", "optimum-intel", "openvino", "openvino-genai", "nncf",
+    "bentoml", "prefect", "dvc", "great-expectations", "pyarrow", "numpy", "rensa",
 )  # fmt: skip
 
 
 def surroundings(threads: int) -> dict[str, Any]:
-    """Measure the ceiling on a number of threads, print it, and return what a result says of its surroundings."""
+    """Measure and print the peak rate; return the environment entries of a result file."""
     busy = _busy_percent()
-    ceiling = harness.in_process("benchmarks.machine", {"threads": threads})
+    ceiling = harness.run_module("benchmarks.machine", {"threads": threads})
     gpu = ceiling.pop("gpu")
     hardware = {**_hardware(), **({"gpu": gpu} if gpu else {}), "busy_before_percent": busy}
     hardware["ceiling"] = {"threads": threads, **ceiling}
     rates = ", ".join(f"{ceiling[kind]:,.0f} GFLOP/s in {kind.removesuffix('_gflops')}" for kind in ceiling)
     print(f"  {hardware['cpu']}, {hardware['cores']} cores; a matrix product on {threads} thread(s): {rates}")
-    if busy > BUSY_PERCENT:
-        print(f"  Others keep {busy:.0f} % of the cores busy: take these figures for a trial, not for a record.")
+    if busy > MAX_BUSY_PERCENT:
+        print(f"  Other processes use {busy:.0f} % of the cores: treat these figures as a trial, not as a record.")
     return {"commit": commit(), "hardware": hardware, "versions": versions()}
 
 
@@ -47,10 +47,10 @@ def has_gpu() -> bool:
 
 
 def _busy_percent() -> float:
-    """Return what share of the cores others use just now; the load average would tell of the benchmark before, too."""
+    """Return the CPU use of other processes in per cent. The load average would include an earlier benchmark."""
     import psutil
 
-    busy: float = psutil.cpu_percent(interval=SAMPLED_SECONDS)
+    busy: float = psutil.cpu_percent(interval=BUSY_SAMPLE_SECONDS)
     return round(busy, 1)
 
 
@@ -70,7 +70,7 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return Python's version and those of the packages that bear on speed."""
+    """Return the versions of Python and of the packages that affect speed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -81,34 +81,36 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Return the commit that is checked out, with `-dirty` where code or settings differ from it."""
-    found = stage.commit(harness.ROOT)
+    """Return the current commit, with `-dirty` if code or settings differ from it."""
+    found = records.commit(harness.ROOT)
     return f"{found['commit'] or 'unknown (no git here)'}{'-dirty' if found['dirty'] else ''}"
 
 
-def _product(dtype: str) -> float:
-    """Return the median GFLOP/s of a square product, after three that warm up."""
+def _matmul_gflops(dtype: str) -> float:
+    """Return the median GFLOP/s of a square matrix product, after three warm-up runs."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(SIZE, SIZE, generator=generator).to(getattr(torch, dtype)) for _ in range(2))
+    left, right = (
+        torch.randn(MATRIX_SIZE, MATRIX_SIZE, generator=generator).to(getattr(torch, dtype)) for _ in range(2)
+    )
     seconds = []
     for _ in range(REPEATS + 3):
         started = time.perf_counter()
         left @ right
         seconds.append(time.perf_counter() - started)
-    return round(2 * SIZE**3 / statistics.median(seconds[3:]) / 1e9, 1)
+    return round(2 * MATRIX_SIZE**3 / statistics.median(seconds[3:]) / 1e9, 1)
 
 
 def main() -> None:
-    """Measure both types on the threads that were asked for."""
+    """Measure float32 and bfloat16 with the requested number of threads."""
     import torch
 
     request = harness.read_request()
     torch.set_num_threads(request["threads"])
-    figures = {f"{name}_gflops": _product(dtype) for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))}
+    figures = {f"{name}_gflops": _matmul_gflops(dtype) for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))}
     gpu = torch.cuda.get_device_name() if has_gpu() else None
-    stage.write_json(Path(request["result"]), {**figures, "gpu": gpu})
+    records.write_json(Path(request["result"]), {**figures, "gpu": gpu})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Ask a base and a tuned model the held-out questions of a scratch project, greedily, in a process of its own.
+"""Evaluate the base and the tuned model of a scratch project on held-out questions, with greedy decoding.
 
-`benchmarks/medquad.py` starts it in that project as `python -m benchmarks.medquad_run FILE`.
+`benchmarks/medquad.py` runs it in that project as `python -m benchmarks.medquad_run FILE`.
 """
 
 import json
@@ -11,26 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from tasks.common import tables
-from tasks.common.evaluation import sampling
+from tasks.common.generation import sampling
+from tasks.common.harness.records import write_json
 from tasks.common.modelling import models
 from tasks.common.settings import Numerics
-from tasks.common.stage import write_json
 from tasks.common.text import chat
 
 SEED = 1
-LONGEST = 160  # tokens of a reply
-MARK = " Source: "
+MAX_REPLY_TOKENS = 160
+SOURCE_MARK = " Source: "
 ARTICLES = ("a", "an", "the")
-MODELS = {"base": Path("data/pretrain/clm/model"), "tuned": Path("data/finetune/model")}
+MODELS = {"base": Path("data/pretrain/causal/model"), "tuned": Path("data/finetune/chat/model")}
 
 
 def ask(model: Path, questions: list[dict[str, Any]], numerics: Numerics) -> list[tuple[str, bool]]:
-    """Return a model's reply to each question, and whether it came to an end."""
+    """Return a model's reply to each question, and whether it ended with the end token."""
     tokenizer = chat.load_tokenizer(model)
     prompts = [chat.encode_prompt(tokenizer, row["messages"][:-1]) for row in questions]
-    ids = sampling.replies(
-        models.load_decoder(model, numerics), tokenizer, prompts, max_new_tokens=LONGEST, temperature=0.0, seed=SEED,
-        numerics=numerics,
+    ids = sampling.generate_replies(
+        models.load_decoder(model, numerics), tokenizer, prompts, max_new_tokens=MAX_REPLY_TOKENS, temperature=0.0,
+        seed=SEED, numerics=numerics,
     )  # fmt: skip
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [(text.strip(), bool(reply) and reply[-1] == tokenizer.eos_token_id)
@@ -38,22 +38,22 @@ def ask(model: Path, questions: list[dict[str, Any]], numerics: Numerics) -> lis
 
 
 def overlap(reply: str, answer: str) -> float:
-    """Return SQuAD's F1 of a reply: over words in lower case, without punctuation and articles."""
+    """Return SQuAD's F1 of a reply: on lower-case words, without punctuation and articles."""
 
     def words(text: str) -> Counter[str]:
         plain = text.lower().translate(str.maketrans("", "", string.punctuation))
         return Counter(word for word in plain.split() if word not in ARTICLES)
 
-    ours, theirs = words(reply), words(answer)
-    return 2 * (ours & theirs).total() / max(1, ours.total() + theirs.total())
+    reply_words, answer_words = words(reply), words(answer)
+    return 2 * (reply_words & answer_words).total() / max(1, reply_words.total() + answer_words.total())
 
 
-def judge(replies: list[tuple[str, bool]], answers: list[str]) -> dict[str, float]:
-    """Return mean overlap with the answers' words, and the shares that name a site, the right one, and end."""
-    sites = [text.partition(MARK)[2].strip() for text, _ in replies]
-    right = [site == answer.partition(MARK)[2].strip() for site, answer in zip(sites, answers, strict=True)]
+def score_replies(replies: list[tuple[str, bool]], answers: list[str]) -> dict[str, float]:
+    """Return the mean F1, and the shares of replies that name a site, name the right one, and end."""
+    sites = [text.partition(SOURCE_MARK)[2].strip() for text, _ in replies]
+    right = [site == answer.partition(SOURCE_MARK)[2].strip() for site, answer in zip(sites, answers, strict=True)]
     overlaps = [
-        overlap(text.partition(MARK)[0], answer.partition(MARK)[0])
+        overlap(text.partition(SOURCE_MARK)[0], answer.partition(SOURCE_MARK)[0])
         for (text, _), answer in zip(replies, answers, strict=True)
     ]
     count = len(answers)
@@ -64,7 +64,7 @@ def judge(replies: list[tuple[str, bool]], answers: list[str]) -> dict[str, floa
 
 
 def main() -> None:
-    """Ask both models and write what came of it."""
+    """Evaluate both models and write the figures."""
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     numerics = Numerics.model_validate(request["numerics"])
     models.prepare_torch(numerics, SEED)
@@ -72,10 +72,10 @@ def main() -> None:
     questions = sorted(rows, key=lambda row: str(row["id"]))[: request["asked"]]
     answers = [row["messages"][-1]["content"] for row in questions]
     found: dict[str, Any] = {}
-    example = [f"Asked: {questions[0]['messages'][-2]['content']}", f"Told by the site: {answers[0]}"]
+    example = [f"Asked: {questions[0]['messages'][-2]['content']}", f"Reference answer: {answers[0]}"]
     for name, path in MODELS.items():
         replies = ask(path, questions, numerics)
-        found[name] = judge(replies, answers)
+        found[name] = score_replies(replies, answers)
         example.append(f"The {name} model: {replies[0][0]}")
     write_json(Path("asked.json"), {**found, "example": example})
 

@@ -1,8 +1,8 @@
-"""Optimizers by name on one token budget: the loss that each reaches at the best of three learning rates.
+"""Optimizers on one token budget: the held-out loss of each at the best of three learning rates.
 
 Run as `make bench-optimizers` or `python -m benchmarks optimizers`. The default profile's decoder reads the same tokens
-in the same order whoever trains it. The batch is small, so that LAMB (and AdamW beside it) can have 8 and 32 times as
-large a one and still take steps; the rates tried are in the notes, so that a best one at the edge can be seen.
+in the same order with every optimizer. The batch is small, so that LAMB and AdamW can also run with 8 and 32 times the
+batch and still take enough steps. The notes list all rates, to show whether the best one is at the edge.
 """
 
 import math
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.harness import Figures, Measured, Row
-from benchmarks.pretrain import PROFILE, check, shape, train
-from tasks.common.settings import read_params
+from benchmarks.harness import Figures, Measurements, Row
+from benchmarks.pretrain import PROFILE, check, describe_model, train
+from tasks.common.defaults import read_settings
 
 __all__ = ["check"]
 
-BATCH, SIDE_BY_SIDE = 8, 2
+BATCH, PARALLEL_RUNS = 8, 2
 ADAM: dict[str, Any] = {"betas": [0.9, 0.98], "epsilon": 1e-9}
-RULES: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {  # what each is told beside the rest, and rates to try
+OPTIMIZERS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {  # specific settings, and learning rates to try
     "sgd": ({"momentum": 0.9, "nesterov": True}, (0.03, 0.1, 0.3)),
     "adam": (ADAM, (1e-3, 3e-3, 1e-2)),
     "adamw": (ADAM, (1e-3, 3e-3, 1e-2)),
@@ -28,58 +28,62 @@ RULES: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {  # what each is t
     "lion": ({"betas": [0.9, 0.99]}, (1e-4, 3e-4, 1e-3)),
     "adafactor": ({"threshold": 1.0}, (1e-2, 3e-2, 1e-1)),
 }
-LARGE = {"lamb": (8, 32), "adamw": (8, 32)}
+BATCH_MULTIPLES = {"lamb": (8, 32), "adamw": (8, 32)}
 BASELINE = "adamw"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """An optimizer at a rate and a batch of so many times the size."""
+    """An optimizer with a learning rate and a multiple of BATCH."""
 
     name: str
-    times: int
+    batch_multiple: int
     rate: float
 
     @property
     def side(self) -> str:
-        """What the row is called."""
-        return f"{self.name}, batch {self.times * BATCH}"
+        """The row's label."""
+        return f"{self.name}, batch {self.batch_multiple * BATCH}"
 
 
 def threads() -> int:
-    """Return the threads that a stage computes with."""
-    return int(read_params(PROFILE)["numerics"]["threads"])
+    """Return the number of threads of a stage."""
+    return int(read_settings(PROFILE)["numerics"]["threads"])
 
 
-def measure(*, trial: bool) -> Measured:
-    """Train with every optimizer at every rate, two at a time: nothing here is timed."""
+def measure(*, trial: bool) -> Measurements:
+    """Train with every optimizer at every rate, two runs in parallel because they are not timed."""
     steps = 64 if trial else 640
-    trials = [Trial(name, times, rate) for name, (_, rates) in RULES.items() for times in (1, *LARGE.get(name, ()))
-              for rate in scaled(name, rates, times)]  # fmt: skip
-    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        found = list(pool.map(lambda item: run(item, steps // item.times), trials))
+    trials = [
+        Trial(name, multiple, rate)
+        for name, (_, rates) in OPTIMIZERS.items()
+        for multiple in (1, *BATCH_MULTIPLES.get(name, ()))
+        for rate in scale_rates(name, rates, multiple)
+    ]
+    with ThreadPoolExecutor(PARALLEL_RUNS) as pool:
+        found = list(pool.map(lambda item: run(item, steps // item.batch_multiple), trials))
     results: dict[str, list[tuple[float, Figures]]] = {}
     for item, figures in zip(trials, found, strict=True):
         results.setdefault(item.side, []).append((item.rate, figures))
-    return Measured(rows(results), notes(results, steps))
+    return Measurements(rows(results), notes(results, steps))
 
 
-def scaled(name: str, rates: tuple[float, ...], times: int) -> list[float]:
-    """Return the rates to try at so many times the batch; LAMB's grow with its root (You et al. 2020)."""
+def scale_rates(name: str, rates: tuple[float, ...], times: int) -> list[float]:
+    """Return the rates for a multiple of the batch; LAMB's scale with its square root (You et al. 2020)."""
     return [rate * math.sqrt(times) if name == "lamb" else rate for rate in rates]
 
 
 def run(trial: Trial, steps: int) -> Figures:
-    """Do one run of so many steps."""
-    params = read_params(PROFILE)
-    config = params["pretrain"]["clm"]
-    rule = {"name": trial.name, "learning_rate": trial.rate, "weight_decay": 0.01, "clip": 1.0,
-            "schedule": config["optimizer"]["schedule"], **RULES[trial.name][0]}  # fmt: skip
-    settings = {**config, "batch": trial.times * BATCH, "steps": steps, "optimizer": rule}
+    """Train once; a diverged run has an infinite loss."""
+    params = read_settings(PROFILE)
+    config = params["pretrain"]["causal"]
+    rule = {"name": trial.name, "learning_rate": trial.rate, "weight_decay": 0.01, "max_grad_norm": 1.0,
+            "schedule": config["optimizer"]["schedule"], **OPTIMIZERS[trial.name][0]}  # fmt: skip
+    settings = {**config, "batch": trial.batch_multiple * BATCH, "steps": steps, "optimizer": rule}
     try:
         figures = train("ours", settings, params["numerics"])
     except harness.BenchmarkError as error:
-        if "no longer a finite number" not in str(error):
+        if "is not finite at step" not in str(error):
             raise
         figures = {"heldout_loss": float("inf"), "steps": steps}
     print(f"    {trial.side}, rate {trial.rate:.2g}: {figures['heldout_loss']:.3f}", flush=True)
@@ -87,22 +91,22 @@ def run(trial: Trial, steps: int) -> Figures:
 
 
 def rows(results: dict[str, list[tuple[float, Figures]]]) -> list[Row]:
-    """Return each optimizer's best loss beside AdamW's at the usual batch."""
-    best = {side: min(figures["heldout_loss"] for _, figures in tried) for side, tried in results.items()}
-    usual = f"{BASELINE}, batch {BATCH}"
-    return [Row(f"held-out loss, {side}", loss, "nats/token", best[usual], usual) for side, loss in best.items()]
+    """Return each optimizer's best loss beside AdamW's with BATCH."""
+    best = {side: min(figures["heldout_loss"] for _, figures in runs) for side, runs in results.items()}
+    baseline = f"{BASELINE}, batch {BATCH}"
+    return [Row(f"held-out loss, {side}", loss, "nats/token", best[baseline], baseline) for side, loss in best.items()]
 
 
 def notes(results: dict[str, list[tuple[float, Figures]]], steps: int) -> list[str]:
-    """Say what was trained, and what each rate reached."""
-    config = read_params(PROFILE)["pretrain"]["clm"]
+    """Return notes on the training, and the loss at each rate."""
+    config = read_settings(PROFILE)["pretrain"]["causal"]
     tried = (
         f"{side} ({runs[0][1]['steps']} steps): "
         + ", ".join(f"{figures['heldout_loss']:.3f} at {rate:.2g}" for rate, figures in runs)
         for side, runs in results.items()
     )
     return [
-        f"{steps * BATCH * config['window']:,} tokens each, in windows of {config['window']}; {shape()}.",
-        "One seed each: differences of some hundredths say nothing.",
+        f"{steps * BATCH * config['window']:,} tokens each, in windows of {config['window']}; {describe_model()}.",
+        "One seed each: differences of a few hundredths are not significant.",
         *tried,
     ]

@@ -1,8 +1,8 @@
-"""One fine-tuning in a process of its own: a model of SmolLM2-135M's shape, trained whole or by low-rank updates.
+"""One fine-tuning run on a model of SmolLM2-135M's shape: full, LoRA or QLoRA.
 
-`benchmarks/lora_memory.py` and `gpu.py` start it as `python -m benchmarks.tuning_run FILE`. Sides: `make`, which writes
-the model that the others load, with fresh weights, because memory does not depend on what they are; and the methods by
-name, which load it, train it with the stage's objective and loop, merge and save it.
+`benchmarks/lora_memory.py` and `gpu.py` run it as `python -m benchmarks.tuning_run FILE`. Sides: `make`, which writes
+the model that the others load, with random weights, because memory does not depend on them; and the methods, which load
+it, train it with the stage's objective and loop, merge the adapters and save it.
 """
 
 import time
@@ -11,30 +11,31 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
+from tasks.common.harness.job import Job
+from tasks.common.harness.records import write_json
 from tasks.common.modelling import methods, models
 from tasks.common.settings import Checkpoints, Numerics
-from tasks.common.stage import Job, write_json
 from tasks.common.training import tracking
-from tasks.common.training.answering import Answers, Chat, Mix
 from tasks.common.training.loop import Training, train
+from tasks.finetune.objectives.chat import Chat, ChatObjective, PretrainingMix
 
 SEED = 1
 SHAPE = {  # HuggingFaceTB/SmolLM2-135M's config.json
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
     "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 8192,
 }  # fmt: skip
-UPDATES: dict[str, Any] = {
+LORA_SETTINGS: dict[str, Any] = {
     "rank": 16, "alpha": 32, "dropout": 0.0, "rank_stabilized": False, "targets": "all-linear",
 }  # fmt: skip
 METHODS: dict[str, methods.Method] = {
     "full": methods.Full(name="full"),
-    "lora": methods.Lora(name="lora", dora=False, **UPDATES),
-    "qlora": methods.QLora(name="qlora", double_quantization=True, **UPDATES),
+    "lora": methods.Lora(name="lora", dora=False, **LORA_SETTINGS),
+    "qlora": methods.QLora(name="qlora", double_quantization=True, **LORA_SETTINGS),
 }
 
 
 def make(path: Path) -> None:
-    """Write a model of the shape with fresh weights."""
+    """Write a model of SHAPE with random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -43,7 +44,7 @@ def make(path: Path) -> None:
 
 
 def tune(request: dict[str, Any]) -> dict[str, Any]:
-    """Train by a method and return peak memory, the GPU's where there is one, what was trained, and seconds a step."""
+    """Train with a method; return peak memory (the GPU's if used), trained parameters and seconds per step."""
     import numpy as np
 
     numerics, scratch = Numerics.model_validate(request["numerics"]), Path(request["scratch"])
@@ -57,16 +58,16 @@ def tune(request: dict[str, Any]) -> dict[str, Any]:
     else:
         model = base()
     trained = methods.apply(model, method)
-    methods.store_as_computed(trained, method, numerics.dtype.decoder)
+    methods.cast_frozen_to_bfloat16(trained, method, numerics.dtype.decoder)
     count = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
     ids = np.random.default_rng(SEED).integers(SHAPE["vocab_size"], size=request["length"]).tolist()
-    talk = ("talk", (ids, [True] * len(ids)))
+    conversation = ("talk", (ids, [True] * len(ids)))
     chat = Chat(name="chat", answers="all", packing=None)
-    alone = Mix(weight=0.0, batch=1, window=16, mixture={"statements": 1.0})
-    objective = Answers(trained, [talk], 1, chat, alone, fill=0, job=job)
+    no_mix = PretrainingMix(weight=0.0, batch=1, window=16, mixture={"statements": 1.0})
+    objective = ChatObjective(trained, [conversation], 1, chat, no_mix, pad_id=0, job=job)
     started = time.perf_counter()
     trained, _ = train(trained, objective, config, job)
-    models.give_freed_memory_back()
+    models.release_freed_memory()
     seconds = (time.perf_counter() - started) / config.steps
     methods.merge(trained, method, base).save_pretrained(scratch / "model")
     return {
@@ -75,7 +76,7 @@ def tune(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Do what is asked and write its figures."""
+    """Run the requested side and write its figures."""
     request = harness.read_request()
     if request["side"] == "make":
         make(Path(request["model"]))

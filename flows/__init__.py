@@ -1,1 +1,1 @@
-"""Orchestration: what DVC says is to be done, how Prefect runs it, and the command line. Nothing here knows torch."""
+"""Orchestration: DVC's graph, the Prefect flow that runs it, and the command line. Nothing here imports torch."""

@@ -1,7 +1,7 @@
-"""What a run leaves in Prefect's UI: lineage (diagram and table), the evaluation sheet, the validation report.
+"""Artifacts of a run in Prefect's UI: lineage (diagram and table), the scorecard, the validation report.
 
-The texts are made by plain functions; only `publish` and its like talk to Prefect. An artifact hangs on the task or
-flow run in whose context it is created.
+Plain functions make the texts; only `publish`, `publish_validation` and `ProgressArtifact` call Prefect. An artifact
+belongs to the task or flow run in whose context it is created.
 """
 
 import math
@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
 
-from flows import records, report_lineage
+from flows import records
 from flows.graph import Graph
 from flows.records import Outcome
+from flows.report.lineage import direct_needs
 
-VALIDATION = Path("data/validate/report/validation.md")
-REFUSED = Path("data/.failed/validate/validation.md")  # where the stage keeps it when it refuses the data
-UPDATE_S = 2.0
+VALIDATION_REPORT = Path("data/validate/report/validation.md")
+REJECTED_REPORT = Path("data/.failed/validate/validation.md")  # written when `validate` rejects the data
+UPDATE_INTERVAL_S = 2.0
 COLOURS = {
     "ran": "#d7f5dd",
     "restored": "#dcebfb",
@@ -35,18 +36,18 @@ def lineage(project: Path, graph: Graph, outcomes: Mapping[str, Outcome], run_id
 
 def diagram(graph: Graph, outcomes: Mapping[str, Outcome]) -> str:
     """Return the stages as a mermaid flowchart, coloured by how each one ended."""
-    closest = report_lineage.closest({name: stage.needs for name, stage in graph.items()})
+    edges = direct_needs({name: stage.needs for name, stage in graph.items()})
     number = {name: f"s{index}" for index, name in enumerate(graph)}
     status = {name: outcomes.get(name, Outcome("not run")).status for name in graph}
     lines = ["flowchart LR"]
     lines += [f'  {number[name]}["{name}"]:::{_css(status[name])}' for name in graph]
-    lines += [f"  {number[need]} --> {number[name]}" for name, needs in closest.items() for need in needs]
+    lines += [f"  {number[need]} --> {number[name]}" for name, needs in edges.items() for need in needs]
     lines += [f"  classDef {_css(word)} fill:{colour},stroke:#888,color:#222" for word, colour in COLOURS.items()]
     return "\n".join(lines)
 
 
 def table(project: Path, graph: Graph, outcomes: Mapping[str, Outcome]) -> str:
-    """Return one line a stage: its recipe, the hash of what it left, how it ended and how long it took."""
+    """Return a markdown table with each stage's recipe, content hash, status and seconds."""
     lines = ["| stage | recipe | content | status | seconds |", "| --- | --- | --- | --- | ---: |"]
     for name, stage in graph.items():
         record = records.stage_record(project, stage.outs)
@@ -58,28 +59,28 @@ def table(project: Path, graph: Graph, outcomes: Mapping[str, Outcome]) -> str:
 
 
 def publish(project: Path, graph: Graph, outcomes: Mapping[str, Outcome], run_id: str) -> None:
-    """Hang lineage and evaluation on the flow run."""
+    """Publish lineage and scorecard as artifacts of the flow run."""
     from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
     text = lineage(project, graph, outcomes, run_id)
     create_markdown_artifact(text, key="lineage", description=f"What {run_id} was made from")
-    models = records.sheet(project)["models"]
+    models = records.read_scorecard(project)["models"]
     if models:
         rows = [{key: _cell(value) for key, value in model.items()} for model in models]
-        create_table_artifact(rows, key="evaluation", description="The held-out sheet after every step")
+        create_table_artifact(rows, key="evaluation", description="The scorecard: every model on held-out data")
 
 
 def publish_validation(path: Path) -> None:
-    """Hang the readable validation report on the task run, where the stage has left one."""
+    """Publish the validation report as an artifact of the task run, if there is one."""
     from prefect.artifacts import create_markdown_artifact
 
     if path.exists():
         text = path.read_text(encoding="utf-8")
-        create_markdown_artifact(text, key="validation", description="What was checked, kept and refused")
+        create_markdown_artifact(text, key="validation", description="Checks, kept rows and rejected rows")
 
 
 class ProgressArtifact:
-    """A stage's progress bar in the UI, changed every couple of seconds at most."""
+    """A stage's progress bar in the UI, updated at most every UPDATE_INTERVAL_S seconds."""
 
     def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.name, self._clock = name, clock
@@ -87,14 +88,14 @@ class ProgressArtifact:
         self._next = 0.0
 
     def show(self, percent: float, text: str) -> None:
-        """Show how far the stage is, unless it was shown just now."""
+        """Update the bar, unless it was just updated."""
         import httpx
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
         now = self._clock()
         if now < self._next:
             return
-        self._next = now + UPDATE_S
+        self._next = now + UPDATE_INTERVAL_S
         description = f"{self.name}: {text}" if text else self.name
         try:
             if self._id is None:
@@ -102,10 +103,10 @@ class ProgressArtifact:
             else:
                 update_progress_artifact(self._id, percent, description=description)
         except httpx.HTTPError:
-            self._next = math.inf  # a server that is gone must not end an hour of training
+            self._next = math.inf  # an unreachable server must not end a training run
 
     def complete(self) -> None:
-        """Fill the bar, where there is one."""
+        """Set the bar, if there is one, to 100 %."""
         if self._id is not None and self._next < math.inf:
             self._next = 0.0
             self.show(100.0, "done")

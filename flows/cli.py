@@ -1,4 +1,4 @@
-"""The command line, `bessemer`. Commands only parse and call: what they do is imported when they are called."""
+"""The command line, `bessemer`. Commands parse their arguments and import what they call only when they run."""
 
 import os
 import sys
@@ -9,22 +9,29 @@ import click
 from serving.errors import ServingError
 from tasks.common.settings import BessemerError
 
-SAMPLES = ("What is the capital of Peru?", "What is the capital of Germany?", "What is the symbol of gold?")
-PORT = click.IntRange(1, 65535)
-STAGES = click.option(
-    "--stage", "-s", "stages", multiple=True, metavar="NAME", help="Only this stage and what it needs; may be repeated."
+SAMPLE_QUESTIONS = ("What is the capital of Peru?", "What is the capital of Germany?", "What is the symbol of gold?")
+PORT_RANGE = click.IntRange(1, 65535)
+STAGES_OPTION = click.option(
+    "--stage",
+    "-s",
+    "stages",
+    multiple=True,
+    metavar="NAME",
+    help="Only this stage and its dependencies; may be repeated.",
 )
 
-HOST = click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
-ENDPOINT = click.option("--port", "-p", default=3000, type=PORT, show_default=True, help="Port to listen on.")
-BESIDE = click.option(
+HOST_OPTION = click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all."
+)
+PORT_OPTION = click.option("--port", "-p", default=3000, type=PORT_RANGE, show_default=True, help="Port to listen on.")
+WITH_OPTION = click.option(
     "--with", "-w", "others", multiple=True, metavar="NAME",
-    help="Another model of the chain to answer too: base, tuned, policy or pruned; may be repeated.",
+    help="Also serve this model: an entry of evaluate, or the model of a stage (finetune@chat); may be repeated.",
 )  # fmt: skip
 
 
 def main() -> None:
-    """Entry point: a failure that is the user's to mend is one message and exit code 1, without a traceback."""
+    """Entry point. An error that the user can fix is one message and exit code 1, without a traceback."""
     try:
         cli(standalone_mode=False)
     except click.exceptions.Exit as error:
@@ -33,7 +40,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("\nStopped. Nothing half-written was kept; the next run goes on from here.", err=True)
+        click.echo("\nStopped. No partial results were kept; the next run continues from here.", err=True)
         sys.exit(130)
     except (BessemerError, ServingError) as error:
         click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
@@ -43,35 +50,37 @@ def main() -> None:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def cli() -> None:
-    """From raw text to a language model on an endpoint, reproducible from data hash to answer.
+    """Train a language model from raw text and serve it, reproducibly from data hash to answer.
 
     \b
-    bessemer run       make or update the model: only what has changed is done
-    bessemer chat      talk to it
-    bessemer serve     answer on http://localhost:3000
-    bessemer rank      let people rank its answers there, for the next run to learn from
+    bessemer run       train or update the model; only changed stages run
+    bessemer chat      chat with it
+    bessemer serve     serve it on http://localhost:3000
+    bessemer rank      let people rank its answers there, as training data for the next run
     """
-    os.chdir(home(Path.cwd()))
+    os.chdir(project_root(Path.cwd()))
 
 
-def home(start: Path) -> Path:
-    """Return the project's folder: the nearest one upwards that holds a dvc.yaml."""
+def project_root(start: Path) -> Path:
+    """Return the project folder: the nearest folder upwards that contains a dvc.yaml."""
     for folder in (start, *start.parents):
         if (folder / "dvc.yaml").is_file():
             return folder
-    raise BessemerError(f"{start} lies in no project (no dvc.yaml here or above): go to the project's folder first.")
+    raise BessemerError(
+        f"{start} is not inside a project (no dvc.yaml here or above): change to the project folder first."
+    )
 
 
 @cli.command()
-@STAGES
+@STAGES_OPTION
 def run(stages: tuple[str, ...]) -> None:
-    """Run every stage whose code, settings, packages or inputs have changed, then build and report.
+    """Run every stage whose code, settings, packages or inputs have changed, then build the Bento and the report.
 
     \b
     Examples:
-      bessemer run                        the whole chain
-      bessemer run -s finetune            up to the tuned model
-      bessemer run -s reward              both reward models; `-s reward@policy` for one
+      bessemer run                        the whole pipeline
+      bessemer run -s finetune            up to all fine-tuned models; `-s finetune@chat` for one
+      bessemer run -s reward              all reward models
     """
     from flows import commands
 
@@ -79,14 +88,14 @@ def run(stages: tuple[str, ...]) -> None:
 
 
 @cli.command()
-@STAGES
+@STAGES_OPTION
 def plan(stages: tuple[str, ...]) -> None:
-    """Say what would run, why, and about how long it took when it last ran.
+    """Print which stages would run, why, and how long they took when they last ran.
 
     \b
     Examples:
       bessemer plan
-      bessemer plan -s ppo
+      bessemer plan -s align
     """
     from flows import commands
 
@@ -95,7 +104,7 @@ def plan(stages: tuple[str, ...]) -> None:
 
 @cli.command()
 def status() -> None:
-    """Show every stage's state and last run, the packaged model and the gates.
+    """Print every stage's state and last run, the packaged model and the gates.
 
     \b
     Example:
@@ -107,34 +116,65 @@ def status() -> None:
 
 
 @cli.command()
-@click.argument("name", required=False)
-def profile(name: str | None) -> None:
-    """Write params.yaml from the profile NAME, or list the profiles and say which is in force.
+@click.argument("sections", nargs=-1, metavar="[SECTION]...")
+@click.option("--json", "as_json", is_flag=True, help="Print values and origins as JSON.")
+@click.option("--diff", "only_different", is_flag=True, help="Only settings that differ from the defaults.")
+@click.option("--markdown", is_flag=True, help="The reference of all settings: types, defaults, bounds, descriptions.")
+def params(sections: tuple[str, ...], as_json: bool, only_different: bool, markdown: bool) -> None:
+    """Print every setting in effect and where its value comes from: params.yaml, or the default of a class.
 
     \b
     Examples:
-      bessemer profile            what there is
-      bessemer profile smoke      the whole chain in about two minutes, on a small table of facts
+      bessemer params                         all settings
+      bessemer params finetune numerics       these sections
+      bessemer params finetune.chat.task      one group of an entry
+      bessemer params --diff                  where params.yaml differs from the defaults
+      bessemer params --markdown              docs/reference/settings.md, as `make docs` writes it
+    """
+    if markdown:
+        from flows.settings_reference import markdown as reference
+
+        click.echo(reference(), nl=False)
+        return
+    from flows import params as listing
+
+    if as_json:
+        click.echo(listing.as_json(Path(), sections, only_different=only_different))
+    else:
+        from flows import terminal
+
+        listing.show(terminal.console(), Path(), sections, only_different=only_different)
+
+
+@cli.command()
+@click.argument("name", required=False)
+def profile(name: str | None) -> None:
+    """Write params.yaml from the profile NAME, or list the profiles and mark the current one.
+
+    \b
+    Examples:
+      bessemer profile            list the profiles
+      bessemer profile smoke      the whole pipeline in about two minutes, on a small table of facts
       bessemer profile default    back to the default
     """
     from flows import profiles
 
     if name is None:
-        current = profiles.in_force(Path())
+        current = profiles.current(Path())
         for known in profiles.names(Path()):
             click.echo(f"{'*' if known == current else ' '} {known:12} {profiles.describe(Path(), known)}")
         if current is None:
-            click.echo("params.yaml is none of these: it was changed by hand.")
+            click.echo("params.yaml matches no profile: it was edited.")
         return
-    kept = profiles.use(Path(), name)
+    backup = profiles.use(Path(), name)
     click.echo(f"params.yaml is now the profile {name}.")
-    if kept:
-        click.echo(f"What stood in it before was no profile; it is kept as {kept}.")
+    if backup:
+        click.echo(f"The previous params.yaml matched no profile; it was saved as {backup}.")
 
 
 @cli.command()
 def build() -> None:
-    """Build the Bento from the packaged model; where it exists already, nothing is done.
+    """Build the Bento of the packaged model, unless it exists already.
 
     \b
     Example:
@@ -143,21 +183,21 @@ def build() -> None:
     from serving import build
 
     built = build.build()
-    click.echo(f"{built.tag} ({'made' if built.made else 'there already'}): {built.path}")
+    click.echo(f"{built.tag} ({'built' if built.created else 'exists already'}): {built.path}")
 
 
 @cli.command()
-@HOST
-@ENDPOINT
-@BESIDE
+@HOST_OPTION
+@PORT_OPTION
+@WITH_OPTION
 def serve(host: str, port: int, others: tuple[str, ...]) -> None:
-    """Answer on a port: POST /generate, POST /fill-mask, OpenAI's /v1, GET /provenance, pages at / and /rank.
+    """Start the endpoint: POST /generate, POST /fill-mask, OpenAI's /v1, GET /provenance, pages at / and /rank.
 
     \b
     Examples:
       bessemer serve
       bessemer serve --port 8000
-      bessemer serve --with tuned --with base     "model": "tuned" in a request then asks the tuned model
+      bessemer serve --with tuned --with base     a request with "model": "base" then uses the base model
       curl localhost:3000/generate -H 'content-type: application/json' -d '{"input": "What is the capital of Peru?"}'
     """
     from flows import endpoint
@@ -166,19 +206,19 @@ def serve(host: str, port: int, others: tuple[str, ...]) -> None:
 
 
 @cli.group(invoke_without_command=True)
-@HOST
-@ENDPOINT
-@BESIDE
+@HOST_OPTION
+@PORT_OPTION
+@WITH_OPTION
 @click.pass_context
 def rank(context: click.Context, host: str, port: int, others: tuple[str, ...]) -> None:
-    """Let people rank answers at /rank: start the endpoint where none runs yet, and say where the page is.
+    """Let people rank answers at /rank: start the endpoint unless it runs already, and print the page's address.
 
     \b
     Examples:
       bessemer rank                               several answers of the packaged model
-      bessemer rank --with tuned --with base      answers of three models, which the page does not name
+      bessemer rank --with tuned --with base      answers of three models, shown without their names
       bessemer rank --host 0.0.0.0                for people on other machines
-      bessemer rank export                        what they said, as a file for the next run
+      bessemer rank export                        write the rankings to a file for the next run
     """
     if context.invoked_subcommand is None:
         from flows import endpoint
@@ -188,9 +228,9 @@ def rank(context: click.Context, host: str, port: int, others: tuple[str, ...]) 
 
 @rank.command()
 def export() -> None:
-    """Freeze the rankings that are new into the next file of data/sources/rankings/.
+    """Write the new rankings to the next file in data/sources/rankings/.
 
-    Those with a flagged answer and what `validate` would refuse are left out; none is exported twice.
+    Rankings with a flagged answer and those that `validate` would reject are not exported; none is exported twice.
 
     \b
     Example:
@@ -203,30 +243,30 @@ def export() -> None:
 
 @cli.command()
 @click.argument("question", nargs=-1)
-@click.option("--samples", is_flag=True, help="Ask a few questions and leave.")
-def chat(question: tuple[str, ...], samples: bool) -> None:
-    """Talk to the packaged model, or ask it one QUESTION.
+@click.option("--samples", is_flag=True, help="Ask a few sample questions and exit.")
+@click.option(
+    "--with", "-w", "name", metavar="NAME",
+    help="Chat with another model: an entry of evaluate, or the model of a stage (finetune@chat).",
+)  # fmt: skip
+def chat(question: tuple[str, ...], samples: bool, name: str | None) -> None:
+    """Chat with the packaged model, or ask it one QUESTION.
 
     \b
     Examples:
       bessemer chat
       bessemer chat What is the capital of Peru?
+      bessemer chat --with finetune@chat
       bessemer chat --samples
     """
-    from serving import chat
+    from flows import endpoint
 
-    if samples:
-        for line in SAMPLES:
-            click.echo(f"> {line}")
-            chat.chat(question=line)
-    else:
-        sys.exit(chat.chat(question=" ".join(question) or None))
+    endpoint.chat(Path(), SAMPLE_QUESTIONS if samples else [" ".join(question)], name, show_questions=samples)
 
 
 @cli.command()
-@click.option("--json", "as_json", is_flag=True, help="The rows as JSON, for other programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print the rows of the scorecard as JSON.")
 def report(as_json: bool) -> None:
-    """Write the page of the last run and show its table: every model of the chain, and how it was made.
+    """Write the report page of the last run and print its scorecard: every model and how it was made.
 
     \b
     Examples:
@@ -238,20 +278,20 @@ def report(as_json: bool) -> None:
     if as_json:
         import json
 
-        click.echo(json.dumps(records.rows(Path()), indent=1))
+        click.echo(json.dumps(records.scorecard_rows(Path()), indent=1))
     else:
         from flows import terminal
-        from flows.report import write_last_report
+        from flows.report.page import write_last_report
 
         path = write_last_report(Path())
         out = terminal.console()
-        terminal.show_sheet(out, Path())
+        terminal.show_scorecard(out, Path())
         terminal.show_pages(out, Path(), path)
 
 
 @cli.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=4200, type=PORT, show_default=True, help="Port to listen on.")
+@click.option("--port", default=4200, type=PORT_RANGE, show_default=True, help="Port to listen on.")
 def ui(host: str, port: int) -> None:
     """Start Prefect's server with its web page: runs, their graphs, logs and artifacts.
 
@@ -267,7 +307,7 @@ def ui(host: str, port: int) -> None:
 
 @cli.command()
 def doctor() -> None:
-    """Examine this machine and folder; every line is good, a note, or says what to do (then the exit code is 1).
+    """Check this machine and folder. Each line is ok, a note, or a problem with its remedy (then the exit code is 1).
 
     \b
     Example:
@@ -277,6 +317,6 @@ def doctor() -> None:
 
     findings = list(doctor.examine(Path()))
     for finding in findings:
-        mark, colour = ("note", "cyan") if finding.note else ("ok  ", "green") if finding.good else ("look", "yellow")
+        mark, colour = ("note", "cyan") if finding.note else ("ok  ", "green") if finding.good else ("fix ", "yellow")
         click.echo(f"{click.style(mark, fg=colour)} {finding.text}")
     sys.exit(0 if all(finding.good for finding in findings) else 1)

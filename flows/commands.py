@@ -1,4 +1,4 @@
-"""`bessemer run`, `plan`, `status` and `rank export`: what is to be done, doing it, and what came of it."""
+"""The commands `bessemer run`, `plan`, `status` and `rank export`."""
 
 import os
 import signal
@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from flows import environment, graph, records
 from flows.graph import Graph
-from tasks.common import settings
-from tasks.common.settings import BessemerError, read_params
-from tasks.common.stage import commit, must_find_devices
+from tasks.common import params_file
+from tasks.common.harness.launch import check_device_count
+from tasks.common.harness.records import commit
+from tasks.common.raw_params import read_params
+from tasks.common.settings import BessemerError, Numerics
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,75 +22,77 @@ if TYPE_CHECKING:
     from flows.terminal import Terminal
 
 PROVENANCE = Path("data/package/provenance.json")
-JOINED = "compare"  # the stage whose figures the sheet shows
-NEXT = (
-    ("bessemer chat", "talk to the model"),
-    ("bessemer serve", "answer on http://localhost:3000 (POST /generate, OpenAI's /v1, GET /provenance)"),
+SCORECARD_STAGE = "compare"  # the stage that writes the scorecard
+NEXT_COMMANDS = (
+    ("bessemer chat", "chat with the model"),
+    ("bessemer serve", "serve on http://localhost:3000 (POST /generate, OpenAI's /v1, GET /provenance)"),
     ("bessemer status", "stages, model tag and gates"),
     ("bessemer ui", "Prefect's page with every run, its graph and lineage"),
 )
 
 
 def run(project: Path, names: Sequence[str]) -> None:
-    """Bring the chain (or `names` and what they need) up to date; raise BessemerError where that fails."""
+    """Bring all stages, or `names` and their dependencies, up to date; raise BessemerError if one fails."""
     params = read_params(project / "params.yaml")
-    stages = _selected(project, names, params)
+    stages = _select_stages(project, names, params)
     from flows import terminal
 
     out = terminal.console()
     if not any(stage.dirty for stage in stages.values()):
-        out.print(f"Nothing has changed: all {len(stages)} stages are up to date{_model(project)}.")
+        out.print(f"Nothing has changed: all {len(stages)} stages are up to date{_model_text(project)}.")
         if "package" in stages:
-            _build(out, project)
-        terminal.show_commands(out, NEXT)
+            _build_bento(out, project)
+        terminal.show_commands(out, NEXT_COMMANDS)
         return
-    numerics = params["numerics"]
-    must_find_devices(numerics["parallel"]["processes"], numerics["device"])
+    numerics = Numerics.model_validate(params["numerics"])
+    check_device_count(numerics.parallel.processes, numerics.device)
     terminal.show_plan(out, project, stages)
     environment.prepare(project, console=False)
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, _exit_on_sigterm)
     with terminal.Terminal(out) as watcher:
-        state = _flow(project, names, watcher)
+        state = _run_flow(project, names, watcher)
     terminal.show_seconds(out, watcher.outcomes)
-    compared = JOINED in watcher.outcomes and watcher.outcomes[JOINED].done  # else it is an earlier run's
+    scorecard_is_new = (
+        SCORECARD_STAGE in watcher.outcomes and watcher.outcomes[SCORECARD_STAGE].done
+    )  # else it is an earlier run's
     report = project / "runs" / watcher.run_id / "report.html"
-    terminal.show_pages(out, project, report, compared=compared)
+    terminal.show_pages(out, project, report, compared=scorecard_is_new)
     if state.is_failed() or state.is_crashed():
-        known = dict.fromkeys((*stages, *watcher.outcomes))  # the Bento's build is no stage
-        left = [name for name in known if name not in watcher.outcomes or not watcher.outcomes[name].done]
-        told = f"Not done: {', '.join(left)}. " if left else ""
-        raise BessemerError(f"{state.message}\n{told}`bessemer run` goes on from here.")
+        known = dict.fromkeys((*stages, *watcher.outcomes))  # the build of the Bento is not a DVC stage
+        unfinished = [name for name in known if name not in watcher.outcomes or not watcher.outcomes[name].done]
+        unfinished_text = f"Not done: {', '.join(unfinished)}. " if unfinished else ""
+        raise BessemerError(f"{state.message}\n{unfinished_text}`bessemer run` continues from here.")
     if state.is_cancelled():
         raise BessemerError(str(state.message))
-    if compared and records.rows(project):
-        terminal.show_sheet(out, project)
-    terminal.show_commands(out, NEXT)
+    if scorecard_is_new and records.scorecard_rows(project):
+        terminal.show_scorecard(out, project)
+    terminal.show_commands(out, NEXT_COMMANDS)
 
 
-def _selected(project: Path, names: Sequence[str], params: dict[str, Any]) -> Graph:
-    """Return the stages that `names` and what they need are; raise SettingsError where the settings keep one from it.
+def _select_stages(project: Path, names: Sequence[str], params: dict[str, Any]) -> Graph:
+    """Return the named stages and their dependencies; raise SettingsError if one cannot run with these settings.
 
-    Asked are those that would run: a model that answers may lie there from before a classifier was asked for.
+    Only the stages that would run are checked, because the others' results may be from earlier, valid settings.
     """
-    settings.check(params)
+    params_file.check(params)
     stages = graph.select(graph.read(project), names)
-    settings.check(params, stages=[name for name, stage in stages.items() if stage.dirty])
+    params_file.check(params, stages=[name for name, stage in stages.items() if stage.dirty])
     return stages
 
 
-def _build(out: "Console", project: Path) -> None:
-    """Make the Bento of the packaged model where there is none: its build failed, or the service has changed."""
+def _build_bento(out: "Console", project: Path) -> None:
+    """Build the Bento of the packaged model if it is missing: its build failed, or the service has changed."""
     if not (project / PROVENANCE).is_file():
         return
     from serving.build import build
 
     built = build(project / PROVENANCE.parent, project)
-    if built.made:
-        out.print(f"Its Bento was missing and is made now: {built.tag}.")
+    if built.created:
+        out.print(f"Built its missing Bento: {built.tag}.")
 
 
-def _flow(project: Path, names: Sequence[str], watcher: "Terminal") -> Any:
-    """Call the Prefect flow in this process and return its final state."""
+def _run_flow(project: Path, names: Sequence[str], watcher: "Terminal") -> Any:
+    """Run the Prefect flow in this process and return its final state."""
     address = os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
     watcher.out.print(f"[dim]Watch it at {address}[/]" if address else "[dim]Starting Prefect ...[/]")
     environment.connect()
@@ -104,14 +108,14 @@ def _flow(project: Path, names: Sequence[str], watcher: "Terminal") -> Any:
 
 def plan(project: Path, names: Sequence[str]) -> None:
     """Print what `run` would do."""
-    stages = _selected(project, names, read_params(project / "params.yaml"))
+    stages = _select_stages(project, names, read_params(project / "params.yaml"))
     from flows import terminal
 
     out = terminal.console()
     if any(stage.dirty for stage in stages.values()):
         terminal.show_plan(out, project, stages)
     else:
-        out.print(f"Nothing to do: all {len(stages)} stages are up to date{_model(project)}.")
+        out.print(f"Nothing to do: all {len(stages)} stages are up to date{_model_text(project)}.")
 
 
 def status(project: Path) -> None:
@@ -121,61 +125,65 @@ def status(project: Path) -> None:
     stages = graph.read(project)
     out = terminal.console()
     terminal.show_status(out, project, stages)
-    out.print(f"{_count(stages)}{_model(project)}.")
-    _tell_rankings(out, project)
-    if records.rows(project):
-        if JOINED in graph.affected(stages):
-            out.print("These are figures of an earlier run; `bessemer plan` says what has changed since.")
-        terminal.show_sheet(out, project)
+    out.print(f"{_stages_text(stages)}{_model_text(project)}.")
+    _show_pending_rankings(out, project)
+    if records.scorecard_rows(project):
+        if SCORECARD_STAGE in graph.affected(stages):
+            out.print("These are figures of an earlier run; `bessemer plan` shows what has changed since.")
+        terminal.show_scorecard(out, project)
 
 
 def export_rankings(project: Path) -> None:
-    """Freeze people's new rankings into a file, and say what to do with it."""
+    """Export people's new rankings to a file, and print the next commands."""
     from flows import rankings, terminal
 
     out = terminal.console()
     found = rankings.export(project)
     if found is None:
-        left = rankings.waiting(project).left_out
-        out.print(f"No new rankings: nothing to export{_left_out(left)}. `bessemer rank` shows the page to make some.")
+        rejected = rankings.count_pending(project).rejected
+        out.print(
+            f"No new rankings to export{_rejected_text(rejected)}. `bessemer rank` shows the page to rank answers."
+        )
         return
     name = found.path.relative_to(project)
-    out.print(f"{_number(found.rankings)} written to {name}{_left_out(found.left_out)}.")
-    steps = [("bessemer run", "train the reward model and what follows with them")]
+    out.print(f"{_rankings_text(found.rankings)} written to {name}{_rejected_text(found.rejected)}.")
+    steps = [("bessemer run", "train the reward model on them, and rerun the stages after it")]
     if commit()["commit"]:
-        steps.insert(0, (f"git add {name} && git commit -m 'Rankings'", "keep them, as all of data/sources is kept"))
+        steps.insert(0, (f"git add {name} && git commit -m 'Rankings'", "commit them, like the rest of data/sources"))
     terminal.show_commands(out, steps)
 
 
-def _tell_rankings(out: "Console", project: Path) -> None:
-    """Say how many rankings wait to be exported, where anybody has made some."""
+def _show_pending_rankings(out: "Console", project: Path) -> None:
+    """Print how many rankings wait to be exported, if there are any."""
     from flows import rankings
 
-    found = rankings.waiting(project)
-    if found.rankings or found.left_out:
+    found = rankings.count_pending(project)
+    if found.rankings or found.rejected:
         verb = "waits" if found.rankings == 1 else "wait"
-        out.print(f"{_number(found.rankings)} {verb} for `bessemer rank export`{_left_out(found.left_out)}.")
+        out.print(
+            f"{_rankings_text(found.rankings)} {verb} for `bessemer rank export`{_rejected_text(found.rejected)}."
+        )
 
 
-def _number(rankings: int) -> str:
+def _rankings_text(rankings: int) -> str:
     return f"{rankings} new ranking{'s' * (rankings != 1)}"
 
 
-def _left_out(reasons: Mapping[str, int]) -> str:
-    told = "; ".join(f"{reason}: {count}" for reason, count in reasons.items())
-    return f"; {sum(reasons.values())} left out ({told})" if reasons else ""
+def _rejected_text(reasons: Mapping[str, int]) -> str:
+    details = "; ".join(f"{reason}: {count}" for reason, count in reasons.items())
+    return f"; {sum(reasons.values())} not exported ({details})" if reasons else ""
 
 
-def _count(stages: Graph) -> str:
+def _stages_text(stages: Graph) -> str:
     dirty = sum(stage.dirty for stage in stages.values())
     return f"{len(stages) - dirty} of {len(stages)} stages are up to date"
 
 
-def _model(project: Path) -> str:
+def _model_text(project: Path) -> str:
     provenance = records.read_json(project / PROVENANCE)
     return f"; the packaged model is {provenance['model']}" if provenance else "; no model has been packaged yet"
 
 
-def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    """End as an ordinary exit does, so that Prefect's temporary server is ended too."""
+def _exit_on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
+    """Exit normally, so that Prefect's temporary server is stopped too."""
     sys.exit(128 + number)

@@ -1,4 +1,4 @@
-"""`bessemer doctor`: is this machine and this folder fit for a run? Every line is good, a note, or says what to do."""
+"""`bessemer doctor`: check whether this machine and folder are ready for a run."""
 
 import re
 import shutil
@@ -12,17 +12,19 @@ from flows import graph
 from serving.errors import ServingError
 from serving.folders import available_cores
 from serving.serve import HOST, check_port
-from tasks.common.settings import BessemerError, check, read_params
+from tasks.common.params_file import check
+from tasks.common.raw_params import read_params
+from tasks.common.settings import BessemerError
 
 NEEDED_DISK_GB = 3.0
 NEEDED_MEMORY_GB = 4.0
 CPU_INFO = Path("/proc/cpuinfo")
-PORTS = {3000: "the endpoint (`bessemer serve --port` takes another)", 4200: "Prefect's page (`bessemer ui --port`)"}
+PORTS = {3000: "the endpoint (`bessemer serve --port` changes it)", 4200: "Prefect's page (`bessemer ui --port`)"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the examination. A note is worth knowing and stands in nobody's way."""
+    """The result of one check. A note is information that does not prevent a run."""
 
     good: bool
     text: str
@@ -30,7 +32,7 @@ class Finding:
 
 
 def examine(project: Path) -> Iterator[Finding]:
-    """Yield what was found, one thing after another."""
+    """Yield the results of all checks."""
     checks: tuple[Callable[[Path], Finding], ...] = (
         _python,
         _packages,
@@ -42,15 +44,15 @@ def examine(project: Path) -> Iterator[Finding]:
         _processor,
         _memory,
     )
-    for one in checks:
-        yield one(project)
+    for check_one in checks:
+        yield check_one(project)
     for port, what in PORTS.items():
-        taken = _taken(port)
-        text = f"port {port} is in use; it is meant for {what}" if taken else f"port {port} is free"
+        taken = _port_in_use(port)
+        text = f"port {port} is in use; it is the default port of {what}" if taken else f"port {port} is free"
         yield Finding(True, text, note=taken)
 
 
-def _taken(port: int) -> bool:
+def _port_in_use(port: int) -> bool:
     try:
         check_port(port, HOST, "")
     except ServingError:
@@ -58,8 +60,8 @@ def _taken(port: int) -> bool:
     return False
 
 
-def differing(lock: str) -> list[str]:
-    """Return the packages that are not installed as the lock has them; local build tags (`+cpu`) do not count."""
+def differing_packages(lock: str) -> list[str]:
+    """Return the packages whose installed version differs from the lock, ignoring local version labels (`+cpu`)."""
     found = []
     for name, wanted in re.findall(r"^([A-Za-z0-9._-]+)==(\S+)$", lock, flags=re.MULTILINE):
         try:
@@ -80,12 +82,12 @@ def _python(project: Path) -> Finding:
 def _packages(project: Path) -> Finding:
     lock = project / "requirements.lock"
     if not lock.exists():
-        return Finding(False, "requirements.lock is missing: clone the project again whole, or `make lock`")
-    wrong = differing(lock.read_text(encoding="utf-8"))
+        return Finding(False, "requirements.lock is missing: clone the project again, or run `make lock`")
+    wrong = differing_packages(lock.read_text(encoding="utf-8"))
     if wrong:
         some = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-        return Finding(False, f"packages differ from requirements.lock ({some}): `rm -r .venv && make run`")
-    return Finding(True, "packages are those of requirements.lock")
+        return Finding(False, f"packages differ from requirements.lock ({some}): run `rm -r .venv && make run`")
+    return Finding(True, "packages match requirements.lock")
 
 
 def _settings(project: Path) -> Finding:
@@ -99,8 +101,13 @@ def _settings(project: Path) -> Finding:
 def _git(project: Path) -> Finding:
     inside = any((parent / ".git").exists() for parent in (project, *project.parents))
     if inside and shutil.which("git") is None:
-        return Finding(False, "this is a git checkout, but the command git is missing: install it")
-    return Finding(True, "git is there" if inside else "no git: DVC is told so, and runs are recorded without a commit")
+        return Finding(False, "this is a git checkout, but git is not installed: install it")
+    return Finding(
+        True,
+        "git is installed"
+        if inside
+        else "not a git checkout: DVC runs without git, and runs are recorded without a commit",
+    )
 
 
 def _dvc(project: Path) -> Finding:
@@ -108,7 +115,7 @@ def _dvc(project: Path) -> Finding:
         stages = graph.read(project)
     except BessemerError as error:
         return Finding(False, str(error))
-    return Finding(True, f"DVC knows {len(stages)} stages")
+    return Finding(True, f"DVC reads {len(stages)} stages")
 
 
 def _disk(project: Path) -> Finding:
@@ -120,14 +127,16 @@ def _disk(project: Path) -> Finding:
 def _cores(project: Path) -> Finding:
     cores = available_cores()
     few = cores < 2
-    return Finding(True, f"{cores} cores" + (": it works, at half the speed of two" if few else ""), note=few)
+    return Finding(True, f"{cores} cores" + (": sufficient, at half the speed of two cores" if few else ""), note=few)
 
 
 def _processor(project: Path) -> Finding:
     flags = CPU_INFO.read_text(encoding="utf-8").split() if CPU_INFO.exists() else []
-    slow = "sse2" in flags and "avx512bw" not in flags  # an x86 processor on which torch has no products of bfloat16
-    text = "no AVX-512: products of bfloat16 are computed in float32, and training is as slow as that"
-    return Finding(True, text if slow else "the processor multiplies bfloat16, as far as is known here", note=slow)
+    slow = "sse2" in flags and "avx512bw" not in flags  # an x86 processor without bfloat16 matrix products in torch
+    text = "no AVX-512: bfloat16 matrix products are computed in float32, so bfloat16 training is not faster"
+    return Finding(
+        True, text if slow else "the processor supports bfloat16 matrix products, as far as can be detected", note=slow
+    )
 
 
 def _memory(project: Path) -> Finding:

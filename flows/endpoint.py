@@ -1,43 +1,56 @@
-"""`bessemer serve` and `bessemer rank`: the endpoint of this project, and the models that it is to compare."""
+"""`bessemer serve`, `rank` and `chat`: the endpoint of this project and its additional models."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from flows import models, rankings
+from serving import chat as terminal
 from serving import serve as endpoint
 from serving.package import open_package
 from serving.questions import FILE
 from tasks.common.settings import BessemerError
 
 
-def serve(project: Path, host: str, port: int, others: Sequence[str], first: str | None = None) -> NoReturn:
-    """Turn this process into the endpoint: the packaged model and `others`, exported first where they have to be.
+def serve(project: Path, host: str, port: int, others: Sequence[str], message: str | None = None) -> NoReturn:
+    """Replace this process by the endpoint with the packaged model and `others`, which are exported first if needed.
 
-    `first` is said once nothing stands in the way.
+    `message` is printed before the endpoint starts.
     """
-    endpoint.check_free(port, host)  # before an export that takes a while
+    endpoint.check_free(port, host)  # fail before an export, which takes a while
     open_package()
-    folders = models.ready(project, others)
-    if first:
-        print(first, flush=True)
+    folders = models.prepare_models(project, others)
+    if message:
+        print(message, flush=True)
     endpoint.serve(port, host, folders or None)
 
 
 def rank(project: Path, host: str, port: int, others: Sequence[str]) -> None:
-    """Say where answers are ranked, once an endpoint with these models answers there; start it where none does."""
-    models.must_know(others)
+    """Print the address of the ranking page of the running endpoint, or start an endpoint with these models."""
+    models.resolve_models(project, others)
     name = "localhost" if host in ("127.0.0.1", "0.0.0.0") else host
-    where = f"Rank answers at http://{name}:{port}/rank, and then: bessemer rank export"
-    held = endpoint.running(port, host)
-    if held is None:
+    instructions = f"Rank answers at http://{name}:{port}/rank, and then: bessemer rank export"
+    served = endpoint.served_models(port, host)
+    if served is None:
         questions = rankings.store_folder(project) / FILE
-        serve(project, host, port, others, f"{where}\nQuestions that are to wait there, one a line: {questions}")
-    lacking = [name for name in others if name not in held]
-    if lacking:
-        advised = f"--port {endpoint.another(port, endpoint.PORT)}"
+        serve(project, host, port, others, f"{instructions}\nQuestions to offer there, one per line: {questions}")
+    missing = [name for name in others if name not in served]
+    if missing:
+        option = f"--port {endpoint.alternative_port(port, endpoint.PORT)}"
         raise BessemerError(
-            f"The endpoint on port {port} answers without {', '.join(lacking)}: stop it (Ctrl-C where it runs) and "
-            f"call this again, or start another one beside it with `{advised}`."
+            f"The endpoint on port {port} does not serve {', '.join(missing)}: stop it (Ctrl-C in its terminal) and "
+            f"run this command again, or start a second endpoint with `{option}`."
         )
-    print(f"The endpoint is up. {where}")
+    print(f"The endpoint is running. {instructions}")
+
+
+def chat(project: Path, questions: Sequence[str], name: str | None, *, show_questions: bool) -> None:
+    """Ask the packaged model, or the one called `name`, each question; an empty question starts a chat."""
+    folder = models.prepare_models(project, [name])[name] if name else None
+    if name is None and not open_package().has_chat:
+        print("The package contains only an encoder, which cannot chat: `bessemer serve` serves it at POST /fill-mask.")
+        return
+    for question in questions:
+        if show_questions:
+            print(f"> {question}", flush=True)
+        terminal.chat(folder, question or None)

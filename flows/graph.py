@@ -1,7 +1,7 @@
-"""What DVC says: the stages, what each one needs, and why a stage is not up to date.
+"""DVC's graph: the stages, their dependencies, and the reasons why a stage is not up to date.
 
-DVC is asked in process (`Repo`), which takes a fraction of a second where its command takes one. Nothing is decided
-here: a stage is to be run exactly where DVC finds a difference, and the differences found are put into words.
+DVC is called in process (`Repo`), which is several times faster than its command. A stage is due exactly if DVC finds
+a difference; this module only describes the differences.
 """
 
 import threading
@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows import forecast
+from flows import code_changes, forecast
+from flows.code_changes import PredictedDigests, is_digest_file
 from tasks.common.settings import BessemerError
 
-_ONE_AT_A_TIME = threading.RLock()  # DVC's objects are not made for several threads of one process
+_DVC_LOCK = threading.RLock()  # DVC's objects are not thread-safe
 
 
 class GraphError(BessemerError):
-    """DVC cannot make sense of the project; the text is DVC's own, with what to do."""
+    """DVC cannot read the project; the text contains DVC's message."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Stage:
     outs: tuple[str, ...]
     reasons: tuple[str, ...]
     reads: tuple[str, ...] = ()
-    apart: forecast.Apart = field(default_factory=dict)
-    changed: tuple[str, ...] = ()  # of what it reads, where nothing else makes it dirty
+    unaffected_outputs: forecast.UnaffectedOutputs = field(default_factory=dict)
+    changed: tuple[str, ...] = ()  # the changed inputs, if nothing else makes it dirty
 
     @property
     def dirty(self) -> bool:
@@ -43,36 +44,36 @@ Graph = dict[str, Stage]
 
 
 def read(project: Path) -> Graph:
-    """Return all stages by name, each after those that it needs, with the reasons why it would run."""
+    """Return all stages by name in topological order, with the reasons why each would run."""
     with _repo(project) as repo:
         index = {_name(stage, project): stage for stage in repo.index.stages}
-        edges = {
-            _name(stage, project): tuple(sorted(_name(need, project) for need in repo.index.graph.successors(stage)))
-            for stage in repo.index.graph
-        }
-        return {name: _stage(name, index[name], edges[name], project) for name in _in_order(list(index), edges)}
+        names = {stage: _name(stage, project) for stage in repo.index.graph}
+        needs = {names[stage]: sorted(names[need] for need in needed) for stage, needed in repo.index.graph.adj.items()}
+        ordered = _topological_order(list(index), repo.index.graph, names)
+        predicted = _predict_digests(index.values(), project)
+        return {name: _stage(name, index[name], tuple(needs[name]), project, predicted) for name in ordered}
 
 
 def reasons(project: Path, name: str) -> tuple[str, ...]:
-    """Return why one stage is to be run now; empty where it is up to date."""
+    """Return the reasons why one stage would run now; empty if it is up to date."""
     with _repo(project) as repo:
         found = [stage for stage in repo.index.stages if _name(stage, project) == name]
         if not found:
             raise GraphError(f"There is no stage {name!r} in {project / 'dvc.yaml'}.")
-        return tuple(_reasons(found[0], project))
+        return tuple(_reasons(found[0], project, {}))
 
 
 def select(graph: Graph, names: Iterable[str]) -> Graph:
-    """Return the named stages and everything they need, in order; all stages where none is named.
+    """Return the named stages and their dependencies in order; all stages if `names` is empty.
 
-    As with DVC, the name of a matrix stage without a key (`reward`) is that of all its keys.
+    As in DVC, the name of a stage without an entry (`reward`) selects all its entries.
     """
     wanted: set[str] = set()
     pending: list[str] = []
     for name in names:
         found = [stage for stage in graph if name in (stage, stage.partition("@")[0])]
         if not found:
-            raise GraphError(f"There is no stage {name!r}. There are: {', '.join(graph)}.")
+            raise GraphError(f"There is no stage {name!r}. The stages are {', '.join(graph)}.")
         pending += found
     if not pending:
         return graph
@@ -85,30 +86,44 @@ def select(graph: Graph, names: Iterable[str]) -> Graph:
 
 
 def affected(graph: Graph) -> set[str]:
-    """Return the dirty stages and all that reads what they may leave otherwise: DVC runs those where it did."""
+    """Return the dirty stages and all stages that read outputs which these may change.
+
+    DVC runs the latter only if the outputs have really changed.
+    """
     found: set[str] = set()
     changed: set[str] = set()
-    for name, stage in graph.items():  # in order, so what a stage needs has been seen before
-        arrived = forecast.touched(stage.reads, changed)
-        if stage.dirty or arrived:
+    for name, stage in graph.items():  # in topological order
+        changed_inputs = forecast.changed_reads(stage.reads, changed)
+        if stage.dirty or changed_inputs:
             found.add(name)
-            told = not stage.dirty or stage.changed  # else it is dirty for what no input tells
-            kept = forecast.left_alone(stage.apart, (*stage.changed, *arrived)) if told else ()
-            changed.update(set(stage.outs).difference(kept))
+            inputs_only = not stage.dirty or stage.changed  # otherwise the inputs do not tell which outputs change
+            unaffected = (
+                forecast.unaffected_outputs(stage.unaffected_outputs, (*stage.changed, *changed_inputs))
+                if inputs_only
+                else ()
+            )
+            # Changed digests are already a reason of the stages that depend on them.
+            changed.update(out for out in set(stage.outs).difference(unaffected) if not is_digest_file(out))
     return found
 
 
-def way_ahead(graph: Graph, weight: Callable[[str], float]) -> dict[str, float]:
-    """Return for each stage the weight of the heaviest chain that starts with it."""
-    ahead: dict[str, float] = {}
+def first_due_need(graph: Graph, name: str, due: Iterable[str]) -> str:
+    """Return the first due dependency of a stage that is not dirty itself."""
+    makers = (need for need in graph[name].needs if not any(map(is_digest_file, graph[need].outs)))
+    return next(need for need in makers if need in due)
+
+
+def critical_path(graph: Graph, weight: Callable[[str], float]) -> dict[str, float]:
+    """Return for each stage the weight of the heaviest path that starts with it."""
+    lengths: dict[str, float] = {}
     for name in reversed(graph):
-        followers = (ahead[other] for other in ahead if name in graph[other].needs)
-        ahead[name] = weight(name) + max(followers, default=0.0)
-    return ahead
+        following = (lengths[other] for other in lengths if name in graph[other].needs)
+        lengths[name] = weight(name) + max(following, default=0.0)
+    return lengths
 
 
-def without_git(project: Path) -> None:
-    """Tell DVC that there is no git, where there is none (an unpacked archive); the note stays on this machine."""
+def configure_without_git(project: Path) -> None:
+    """Set `core.no_scm` in DVC's local config if the project is not a git checkout (an unpacked archive)."""
     from dvc.config import Config
 
     folder = project / ".dvc"
@@ -124,31 +139,43 @@ def _repo(project: Path) -> Iterator[Any]:
     from dvc.repo import Repo
 
     project = project.resolve()
-    without_git(project)
-    with _ONE_AT_A_TIME:
+    configure_without_git(project)
+    with _DVC_LOCK:
         try:
             with Repo(str(project), _wait_for_lock=True) as repo, repo.lock:
                 yield repo
         except NotDvcRepoError as error:
             raise GraphError(
-                f"{project} is no DVC project: its .dvc folder is missing. Clone it again whole."
+                f"{project} is not a DVC project: its .dvc folder is missing. Clone the project again."
             ) from error
         except DvcException as error:
             raise GraphError(f"DVC cannot read this project: {error}") from error
 
 
-def _stage(name: str, stage: Any, needs: tuple[str, ...], project: Path) -> Stage:
-    """Return a stage as DVC sees it now."""
-    why, apart = tuple(_reasons(stage, project)), forecast.apart_of(stage)
+def _predict_digests(stages: Iterable[Any], project: Path) -> PredictedDigests:
+    """Return the digest files that the stage `code` would write; empty if it is up to date."""
+    for stage in stages:
+        paths = [path for path in _outs(stage, project) if is_digest_file(path)]
+        if paths:
+            return code_changes.predict_digests(paths, project) if any(_reasons(stage, project, {})) else {}
+    return {}
+
+
+def _stage(name: str, stage: Any, needs: tuple[str, ...], project: Path, predicted: PredictedDigests) -> Stage:
+    """Return a stage in its state now or, if `code` is due, in its state after `code` has run."""
+    why, unaffected = tuple(_reasons(stage, project, predicted)), forecast.read_unaffected_outputs(stage)
     reads = tuple(_path(dep, project) for dep in stage.deps if not hasattr(dep, "params"))
-    # Where its outputs or its command changed, nothing can be told from the inputs.
-    inputs_alone = apart and why and not stage.changed_stage() and not any(out.status() for out in stage.outs)
-    changed = tuple(forecast.changed_inputs(stage, project.resolve(), apart)) if inputs_alone else ()
-    return Stage(name, needs, _outs(stage, project), why, reads, apart, changed)
+    # If its outputs or its command changed, the inputs do not determine what changes.
+    inputs_alone = unaffected and why and not stage.changed_stage() and not any(out.status() for out in stage.outs)
+    changed = tuple(forecast.changed_inputs(stage, project.resolve(), unaffected)) if inputs_alone else ()
+    if any(reason.startswith("code: ") for reason in why):
+        changed = ()  # changed code may change any output
+    changed = tuple(path for path in changed if not is_digest_file(path))
+    return Stage(name, needs, _outs(stage, project), why, reads, unaffected, changed)
 
 
 def _name(stage: Any, project: Path) -> str:
-    """`pretrain@clm` for a stage of dvc.yaml, the file's path for one of its own (`data/x.dvc`)."""
+    """Return `pretrain@causal` for a stage of dvc.yaml, the path for a stage with its own file (`data/x.dvc`)."""
     return getattr(stage, "name", None) or Path(stage.path).relative_to(project.resolve()).as_posix()
 
 
@@ -162,22 +189,16 @@ def _path(item: Any, project: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
-def _in_order(names: list[str], edges: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
-    """Yield the names so that needs come first, and otherwise as dvc.yaml has them; DVC has refused cycles already."""
-    done: set[str] = set()
+def _topological_order(listed: list[str], needs: Any, names: Mapping[Any, str]) -> Iterator[str]:
+    """Return the stages of DVC's graph in topological order, and otherwise in the order of dvc.yaml."""
+    import networkx as nx
 
-    def visit(name: str) -> Iterator[str]:
-        if name not in done:
-            done.add(name)
-            for need in sorted(edges[name], key=names.index):
-                yield from visit(need)
-            yield name
-
-    for name in names:
-        yield from visit(name)
+    position = {name: number for number, name in enumerate(listed)}
+    ordered = nx.lexicographical_topological_sort(needs.reverse(copy=False), key=lambda stage: position[names[stage]])
+    return (names[stage] for stage in ordered)
 
 
-def _reasons(stage: Any, project: Path) -> Iterator[str]:
+def _reasons(stage: Any, project: Path, predicted: PredictedDigests) -> Iterator[str]:
     if stage.frozen:
         return
     if not any(item.hash_info for item in (*stage.deps, *stage.outs)):
@@ -186,33 +207,42 @@ def _reasons(stage: Any, project: Path) -> Iterator[str]:
     if stage.changed_stage():
         yield "its command in dvc.yaml changed"
     yield from _changed_settings(stage)
-    changed = [(_path(dep, project), state) for dep in stage.deps for state in _file_states(dep)]
+    yield from _changed_code(stage, project, predicted)
+    files = [(_path(dep, project), dep) for dep in stage.deps if not is_digest_file(_path(dep, project))]
+    changed = [(path, state) for path, dep in files for state in _file_states(dep)]
     code = [path for path, _ in changed if path.endswith(".py")]
     locks = [path for path, _ in changed if path.endswith(".lock")]
     if code:
-        yield f"code: {_some(code)}"
+        yield f"code: {_join_first(code)}"
     if locks:
-        yield f"packages: {_some(locks)}"
+        yield f"packages: {_join_first(locks)}"
     yield from _by_state("input", [(path, state) for path, state in changed if path not in (*code, *locks)])
     yield from _by_state(
         "output", [(_path(out, project), state) for out in stage.outs for state in out.status().values()]
     )
 
 
-STATES = {"deleted": "missing", "new": "newly listed", "not in cache": "not in DVC's cache"}
+def _changed_code(stage: Any, project: Path, predicted: PredictedDigests) -> Iterator[str]:
+    for dep in stage.deps:
+        path = "" if hasattr(dep, "params") else _path(dep, project)
+        if is_digest_file(path) and (found := code_changes.reason(dep, path, project, predicted)):
+            yield found
+
+
+STATE_TEXTS = {"deleted": "missing", "new": "newly listed", "not in cache": "not in DVC's cache"}
 
 
 def _by_state(kind: str, found: list[tuple[str, str]]) -> Iterator[str]:
-    """Yield a line for each state that some inputs or outputs are in, with the first of them."""
+    """Yield one line per state with the first of the inputs or outputs in that state."""
     for state in dict.fromkeys(state for _, state in found):
         paths = list(dict.fromkeys(path for path, other in found if other == state))
-        words = f" {'is' if len(paths) == 1 else 'are'} {STATES[state]}" if state in STATES else ""
+        text = f" {'is' if len(paths) == 1 else 'are'} {STATE_TEXTS[state]}" if state in STATE_TEXTS else ""
         if state == "modified" and kind == "output":
-            words = f" {'was' if len(paths) == 1 else 'were'} changed by hand"
-        yield f"{kind}: {_some(paths)}{words}"
+            text = f" {'was' if len(paths) == 1 else 'were'} changed by hand"
+        yield f"{kind}: {_join_first(paths)}{text}"
 
 
-def _some(paths: list[str]) -> str:
+def _join_first(paths: list[str]) -> str:
     return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
@@ -235,9 +265,9 @@ def differences(name: str, before: Any, now: Any) -> Iterator[str]:
         for key in dict.fromkeys((*before, *now)):
             yield from differences(f"{name}.{key}", before.get(key), now.get(key))
     elif before != now:
-        yield f"{name} {_short(before)} → {_short(now)}"
+        yield f"{name} {_truncate(before)} → {_truncate(now)}"
 
 
-def _short(value: Any) -> str:
+def _truncate(value: Any) -> str:
     text = "(none)" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,150 +1,200 @@
-"""Models of other stages that answer beside the packaged one: `bessemer serve --with tuned --with base`.
+"""Additional models for the endpoint, beside the packaged one: `bessemer serve --with tuned --with finetune@chat`.
 
-The endpoint runs INT8 without torch, so such a model is exported on demand, by the code and the settings of
-`quantize@policy`, into a folder that `serving.package` opens. The folders are a cache (`data/.cache/models`, ignored
-by git and unknown to DVC): keyed by all they are made from, they are no part of the chain, and may be removed.
+The endpoint runs INT8 without torch, so such a model is exported on demand, with the code and settings of the packaged
+model, to a folder that `serving.package` can open. The folders are a cache in `data/.cache/models`, ignored by git and
+DVC. A folder's name contains a hash of all its inputs, so the cache may be deleted at any time.
 """
 
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flows.records import read_json
-from tasks.common import identity, settings
-from tasks.common.settings import BessemerError, Numerics, read_params
-from tasks.common.stage import write_json
+from tasks.common import identity, params_file
+from tasks.common.code import stages
+from tasks.common.harness.lineage import user_sources
+from tasks.common.harness.records import write_json
+from tasks.common.model_graph import entries_of, links_of, lookup
+from tasks.common.model_kinds import ModelKinds
+from tasks.common.raw_params import read_params
+from tasks.common.settings import Base, BessemerError, Numerics
 
 CACHE = Path("data/.cache/models")
 EXPORTER = "tasks.quantize"
 
 
-def known() -> dict[str, str]:
-    """Return the models that can be added to the packaged one, as the sheet calls them: name to project path."""
-    from tasks.evaluate import DECODERS
+def available_models(params: Mapping[str, Any]) -> dict[str, str]:
+    """Return the models that can be served beside the packaged one, by name, with their folders.
 
-    return {name: path for name, path in DECODERS.items() if not path.startswith("data/quantize/")}
+    A name is an entry of `evaluate` (`tuned`), or the stage that makes the model (`finetune@chat`).
+    """
+    kinds, found = ModelKinds(params), dict[str, str]()
+    for link in links_of(params):
+        folder = link.reads[0] if link.stage == "evaluate" and link.reads else link.folder
+        export = kinds.producer(folder)
+        kind = (
+            kinds.kind(lookup(export.settings, "model"))
+            if export and export.stage == "quantize"
+            else kinds.kind(folder)
+        )
+        if kind in ("causal", None) and folder != lookup(params, "package.chat"):
+            found[link.key if link.stage == "evaluate" else link.name] = folder
+    return found
 
 
-def must_know(names: Sequence[str]) -> None:
-    """Raise BessemerError where a name is none of the models that can be added."""
-    unknown = [name for name in names if name not in known()]
+def resolve_models(project: Path, names: Sequence[str]) -> dict[str, str]:
+    """Return the available models; raise BessemerError if one of `names` is not among them."""
+    params = read_params(project / "params.yaml")
+    params_file.check(params)
+    available = available_models(params)
+    unknown = [name for name in names if name not in available]
     if unknown:
         raise BessemerError(
-            f"There is no model {unknown[0]!r} to add; there are {', '.join(known())}. The packaged one always answers."
+            f"There is no additional model {unknown[0]!r}; available are {', '.join(available)}. "
+            "The packaged one is always served."
         )
+    return available
 
 
-def ready(project: Path, names: Sequence[str], tell: Callable[[str], None] = print) -> dict[str, Path]:
-    """Return a folder to serve for each model, exported now where there is none; `tell` is told of what takes time.
+def prepare_models(project: Path, names: Sequence[str], report: Callable[[str], None] = print) -> dict[str, Path]:
+    """Return a folder to serve for each model, exporting those that are not cached; `report` announces an export.
 
-    Raises BessemerError, before anything is exported, where a model is unknown, not made yet or of another kind.
+    Raises BessemerError before any export if a model is unknown, not trained yet or not a causal model.
     """
     names = list(dict.fromkeys(names))
     if not names:
         return {}
-    must_know(names)
+    folders = resolve_models(project, names)
     params = read_params(project / "params.yaml")
-    settings.check(params)
-    records = {name: _record(project, name) for name in names}
-    return {name: _folder(project, name, record, params, tell) for name, record in records.items()}
+    records = {name: _verified_record(project, name, folders[name]) for name in names}
+    return {
+        name: _served_folder(project, name, folders[name], record, params, report) for name, record in records.items()
+    }
 
 
-def _record(project: Path, name: str) -> dict[str, Any]:
-    """Return the record of the stage that made a model, the model's bytes held against it."""
-    paths = known()
-    folder = project / paths[name]
+def _verified_record(project: Path, name: str, path: str) -> dict[str, Any]:
+    """Return the record of the stage that made a model, after checking the model's hash against it.
+
+    For a folder that the user provided, the record is made from the folder's hashes.
+    """
+    folder = project / path
     record = read_json(folder.parent / "record.json")
+    parts = Path(path).parts
+    if parts[0] != "data" and folder.is_dir():
+        digest = identity.tree_hash(folder)
+        hashes = {path: digest}
+        record = {
+            "stage": path, "recipe": digest, "content": digest, "inputs": hashes, "outputs": hashes,
+            "user_provided": {path: identity.file_hashes(folder)},
+        }  # fmt: skip
     if not isinstance(record, dict) or not folder.is_dir():
-        stage = "@".join(Path(paths[name]).parts[1:-1])
-        raise BessemerError(f"The model {name} is not there yet: `bessemer run -s {stage}` makes {paths[name]}.")
-    if identity.tree_hash(folder) != record["outputs"][paths[name]]:
+        stage = "@".join(parts[1:-1])
+        raise BessemerError(f"The model {name} does not exist yet: `bessemer run -s {stage}` makes {path}.")
+    if identity.tree_hash(folder) != record["outputs"][path]:
         raise BessemerError(
-            f"{paths[name]} is not what {record['stage']} made, so its record does not speak of it: "
+            f"{path} differs from the output recorded by {record['stage']}: "
             f"`bessemer run -s {record['stage']}` makes it again."
         )
-    kinds = (read_json(folder / "config.json") or {}).get("architectures") or ["model without a kind"]
-    if not any(kind.endswith("ForCausalLM") for kind in kinds):
+    kinds = (read_json(folder / "config.json") or {}).get("architectures") or ["model of unknown architecture"]
+    if not _is_exported(folder) and not any(kind.endswith("ForCausalLM") for kind in kinds):
         raise BessemerError(
-            f"The model {name} is a {kinds[0]}, which answers no questions; set finetune.task to {{name: chat, ...}} "
-            "and run the chain again, or leave it out."
+            f"The model {name} is a {kinds[0]}, not a causal language model; choose another one, or omit it."
         )
     return record
 
 
-def _folder(
-    project: Path, name: str, record: dict[str, Any], params: dict[str, Any], tell: Callable[[str], None]
-) -> Path:
-    from tasks.quantize import PolicyConfig
+def _is_exported(folder: Path) -> bool:
+    from serving import folders
 
-    source = known()[name]
-    config = PolicyConfig.model_validate(params["quantize"]["policy"])
-    numerics = Numerics.model_validate(params["numerics"])
+    return (folder / folders.GRAPH_FILE).is_file()
+
+
+def _served_folder(
+    project: Path, name: str, source: str, record: dict[str, Any], params: dict[str, Any], report: Callable[[str], None]
+) -> Path:
+    from tasks.quantize import Config
+
+    config = Config.model_validate({**export_settings(params), "model": source})
+    numerics, seed = Numerics.model_validate(params["numerics"]), Base.model_validate(params["base"]).seed
     recipe = identity.recipe(
-        code={str(path): identity.file_hash(project / path) for path in identity.code_files(EXPORTER, project)},
+        code=stages.digest_code(stages.digest_module(EXPORTER, project)),
         settings=config.model_dump(mode="json"),
         numerics=numerics.model_dump(mode="json"),
-        seed=params["base"]["seed"],
-        lock=identity.lock_hash(project / identity.LOCK),
+        seed=seed,
+        lock=identity.lock_hash(project / identity.LOCK_FILE),
         inputs={source: record["outputs"][source]},
-        key="policy",
+        key="chat",
     )
     target = project / CACHE / f"{name}-{identity.hash_json([recipe, record['recipe'], record['content']])[:16]}"
-    if not (target / "policy").is_dir():
-        tell(f"Exporting the model {name} to INT8, once ...")
-        _export(project / source, target, config, numerics, params["base"]["seed"])
+    if not (target / "chat").is_dir():
+        if not _is_exported(project / source):
+            report(f"Exporting the model {name} to INT8 (only once) ...")
+        _export(project / source, target, config, numerics, seed)
+    ancestors = lineage(project, record)
     provenance = {
         "model": identity.tag(record["recipe"], record["content"]),
         "recipe": record["recipe"],
         "content": record["content"],
-        "export": {"recipe": recipe, "content": identity.tree_hash(target / "policy")},
-        "stages": lineage(project, record),
-        "sources": read_json(project / "data/ingest/sources.json"),
+        "export": {"recipe": recipe, "content": identity.tree_hash(target / "chat")},
+        "stages": [one for one in ancestors if one["stage"] != source],
+        "sources": [*(read_json(project / "data/ingest/sources.json") or []), *user_sources(ancestors)],
     }
     if read_json(target / "provenance.json") != provenance:
         write_json(target / "provenance.json", provenance)
     return target
 
 
+def export_settings(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the export settings of the packaged chat model, or else of the first exported causal model."""
+    kinds, exports = ModelKinds(params), entries_of(params, "quantize")
+    packaged = kinds.producer(lookup(params, "package.chat"))
+    chats = [entry for entry in exports.values() if kinds.kind(lookup(entry, "model")) == "causal"]
+    return dict(packaged.settings if packaged else next(iter(chats), {}))
+
+
 def _export(source: Path, target: Path, config: Any, numerics: Numerics, seed: int) -> None:
-    """Write a model's INT8 folder beside its place, and move it there whole."""
+    """Export a model, or copy it if it is exported already, to a scratch folder, and move that to `target`."""
     from tasks import quantize
     from tasks.common.modelling import models
 
-    numerics = quantize.on_cpu(numerics)
-    models.prepare_torch(numerics, seed)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as scratch:
-        made = Path(scratch, "made")
-        made.mkdir()
-        quantize.write_folder(config, source, made / "policy", numerics)
+        folder = Path(scratch, "made")
+        folder.mkdir()
+        if _is_exported(source):
+            shutil.copytree(source, folder / "chat")
+        else:
+            numerics = quantize.cpu_numerics(numerics)
+            models.prepare_torch(numerics, seed)
+            quantize.write_folder(config, source, folder / "chat", numerics)
         try:
-            made.replace(target)
+            folder.replace(target)
         except OSError:
-            if not (target / "policy").is_dir():  # else another command has made the same meanwhile
+            if not (target / "chat").is_dir():  # otherwise another process has exported the same meanwhile
                 shutil.rmtree(target, ignore_errors=True)
-                made.replace(target)
+                folder.replace(target)
 
 
 def lineage(project: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a stage's record after those of all that it was made from, directly or not, as far as they lie there."""
+    """Return the records of all ancestors of a stage, as far as they exist, followed by its own."""
     paths = sorted([*project.glob("data/*/record.json"), *project.glob("data/*/*/record.json")])
-    makers = {path: maker for maker in map(_read, paths) for path in maker["outputs"]}
+    makers = {path: maker for maker in map(_read_record, paths) for path in maker["outputs"]}
     found: dict[str, dict[str, Any]] = {}
 
-    def visit(one: dict[str, Any]) -> None:
-        for path, content in one["inputs"].items():
+    def visit(current: dict[str, Any]) -> None:
+        for path, content in current["inputs"].items():
             maker = makers.get(path)
             if maker and maker["outputs"][path] == content and maker["stage"] not in found:
                 visit(maker)
-        found[one["stage"]] = one
+        found[current["stage"]] = current
 
     visit(record)
     return list(found.values())
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_record(path: Path) -> dict[str, Any]:
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return record

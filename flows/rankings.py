@@ -1,179 +1,188 @@
-"""People's rankings on their way into the next run: `bessemer rank export` freezes what is new in the endpoint's store.
+"""Export of people's rankings: `bessemer rank export` writes the new rankings in the endpoint's store to a file.
 
-New data enters the chain as a file: rows that no export has taken yet become the next numbered Parquet in the folder of
-the source of kind `rankings`, with the columns that `data/sources/README.md` tells of. Files there are never changed.
+Rows that were not exported yet become the next numbered Parquet file in the folder of the source of kind `rankings`,
+with the columns described in `data/sources/README.md`. Existing files there are never changed.
 
-No ranking is exported twice, and none is lost, wherever this is cut off, by a power cut too: first the store marks what
-an export takes (which alone decides, and from then on nobody can take it back), then the file is written beside its
-place and moved there, then the store notes that it is written. Each is on disk before the next begins. The next export
-completes one without that last note; the number of the export in a file's metadata says whether it had come that far.
+Every ranking is exported exactly once, even if the export is interrupted at any point, by a power cut too. First the
+store marks the rows of the export, which can no longer be withdrawn from then on; then the file is written to a scratch
+folder and moved to its final path; then the store marks the export as finished. Each step is on disk before the next
+one starts. The next export completes an unfinished one; the export number in the metadata of the files says whether its
+file was written.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from serving.feedback import FILE, VARIABLE, Store
-from serving.judgements import FLAGS, Ranking
-from tasks.common.settings import BessemerError, read_params
-from tasks.common.validation import checks
+from serving.feedback.judgements import FLAGS, Ranking
+from serving.feedback.store import FEEDBACK_VARIABLE, FILE, Store
+from tasks.common.locks import lock_file
+from tasks.common.raw_params import read_params
+from tasks.common.settings import BessemerError
+from tasks.validate import checks
 
 SOURCES = Path("data/sources")
-WORK = Path("data/.scratch/rankings-export")  # DVC does not look there
-STORE_KEY, EXPORT_KEY = b"bessemer.store", b"bessemer.export"  # in a file's metadata: whose rows it holds
+SCRATCH_FOLDER = Path("data/.scratch/rankings-export")  # ignored by DVC
+STORE_KEY, EXPORT_KEY = (
+    b"bessemer.store",
+    b"bessemer.export",
+)  # metadata keys of a file: the store and export of its rows
 
 
 @dataclass(frozen=True)
 class Export:
-    """One frozen file: where it lies, how many rankings it holds, and why how many others were left out."""
+    """An exported file: its path, its number of rankings, and how many were not exported for which reason."""
 
     path: Path
     rankings: int
-    left_out: Mapping[str, int]
+    rejected: Mapping[str, int]
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """What the store holds that no export has taken: how many rankings, and why how many others are left out."""
+class PendingRankings:
+    """New rankings: how many would be exported, and how many would not for which reason."""
 
     rankings: int
-    left_out: Mapping[str, int]
+    rejected: Mapping[str, int]
 
 
 def store_folder(project: Path) -> Path:
-    """Return the folder of the store that the endpoint of a project keeps rankings in."""
-    return Path(os.environ.get(VARIABLE) or project / "data" / "feedback").resolve()
+    """Return the folder of the endpoint's store of rankings."""
+    return Path(os.environ.get(FEEDBACK_VARIABLE) or project / "data" / "feedback").resolve()
 
 
-def waiting(project: Path) -> Waiting:
-    """Count the rankings that wait to be exported, and those among the new ones that are left out; changes nothing."""
-    with _store(project) as store:
+def count_pending(project: Path) -> PendingRankings:
+    """Count the rankings that an export would write, and those that it would leave out, without changing anything."""
+    with _open_store(project) as store:
         if store is None:
-            return Waiting(0, {})
-        good, left_out = _judged(project, store, store.rankings_of(None))
-        last = _last_words(good)
-        unwritten = store.unwritten_export()
-        begun = _last_words(store.rankings_of(unwritten)) if unwritten is not None else []
-        return Waiting(len(last) + len(begun), left_out | _replaced(good, last))
+            return PendingRankings(0, {})
+        accepted, rejected = _filter_rankings(project, store, store.rankings_by_export(None))
+        latest = _latest_rankings(accepted)
+        unwritten = store.unfinished_export()
+        unfinished = _latest_rankings(store.rankings_by_export(unwritten)) if unwritten is not None else []
+        return PendingRankings(len(latest) + len(unfinished), rejected | _count_superseded(accepted, latest))
 
 
 def export(project: Path) -> Export | None:
-    """Freeze the rankings that are new and return their file; None where there are none.
+    """Write the new rankings to a file; None if there are none.
 
-    An export that was cut off is completed, and its file returned with the rest still waiting for the next call.
+    If an earlier export was interrupted, this completes it and returns its file; the remaining rankings wait for the
+    next call.
     """
     folder = rankings_folder(project)
-    with _store(project) as store:
+    with _open_store(project) as store:
         if store is None:
             return None
-        with _alone(store):
-            good, left_out = _judged(project, store, store.rankings_of(None))
-            number = store.unwritten_export()
+        with _export_lock(store):
+            accepted, rejected = _filter_rankings(project, store, store.rankings_by_export(None))
+            number = store.unfinished_export()
             if number is None:
-                if not good:
+                if not accepted:
                     return None
-                number = store.begin_export([ranking.number for ranking in good])
-            taken = store.rankings_of(number)
-            rows = _last_words(taken)
-            path = _written(project / WORK, folder, store, number, rows)
+                number = store.begin_export([ranking.number for ranking in accepted])
+            taken = store.rankings_by_export(number)
+            rows = _latest_rankings(taken)
+            path = _find_or_write_file(project / SCRATCH_FOLDER, folder, store, number, rows)
             store.end_export(number)
-            return Export(path, len(rows), left_out | _replaced(taken, rows)) if path else None
+            return Export(path, len(rows), rejected | _count_superseded(taken, rows)) if path else None
 
 
 def rankings_folder(project: Path) -> Path:
-    """Return the folder whose files the chain reads as rankings; BessemerError: params.yaml lists no such source."""
+    """Return the folder of the source of kind `rankings`; raise BessemerError if params.yaml lists none."""
     sources = read_params(project / "params.yaml").get("ingest", {}).get("sources", [])
     for source in sources:
         if isinstance(source, dict) and source.get("kind") == "rankings":
             return project / SOURCES / str(source["path"])
     raise BessemerError(
-        "params.yaml lists no source of kind `rankings`, so a run would not read what is exported; add "
+        "params.yaml lists no source of kind `rankings`, so a run would not read the exported file; add "
         "{name: people, kind: rankings, licence: ..., path: rankings} to ingest.sources."
     )
 
 
-def exported(project: Path) -> list[Path]:
-    """Return the files that exports have made here, whoever's rankings they hold."""
-    return [path for path in _numbered(rankings_folder(project)) if _origin(path)]
+def exported_files(project: Path) -> list[Path]:
+    """Return the files in the rankings folder that were written by an export."""
+    return [path for path in _numbered_files(rankings_folder(project)) if _export_metadata(path)]
 
 
-def _numbered(folder: Path) -> list[Path]:
+def _numbered_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*.parquet"))
 
 
-def _written(work: Path, folder: Path, store: Store, number: int, rows: Sequence[Ranking]) -> Path | None:
-    """Return the file of an export that the store has begun, and write it where it is not there yet.
+def _find_or_write_file(work: Path, folder: Path, store: Store, number: int, rows: Sequence[Ranking]) -> Path | None:
+    """Return the file of an export, and write it if it does not exist yet.
 
-    There is none where all of its rankings were taken back in that very moment.
+    None if all of its rankings were withdrawn while the export started.
     """
-    path = next((path for path in _numbered(folder) if _origin(path) == _metadata(store, number)), None)
+    path = next((path for path in _numbered_files(folder) if _export_metadata(path) == _metadata(store, number)), None)
     if path is None and rows:
         path = folder / f"{_next_number(folder):06d}.parquet"
-        _write(rows, path, work, store, number)
+        _write_file(rows, path, work, store, number)
     return path
 
 
-def _judged(project: Path, store: Store, rankings: Sequence[Ranking]) -> tuple[list[Ranking], dict[str, int]]:
-    """Return the rankings that a run can learn from, and why how many others are left out: they wait on.
+def _filter_rankings(project: Path, store: Store, rankings: Sequence[Ranking]) -> tuple[list[Ranking], dict[str, int]]:
+    """Return the rankings to export, and how many others are rejected for which reason; those stay in the store.
 
-    Left out is what `validate` would refuse (too much of it would stop the run there), and what holds an answer that
-    somebody flags, as long as it does: of one person's flags on an answer the last one counts.
+    A ranking is rejected if `validate` would reject it (too many rejected rows would stop the run there), or if one of
+    its answers is flagged. Only the last flag of a person on an answer counts.
     """
-    last = {
-        (opinion.annotator, *_answer(opinion.prompt, opinion.response)): opinion.opinion
+    last_flags = {
+        (opinion.annotator, *_answer_key(opinion.prompt, opinion.response)): opinion.opinion
         for opinion in store.opinions()
         if opinion.opinion in FLAGS
     }
-    flagged = {(prompt, response) for (_, prompt, response), opinion in last.items() if opinion == "flag"}
-    limits, good, reasons = _limits(project), [], Counter[str]()
+    flagged = {(prompt, response) for (_, prompt, response), opinion in last_flags.items() if opinion == "flag"}
+    limits, accepted, reasons = _limits(project), [], Counter[str]()
     for ranking in rankings:
-        if flagged.intersection(_answer(ranking.prompt, response) for response in ranking.responses):
+        if flagged.intersection(_answer_key(ranking.prompt, response) for response in ranking.responses):
             reasons["flagged answer"] += 1
-        elif reason := checks.objection("rankings", checks.rankings_features(_row(store, ranking)), limits):
+        elif reason := checks.rejection_reason("rankings", checks.rankings_features(_row(store, ranking)), limits):
             reasons[reason] += 1
         else:
-            good.append(ranking)
-    return good, dict(reasons)
+            accepted.append(ranking)
+    return accepted, dict(reasons)
 
 
 def _limits(project: Path) -> checks.Limits:
-    """Return what `validate` holds rows to."""
+    """Return the limits that `validate` applies to rows."""
     section: Any = read_params(project / "params.yaml").get("validate")
     try:
-        return checks.Limits.model_validate({name: section[name] for name in checks.Limits.model_fields})
+        known = {name: section[name] for name in checks.Limits.model_fields if name in section}
+        return checks.Limits.model_validate(known)
     except (TypeError, KeyError, ValidationError):
-        raise BessemerError("The section validate of params.yaml is not sound: `bessemer plan` says why.") from None
+        raise BessemerError(
+            "The section validate of params.yaml is invalid: run `bessemer plan` for the details."
+        ) from None
 
 
-def _last_words(rankings: Sequence[Ranking]) -> list[Ranking]:
-    """Keep, where a person ranked the same answers again, the last one."""
-    said = {
+def _latest_rankings(rankings: Sequence[Ranking]) -> list[Ranking]:
+    """Keep only the last ranking of each person for the same answers."""
+    latest = {
         (ranking.annotator, json.dumps(ranking.prompt), *sorted(ranking.responses)): ranking for ranking in rankings
     }
-    return sorted(said.values(), key=lambda ranking: ranking.number)
+    return sorted(latest.values(), key=lambda ranking: ranking.number)
 
 
-def _replaced(rankings: Sequence[Ranking], last: Sequence[Ranking]) -> dict[str, int]:
-    """Return how many rankings the same person's later ones took the place of, as a reason to leave them out."""
-    count = len(rankings) - len(last)
+def _count_superseded(rankings: Sequence[Ranking], latest: Sequence[Ranking]) -> dict[str, int]:
+    """Return how many rankings were replaced by a later one of the same person, as a rejection reason."""
+    count = len(rankings) - len(latest)
     return {"ranked again by the same person": count} if count else {}
 
 
-def _answer(prompt: list[dict[str, str]], response: str) -> tuple[str, str]:
+def _answer_key(prompt: list[dict[str, str]], response: str) -> tuple[str, str]:
     return json.dumps(prompt, sort_keys=True), response
 
 
-def _write(rankings: Sequence[Ranking], path: Path, work: Path, store: Store, number: int) -> None:
-    """Write a file whole: beside its place first, on the disk, then moved there, on the disk again."""
+def _write_file(rankings: Sequence[Ranking], path: Path, work: Path, store: Store, number: int) -> None:
+    """Write a file atomically: write and fsync it in the scratch folder, move it, fsync the target folder."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -193,20 +202,20 @@ def _write(rankings: Sequence[Ranking], path: Path, work: Path, store: Store, nu
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
-    opened = os.open(path.parent, os.O_RDONLY)
+    descriptor = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(opened)  # the folder's entry, without which a power cut leaves no file of that name
+        os.fsync(descriptor)  # without fsync of the folder a power cut may lose the file's entry
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
 def _metadata(store: Store, number: int) -> dict[bytes, bytes]:
-    """Return what a file says of the export that it is from."""
+    """Return the metadata of an export's file."""
     return {STORE_KEY: store.id.encode(), EXPORT_KEY: str(number).encode()}
 
 
-def _origin(path: Path) -> dict[bytes, bytes]:
-    """Return what a file says of the export that it is from; nothing, where it is another's or not readable."""
+def _export_metadata(path: Path) -> dict[bytes, bytes]:
+    """Return a file's export metadata; empty if it is not from an export or not readable."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -218,7 +227,7 @@ def _origin(path: Path) -> dict[bytes, bytes]:
 
 
 def _row(store: Store, ranking: Ranking) -> dict[str, Any]:
-    """Return a ranking as `ingest` reads it; columns beyond those of a file are for checks of it."""
+    """Return a ranking as a row for `ingest`, with additional columns for the checks of `validate`."""
     return {
         "prompt": [{"role": turn["role"], "content": turn["content"]} for turn in ranking.prompt],
         "responses": ranking.responses,
@@ -234,19 +243,19 @@ def _row(store: Store, ranking: Ranking) -> dict[str, Any]:
 
 
 def _pseudonym(store: str, annotator: str) -> str:
-    """Return who judged, without what would let a reader of the file speak for them at the endpoint."""
+    """Return a pseudonym: the annotator's own id would let a reader of the file submit rankings in their name."""
     return hashlib.sha256(f"{store} {annotator}".encode()).hexdigest()[:16]
 
 
 def _next_number(folder: Path) -> int:
-    """Return the number after the highest that a file in the folder has."""
+    """Return the highest file number in the folder plus 1."""
     numbers = [int(path.stem) for path in folder.glob("*.parquet") if path.stem.isdecimal()]
     return max(numbers, default=0) + 1
 
 
 @contextmanager
-def _store(project: Path) -> Iterator[Store | None]:
-    """Yield the project's store, None where nobody has ranked anything yet: none is made."""
+def _open_store(project: Path) -> Iterator[Store | None]:
+    """Yield the project's store; None if it does not exist yet. It is not created here."""
     folder = store_folder(project)
     if not (folder / FILE).is_file():
         yield None
@@ -258,9 +267,6 @@ def _store(project: Path) -> Iterator[Store | None]:
         store.close()
 
 
-@contextmanager
-def _alone(store: Store) -> Iterator[None]:
-    """Hold off other exports of this store; the kernel takes the lock back however its holder ends."""
-    with store.path.with_name("export.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _export_lock(store: Store) -> AbstractContextManager[None]:
+    """Return the lock that allows only one process at a time to export this store; entering it waits."""
+    return lock_file(store.path.with_name("export.lock"), wait=True)

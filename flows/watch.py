@@ -1,4 +1,4 @@
-"""Who looks on while a run goes: the terminal of `bessemer run`, or nobody (a worker's run shows in Prefect's UI)."""
+"""Callbacks of a run: the terminal of `bessemer run`, or none (a worker's run is shown in Prefect's UI)."""
 
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
@@ -8,41 +8,41 @@ from flows.records import Outcome
 
 
 class Watcher(Protocol):
-    """What a run tells as it goes; called from several threads."""
+    """Callbacks that a run calls from several threads."""
 
-    def started(self, name: str, reasons: Sequence[str]) -> None:
-        """Tell that a stage begins, and why."""
+    def on_stage_start(self, name: str, reasons: Sequence[str]) -> None:
+        """A stage starts, for these reasons."""
 
-    def line(self, name: str, text: str) -> None:
-        """Pass on a line that a stage printed."""
+    def on_line(self, name: str, text: str) -> None:
+        """A stage printed a line."""
 
-    def progress(self, name: str, percent: float, text: str) -> None:
-        """Tell how far a stage is."""
+    def on_progress(self, name: str, percent: float, text: str) -> None:
+        """A stage reported its progress."""
 
-    def ended(self, name: str, outcome: Outcome) -> None:
-        """Tell how a stage ended."""
+    def on_stage_end(self, name: str, outcome: Outcome) -> None:
+        """A stage ended."""
 
-    def finished(self, run_id: str, outcomes: Mapping[str, Outcome]) -> None:
-        """Tell that all is over."""
-
-
-class Nobody:
-    """A watcher that looks away."""
-
-    def started(self, name: str, reasons: Sequence[str]) -> None:
-        """Look away."""
-
-    def line(self, name: str, text: str) -> None:
-        """Look away."""
-
-    def progress(self, name: str, percent: float, text: str) -> None:
-        """Look away."""
-
-    def ended(self, name: str, outcome: Outcome) -> None:
-        """Look away."""
-
-    def finished(self, run_id: str, outcomes: Mapping[str, Outcome]) -> None:
-        """Look away."""
+    def on_run_end(self, run_id: str, outcomes: Mapping[str, Outcome]) -> None:
+        """The run ended."""
 
 
-WATCHER: ContextVar[Watcher] = ContextVar("WATCHER", default=Nobody())  # noqa: B039 - it holds nothing that could change
+class NullWatcher:
+    """A watcher that does nothing."""
+
+    def on_stage_start(self, name: str, reasons: Sequence[str]) -> None:
+        """Do nothing."""
+
+    def on_line(self, name: str, text: str) -> None:
+        """Do nothing."""
+
+    def on_progress(self, name: str, percent: float, text: str) -> None:
+        """Do nothing."""
+
+    def on_stage_end(self, name: str, outcome: Outcome) -> None:
+        """Do nothing."""
+
+    def on_run_end(self, run_id: str, outcomes: Mapping[str, Outcome]) -> None:
+        """Do nothing."""
+
+
+WATCHER: ContextVar[Watcher] = ContextVar("WATCHER", default=NullWatcher())  # noqa: B039 - the default has no state

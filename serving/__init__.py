@@ -1,1 +1,1 @@
-"""The service: it answers with an exported package and knows nothing of training, DVC or Prefect."""
+"""The service: serves an exported package. It does not depend on training code, DVC or Prefect."""

@@ -1,13 +1,11 @@
-"""Make the Bento, once for each model and each state of the service: `bessemer build`, or `python -m serving.build`.
+"""Build the Bento, once per model and service version: `bessemer build`, or `python -m serving.build`.
 
-The version is a hash of the package's provenance (the model tag stands in it), of `bentofile.yaml` and of every file
-in `serving/`, its pinned requirements included. Where a Bento of that version exists it is returned; a changed service
-or another model makes a new one. Nothing is downloaded.
+The version is a hash of the package's provenance (which contains the model tag), of `bentofile.yaml` and of every file
+in `serving/`, including the pinned requirements. An existing Bento of that version is reused. Nothing is downloaded.
 
-The models go into the Bento as plain files, not through BentoML's model store: the service then finds them beside its
-code wherever it runs, an exported Bento is whole, and there is no second store to keep in step with DVC's. The Bento
-is built from a copy of just these files, so that `.venv` and the data of other stages are not searched, and links
-into DVC's cache become files.
+The models are plain files in the Bento, not entries of BentoML's model store: the service finds them beside its code
+wherever it runs, an exported Bento is complete, and no second store has to match DVC's. The Bento is built from a copy
+of these files only, so that `.venv` and other stages' data are not scanned and links into DVC's cache become files.
 """
 
 import hashlib
@@ -28,32 +26,32 @@ NAME = "bessemer"
 BENTOFILE = "bentofile.yaml"
 
 
-class Built(NamedTuple):
-    """A Bento in BentoML's store: its tag, where it lies, and whether it was made just now."""
+class BuildResult(NamedTuple):
+    """A Bento in BentoML's store: its tag, its path, and whether this call built it."""
 
     tag: str
     path: Path
-    made: bool
+    created: bool
 
 
-def build(folder: Path | None = None, root: Path = ROOT) -> Built:
-    """Return the Bento of a package (by default the one that is served here), made if there is none yet."""
+def build(folder: Path | None = None, root: Path = ROOT) -> BuildResult:
+    """Return the Bento of a package (by default the served one); build it if it does not exist."""
     package = open_package(folder)
-    version = version_of(package, root)
+    version = bento_version(package, root)
     if found := _find(version):
-        return Built(f"{NAME}:{version}", found, made=False)
+        return BuildResult(f"{NAME}:{version}", found, created=False)
     with tempfile.TemporaryDirectory(prefix="bessemer-build-") as scratch:
-        stage = Path(scratch)
-        _copy(package, root, stage)
-        _run_bentoml(stage, version, package.tag)
+        staging = Path(scratch)
+        _copy(package, root, staging)
+        _run_bentoml(staging, version, package.tag)
     path = _find(version)
     if path is None:
-        raise ServingError(f"BentoML said that it made {NAME}:{version}, but its store has no such Bento.")
-    return Built(f"{NAME}:{version}", path, made=True)
+        raise ServingError(f"BentoML reported success, but its store does not contain {NAME}:{version}.")
+    return BuildResult(f"{NAME}:{version}", path, created=True)
 
 
-def version_of(package: Package, root: Path = ROOT) -> str:
-    """Return the Bento's version: 16 hexadecimal digits over all that makes it what it is."""
+def bento_version(package: Package, root: Path = ROOT) -> str:
+    """Return the Bento's version: 16 hex digits of a SHA-256 over provenance, bentofile and service files."""
     digest = hashlib.sha256(json.dumps(package.provenance, sort_keys=True).encode())
     for path in [root / BENTOFILE, *service_files(root)]:
         content = path.read_bytes()
@@ -63,26 +61,36 @@ def version_of(package: Package, root: Path = ROOT) -> str:
 
 
 def service_files(root: Path = ROOT) -> Iterator[Path]:
-    """Yield the service's files in a fixed order, what Python compiled left out."""
+    """Yield the service's files in a fixed order, without `__pycache__`."""
     for path in sorted((root / "serving").rglob("*")):
         if path.is_file() and "__pycache__" not in path.parts:
             yield path
 
 
-def _copy(package: Package, root: Path, stage: Path) -> None:
+def _copy(package: Package, root: Path, staging: Path) -> None:
     for path in [root / BENTOFILE, *service_files(root)]:
-        target = stage / path.relative_to(root)
+        target = staging / path.relative_to(root)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    shutil.copytree(package.folder, stage / "data" / "package")
+    shutil.copytree(package.folder, staging / "data" / "package")
 
 
-def _run_bentoml(stage: Path, version: str, model: str) -> None:
-    # In a process of its own: BentoML imports the service from the folder it builds, and here it is loaded already.
-    command = [sys.executable, "-m", "bentoml", "build", str(stage), "--version", version, "--label", f"model={model}"]
+def _run_bentoml(staging: Path, version: str, model: str) -> None:
+    # In a subprocess: BentoML imports the service from the build folder, and this process has already imported it.
+    command = [
+        sys.executable,
+        "-m",
+        "bentoml",
+        "build",
+        str(staging),
+        "--version",
+        version,
+        "--label",
+        f"model={model}",
+    ]
     environment = {**os.environ, "BENTOML_DO_NOT_TRACK": "True"}
-    done = subprocess.run(command, cwd=stage, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode and _find(version) is None:  # another build may have made it meanwhile
+    done = subprocess.run(command, cwd=staging, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode and _find(version) is None:  # a concurrent build may have made it
         last = "\n".join((done.stderr + done.stdout).strip().splitlines()[-8:])
         raise ServingError(f"BentoML could not build {NAME}:{version}; it ended with:\n{last}")
 
@@ -98,13 +106,13 @@ def _find(version: str) -> Path | None:
 
 
 def main() -> int:
-    """Build, and say whether there was anything to do."""
+    """Build the Bento and print whether it was built or already existed."""
     try:
         built = build()
     except ServingError as error:
         print(error, file=sys.stderr)
         return 1
-    state = "made" if built.made else "there already, nothing to do"
+    state = "built" if built.created else "already exists"
     print(f"{built.tag}: {state} ({built.path})\nServe it: bentoml serve {built.tag}")
     return 0
 

@@ -1,6 +1,6 @@
-"""Talk to the packaged model in a terminal: `bessemer chat`, or `python -m serving.chat [QUESTION]`.
+"""Chat with the packaged model in a terminal: `bessemer chat`, or `python -m serving.chat [QUESTION]`.
 
-The model answers each question by itself, as it was trained to; answers appear as they are made.
+Each question starts a new conversation, as in training. Answers are streamed.
 """
 
 import sys
@@ -22,14 +22,14 @@ def chat(
     sampling: Sampling | None = None,
     out: TextIO | None = None,
 ) -> int:
-    """Answer one question, or talk until the person leaves; return the exit code."""
+    """Answer one question, or chat until the user quits; return the exit code."""
     package = open_package(folder)
     out = out or sys.stdout
     if question is not None:
         print_answer(package.text, question, sampling, out)
     else:
         engine = package.text
-        print(f"{package.tag}\nAsk a question. /quit or Ctrl-D leaves.", file=out, flush=True)
+        print(f"{package.tag}\nAsk a question. /quit or Ctrl-D quits.", file=out, flush=True)
         _talk(engine, sampling, out)
     return 0
 
@@ -56,14 +56,14 @@ def _talk(engine: TextEngine, sampling: Sampling | None, out: TextIO) -> None:
 
 
 def print_answer(engine: TextEngine, question: str, sampling: Sampling | None, out: TextIO) -> None:
-    """Print an answer piece by piece."""
+    """Print an answer as it is generated."""
     for piece in engine.start([{"role": "user", "content": question}], sampling):
         print(piece, end="", file=out, flush=True)
     print(file=out, flush=True)
 
 
 def main(arguments: list[str]) -> int:
-    """Chat, or answer the question that was given."""
+    """Chat, or answer the question in `arguments`."""
     try:
         return chat(question=" ".join(arguments) or None)
     except ServingError as error:

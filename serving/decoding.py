@@ -1,11 +1,9 @@
-"""From tokens to text: how an answer is drawn, how much of it fits, and how its text comes piece by piece."""
+"""Sampling settings, length limits, and the incremental decoding of generated tokens to text."""
 
-from collections.abc import Iterator
+import secrets
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 from serving.errors import InputError
 
@@ -14,13 +12,12 @@ if TYPE_CHECKING:
 
 MAX_STOPS = 4
 MAX_TEMPERATURE = 2.0
-
-Floats = npt.NDArray[np.floating[Any]]
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # invalid UTF-8 decodes to it
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw an answer. Temperature 0, the default, always takes the likeliest token."""
+    """Sampling settings. Temperature 0, the default, is greedy decoding."""
 
     max_new_tokens: int | None = None
     temperature: float = 0.0
@@ -39,120 +36,201 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise InputError(f'"top_p" must be above 0 and at most 1; got {self.top_p:g}.', field="top_p")
         if len(self.stop) > MAX_STOPS or not all(self.stop):
-            raise InputError(f'"stop" takes up to {MAX_STOPS} texts, none of them empty.', field="stop")
+            raise InputError(f'"stop" takes up to {MAX_STOPS} non-empty texts.', field="stop")
 
-    def generator(self) -> np.random.Generator:
-        """Return the random generator of one answer: the same seed draws the same answer again."""
-        # OpenAI's clients may send any 64-bit integer, numpy takes none below zero.
-        return np.random.default_rng(None if self.seed is None else self.seed % 2**64)
+    def resolve_seed(self) -> int:
+        """Return the engine's seed in [0, 2**32): derived from `seed`, or random if it is None.
 
-    def pick(self, logits: Floats, draw: np.random.Generator) -> int:
-        """Draw one token: temperature first, then the smallest set of tokens whose probability reaches `top_p`.
-
-        That is the order of OpenAI's API and of Transformers; onnxruntime-genai's own sampler cuts before it applies
-        the temperature, which keeps many more tokens.
+        OpenAI's clients may send any 64-bit integer; the engine uses only the lower 32 bits, so both halves are mixed.
         """
-        scaled = logits.astype(np.float64) / self.temperature
-        order = np.argsort(-scaled, kind="stable")
-        weights = np.exp(scaled[order] - scaled[order[0]])
-        sums = np.cumsum(weights)
-        kept = min(int(np.searchsorted(sums, self.top_p * sums[-1])) + 1, len(sums))
-        return int(draw.choice(order[:kept], p=weights[:kept] / sums[kept - 1]))
+        if self.seed is None:
+            return secrets.randbelow(2**32)
+        whole = self.seed % 2**64
+        return (whole ^ whole >> 32) % 2**32
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much fits, in tokens: `context` for prompt and answer together, `max_new_tokens` for the answer alone."""
+    """Length limits in tokens: `context` for prompt and answer together, `max_new_tokens` for the answer."""
 
     context: int
     max_new_tokens: int
 
-    def room(self, prompt: int, asked: int | None) -> int:
-        """Return how many tokens the answer to a prompt may have, or say what does not fit."""
+    def allowed_new_tokens(self, prompt: int, requested: int | None) -> int:
+        """Return the maximum number of new tokens after `prompt` tokens; raise InputError if they do not fit."""
         if prompt >= self.context:
             raise InputError(
                 f"The input is too long: it has {prompt} tokens, chat markers included, and {self.context - 1} are "
                 "allowed. Shorten it.",
                 code="context_length_exceeded",
             )
-        if asked is None:
+        if requested is None:
             return min(self.max_new_tokens, self.context - prompt)
-        if asked > self.max_new_tokens:
+        if requested > self.max_new_tokens:
             raise InputError(
-                f"{asked} new tokens were asked for and {self.max_new_tokens} are allowed.", field="max_new_tokens"
+                f"{requested} new tokens were requested and {self.max_new_tokens} are allowed.", field="max_new_tokens"
             )
-        if prompt + asked > self.context:
+        if prompt + requested > self.context:
             raise InputError(
-                f"The input has {prompt} tokens and {asked} new ones were asked for, {prompt + asked} together; "
-                f"{self.context} are allowed. Shorten the input or ask for at most {self.context - prompt}.",
+                f"The input has {prompt} tokens and {requested} new ones were requested, {prompt + requested} in all; "
+                f"{self.context} are allowed. Shorten the input or request at most {self.context - prompt}.",
                 field="max_new_tokens",
                 code="context_length_exceeded",
             )
-        return asked
+        return requested
+
+
+class TokenSource(Protocol):
+    """Source of an answer's tokens; implemented by `serving.batching.Request`."""
+
+    def take(self, *, whole: bool = False) -> list[int]:
+        """Wait for new tokens and return them; an empty list is the end. `whole`: wait for the end, return all."""
+
+    async def take_async(self, *, whole: bool = False) -> list[int]:
+        """Like `take`, without blocking the event loop."""
+
+    def cancel(self) -> None:
+        """Stop generating."""
 
 
 class Answer:
-    """One answer as it comes: iterate over it once for pieces of text, then read what it was and how it ended."""
+    """One streamed answer: iterate over it once for pieces of text, then read `text` and `finish_reason`.
+
+    Leaving the iteration or dropping the object cancels its request.
+    """
 
     def __init__(
-        self, tokenizer: "Tokenizer", tokens: Iterator[int], room: int, prompt_tokens: int, stop: tuple[str, ...] = ()
-    ) -> None:
+        self, tokenizer: "Tokenizer", source: TokenSource, max_tokens: int, prompt_tokens: int,
+        stop: tuple[str, ...] = (), eos_ids: tuple[int, ...] = (),
+    ) -> None:  # fmt: skip
         self.prompt_tokens = prompt_tokens
-        self.completion_tokens = 0  # the end marker is not counted
+        self.completion_tokens = 0  # without the end token
         self.text = ""
         self.finish_reason: Literal["stop", "length"] = "stop"
         self._tokenizer = tokenizer
-        self._tokens = tokens
-        self._room = room
+        self._source = source
+        self._max_tokens = max_tokens
+        self._eos_ids = eos_ids
         self._stop = stop
+        self._stopped = False  # at a stop sequence
+        self._pieces = IncrementalDecoder(tokenizer)
+        self._pending = ""  # decoded but held back, because a stop sequence may start in it
 
     def __iter__(self) -> Iterator[str]:
-        pending = ""  # decoded but held back, because a stop text may begin in it
-        for piece in self._pieces():
-            pending += piece
-            cuts = [at for stop in self._stop if (at := pending.find(stop)) >= 0]
-            if cuts:
-                pending = pending[: min(cuts)]
-                self.finish_reason = "stop"
-                break
-            ready = len(pending) - _begun(pending, self._stop)
-            if ready:
-                yield self._emit(pending[:ready])
-                pending = pending[ready:]
-        if pending:
-            yield self._emit(pending)
+        try:
+            while not self._stopped and (tokens := self._source.take()):
+                yield from self._consume(tokens)
+            yield from self._close()
+        finally:
+            self.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        try:
+            while not self._stopped and (tokens := await self._source.take_async()):
+                for piece in self._consume(tokens):
+                    yield piece
+            for piece in self._close():
+                yield piece
+        finally:
+            self.cancel()
 
     def finish(self) -> Self:
-        """Work the answer out to its end."""
-        for _ in self:
-            pass
+        """Generate the whole answer."""
+        if self._stop:  # a stop sequence may end the answer at any piece
+            for _ in self:
+                pass
+        else:
+            self._set_tokens(self._source.take(whole=True))
         return self
 
-    def _emit(self, piece: str) -> str:
+    async def finish_async(self) -> Self:
+        """Like `finish`, without blocking the event loop."""
+        if self._stop:
+            async for _ in self:
+                pass
+        else:
+            self._set_tokens(await self._source.take_async(whole=True))
+        return self
+
+    def cancel(self) -> None:
+        """Cancel the generation."""
+        self._source.cancel()
+
+    def __del__(self) -> None:
+        self.cancel()
+
+    def _set_tokens(self, tokens: list[int]) -> None:
+        """Set the answer from all of its tokens at once, which is much faster than token by token."""
+        ids = [token for token in tokens if token not in self._eos_ids]
+        self.completion_tokens = len(ids)
+        self.text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        self.finish_reason = "length" if len(ids) >= self._max_tokens else "stop"
+
+    def _consume(self, tokens: list[int]) -> Iterator[str]:
+        """Add tokens and yield the text that is complete, up to a stop sequence."""
+        for token in tokens:
+            if self._stopped or token in self._eos_ids:
+                return
+            self.completion_tokens += 1
+            self._pending += self._pieces.add(token)
+            cuts = [at for stop in self._stop if (at := self._pending.find(stop)) >= 0]
+            if cuts:
+                self._pending, self._stopped = self._pending[: min(cuts)], True
+            elif ready := len(self._pending) - _partial_stop_length(self._pending, self._stop):
+                yield self._emit(ready)
+
+    def _close(self) -> Iterator[str]:
+        if not self._stopped:
+            self._pending += self._pieces.close()
+            self.finish_reason = "length" if self.completion_tokens >= self._max_tokens else "stop"
+        if self._pending:
+            yield self._emit(len(self._pending))
+
+    def _emit(self, length: int) -> str:
+        piece, self._pending = self._pending[:length], self._pending[length:]
         self.text += piece
         return piece
 
-    def _pieces(self) -> Iterator[str]:
-        """Yield whole characters: a token may end in the middle of one."""
-        from tokenizers.decoders import DecodeStream
 
-        stream = DecodeStream(skip_special_tokens=True)
-        ids: list[int] = []
-        decoded = 0
-        for token in self._tokens:
-            ids.append(token)
-            self.completion_tokens = len(ids)
-            if piece := stream.step(self._tokenizer, token):
-                decoded += len(piece)
-                yield piece
-        self.finish_reason = "length" if len(ids) >= self._room else "stop"
-        # An answer cut in the middle of a character ends in the replacement character.
-        if rest := self._tokenizer.decode(ids, skip_special_tokens=True)[decoded:]:
-            yield rest
+class IncrementalDecoder:
+    """Incremental detokenization into whole characters: a token may end in the middle of a UTF-8 character.
+
+    `tokenizers.decoders.DecodeStream` is not used because it fails on invalid UTF-8. Here such bytes become replacement
+    characters.
+    """
+
+    MAX_CHARACTER_TOKENS = 4  # a UTF-8 character has up to 4 bytes, each of which may be a token
+
+    def __init__(self, tokenizer: "Tokenizer") -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = self._read = 0  # token offsets: start of the decoded window, end of the emitted tokens
+
+    def add(self, token: int) -> str:
+        """Return the text that a token adds; an incomplete character is held back."""
+        self._ids.append(token)
+        text = self._text(self._start, len(self._ids))
+        if text.endswith(REPLACEMENT) and len(self._ids) - self._read < self.MAX_CHARACTER_TOKENS:
+            return ""
+        return self._take_new_text(text)
+
+    def close(self) -> str:
+        """Return the text held back; an incomplete character becomes the replacement character."""
+        return self._take_new_text(self._text(self._start, len(self._ids)))
+
+    def _take_new_text(self, text: str) -> str:
+        piece = text[len(self._text(self._start, self._read)) :]
+        if piece:
+            self._start, self._read = self._read, len(self._ids)
+        return piece
+
+    def _text(self, start: int, end: int) -> str:
+        text: str = self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)
+        return text
 
 
-def _begun(text: str, stops: tuple[str, ...]) -> int:
-    """Return how many characters at the end of a text could be the beginning of a stop text."""
+def _partial_stop_length(text: str, stops: tuple[str, ...]) -> int:
+    """Return how many characters at the end of a text could start a stop sequence."""
     longest = max((len(stop) - 1 for stop in stops), default=0)
     for length in range(min(longest, len(text)), 0, -1):
         if any(stop.startswith(text[-length:]) for stop in stops):

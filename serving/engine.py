@@ -1,44 +1,58 @@
-"""Run the exported models: `TextEngine` answers conversations, `MaskEngine` fills in names. No torch, no transformers.
+"""Inference on the exported models, without torch: `TextEngine` answers conversations, `MaskEngine` fills in names.
 
-Both read one plain folder of the package (`policy/`, `encoder/`). The service, the terminal chat and the chain's
-evaluation all use these classes, so what is measured is what answers.
+Each loads one folder of the package (`chat/`, `encoder/`). The service, the terminal chat and the pipeline's evaluation
+all use these classes, so the evaluation measures the served models.
 
-Every request has a generator of its own: with dynamic INT8 the activations of a whole batch share one scale, so that
-an answer worked out in a batch could depend on its neighbours. onnxruntime-genai keeps Python's lock during a step;
-requests that run at once therefore take turns, token by token, each step on all the threads that suit the model.
+Concurrent requests share one batch (`serving.batching`). Prompts are tokenized by `tokenizers`, as in training.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from serving import folders, names
+from serving.batching import Batch, Request
 from serving.decoding import Answer, Limits, Sampling
 from serving.errors import InputError
 
 if TYPE_CHECKING:
-    import onnxruntime_genai
+    from openvino import InferRequest
+    from openvino_genai import GenerationConfig
 
 Message = Mapping[str, str]
+Prompt = Sequence[Message] | str  # a conversation to answer, or plain text to continue
 ROLES = ("system", "user", "assistant")
 
 
-class TextEngine:
-    """A causal model in onnxruntime-genai's format, with its tokenizer and chat template."""
+class PreparedPrompt(NamedTuple):
+    """A prompt's token ids, its sampling settings, and the maximum number of new tokens."""
 
-    def __init__(self, folder: Path, threads: int | None = None) -> None:
-        config = folders.read_key(folder / "genai_config.json", "model")
+    ids: list[int]
+    sampling: Sampling
+    max_tokens: int
+
+
+class TextEngine:
+    """A causal model in OpenVINO's format, with its tokenizer and chat template.
+
+    `cache_blocks` is the size of the KV cache in blocks, by default the export's.
+    """
+
+    def __init__(self, folder: Path, threads: int | None = None, cache_blocks: int | None = None) -> None:
+        self.folder = folder
         limits = folder / "limits.json"
         self.limits = Limits(folders.read_key(limits, "context"), folders.read_key(limits, "max_new_tokens"))
         self.tokenizer = folders.load_tokenizer(folder)
-        ends = config["eos_token_id"]
-        self.ends = tuple(ends) if isinstance(ends, list) else (ends,)
-        self.begin: int = config["bos_token_id"]
-        self._template = folders.required(folder / "chat_template.jinja").read_text(encoding="utf-8")
-        self._model = folders.load_genai(folder, threads)
+        eos = folders.read_key(folder / "generation_config.json", "eos_token_id")
+        self.eos_ids: tuple[int, ...] = tuple(eos) if isinstance(eos, list) else (eos,)
+        bos = folders.read_key(folder / "config.json", "bos_token_id")
+        self.bos_id: int = self.eos_ids[0] if bos is None else bos  # the same fallback as `chat.encode_text`
+        self._template = folders.require_file(folder / "chat_template.jinja").read_text(encoding="utf-8")
+        self.batch = Batch(partial(folders.load_pipeline, folder, threads, cache_blocks))
 
     @cached_property
     def _render(self) -> Callable[..., str]:
@@ -46,120 +60,159 @@ class TextEngine:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse_turns
-        environment.globals["bos_token"] = self.tokenizer.id_to_token(self.begin)
-        environment.globals["eos_token"] = self.tokenizer.id_to_token(self.ends[0])
+        environment.globals["raise_exception"] = _raise_template_error
+        environment.globals["bos_token"] = self.tokenizer.id_to_token(self.bos_id)
+        environment.globals["eos_token"] = self.tokenizer.id_to_token(self.eos_ids[0])
         return environment.from_string(self._template).render
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Return the prompt's token ids: the conversation as the chat template writes it, open for an answer."""
+        """Return the prompt's token ids: the conversation rendered by the chat template, with the generation prompt."""
         check_messages(messages)
         for message in messages:
-            folders.refuse_reserved(self.tokenizer, message["content"])
+            folders.check_reserved_tokens(self.tokenizer, message["content"])
         text = self._render(messages=list(messages), add_generation_prompt=True)
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def start(self, messages: Sequence[Message], sampling: Sampling | None = None) -> Answer:
-        """Check a conversation and begin to answer it; iterate over the result for pieces of text as they come."""
-        return self._begun(self.encode(messages), sampling or Sampling())
+    def start(self, prompt: Prompt, sampling: Sampling | None = None) -> Answer:
+        """Validate a prompt and start to answer it; iterate over the result for pieces of text."""
+        [answer] = self.start_all([self.prepare(prompt, sampling or Sampling())])
+        return answer
 
-    def go_on(self, text: str, sampling: Sampling) -> Answer:
-        """Go on with a text that is no conversation, and return when that is complete."""
-        folders.refuse_reserved(self.tokenizer, text)
+    def prepare(self, prompt: Prompt, sampling: Sampling) -> PreparedPrompt:
+        """Validate and tokenize a prompt; raise InputError if it is invalid or too long."""
+        ids = self._encode_text(prompt) if isinstance(prompt, str) else self.encode(prompt)
+        return PreparedPrompt(ids, sampling, self.limits.allowed_new_tokens(len(ids), sampling.max_new_tokens))
+
+    def start_all(self, prompts: Sequence[PreparedPrompt]) -> list[Answer]:
+        """Start to answer prompts in one batch."""
+        return [
+            Answer(self.tokenizer, request, prompt.max_tokens, len(prompt.ids), prompt.sampling.stop, self.eos_ids)
+            for request, prompt in zip(self.submit_all(prompts), prompts, strict=True)
+        ]
+
+    def submit_all(self, prompts: Sequence[PreparedPrompt]) -> list[Request]:
+        """Submit prompts to the batch and return their requests."""
+        return self.batch.add([(prompt.ids, self._config(prompt.sampling, prompt.max_tokens)) for prompt in prompts])
+
+    def generate(self, prompt: Prompt, sampling: Sampling | None = None) -> Answer:
+        """Return the complete answer to a prompt."""
+        return self.start(prompt, sampling).finish()
+
+    def decode(self, prompt: Sequence[int], tokens: int) -> list[int]:
+        """Return exactly `tokens` greedy tokens after a prompt, ignoring end tokens. For benchmarks."""
+        config = self._config(Sampling(), tokens)
+        config.ignore_eos, config.stop_token_ids = True, set()
+        [request] = self.batch.add([(prompt, config)])
+        return request.take(whole=True)
+
+    def _encode_text(self, text: str) -> list[int]:
+        """Return the token ids of a plain text to continue."""
+        folders.check_reserved_tokens(self.tokenizer, text)
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return self._begun([self.begin, *ids], sampling).finish()
+        return [self.bos_id, *ids]
 
-    def _begun(self, prompt: Sequence[int], sampling: Sampling) -> Answer:
-        room = self.limits.room(len(prompt), sampling.max_new_tokens)
-        tokens = self._greedy(prompt, room) if sampling.temperature == 0 else self._drawn(prompt, room, sampling)
-        return Answer(self.tokenizer, self._until_end(tokens), room, len(prompt), sampling.stop)
+    def _config(self, sampling: Sampling, max_tokens: int) -> "GenerationConfig":
+        """Return the engine's config. Temperature is applied before `top_p`, as in OpenAI's API and Transformers."""
+        from openvino_genai import GenerationConfig
 
-    def generate(self, messages: Sequence[Message], sampling: Sampling | None = None) -> Answer:
-        """Answer a conversation and return when the answer is complete."""
-        return self.start(messages, sampling).finish()
-
-    def _generator(self, prompt: Sequence[int], room: int) -> "onnxruntime_genai.Generator":
-        import onnxruntime_genai
-
-        params = onnxruntime_genai.GeneratorParams(self._model)
-        params.set_search_options(max_length=len(prompt) + room, do_sample=False)
-        generator = onnxruntime_genai.Generator(self._model, params)
-        generator.append_tokens(np.array([prompt], np.int32))
-        return generator
-
-    def _greedy(self, prompt: Sequence[int], room: int) -> Iterator[int]:
-        generator = self._generator(prompt, room)
-        for _ in range(room):
-            generator.generate_next_token()
-            yield int(generator.get_next_tokens()[0])
-
-    def _drawn(self, prompt: Sequence[int], room: int, sampling: Sampling) -> Iterator[int]:
-        generator, draw = self._generator(prompt, room), sampling.generator()
-        for left in range(room, 0, -1):
-            logits = np.asarray(generator.get_logits())
-            token = sampling.pick(logits.reshape(-1, logits.shape[-1])[-1], draw)
-            yield token
-            if left > 1:
-                generator.append_tokens(np.array([token], np.int32))
-
-    def _until_end(self, tokens: Iterator[int]) -> Iterator[int]:
-        """Yield tokens up to the end of the answer."""
-        for token in tokens:
-            if token in self.ends:
-                return
-            yield token
+        config = GenerationConfig()
+        config.max_new_tokens, config.apply_chat_template = max_tokens, False
+        config.eos_token_id, config.stop_token_ids = self.eos_ids[0], set(self.eos_ids)
+        if sampling.temperature:
+            config.do_sample, config.rng_seed = True, sampling.resolve_seed()
+            config.temperature, config.top_p = sampling.temperature, sampling.top_p
+        return config
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Refuse a conversation that no answer can follow."""
+    """Raise InputError if a conversation is not one that ends with a user message."""
     if not messages:
         raise InputError("The conversation is empty: send at least one user message.", field="messages")
     for at, message in enumerate(messages, 1):
         if message["role"] not in ROLES:
             known = ", ".join(ROLES)
             raise InputError(f'Message {at} has the role "{message["role"]}"; known are {known}.', field="messages")
-        if not message["content"].strip():
-            raise InputError(f"Message {at} is empty: write something in it.", field="messages")
+        # The model's own answer may be empty: a stop sequence can match at its start.
+        if not message["content"].strip() and message["role"] != "assistant":
+            raise InputError(f"Message {at} is empty: add some text.", field="messages")
     if messages[-1]["role"] != "user":
         raise InputError("The last message must be the user's: it is the one that gets answered.", field="messages")
 
 
-def _refuse_turns(message: str) -> None:
-    """What chat templates call when they cannot write a conversation."""
-    raise InputError(f"The model's chat template refuses this conversation: {message}", field="messages")
+def _raise_template_error(message: str) -> None:
+    """The `raise_exception` of chat templates."""
+    raise InputError(f"The model's chat template rejects this conversation: {message}", field="messages")
 
 
 class MaskEngine:
-    """A masked model in ONNX format and the names that it may put in the place of a mask."""
+    """A masked language model in OpenVINO's format, with its candidate names."""
 
     def __init__(self, folder: Path, context: int, threads: int | None = None) -> None:
         self.tokenizer = folders.load_tokenizer(folder)
-        self.context = context  # in tokens; the tokenizer's, which policy and encoder share
-        self.codec = names.codec_of(self.tokenizer)
+        self.context = context  # in tokens
+        self.codec = names.make_codec(self.tokenizer)
         self.candidates = names.Candidates(folders.read_json(folder / "names.json"), self.codec)
-        self._session = folders.load_onnx(folder / "model.onnx", threads)
-        self._inputs = [entry.name for entry in self._session.get_inputs()]
-
-    def logits(self, ids: names.Ints, mask: names.Ints) -> names.Floats:
-        """Run the encoder: (rows, tokens) -> (rows, tokens, vocabulary)."""
-        feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-        return np.asarray(self._session.run(["logits"], {name: feeds[name] for name in self._inputs})[0])
+        self.logits = EncoderLogits(folder, threads)
 
     def fill(self, text: str, top: int = 5) -> list[list[names.NameScore]]:
-        """Return, for each [MASK] of a text in order, the `top` best names."""
-        folders.refuse_reserved(self.tokenizer, text, allowed=names.MASK)
-        places = []
-        for place in names.slots(text, self.codec):
-            self._check_length(place)  # before the next one is made: each is as long as the text
-            places.append(place)
-        return names.best(names.log_scores(self.logits, self.codec, self.candidates, places), self.candidates, top)
+        """Return the `top` best names for each [MASK] of a text, in order."""
+        folders.check_reserved_tokens(self.tokenizer, text, allowed=names.MASK)
+        slots = []
+        for slot in names.find_slots(text, self.codec):
+            self._check_length(slot)  # checked before the next slot is built: each is as long as the text
+            slots.append(slot)
+        return names.top_names(names.log_scores(self.logits, self.codec, self.candidates, slots), self.candidates, top)
 
-    def _check_length(self, place: names.Slot) -> None:
-        found = len(place.row(self.codec, self.candidates.longest(place.spaced)))
+    def _check_length(self, slot: names.Slot) -> None:
+        found = len(slot.row(self.codec, self.candidates.max_tokens(slot.spaced)))
         if found > self.context:
             raise InputError(
                 f"The input is too long: with room for the longest name it has {found} tokens, and {self.context} are "
                 "allowed. Shorten it.",
                 code="context_length_exceeded",
             )
+
+
+class EncoderLogits:
+    """A masked model as a function: ids and attention mask (rows, tokens) -> logits (rows, tokens, vocabulary)."""
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        self._model = folders.load_model(folder, threads)
+        self.threads = int(self._model.get_property("INFERENCE_NUM_THREADS"))
+        self._inputs = {name for entry in self._model.inputs for name in entry.names}
+        self._per_thread = threading.local()
+
+    def __call__(self, ids: names.Ints, mask: names.Ints) -> names.Floats:
+        """Run the encoder."""
+        feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        found = self._request.infer({name: feeds[name] for name in feeds if name in self._inputs})
+        return np.array(found["logits"])
+
+    @property
+    def _request(self) -> "InferRequest":
+        """This thread's infer request; a request is not thread-safe."""
+        if not hasattr(self._per_thread, "request"):
+            self._per_thread.request = self._model.create_infer_request()
+        request: InferRequest = self._per_thread.request
+        return request
+
+
+class DecoderLogits:
+    """An exported causal model as a function: ids (rows, tokens) -> logits (rows, tokens, vocabulary)."""
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        model = folders.load_model(folder, threads)
+        self._inputs = {name for entry in model.inputs for name in entry.names}
+        self._request = model.create_infer_request()
+
+    def __call__(self, ids: names.Ints) -> names.Floats:
+        """Run the decoder on whole texts; the KV cache is reset before each call."""
+        rows, tokens = ids.shape
+        feeds = {
+            "input_ids": ids, "attention_mask": np.ones_like(ids), "beam_idx": np.arange(rows, dtype=np.int32),
+            "position_ids": np.tile(np.arange(tokens, dtype=np.int64), (rows, 1)),
+        }  # fmt: skip
+        self._request.reset_state()
+        found = self._request.infer({name: feeds[name] for name in feeds if name in self._inputs})
+        return np.array(found["logits"])

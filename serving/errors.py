@@ -1,8 +1,8 @@
-"""Failures that a person can mend. Their text is one sentence for that person: what was found and what to do."""
+"""Errors for the user. Their message says what was found and what to do, without a traceback."""
 
 
 class ServingError(Exception):
-    """A failure that is told in its own words, without a traceback."""
+    """Base class of errors that are reported by their message alone."""
 
 
 class PackageError(ServingError):
@@ -10,7 +10,7 @@ class PackageError(ServingError):
 
 
 class InputError(ServingError):
-    """A request that cannot be answered as it stands; `field` names its part and `code` the kind of problem."""
+    """An invalid request: `field` names its faulty part, `code` the kind of error, `status` the HTTP status."""
 
     def __init__(self, message: str, *, field: str = "input", code: str = "invalid_value", status: int = 400) -> None:
         super().__init__(message)

@@ -1,54 +1,58 @@
-"""Read the folders of a package: JSON, tokenizers and models, each failure told as a sentence that names the file."""
+"""Load the files of a package: JSON, tokenizers and models. Errors name the file and the remedy."""
 
+import importlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serving.errors import InputError, PackageError
 
 if TYPE_CHECKING:
-    import onnxruntime
-    import onnxruntime_genai
+    from openvino import CompiledModel
+    from openvino_genai import ContinuousBatchingPipeline
     from tokenizers import Tokenizer
 
 REMEDY = "Run `bessemer run` to make the package again."
-# Without VNNI, x86 adds products of 8-bit numbers up in 16 bits, which overflow: so asked, ONNX Runtime takes unsigned
-# weights there, which do not, at the same speed. Elsewhere it changes nothing.
-EXACT = {"session.x64quantprecision": "1"}
+GRAPH_FILE, WEIGHTS_FILE = "openvino_model.xml", "openvino_model.bin"
+ENGINE_FILE = "engine.json"  # inference settings, written by `tasks.quantize`
+MAX_BATCH_REQUESTS = 16  # in one batch; further requests wait
+# Activations and KV cache in float32 on every CPU. Otherwise an answer would depend on the other rows of its batch.
+FLOAT32_OPTIONS = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "KV_CACHE_PRECISION": "f32"}
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use: containers and job schedulers often give fewer than there are."""
+    """Return the number of cores that this process may use; containers and job schedulers often restrict it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def useful_threads(model: Path) -> int:
-    """Return how many threads suit a model's file: one for each 16 MB of weights, up to the cores there are.
+    """Return the number of threads for a model file: one per 16 MB of weights, up to the available cores.
 
-    Below that a thread waits for the others about as long as it computes: at 2 MB two threads answer a quarter faster
-    than one on a quiet machine, and at a third of its speed on a busy one (benchmarks/LOG.md).
+    Smaller models lose more to synchronization than they gain: at 2 MB, two threads are a quarter faster than one on an
+    idle machine and run at a third of its speed on a busy one (benchmarks/LOG.md).
     """
-    return min(available_cores(), max(1, required(model).stat().st_size // 2**24))
+    return min(available_cores(), max(1, require_file(model).stat().st_size // 2**24))
 
 
-def required(path: Path) -> Path:
-    """Return the path of a file, or say that the package lacks it."""
+def require_file(path: Path) -> Path:
+    """Return the path of a file; raise PackageError if it does not exist."""
     if not path.is_file():
         raise PackageError(f"The package is incomplete: {path} is missing. {REMEDY}")
     return path
 
 
 def read_json(path: Path) -> Any:
-    """Read one of a package's JSON files."""
+    """Read a JSON file of a package; raise PackageError if it is missing or invalid."""
     try:
-        return json.loads(required(path).read_text(encoding="utf-8"))
+        return json.loads(require_file(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise PackageError(f"{path} is not valid JSON ({error}). {REMEDY}") from None
 
 
 def read_key(path: Path, key: str) -> Any:
-    """Read one entry of a JSON file that holds an object."""
+    """Return one entry of a JSON file that contains an object; raise PackageError if there is none."""
     content = read_json(path)
     if not isinstance(content, dict) or key not in content:
         raise PackageError(f'{path} has no entry "{key}". {REMEDY}')
@@ -59,45 +63,63 @@ def load_tokenizer(folder: Path) -> "Tokenizer":
     """Load a folder's tokenizer.json."""
     from tokenizers import Tokenizer
 
-    path = required(folder / "tokenizer.json")
+    path = require_file(folder / "tokenizer.json")
     try:
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # nothing narrower is raised
+    except Exception as error:  # `tokenizers` raises plain Exception
         raise PackageError(f"{path} cannot be loaded ({error}). {REMEDY}") from None
 
 
-def refuse_reserved(tokenizer: "Tokenizer", text: str, allowed: str | None = None) -> None:
-    """Refuse text that spells a control token: it would open a turn of its own, or close the one it stands in."""
+def check_reserved_tokens(tokenizer: "Tokenizer", text: str, allowed: str | None = None) -> None:
+    """Raise InputError if a text contains a control token, which could open or close a chat turn."""
     for token in tokenizer.get_added_tokens_decoder().values():
         if token.special and token.content in text and token.content != allowed:
-            raise InputError(
-                f"The text contains {token.content}, which is reserved for the model itself. Leave it out."
-            )
+            raise InputError(f"The text contains {token.content}, which is reserved for the model itself. Remove it.")
 
 
-def load_onnx(path: Path, threads: int | None) -> "onnxruntime.InferenceSession":
-    """Load an ONNX model on the CPU, by default on as many threads as suit its size."""
-    import onnxruntime
+def import_openvino() -> Any:
+    """Import OpenVINO without its telemetry, which reports the import to Google Analytics."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # its import fails, and OpenVINO uses a stub
+    return importlib.import_module("openvino")
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or useful_threads(path)
-    for name, value in EXACT.items():
-        options.add_session_config_entry(name, value)
+
+def load_model(folder: Path, threads: int | None) -> "CompiledModel":
+    """Compile an exported model for the CPU, by default on `useful_threads` threads."""
+    path, options = require_file(folder / GRAPH_FILE), openvino_options(folder, threads)
     try:
-        return onnxruntime.InferenceSession(str(required(path)), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # a class of its own for each kind of failure, and no common one above them
-        raise PackageError(f"{path} cannot be loaded ({error}). {REMEDY}") from None
-
-
-def load_genai(folder: Path, threads: int | None) -> "onnxruntime_genai.Model":
-    """Load a folder in onnxruntime-genai's format, by default on as many threads as suit the model's size."""
-    import onnxruntime_genai
-
-    required(folder / "genai_config.json")
-    options = {"intra_op_num_threads": threads or useful_threads(folder / "model.onnx"), **EXACT}
-    try:
-        config = onnxruntime_genai.Config(str(folder))
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-        return onnxruntime_genai.Model(config)
+        model: CompiledModel = import_openvino().compile_model(str(path), "CPU", options)
     except RuntimeError as error:
-        raise PackageError(f"The model in {folder} cannot be loaded ({error}). {REMEDY}") from None
+        raise _load_error(folder, error) from None
+    return model
+
+
+def load_pipeline(folder: Path, threads: int | None, cache_blocks: int | None) -> "ContinuousBatchingPipeline":
+    """Load a decoder on the CPU, by default on `useful_threads` threads.
+
+    The KV cache has `cache_blocks` blocks, by default the number in the export's engine.json.
+    """
+    options = openvino_options(folder, threads)
+    import_openvino()
+    from openvino_genai import ContinuousBatchingPipeline, SchedulerConfig
+
+    config = SchedulerConfig()
+    config.max_num_seqs, config.cache_size = MAX_BATCH_REQUESTS, 0
+    config.num_kv_blocks = cache_blocks or read_key(folder / ENGINE_FILE, "cache_blocks")
+    config.enable_prefix_caching = False  # otherwise an answer would depend on earlier requests
+    try:
+        return ContinuousBatchingPipeline(str(folder), config, "CPU", options)
+    except RuntimeError as error:
+        raise _load_error(folder, error) from None
+
+
+def openvino_options(folder: Path, threads: int | None) -> dict[str, Any]:
+    """Return OpenVINO's properties: the number of threads and, if the export asks for it, float32 throughout."""
+    options = {
+        "INFERENCE_NUM_THREADS": threads or useful_threads(require_file(folder / WEIGHTS_FILE)),
+        "ENABLE_CPU_PINNING": False,
+    }
+    return options | (FLOAT32_OPTIONS if read_key(folder / ENGINE_FILE, "exact") else {})
+
+
+def _load_error(folder: Path, error: RuntimeError) -> PackageError:
+    return PackageError(f"The model in {folder} cannot be loaded ({error}). {REMEDY}")

@@ -1,9 +1,9 @@
-"""OpenAI's chat API over what is served: `POST /v1/chat/completions`, streamed or not, and `GET /v1/models`."""
+"""OpenAI-compatible API: `POST /v1/chat/completions`, streamed or not, and `GET /v1/models`."""
 
 import json
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from starlette.concurrency import run_in_threadpool
@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from serving.decoding import Answer
 from serving.errors import InputError
-from serving.intake import naming, refusal
+from serving.middleware import error_response, model_header, openai_error
 from serving.package import choose
 from serving.requests import ChatRequest, parse
 
@@ -24,26 +24,27 @@ if TYPE_CHECKING:
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
     try:
-        asked = parse(ChatRequest, await request.body())
-        chosen = choose(request.app.state.models, asked.model)
-        messages = [message.plain() for message in asked.messages]
-        answer = await run_in_threadpool(chosen.text.start, messages, asked.sampling())
+        body = parse(ChatRequest, await request.body())
+        chosen = choose(request.app.state.models, body.model)
+        messages = [message.to_dict() for message in body.messages]
+        answer = await run_in_threadpool(chosen.text.start, messages, body.sampling())
+        if not body.stream:
+            await answer.finish_async()
     except InputError as error:
-        return refusal(_renamed(error), request.url.path)
+        return error_response(_with_openai_names(error), request.url.path)
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chosen.tag}
-    if asked.stream:
-        usage = asked.stream_options is not None and asked.stream_options.include_usage
+    if body.stream:
+        usage = body.stream_options is not None and body.stream_options.include_usage
         events = _events(answer, head, usage)
-        return StreamingResponse(events, media_type="text/event-stream", headers=naming(chosen.tag))
-    await run_in_threadpool(answer.finish)
+        return StreamingResponse(events, media_type="text/event-stream", headers=model_header(chosen.tag))
     message = {"role": "assistant", "content": answer.text, "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
     whole = {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(answer)}
-    return JSONResponse(whole, headers=naming(chosen.tag))
+    return JSONResponse(whole, headers=model_header(chosen.tag))
 
 
-def _renamed(error: InputError) -> InputError:
-    """Name fields as OpenAI's request does."""
+def _with_openai_names(error: InputError) -> InputError:
+    """Return an error with the field names of OpenAI's API."""
     field = {"input": "messages", "max_new_tokens": "max_tokens"}.get(error.field, error.field)
     message = str(error).replace('"max_new_tokens"', '"max_tokens"')
     return InputError(message, field=field, code=error.code, status=error.status)
@@ -54,16 +55,20 @@ def _usage(answer: Answer) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _events(answer: Answer, head: dict[str, Any], usage: bool) -> Iterator[str]:
-    """Yield the server-sent events of one answer: its role, its pieces, how it ended, and on request the counts."""
+async def _events(answer: Answer, head: dict[str, Any], usage: bool) -> AsyncIterator[str]:
+    """Yield the server-sent events of one answer: role, pieces, finish reason and, if `usage`, the token counts."""
     head = {**head, "object": "chat.completion.chunk", **({"usage": None} if usage else {})}
 
     def chunk(delta: dict[str, str], finish: str | None = None) -> str:
         return _event({**head, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]})
 
     yield chunk({"role": "assistant", "content": ""})
-    for piece in answer:
-        yield chunk({"content": piece})
+    try:
+        async for piece in answer:
+            yield chunk({"content": piece})
+    except InputError as error:  # from the engine, after the status line was sent
+        yield _event({"error": openai_error(error)})
+        return
     yield chunk({}, answer.finish_reason)
     if usage:
         yield _event({**head, "choices": [], "usage": _usage(answer)})
@@ -75,9 +80,9 @@ def _event(content: dict[str, Any]) -> str:
 
 
 async def models(request: Request) -> Response:
-    """List what is served, each model under its tag and under a name that stays."""
-    held: dict[str, Model] = request.app.state.models
-    rows = [_model(name, entry) for entry in held.values() for name in (entry.tag, entry.name)]
+    """List the chat models, each under its tag and under its stable name."""
+    served: dict[str, Model] = request.app.state.models
+    rows = [_model(name, entry) for entry in served.values() if entry.has_chat for name in (entry.tag, entry.name)]
     return JSONResponse({"object": "list", "data": rows})
 
 
@@ -87,8 +92,8 @@ async def model(request: Request) -> Response:
     try:
         found = choose(request.app.state.models, name)
     except InputError as error:
-        return refusal(error, request.url.path)
-    return JSONResponse(_model(name, found), headers=naming(found.tag))
+        return error_response(error, request.url.path)
+    return JSONResponse(_model(name, found), headers=model_header(found.tag))
 
 
 def _model(name: str, model: "Model") -> dict[str, Any]:
@@ -96,9 +101,9 @@ def _model(name: str, model: "Model") -> dict[str, Any]:
 
 
 async def unknown(request: Request) -> Response:
-    """Answer any other address beneath /v1."""
+    """Answer any other path under /v1 with status 404."""
     message = f"There is no {request.method} {request.url.path}; see /docs.json and the page at /api."
-    return refusal(InputError(message, field="path", code="unknown_url", status=404), request.url.path)
+    return error_response(InputError(message, field="path", code="unknown_url", status=404), request.url.path)
 
 
 ROUTES = [

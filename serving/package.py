@@ -1,9 +1,10 @@
-"""Find and open what is served: the package and, beside it, other models that a person wants to compare with it.
+"""Find and open the served models: the package, and further models to compare with it.
 
-The package is a plain folder with the exported models and what they were made from. `BESSEMER_PACKAGE` names it;
-without it, it is `data/package` beside this code, in the repository as inside a Bento, which carries a copy of it at
-the same place. `BESSEMER_MODELS` names further models as a JSON object, name to folder (`bessemer serve --with` sets
-it); such a folder is a package without an encoder: `policy/` and `provenance.json`. A Bento has its package alone.
+The package is a plain folder with the exported models and their provenance. `BESSEMER_PACKAGE` names it; the default is
+`data/package` beside this code, both in the repository and in a Bento, which contains a copy at that path.
+`BESSEMER_MODELS` names further models as a JSON object, name to folder (`bessemer serve --with` sets it); each folder
+is a package with `chat/` and `provenance.json`. A Bento contains only its package. A package contains a chat model
+(`chat/`), an encoder (`encoder/`), or both; requests for a missing part get status 404.
 """
 
 import json
@@ -20,72 +21,96 @@ from serving.errors import InputError, PackageError
 if TYPE_CHECKING:
     from serving.engine import MaskEngine, TextEngine
 
-VARIABLE = "BESSEMER_PACKAGE"
-OTHERS = "BESSEMER_MODELS"
-PACKAGED = "bessemer"  # the packaged model's name here, whatever it was made from: clients need not follow its tag
+PACKAGE_VARIABLE = "BESSEMER_PACKAGE"
+MODELS_VARIABLE = "BESSEMER_MODELS"
+PARTS = ("chat", "encoder")
+PACKAGED_NAME = "bessemer"  # stable name of the packaged model, so that clients need not know its tag
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model that answers conversations: its name here, its tag, where it came from, and its engine, once used."""
+    """A served model: name, tag, provenance, and a lazily loaded engine.
+
+    The folder's metadata is read once, because the folder may be rewritten while the model is served.
+    """
 
     name: str
     folder: Path
     tag: str
     provenance: dict[str, Any]
-    created: int  # seconds since 1970; taken once, because the folder may be made anew while this model is served
+    created: int  # Unix time in seconds
+    parts: tuple[str, ...] = ("chat",)  # of PARTS
+
+    @property
+    def has_chat(self) -> bool:
+        """Whether it has a chat model; a package may contain only an encoder."""
+        return "chat" in self.parts
 
     @cached_property
     def text(self) -> "TextEngine":
-        """The decoder: it answers conversations."""
+        """The engine of the chat model; raises InputError if there is none."""
         from serving.engine import TextEngine
 
-        return TextEngine(self.folder / "policy")
+        if not self.has_chat:
+            raise InputError(
+                "The package contains no chat model, only an encoder: use POST /fill-mask.", field="model",
+                code="no_chat_model", status=404,
+            )  # fmt: skip
+        return TextEngine(self.folder / "chat")
 
 
 @dataclass(frozen=True)
 class Package(Model):
-    """The packaged model, with the encoder that stands beside it."""
+    """The packaged model: a chat model, an encoder, or both."""
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether it has an encoder; a package may contain only a chat model."""
+        return "encoder" in self.parts
 
     @cached_property
     def masks(self) -> "MaskEngine":
-        """The encoder: it fills in names."""
+        """The engine of the encoder; raises InputError if there is none."""
         from serving.engine import MaskEngine
 
-        context = folders.read_key(self.folder / "policy/limits.json", "context")
+        if not self.has_encoder:
+            raise InputError(
+                "The package contains no encoder, only a chat model: use POST /generate.",
+                code="no_encoder", status=404,
+            )  # fmt: skip
+        context = folders.read_key(self.folder / "encoder/limits.json", "context")
         return MaskEngine(self.folder / "encoder", context)
 
 
 def package_folder() -> Path:
-    """Return the folder that is served, whether or not it is there."""
-    chosen = os.environ.get(VARIABLE)
+    """Return the folder of the served package; it need not exist."""
+    chosen = os.environ.get(PACKAGE_VARIABLE)
     return Path(chosen).resolve() if chosen else ROOT / "data" / "package"
 
 
 def open_package(folder: Path | None = None) -> Package:
-    """Open a package; without a folder, the one that is served here."""
+    """Open a package, by default the served one; raise PackageError if it is missing or incomplete."""
     folder = folder or package_folder()
     if not folder.is_dir():
-        chosen = f" ({VARIABLE} names it)" if os.environ.get(VARIABLE) else ""
+        chosen = f" ({PACKAGE_VARIABLE} names it)" if os.environ.get(PACKAGE_VARIABLE) else ""
         raise PackageError(f"There is no package at {folder}{chosen}. Run `bessemer run` to make one.")
-    folders.required(folder / "encoder/model.onnx")
-    return Package(PACKAGED, folder, *_described(folder))
+    return Package(PACKAGED_NAME, folder, *_read_description(folder))
 
 
 def open_models(package: Package) -> dict[str, Model]:
-    """Return every model that is to answer here by its name: the package first, then those that `OTHERS` names."""
+    """Return all served models by name: the package first, then those of `BESSEMER_MODELS`."""
     models: dict[str, Model] = {package.name: package}
-    for name, folder in _others().items():
+    for name, folder in _other_models().items():
         path = Path(folder)
         if not path.is_dir():
-            raise PackageError(f"There is no model {name!r} at {path} ({OTHERS} names it).")
-        models[name] = Model(name, path, *_described(path))
+            raise PackageError(f"There is no model {name!r} at {path} ({MODELS_VARIABLE} names it).")
+        models[name] = Model(name, path, *_read_description(path))
     return models
 
 
 def choose(models: Mapping[str, Model], name: str | None) -> Model:
-    """Return the model of a name or of a tag, the packaged one where none is named; InputError: there is none."""
+    """Return the model with a name or tag, the packaged one for None; raise InputError if there is none."""
     for model in models.values():
         if name in (None, model.name, model.tag):
             return model
@@ -94,24 +119,31 @@ def choose(models: Mapping[str, Model], name: str | None) -> Model:
     raise InputError(message, field="model", code="model_not_found", status=404)
 
 
-def _described(folder: Path) -> tuple[str, dict[str, Any], int]:
-    """Return a folder's tag, its provenance and when it was made."""
+def _read_description(folder: Path) -> tuple[str, dict[str, Any], int, tuple[str, ...]]:
+    """Return a folder's tag, provenance, creation time and parts."""
     path = folder / "provenance.json"
     provenance, tag = folders.read_json(path), folders.read_key(path, "model")
-    folders.required(folder / "policy/model.onnx")
-    return tag, provenance, int(path.stat().st_mtime)
+    parts = tuple(part for part in PARTS if _has_part(folder, part))
+    for part in parts or PARTS[:1]:
+        folders.require_file(folder / part / folders.GRAPH_FILE)
+    return tag, provenance, int(path.stat().st_mtime), parts
 
 
-def _others() -> dict[str, str]:
-    text = os.environ.get(OTHERS) or "{}"
+def _has_part(folder: Path, part: str) -> bool:
+    """Return whether a package has a part; an absent part has no folder or an empty one."""
+    return (folder / part).is_dir() and any((folder / part).iterdir())
+
+
+def _other_models() -> dict[str, str]:
+    text = os.environ.get(MODELS_VARIABLE) or "{}"
     try:
         others = json.loads(text)
     except ValueError:
         others = None
     good = isinstance(others, dict) and all(isinstance(folder, str) and name for name, folder in others.items())
-    if not good or PACKAGED in others:
+    if not good or PACKAGED_NAME in others:
         raise PackageError(
-            f"{OTHERS} must be a JSON object that gives a folder for each name, none of them {PACKAGED!r}; found "
-            f"{text!r}. `bessemer serve --with NAME` sets it rightly."
+            f"{MODELS_VARIABLE} must be a JSON object from names to folders, without the name {PACKAGED_NAME!r}; found "
+            f"{text!r}. `bessemer serve --with NAME` sets it."
         )
     return dict(others)

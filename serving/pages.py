@@ -1,7 +1,7 @@
-"""What people open in a browser: chat (`/`), ranking (`/rank`), lineage (`/provenance`), help for programs (`/api`).
+"""The web pages: chat (`/`), ranking (`/rank`), lineage (`/provenance`) and API help (`/api`).
 
-The pages are files of our own in `serving/web/`, without a build step and without anything from elsewhere. Their
-Content-Security-Policy lets no other script run, and no text become HTML: scripts can only insert text.
+The pages are the files in `serving/web/`, without a build step or external resources. Their Content-Security-Policy
+allows no other scripts, and trusted types keep the scripts from inserting HTML.
 """
 
 from functools import cache
@@ -14,9 +14,9 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from serving.errors import InputError
-from serving.feedback_api import opened, written
-from serving.intake import naming, refusal
-from serving.judgements import FEWEST, MOST, Answer, FeedbackError
+from serving.feedback.api import require_store, run_blocking
+from serving.feedback.judgements import MAX_ANSWERS, MIN_ANSWERS, Answer, FeedbackError
+from serving.middleware import error_response, model_header
 from serving.package import choose
 
 if TYPE_CHECKING:
@@ -34,16 +34,16 @@ HEADERS = {
     ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # asked again each time, so that a newer service's pages are seen at once
+    "Cache-Control": "no-cache",  # always revalidated, so that a new version is shown at once
 }
-HASH_DIGITS = 12  # of a hash where it is shown to people; the whole one is in its title
+HASH_DIGITS = 12  # shown of a hash; the full hash is in the tooltip
 
 
 class Assets(StaticFiles):
-    """The pages' styles and scripts."""
+    """Static files: styles and scripts."""
 
     async def get_response(self, path: str, scope: "Scope") -> Response:
-        """Serve a file under the same headers as the pages."""
+        """Serve a file with the headers of the pages."""
         response = await super().get_response(path, scope)
         response.headers.update(HEADERS)
         return response
@@ -66,49 +66,49 @@ def page(name: str, request: Request, status: int = 200, **values: Any) -> Respo
 
 
 async def chat(request: Request) -> Response:
-    """Show the page to talk to the models on."""
+    """Render the chat page."""
     return page("chat.html", request)
 
 
 async def rank(request: Request) -> Response:
-    """Show the page to rank answers on."""
-    return page("rank.html", request, counts=range(FEWEST, MOST + 1))
+    """Render the ranking page."""
+    return page("rank.html", request, counts=range(MIN_ANSWERS, MAX_ANSWERS + 1))
 
 
 async def api(request: Request) -> Response:
-    """Tell how programs ask what answers here."""
+    """Render the API help page."""
     package: Package = request.app.state.package
     return page(
         "api.html",
         request,
-        limits=package.text.limits,
-        names=len(package.masks.candidates.names),
+        limits=package.text.limits if package.has_chat else None,
+        names=len(package.masks.candidates.names) if package.has_encoder else 0,
     )
 
 
 async def provenance(request: Request) -> Response:
-    """Tell what a model was made from: to a browser as a page, to everybody else as JSON.
+    """Return a model's provenance: a page for browsers, JSON otherwise.
 
-    `?model=` names another model than the packaged one; `?answer=` the one that gave an answer, by the answer's id.
+    `?model=` selects a model by name or tag, `?answer=` the model of an answer by the answer's id.
     """
-    readable = "text/html" in request.headers.get("accept", "")
+    wants_html = "text/html" in request.headers.get("accept", "")
     try:
         answer = await _answer(request)
         model = choose(request.app.state.models, answer.model if answer else request.query_params.get("model"))
     except (InputError, FeedbackError) as error:
         found = error if isinstance(error, InputError) else InputError(str(error), status=503)
-        return page("problem.html", request, found.status, problem=str(error)) if readable else refusal(found)
-    headers = {**naming(model.tag), "Vary": "Accept"}
-    if not readable:
+        return page("problem.html", request, found.status, problem=str(error)) if wants_html else error_response(found)
+    headers = {**model_header(model.tag), "Vary": "Accept"}
+    if not wants_html:
         return JSONResponse(model.provenance, headers=headers)
-    shown = page("lineage.html", request, model=model, answer=answer, made=model.provenance, digits=HASH_DIGITS)
-    shown.headers.update(headers)
-    return shown
+    response = page("lineage.html", request, model=model, answer=answer, made=model.provenance, digits=HASH_DIGITS)
+    response.headers.update(headers)
+    return response
 
 
 async def _answer(request: Request) -> Answer | None:
     identifier = request.query_params.get("answer")
-    return None if identifier is None else await written(opened(request).answer, identifier)
+    return None if identifier is None else await run_blocking(require_store(request).answer, identifier)
 
 
 ROUTES = [

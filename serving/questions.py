@@ -1,19 +1,19 @@
-"""The questions whose answers people are asked to rank: one a line in `questions.txt`, in the folder of the store.
+"""The queue of questions for ranking: one per line in `questions.txt`, in the folder of the store.
 
-The file is read again when it has changed; lines that begin with `#` are comments. A question waits until somebody
-has ranked answers to it. Whoever asks gets one of those with the fewest rankings that he neither ranked nor skipped.
+The file is read again when it changes; lines that start with `#` are comments. A question is waiting until it has a
+ranking. An annotator gets a question with the fewest rankings that they have not ranked or skipped.
 """
 
 import json
 from collections.abc import Sequence
 from typing import Any
 
-from serving.feedback import Message, Store, now, packed_prompt
-from serving.judgements import FeedbackError, check_id
+from serving.feedback.judgements import FeedbackError, check_id
+from serving.feedback.store import Message, Store, canonical_prompt, now
 
 FILE = "questions.txt"
 
-NEXT = """
+NEXT_QUERY = """
 SELECT questions.prompt FROM questions WHERE
   NOT EXISTS (SELECT 1 FROM rankings
               WHERE withdrawn IS NULL AND rankings.prompt = questions.prompt AND annotator = :annotator)
@@ -21,7 +21,7 @@ SELECT questions.prompt FROM questions WHERE
 ORDER BY (SELECT count(*) FROM rankings WHERE withdrawn IS NULL AND rankings.prompt = questions.prompt), random()
 LIMIT 1
 """
-WAITING = """
+WAITING_QUERY = """
 SELECT count(*) FROM questions WHERE
   NOT EXISTS (SELECT 1 FROM rankings WHERE withdrawn IS NULL AND rankings.prompt = questions.prompt)
 """
@@ -33,47 +33,49 @@ class Questions:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.path = store.path.with_name(FILE)
-        self._read: tuple[int, int] | None = None  # when the file that was read last had changed, and its size
+        self._last_stamp: tuple[int, int] | None = None  # mtime in ns and size of the file when it was last read
 
     def refresh(self) -> None:
-        """Take the file's questions over where it has changed; without a file there are none."""
+        """Reload the file if it changed; without a file the queue is empty."""
         try:
             state = self.path.stat()
             stamp = (state.st_mtime_ns, state.st_size)
-            lines = [] if stamp == self._read else self.path.read_text(encoding="utf-8-sig").splitlines()
+            lines = [] if stamp == self._last_stamp else self.path.read_text(encoding="utf-8-sig").splitlines()
         except FileNotFoundError:
             stamp, lines = (0, 0), []
         except (OSError, UnicodeDecodeError) as error:
-            raise FeedbackError(f"{self.path} cannot be read as UTF-8 text ({error}): mend or remove it.") from None
-        if stamp == self._read:
+            raise FeedbackError(f"{self.path} cannot be read as UTF-8 text ({error}): fix or remove it.") from None
+        if stamp == self._last_stamp:
             return
-        asked = (line.strip() for line in lines)
+        stripped = (line.strip() for line in lines)
         prompts = dict.fromkeys(
-            packed_prompt([{"role": "user", "content": line}]) for line in asked if line and not line.startswith("#")
+            canonical_prompt([{"role": "user", "content": line}])
+            for line in stripped
+            if line and not line.startswith("#")
         )
-        with self.store.change() as change:
-            change.execute("DELETE FROM questions")
-            change.executemany("INSERT INTO questions (prompt) VALUES (?)", ((prompt,) for prompt in prompts))
-        self._read = stamp
+        with self.store.transaction() as connection:
+            connection.execute("DELETE FROM questions")
+            connection.executemany("INSERT INTO questions (prompt) VALUES (?)", ((prompt,) for prompt in prompts))
+        self._last_stamp = stamp
 
     def next(self, annotator: str) -> list[dict[str, str]] | None:
-        """Return the prompt that this annotator should rank answers to, or None where none is left."""
+        """Return the next prompt for an annotator, or None if none is left."""
         check_id("annotator", annotator)
-        found = self.store.rows(NEXT, {"annotator": annotator})
+        found = self.store.fetch_all(NEXT_QUERY, {"annotator": annotator})
         prompt: list[dict[str, str]] | None = json.loads(found[0]["prompt"]) if found else None
         return prompt
 
     def skip(self, prompt: Sequence[Message], annotator: str) -> None:
-        """Never offer a question to this annotator again; one that is not in the file is none to be offered."""
+        """Never offer a question to this annotator again. Questions that are not in the file are ignored."""
         check_id("annotator", annotator)
-        with self.store.change() as change:
-            change.execute(
+        with self.store.transaction() as connection:
+            connection.execute(
                 "INSERT INTO skips SELECT ?, prompt, ? FROM questions WHERE prompt = ? ON CONFLICT DO NOTHING",
-                (annotator, now(), packed_prompt(prompt)),
+                (annotator, now(), canonical_prompt(prompt)),
             )
 
     def progress(self) -> dict[str, Any]:
-        """Return how many questions there are and how many wait for their first ranking."""
-        [[questions]] = self.store.rows("SELECT count(*) FROM questions")
-        [[waiting]] = self.store.rows(WAITING)
+        """Return the number of questions and of those without a ranking."""
+        [[questions]] = self.store.fetch_all("SELECT count(*) FROM questions")
+        [[waiting]] = self.store.fetch_all(WAITING_QUERY)
         return {"questions": questions, "waiting": waiting}

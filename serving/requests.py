@@ -1,7 +1,7 @@
-"""What a request may hold, and the sentence that answers one that does not.
+"""Request schemas and their error messages.
 
-The models here are what `/docs.json` shows. Ranges that concern the model itself (tokens, temperature) are checked
-where they are used: `serving.decoding`.
+`/docs.json` is generated from these models. Ranges of sampling settings (tokens, temperature) are checked in
+`serving.decoding`.
 """
 
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ from serving.errors import InputError
 
 MAX_NAMES = 100
 
-# What clients of OpenAI's API send by habit, with the values that ask for nothing special. Anything else in these
-# fields would change the answer in a way that is not offered here; other unknown fields are for bookkeeping.
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+# OpenAI parameters that are not supported, with the values that have no effect. Other values are rejected, because they
+# would change the answer. Unknown fields that are not listed here are ignored.
+NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
     "logprobs": (False,),
     "top_logprobs": (0,),
@@ -35,17 +35,17 @@ Model = TypeVar("Model", bound=BaseModel)
 
 def _not_blank(value: str) -> str:
     if not value.strip():
-        raise PydanticCustomError("blank", "is empty: write something in it")
+        raise PydanticCustomError("blank", "is empty: add some text")
     return value
 
 
-def _joined(value: Any) -> Any:
-    """Join the text parts of a message; other parts (images, sound) cannot be read here."""
+def _join_text_parts(value: Any) -> Any:
+    """Join the text parts of a message; reject other parts (images, audio)."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in value):
         return "".join(part["text"] for part in value)
-    raise PydanticCustomError("content", "must be a text or a list of text parts")
+    raise PydanticCustomError("content", "must be a string or a list of text parts")
 
 
 def _as_tuple(value: Any) -> Any:
@@ -58,23 +58,23 @@ Text = Annotated[str, AfterValidator(_not_blank)]
 
 
 class Body(BaseModel):
-    """A request body: nothing is converted and nothing unknown is let through."""
+    """Base of request bodies: no type coercion, no unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
 class GenerateRequest(Body):
-    """One question for a model."""
+    """One question."""
 
-    input: Text = Field(description="What to answer", examples=["What is the capital of Peru?"])
-    max_new_tokens: int | None = Field(None, description="Most tokens of the answer; by default all that are allowed")
-    temperature: float = Field(0.0, description="0 takes the likeliest token each time; up to 2 for more variety")
-    top_p: float = Field(1.0, description="Draw from the likeliest tokens that make up this share of probability")
-    seed: int | None = Field(None, description="The same seed draws the same answer")
-    model: str | None = Field(None, description="Name or tag of one of /v1/models; by default the packaged model")
+    input: Text = Field(description="The question", examples=["What is the capital of Peru?"])
+    max_new_tokens: int | None = Field(None, description="Maximum number of new tokens; default: the model's limit")
+    temperature: float = Field(0.0, description="Sampling temperature from 0 (greedy) to 2")
+    top_p: float = Field(1.0, description="Nucleus sampling: cumulative probability of the tokens to sample from")
+    seed: int | None = Field(None, description="The same seed gives the same answer")
+    model: str | None = Field(None, description="Name or tag of one of /v1/models; default: the packaged model")
 
     def sampling(self) -> Sampling:
-        """Return how the answer is to be drawn."""
+        """Return the sampling settings."""
         return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.seed)
 
 
@@ -85,7 +85,7 @@ class GenerateAnswer(BaseModel):
 
 
 class MaskRequest(Body):
-    """A text in which names are hidden."""
+    """A text with masked names."""
 
     input: Text = Field(
         description="Text with [MASK] where a name belongs", examples=["The capital of [MASK] is Paris."]
@@ -96,15 +96,15 @@ class MaskRequest(Body):
 class MaskName(BaseModel):
     """One name for one mask."""
 
-    mask: int = Field(description="Which [MASK] of the text, counted from 1")
+    mask: int = Field(description="Number of the [MASK] in the text, from 1")
     name: str = Field(description="The name")
-    score: float = Field(description="Its probability among all names that the model knows")
+    score: float = Field(description="Its probability among all candidate names")
 
 
 class MaskAnswer(BaseModel):
-    """The best names, and the text with the very best one in each place."""
+    """The best names of each mask, and the text filled with the best one."""
 
-    output: str = Field(description="The text with the best name in the place of each mask")
+    output: str = Field(description="The text with each mask replaced by its best name")
     names: list[MaskName] = Field(description="The best names of each mask, best first")
 
 
@@ -114,21 +114,21 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True)
 
     role: str
-    content: Annotated[str, BeforeValidator(_joined)]
+    content: Annotated[str, BeforeValidator(_join_text_parts)]
 
-    def plain(self) -> dict[str, str]:
-        """Return the turn as the engine takes it; `developer` is OpenAI's newer name for `system`."""
+    def to_dict(self) -> dict[str, str]:
+        """Return the turn as a dict; `developer`, OpenAI's newer name, becomes `system`."""
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
 class StreamOptions(BaseModel):
-    """What a stream tells besides the text."""
+    """Options of a streamed response."""
 
     include_usage: bool = False
 
 
 class ChatRequest(BaseModel):
-    """OpenAI's chat request, as far as it is served here."""
+    """OpenAI's chat completion request, with the supported parameters."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -144,71 +144,73 @@ class ChatRequest(BaseModel):
     stream_options: StreamOptions | None = None
 
     def sampling(self) -> Sampling:
-        """Return how the answer is to be drawn, or say which field asks for what is not offered."""
+        """Return the sampling settings; raise InputError for an unsupported parameter."""
         for name, value in (self.model_extra or {}).items():
-            if name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
+            if name in NEUTRAL_VALUES and value is not None and value not in NEUTRAL_VALUES[name]:
                 raise InputError(
-                    f'"{name}" is not offered here: leave it out.', field=name, code="unsupported_parameter"
+                    f'"{name}" is not supported here: remove it.', field=name, code="unsupported_parameter"
                 )
-        most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return Sampling(most, self.temperature or 0.0, 1.0 if self.top_p is None else self.top_p, self.seed, self.stop)
+        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return Sampling(
+            max_tokens, self.temperature or 0.0, 1.0 if self.top_p is None else self.top_p, self.seed, self.stop
+        )
 
 
 def parse(model: type[Model], body: bytes) -> Model:
-    """Read a request body, or raise InputError with a sentence for all that is wrong with it."""
+    """Parse a request body; raise InputError with one sentence per validation error."""
     try:
         return model.model_validate_json(body or b"{}")
     except ValidationError as error:
-        problems = [_problem(model, problem["type"], problem) for problem in error.errors(include_url=False)]
+        problems = [_describe_error(model, problem["type"], problem) for problem in error.errors(include_url=False)]
         field = str(error.errors()[0]["loc"][0]) if error.errors()[0]["loc"] else "body"
         raise InputError(" ".join(problems), field=field) from None
 
 
-def _problem(model: type[BaseModel], kind: str, problem: Mapping[str, Any]) -> str:
-    """Put one of pydantic's findings into a sentence."""
-    place, found = _place(problem["loc"]), _describe(problem["input"])
+def _describe_error(model: type[BaseModel], kind: str, problem: Mapping[str, Any]) -> str:
+    """Return the sentence for one of pydantic's errors."""
+    field, found = _field_path(problem["loc"]), _describe_value(problem["input"])
     if kind == "json_invalid":
         return f"The request is not valid JSON: {problem['ctx']['error']}."
     if kind == "model_type" and not problem["loc"]:
         return f'The request must be a JSON object like {{"input": "..."}}; got {found}.'
     if kind == "missing":
-        return f"{place} is missing: send {{{place}: ...}}." if len(problem["loc"]) == 1 else f"{place} is missing."
+        return f"{field} is missing: send {{{field}: ...}}." if len(problem["loc"]) == 1 else f"{field} is missing."
     if kind == "extra_forbidden":
-        return f"{place} is unknown; known are {', '.join(model.model_fields)}."
-    if kind in EXPECTED:
-        return f"{place} must be {EXPECTED[kind]}; got {found}."
+        return f"{field} is unknown; known are {', '.join(model.model_fields)}."
+    if kind in EXPECTED_TYPES:
+        return f"{field} must be {EXPECTED_TYPES[kind]}; got {found}."
     if kind == "blank":
-        return f"{place} {problem['msg']}."
+        return f"{field} {problem['msg']}."
     if kind == "content":
-        return f"{place} {problem['msg']}; got {found}."
+        return f"{field} {problem['msg']}; got {found}."
     rule = problem["msg"].removeprefix("Input should be ")
-    return f"{place} must be {rule}; got {found}."
+    return f"{field} must be {rule}; got {found}."
 
 
-EXPECTED = {
-    "string_type": "a text",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
+EXPECTED_TYPES = {
+    "string_type": "a string",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
     "float_type": "a number",
     "bool_type": "true or false",
     "list_type": "a list",
-    "tuple_type": "a text or a list of texts",
+    "tuple_type": "a string or a list of strings",
     "model_type": "a JSON object",
 }
 
 
-def _place(loc: tuple[int | str, ...]) -> str:
-    """Name a field as it would be written: "messages[0].content"."""
+def _field_path(loc: tuple[int | str, ...]) -> str:
+    """Return a field's path in quotes, as in "messages[0].content"."""
     path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc)
     return f'"{path.removeprefix(".")}"'
 
 
-def _describe(value: Any) -> str:
+def _describe_value(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (int, float)):
         return f"{value}"
-    names = {str: "a text", list: "a list", dict: "an object"}
+    names = {str: "a string", list: "a list", dict: "an object"}
     return next((name for kind, name in names.items() if isinstance(value, kind)), "something else")

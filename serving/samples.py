@@ -1,4 +1,4 @@
-"""Draw several different answers to one question, from one model or several, in an order that tells nothing."""
+"""Sample several different answers to one question, from one or more models, in random order."""
 
 import secrets
 from collections.abc import Sequence
@@ -8,15 +8,15 @@ from typing import NamedTuple
 from serving.decoding import Sampling
 from serving.engine import Message
 from serving.errors import InputError
-from serving.judgements import FEWEST
+from serving.feedback.judgements import MIN_ANSWERS
 from serving.package import Model
 
-TRIES = 6  # draws for each answer that is asked for: models that are sure of themselves repeat themselves
-SEEDS = 2**53  # JavaScript's whole numbers end there
+MAX_DRAWS_PER_ANSWER = 6  # confident models repeat their answers
+SEED_LIMIT = 2**53  # JavaScript's integers are exact below it
 
 
 class Sample(NamedTuple):
-    """One answer that was drawn, in the order of the columns in which the store keeps it."""
+    """One sampled answer; the fields are in the order of the store's columns."""
 
     text: str
     model: str
@@ -24,28 +24,28 @@ class Sample(NamedTuple):
     seed: int
 
 
-def draw(models: Sequence[Model], prompt: Sequence[Message], count: int, temperature: float) -> list[Sample]:
-    """Return up to `count` answers that all say something else, the models in turn, shuffled.
+def sample_answers(models: Sequence[Model], prompt: Sequence[Message], count: int, temperature: float) -> list[Sample]:
+    """Return up to `count` different answers, sampled from the models in turn and shuffled.
 
-    There are fewer where no more different ones come up; raise InputError where there are not even two. At temperature
-    0 every model gives one answer.
+    Fewer are returned if the models repeat themselves; raise InputError if there are not two. At temperature 0 each
+    model gives one answer.
     """
-    found: dict[str, Sample] = {}
-    turns = cycle(models)
-    for _ in range(len(models) if temperature == 0 else count * TRIES):
-        model = next(turns)
-        seed = secrets.randbelow(SEEDS)
+    by_text: dict[str, Sample] = {}
+    model_cycle = cycle(models)
+    for _ in range(len(models) if temperature == 0 else count * MAX_DRAWS_PER_ANSWER):
+        model = next(model_cycle)
+        seed = secrets.randbelow(SEED_LIMIT)
         text = model.text.generate(prompt, Sampling(temperature=temperature, seed=seed)).text.strip()
         if text:
-            found.setdefault(" ".join(text.split()), Sample(text, model.tag, temperature, seed))
-        if len(found) == count:
+            by_text.setdefault(" ".join(text.split()), Sample(text, model.tag, temperature, seed))
+        if len(by_text) == count:
             break
-    if len(found) < FEWEST:
+    if len(by_text) < MIN_ANSWERS:
         raise InputError(
-            f"At temperature {temperature:g} this question got one and the same answer each time, so there is nothing "
-            "to rank: raise the temperature or ask something else.",
+            f"At temperature {temperature:g} this question always got the same answer, so there is nothing to rank: "
+            "raise the temperature or ask another question.",
             field="temperature", code="one_answer", status=409,
         )  # fmt: skip
-    samples = list(found.values())
+    samples = list(by_text.values())
     secrets.SystemRandom().shuffle(samples)
     return samples

@@ -1,4 +1,4 @@
-"""Serve the package on a port of this machine: `make serve`, `bessemer serve`, or `python -m serving.serve [PORT]`."""
+"""Serve the package on a local port: `make serve`, `bessemer serve`, or `python -m serving.serve [PORT]`."""
 
 import errno
 import json
@@ -10,42 +10,46 @@ from pathlib import Path
 from typing import NoReturn
 
 from serving.errors import ServingError
-from serving.intake import MODEL_HEADER
-from serving.package import OTHERS, ROOT, VARIABLE, open_package
+from serving.middleware import MODEL_HEADER
+from serving.package import MODELS_VARIABLE, PACKAGE_VARIABLE, ROOT, open_package
 
 PORT = 3000
-HOST = "127.0.0.1"  # there is no authentication: only this machine can ask, unless told otherwise
+HOST = "127.0.0.1"  # there is no authentication, so only this machine can connect by default
 SERVICE = "serving.service:Bessemer"
 
 
 def serve(port: int = PORT, host: str = HOST, others: Mapping[str, Path] | None = None) -> NoReturn:
-    """Turn this process into BentoML's server, once port and package are seen to be there.
+    """Replace this process by BentoML's server, after checking the port and the package.
 
-    `others`: further models by name, each a folder as `serving.package` describes it; by default those of the
-    environment.
+    `others`: further models, name to folder (see `serving.package`); by default those of `BESSEMER_MODELS`.
     """
     check_free(port, host)
     package = open_package()
     print(f"{package.tag} answers on http://{host}:{port}/ in a few seconds. Ctrl-C stops it.", flush=True)
     command = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--working-dir", str(ROOT)]
-    environment = {**os.environ, "BENTOML_DO_NOT_TRACK": "True", VARIABLE: str(package.folder)}
+    environment = {
+        **os.environ,
+        "BENTOML_DO_NOT_TRACK": "True",
+        "DO_NOT_TRACK": "1",
+        PACKAGE_VARIABLE: str(package.folder),
+    }
     if others is not None:
-        environment[OTHERS] = json.dumps({name: str(folder.resolve()) for name, folder in others.items()})
+        environment[MODELS_VARIABLE] = json.dumps({name: str(folder.resolve()) for name, folder in others.items()})
     os.execve(sys.executable, [*command, "--host", host, "--port", str(port)], environment)
 
 
 def check_free(port: int, host: str) -> None:
-    """Say why the endpoint cannot listen on a port, with one to take instead."""
-    other = another(port, PORT)
+    """Raise ServingError if the endpoint cannot listen on a port; the message suggests another."""
+    other = alternative_port(port, PORT)
     check_port(port, host, f"Choose another: `make serve PORT={other}` or `bessemer serve --port {other}`.")
 
 
 def check_port(port: int, host: str, remedy: str) -> None:
-    """Say why a port cannot be used and, in the words of `remedy`, how to choose another."""
+    """Raise ServingError if a port cannot be used; `remedy` ends the message and says how to choose another."""
     if not 0 < port < 2**16:
         raise ServingError(f"Port {port} does not exist: ports go from 1 to 65535. {remedy}")
     with socket.socket() as probe:
-        # As servers do: a port whose last connections are still closing is free.
+        # As servers do, so that a port in TIME_WAIT counts as free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -55,32 +59,32 @@ def check_port(port: int, host: str, remedy: str) -> None:
             if error.errno == errno.EADDRINUSE:
                 raise ServingError(f"Port {port} on {host} is taken by another program. {remedy}") from None
             raise ServingError(
-                f"{host!r} is no address of this machine ({error.strerror}). Use `--host 127.0.0.1` to be reached from "
-                "here alone, or `--host 0.0.0.0` to be reached from everywhere."
+                f"{host!r} is not an address of this machine ({error.strerror}). Use `--host 127.0.0.1` for local "
+                "connections only, or `--host 0.0.0.0` for connections from everywhere."
             ) from None
 
 
-def running(port: int, host: str) -> list[str] | None:
-    """Return the names of the models that an endpoint of ours on a port answers with; None where none answers."""
+def served_models(port: int, host: str) -> list[str] | None:
+    """Return the model names of a Bessemer endpoint on a port, or None if none answers."""
     from http.client import HTTPException
     from urllib.request import urlopen
 
-    reached = "127.0.0.1" if host == "0.0.0.0" else host
+    address = "127.0.0.1" if host == "0.0.0.0" else host
     try:
-        with urlopen(f"http://{reached}:{port}/v1/models", timeout=2) as answer:
-            ours = MODEL_HEADER in answer.headers
-            return [str(entry["id"]) for entry in json.load(answer)["data"]] if ours else None
-    except (OSError, HTTPException, ValueError, LookupError, TypeError):  # nobody, another program, or no models yet
+        with urlopen(f"http://{address}:{port}/v1/models", timeout=2) as answer:
+            is_bessemer = MODEL_HEADER in answer.headers
+            return [str(entry["id"]) for entry in json.load(answer)["data"]] if is_bessemer else None
+    except (OSError, HTTPException, ValueError, LookupError, TypeError):  # no server, another program, or no models yet
         return None
 
 
-def another(port: int, usual: int) -> int:
-    """Return a port to advise instead of one that cannot be used: the one after the usual one, or the next."""
+def alternative_port(port: int, usual: int) -> int:
+    """Return a port to suggest instead of `port`: `usual` + 1, or + 2 if `port` is that one."""
     return usual + 1 if port != usual + 1 else usual + 2
 
 
 def main(arguments: list[str]) -> int:
-    """Serve on the port that was given."""
+    """Serve on the port in `arguments`, by default PORT."""
     try:
         serve(int(arguments[0]) if arguments else PORT)
     except (ServingError, ValueError) as error:

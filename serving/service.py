@@ -1,7 +1,7 @@
-"""The BentoML service: `bentoml serve`, `make serve` and the Bento's container all run this.
+"""The BentoML service, run by `bentoml serve`, `make serve` and the Bento's container.
 
-Importing this module is cheap: the engines' libraries are loaded when the service starts, and torch never is.
-BentoML ships no types for its decorators, hence the three exceptions for mypy.
+Importing this module is cheap: the inference libraries are loaded when the service starts. torch is never imported.
+BentoML's decorators are untyped, hence the three mypy ignores.
 """
 
 import logging
@@ -9,19 +9,21 @@ import time
 
 import bentoml
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from serving import feedback_api, names, openai_api, pages
+from serving import folders, names, openai_api, pages
 from serving.errors import InputError, PackageError
-from serving.feedback import Store
-from serving.intake import Intake, refusal
-from serving.judgements import FeedbackError
+from serving.feedback import api as feedback_api
+from serving.feedback.judgements import FeedbackError
+from serving.feedback.store import Store
+from serving.middleware import RequestMiddleware, error_response
 from serving.package import Model, choose, open_models, open_package
 from serving.questions import Questions
 from serving.requests import GenerateAnswer, GenerateRequest, MaskAnswer, MaskName, MaskRequest
 
 TIMEOUT_SECONDS = 300
-THREADS = 32  # requests that take turns at the model; more wait in line, none is turned away
+THREADS = 32  # concurrent encoder calls; further calls are queued
 
 logger = logging.getLogger("bentoml.bessemer")
 web = Starlette(routes=[*pages.ROUTES, *feedback_api.ROUTES, *openai_api.ROUTES])
@@ -30,35 +32,44 @@ web = Starlette(routes=[*pages.ROUTES, *feedback_api.ROUTES, *openai_api.ROUTES]
 @bentoml.service(name="Bessemer", workers=1, threads=THREADS, traffic={"timeout": TIMEOUT_SECONDS})
 @bentoml.asgi_app(web, path="/")
 class Bessemer:
-    """A model made by Bessemer: it answers questions, fills in names, and tells what it was made from."""
+    """A model trained by Bessemer: answers questions, fills in names, and reports its provenance."""
 
     def __init__(self) -> None:
         web.state.package, web.state.models, web.state.problem = None, {}, None
         try:
             package = open_package()
             models = open_models(package)
-            for model in models.values():  # loaded now, not with the first request
-                load(model)
-            self.masks = package.masks
+            for model in models.values():  # loaded at startup, not with the first request
+                if model.has_chat:
+                    load(model)
+            if package.has_encoder:
+                logger.info("%s fills in %d names", package.name, len(package.masks.candidates.names))
             web.state.package, web.state.models = package, models
         except PackageError as error:
-            # To stop here would only make BentoML start another worker, again and again.
-            logger.error("%s Then start the service again; until then every request gets 503.", error)
+            # Do not raise: BentoML would restart the worker in a loop.
+            logger.error("%s Then restart the service; until then every request gets status 503.", error)
             web.state.problem = str(error)
         web.state.store = web.state.questions = web.state.store_problem = None
         try:
             web.state.store = Store()
             web.state.questions = Questions(web.state.store)
         except FeedbackError as error:
-            logger.error("%s Until then nobody can rank; everything else is answered.", error)
+            logger.error("%s Until then rankings are not available; all other requests are answered.", error)
             web.state.store_problem = str(error)
 
+    @bentoml.on_shutdown  # type: ignore[untyped-decorator]
+    def drain(self) -> None:
+        """Cancel unfinished requests; their clients are already disconnected."""
+        for model in web.state.models.values():
+            if model.has_chat:
+                model.text.batch.drain()
+
     def __is_ready__(self) -> bool:
-        """Tell `/readyz` whether there is a model to answer with."""
+        """Report to `/readyz` whether a model is loaded."""
         return bool(web.state.models)
 
     @bentoml.api(route="/generate", input_spec=GenerateRequest, output_spec=GenerateAnswer)  # type: ignore[untyped-decorator]
-    def generate(
+    async def generate(
         self,
         input: str,
         max_new_tokens: int | None = None,
@@ -67,24 +78,26 @@ class Bessemer:
         seed: int | None = None,
         model: str | None = None,
     ) -> GenerateAnswer | Response:
-        """Answer one question, with the packaged model or another one that is served here."""
+        """Answer one question, with the packaged model or another served one."""
         request = GenerateRequest(
             input=input, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, model=model
         )
         try:
             engine = choose(web.state.models, request.model).text
-            answer = engine.generate([{"role": "user", "content": input}], request.sampling())
+            messages = [{"role": "user", "content": input}]
+            answer = await run_in_threadpool(engine.start, messages, request.sampling())
+            await answer.finish_async()
         except InputError as error:
-            return refusal(error)
+            return error_response(error)
         return GenerateAnswer(output=answer.text)
 
     @bentoml.api(route="/fill-mask", input_spec=MaskRequest, output_spec=MaskAnswer)  # type: ignore[untyped-decorator]
     def fill_mask(self, input: str, top: int = 5) -> MaskAnswer | Response:
         """Fill each [MASK] of a text with a whole name."""
         try:
-            found = self.masks.fill(input, top)
+            found = web.state.package.masks.fill(input, top)
         except InputError as error:
-            return refusal(error)
+            return error_response(error)
         pieces = input.split(names.MASK)
         filled = pieces[0] + "".join(best[0].name + rest for best, rest in zip(found, pieces[1:], strict=True))
         rows = [MaskName(mask=at, name=name, score=score) for at, best in enumerate(found, 1) for name, score in best]
@@ -92,9 +105,9 @@ class Bessemer:
 
 
 def load(model: Model) -> None:
-    """Load a model's engine, and log what it and the whole process now take."""
+    """Load a model's engine; log its load time and the process's memory."""
     began, before = time.perf_counter(), resident_bytes()
-    weights = (model.folder / "policy" / "model.onnx").stat().st_size
+    weights = (model.folder / "chat" / folders.WEIGHTS_FILE).stat().st_size
     engine = model.text
     seconds, now = time.perf_counter() - began, resident_bytes()
     logger.info(
@@ -104,11 +117,11 @@ def load(model: Model) -> None:
 
 
 def resident_bytes() -> int:
-    """Return how much memory this process holds."""
+    """Return this process's resident memory in bytes."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)
 
 
-BODIES = {"/generate": GenerateRequest, "/fill-mask": MaskRequest}
-Bessemer.add_asgi_middleware(Intake, bodies=BODIES, state=web.state)  # type: ignore[attr-defined]
+REQUEST_MODELS = {"/generate": GenerateRequest, "/fill-mask": MaskRequest}
+Bessemer.add_asgi_middleware(RequestMiddleware, bodies=REQUEST_MODELS, state=web.state)  # type: ignore[attr-defined]

@@ -1,1 +1,1 @@
-"""The stages of the chain, one module each; `python -m tasks.STAGE [KEY]` runs one. They share `tasks.common`."""
+"""The stages, a package or a module each; `python -m tasks.STAGE [ENTRY]` runs one. They share `tasks.common`."""

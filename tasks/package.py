@@ -1,74 +1,142 @@
-"""Put what is served into one plain folder: INT8 models, tokenizers, candidate names, and where it all came from.
+"""Collect what is served in one folder: a chat model, an encoder, or both, with their provenance.
 
-Run as `python -m tasks.package`. It refuses where a gate failed. The identity of the package is the recipes and the
-bytes of the two models in it; their parents are inside, and every stage's record stands in `provenance.json`.
+Run as `python -m tasks.package`. It fails if a gate failed. The package is identified by the recipes and content hashes
+of its models; a recipe covers the parents. `provenance.json` holds the records of all stages that led to the models and
+of their evaluations, and the sources: those of the data, and every folder that the user provided, with file hashes.
 """
 
 import json
+import re
 import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from tasks.common import identity, stage, tables
+from tasks.common import identity, tables
+from tasks.common.harness import execution
+from tasks.common.harness.job import Job, Link, StageError
+from tasks.common.harness.lineage import lineage, user_sources
+from tasks.common.harness.records import write_json
 from tasks.common.settings import Settings
-from tasks.common.stage import Job, StageError
 
-RECORDS = (
-    "ingest", "validate", "tokenize", "pretrain/clm", "pretrain/mlm", "finetune", "reward/policy",
-    "reward/judge", "ppo", "prune", "quantize/policy", "quantize/encoder", "evaluate/base", "evaluate/tuned",
-    "evaluate/policy", "evaluate/pruned", "evaluate/int8", "evaluate/encoder", "evaluate/encoder-int8", "compare",
-)  # fmt: skip
+PARTS = ("chat", "encoder")
+DATA_STAGES = ("ingest", "validate", "tokenize")
 NUMERICS = False  # no model computes here
-INPUTS = {
-    "policy": "data/quantize/policy/model",
-    "encoder": "data/quantize/encoder/model",
-    "corpus": "data/validate/corpus",
-    "sources": "data/ingest/sources.json",
-    "evaluation": "metrics/evaluate.json",
-} | {f"record of {name}": f"data/{name}/record.json" for name in RECORDS}
-OUTPUTS = {name: f"data/package/{name}" for name in ("policy", "encoder", "provenance.json")}
+INPUTS = {"corpus": "data/validate/corpus", "sources": "data/ingest/sources.json"} | {
+    f"record of {name}": f"data/{name}/record.json" for name in (*DATA_STAGES, "compare")
+}
+OUTPUTS = {name: f"data/package/{name}" for name in (*PARTS, "provenance.json")}
+WORD_PATTERN = re.compile(r"[^\W\d_]+")
+MAX_WORDS = 5_000  # most frequent words as candidates for the encoder if the corpus has no names
 
 
 class Config(Settings):
-    """Settings of the package."""
+    """Settings of the package: its models, and whether a failed gate stops it."""
 
-    refuse_failed_gates: bool = Field(description="Whether a failed gate stops the chain here")
+    chat: str | None = Field(default=None, description="Folder of the chat model: data/quantize/ENTRY/model")
+    encoder: str | None = Field(default=None, description="Folder of the encoder: data/quantize/ENTRY/model")
+    refuse_failed_gates: bool = Field(default=True, description="Whether a failed gate stops the run here")
+
+    @model_validator(mode="after")
+    def _validate_contents(self) -> "Config":
+        if not self.contents:
+            raise ValueError("nothing would be served: set chat, encoder, or both to a folder of quantize")
+        return self
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """The model folders by their names in the package."""
+        return {part: path for part in PARTS if (path := getattr(self, part)) is not None}
+
+
+def graph_inputs(config: Config, links: Sequence[Link]) -> dict[str, str]:
+    """Return the models, and the records of all stages that led to them and of the evaluations of these."""
+    ancestors = lineage(links, config.contents.values())
+    ancestor_folders = {link.folder for link in links if link.name in ancestors}
+    ancestor_inputs = {path for link in links if link.name in ancestors for path in link.reads}
+    evaluations = [
+        link for link in links if link.stage == "evaluate" and link.reads[0] in ancestor_folders | ancestor_inputs
+    ]
+    rewards = [link.folder for link in links if link.stage == "reward"] if evaluations else []
+    names = [*dict.fromkeys([*ancestors, *lineage(links, rewards), *(link.name for link in evaluations)])]
+    return config.contents | {f"record of {name}": f"data/{name.replace('@', '/')}/record.json" for name in names}
 
 
 def run(config: Config, job: Job) -> dict[str, Any]:
-    """Write the package and return its model tag; raise StageError where a gate failed."""
-    evaluation, sources = (
-        json.loads(job.inputs[name].read_text(encoding="utf-8")) for name in ("evaluation", "sources")
-    )
+    """Write the package and return its metrics; raise StageError if a gate failed."""
+    records = {
+        name.removeprefix("record of "): json.loads(path.read_text(encoding="utf-8"))
+        for name, path in job.inputs.items()
+        if name.startswith("record of ")
+    }
+    evaluation = records["compare"]["metrics"]
     failed = [gate for gate in evaluation["gates"] if not gate["passed"]]
     if failed and config.refuse_failed_gates:
-        reasons = "; ".join(f"{gate['name']}: {gate['value']} against a limit of {gate['limit']}" for gate in failed)
         raise StageError(
-            f"{len(failed)} of {len(evaluation['gates'])} gates failed, so nothing was packaged: {reasons}. "
-            "See metrics/evaluate.json; train longer, or change compare.gates in params.yaml if the limit is wrong."
+            f"{len(failed)} of {len(evaluation['gates'])} gates failed, so nothing was packaged: "
+            f"{'; '.join(map(describe_gate, failed))}. See metrics/evaluate.json; train longer, or change "
+            "compare.gates in params.yaml if the limit is wrong."
         )
-    records = [json.loads(job.inputs[f"record of {name}"].read_text(encoding="utf-8")) for name in RECORDS]
-    served = [record for record in records if record["stage"].startswith("quantize@")]
+    served = [records["@".join(Path(path).parts[1:3])] for path in config.contents.values()]
     recipe, content = (identity.hash_json([record[part] for record in served]) for part in ("recipe", "content"))
     tag = identity.tag(recipe, content)
-    for name in ("policy", "encoder"):
-        shutil.copytree(job.inputs[name], job.outputs[name])
-    corpus = tables.read(job.inputs["corpus"], "train").column("names").to_pylist()
-    names = sorted({name for row in corpus for name in row})
-    if not names:
-        raise StageError(
-            "no text of the corpus holds a name, so nothing could stand in a [MASK]'s place; add a source of facts "
-            "to ingest.sources."
-        )
-    stage.write_json(job.outputs["encoder"] / "names.json", names)
-    stage.write_json(job.outputs["provenance.json"], {
-        "model": tag, "recipe": recipe, "content": content, "stages": records, "sources": sources,
-        "evaluation": evaluation,
+    for part in PARTS:
+        if part in config.contents:
+            shutil.copytree(job.inputs[part], job.outputs[part])
+        else:
+            job.outputs[part].mkdir()  # DVC requires every output to exist
+    names = fill_candidates(job.inputs["corpus"]) if config.encoder else []
+    if config.encoder:
+        write_json(job.outputs["encoder"] / "names.json", names)
+    stages = order_records(records)
+    sources = json.loads(job.inputs["sources"].read_text(encoding="utf-8"))
+    write_json(job.outputs["provenance.json"], {
+        "model": tag, "recipe": recipe, "content": content, "contents": config.contents, "stages": stages,
+        "sources": [*sources, *user_sources(stages)], "evaluation": evaluation,
     })  # fmt: skip
-    size = sum(path.stat().st_size for name in ("policy", "encoder") for path in job.outputs[name].iterdir())
+    size = sum(path.stat().st_size for part in PARTS for path in job.outputs[part].iterdir())
     return {"model": tag, "bytes": size, "names": len(names), "gates_failed": len(failed)}
 
 
+def describe_gate(gate: dict[str, Any]) -> str:
+    """Describe a failed gate: `exact_match_heldout of pruned against tuned: -0.05, but at least -0.03`."""
+    models = gate["model"] + (
+        f" {'relative to' if gate.get('relative') else 'against'} {gate['against']}" if "against" in gate else ""
+    )
+    limits = [f"{word} {gate[key]:g}" for key, word in (("min", "at least"), ("max", "at most")) if key in gate]
+    value = "no value" if gate["value"] is None else f"{gate['value']:g}"
+    return f"{gate['metric']} of {models}: {value}, but {' and '.join(limits)}"
+
+
+def order_records(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the records: those of the data stages first, that of `compare` last."""
+    first = {name: records[name] for name in DATA_STAGES}
+    return list(
+        {
+            **first,
+            **{name: records[name] for name in records if name != "compare"},
+            "compare": records["compare"],
+        }.values()
+    )
+
+
+def fill_candidates(corpus: Path) -> list[str]:
+    """Return the candidates for a mask: the names in the corpus, or else its most frequent words."""
+    rows = tables.read(corpus, "train").select(["names", "text"]).to_pylist()
+    names = sorted({name for row in rows for name in row["names"]})
+    if names:
+        return names
+    words = Counter(word for row in rows for word in WORD_PATTERN.findall(row["text"]))
+    if not words:
+        raise StageError(
+            "the corpus contains no names and no words, so the encoder has no candidates for a [MASK]; add a text "
+            "source to `ingest.sources`, or set package.encoder to null."
+        )
+    return sorted(sorted(words, key=lambda word: (-words[word], word))[:MAX_WORDS])
+
+
 if __name__ == "__main__":
-    stage.main("tasks.package")
+    execution.main("tasks.package")

@@ -1,4 +1,4 @@
-"""What tests of the whole chain type: commands in a copy of the smoke project, with an environment like `make`'s."""
+"""Helpers for tests of the whole chain: commands in a copy of the smoke project, with an environment like `make`'s."""
 
 import os
 import subprocess
@@ -8,8 +8,8 @@ from pathlib import Path
 from tests.conftest import Project
 
 
-def environment(path: Path) -> None:
-    """Stand in for the environment that `make` sets up: the one that runs these tests, with the copy's own command."""
+def make_venv(path: Path) -> None:
+    """Create the copy's `.venv` as `make` does, from the environment that runs these tests."""
     binaries = path / ".venv" / "bin"
     binaries.mkdir(parents=True)
     for name in ("python", "dvc", "bentoml", "prefect"):
@@ -21,17 +21,17 @@ def environment(path: Path) -> None:
         (path / ".venv" / stamp).touch()
 
 
-def surroundings(project: Project) -> dict[str, str]:
-    """Return the variables under which a copy's commands find the copy's own code."""
+def environment(project: Project) -> dict[str, str]:
+    """Return environment variables with which a copy's commands import the copy's own code."""
     return os.environ | {"PYTHONPATH": str(project.path)}
 
 
 def run(project: Project, *command: str) -> str:
-    """Run a command in a project as a user without a terminal would; return what it printed."""
+    """Run a command in a project without a terminal; return its output."""
     done = subprocess.run(
         command,
         cwd=project.path,
-        env=surroundings(project),
+        env=environment(project),
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,

@@ -1,7 +1,7 @@
-"""What the tests share: surroundings that touch nothing of the user's, and a toy project for the orchestration's tests.
+"""Shared fixtures: an isolated environment, a toy project for tests of the orchestration, and the finished smoke chain.
 
 The toy is a DVC project of four stages (`source`, then `side@left` and `side@right`, then `join`) whose commands take a
-fraction of a second; `tests/toy/steps.py` says what can be asked of them.
+fraction of a second; `tests/toy/steps.py` documents their settings.
 """
 
 import os
@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ import pytest
 from filelock import FileLock
 from ruamel.yaml import YAML
 
-# What makes a project; the rest of the repository is about it.
+from tasks.common.settings import ENTRY_STAGES
+
+# The files of a project; the rest of the repository is tests, documentation and benchmarks.
 PARTS = (
     "flows", "tasks", "serving", "profiles", "data/sources", ".dvc/config", ".dvc/.gitignore", ".dvcignore",
     ".gitignore", "dvc.yaml", "params.yaml", "prefect.yaml", "bentofile.yaml", "pyproject.toml", "requirements.lock",
     "requirements-dev.lock", "Makefile",
+    *(f"data/{section}/.gitkeep" for section in ENTRY_STAGES),
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 TOY = Path(__file__).resolve().parent / "toy"
@@ -53,24 +57,46 @@ for name in ("PREFECT_API_URL", "PREFECT_PROFILE", "BESSEMER_RUN_ID"):
     os.environ.pop(name, None)
 
 
-# `make test &` and `nohup` have SIGINT ignored, and what the tests start would inherit that and never hear of Ctrl-C.
+# `make test &` and `nohup` have SIGINT ignored, and child processes would inherit that and ignore Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+HEAVY_FIXTURES = {"chain", "smoke", "toy", "committed", "browser", "package"}
+# Most of their tests start interpreters or servers, or compute for seconds.
+HEAVY_FILES = {
+    "test_bfloat16", "test_canonical", "test_closure", "test_compiling", "test_models", "test_offline",
+    "test_overrides", "test_serving",
+}  # fmt: skip
+# These take minutes and start first, so that no worker runs one of them while the others have nothing left.
+LONGEST_FILES = ("test_chain", "test_parallel", "test_worker", "test_resume", "test_cli", "test_graphs", "test_poll")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the longest files, and mark what `make test-fast` leaves out.
+
+    These are slow tests, heavy files, and tests with a fixture that trains, runs or serves.
+    """
+    items.sort(key=lambda item: (*LONGEST_FILES, item.path.stem).index(item.path.stem))
+    for item in items:
+        slow = item.get_closest_marker("slow") or item.path.stem in HEAVY_FILES
+        if slow or HEAVY_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("heavy")
+
+
 def pytest_sessionfinish() -> None:
-    """Remove the session's homes once everything that used them has ended."""
+    """Remove the temporary home directories at the end of the session."""
     shutil.rmtree(_HOME, ignore_errors=True)
 
 
 class Project:
-    """A project folder with the shorthands that tests of the orchestration need."""
+    """A project folder with helpers for tests of the orchestration."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def settings(self, **changes: dict[str, Any]) -> None:
-        """Change keys of sections: `settings(left={"text": "new"})`."""
+        """Update keys of sections in params.yaml: `settings(left={"text": "new"})`."""
         yaml, path = YAML(), self.path / "params.yaml"
         params = yaml.load(path)
         for section, values in changes.items():
@@ -87,17 +113,17 @@ class Project:
         done = subprocess.run(["git", *arguments], cwd=self.path, check=True, capture_output=True, text=True)
         return done.stdout
 
-    def ran(self) -> list[str]:
-        """Return the stages that left a mark since `forget`, in no order."""
+    def stages_run(self) -> list[str]:
+        """Return the stages that wrote a mark since `clear_marks`, sorted by name."""
         return sorted(path.name for path in (self.path / "marks").glob("*") if "." not in path.name)
 
-    def forget(self) -> None:
+    def clear_marks(self) -> None:
         """Remove the marks of earlier stages."""
         shutil.rmtree(self.path / "marks", ignore_errors=True)
 
 
 def copy_project(path: Path, profile: str) -> Project:
-    """Return a copy of this project under git, with a profile's settings and nothing run."""
+    """Return a copy of this project under git, with a profile's settings and without outputs."""
     for part in PARTS:
         (path / part).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / part).is_dir():
@@ -111,11 +137,27 @@ def copy_project(path: Path, profile: str) -> Project:
     return project
 
 
+def offline(record: Path, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return an environment in which Python cannot connect to other machines and no variable disables telemetry.
+
+    Connection attempts are written to the file `record`.
+    """
+    telemetry_variables = (
+        "DO_NOT_TRACK",
+        "DVC_NO_ANALYTICS",
+        "BENTOML_DO_NOT_TRACK",
+        "PREFECT_SERVER_ANALYTICS_ENABLED",
+    )
+    paths = (str(ROOT / "tests" / "offline"), environment.get("PYTHONPATH", ""))
+    inherited = {name: value for name, value in environment.items() if name not in telemetry_variables}
+    return {**inherited, "BESSEMER_CONNECTIONS": str(record), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """The whole chain under the profile `smoke`, run once by `bessemer run`. Copy it before changing anything in it.
 
-    Of several workers the first makes it, and the others wait: it takes minutes on all cores.
+    With several pytest workers, the first one runs it and the others wait: it takes minutes on all cores.
     """
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
@@ -125,8 +167,11 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Project:
             return Project(folder / "smoke")
         project = copy_project(folder / "smoke", "smoke")
         command = [sys.executable, "-c", "from flows.cli import main; main()", "run"]
-        ran = subprocess.run(command, cwd=project.path, capture_output=True, text=True, check=False)
-        assert ran.returncode == 0, ran.stdout + ran.stderr
+        environment = offline(folder / "smoke-connections")
+        process = subprocess.run(
+            command, cwd=project.path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert process.returncode == 0, process.stdout + process.stderr
         project.commit("the first run's locks and figures")
         done.touch()
         return project
@@ -134,12 +179,12 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture(scope="session")
 def chain(smoke: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A copy of the finished smoke chain with commands to type; a test puts back what it changes."""
-    from tests.chain_fixtures import environment
+    """A copy of the finished smoke chain with its commands; tests restore what they change."""
+    from tests.chain_fixtures import make_venv
 
     project = Project(tmp_path_factory.mktemp("chain") / "bessemer")
     shutil.copytree(smoke.path, project.path, symlinks=True)
-    environment(project.path)
+    make_venv(project.path)
     return project
 
 

@@ -1,4 +1,4 @@
-"""What the tests of ingest and validate share: a copy of the sources, small configs, and a job with scratch outputs."""
+"""Shared fixtures for tests of ingest and validate: a copy of the sources, small configs, and a job."""
 
 import json
 import shutil
@@ -6,10 +6,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tasks import ingest, validate
 from tasks.common import tables
+from tasks.common.harness.job import Job, stage_of
 from tasks.common.settings import Checkpoints, Dtypes, Numerics, Parallel
-from tasks.common.stage import Job
+from tasks.ingest import stage as ingest
+from tasks.ingest.settings import Config as IngestConfig
+from tasks.validate import stage as validate
 
 SOURCES = Path(__file__).parents[1] / "data" / "sources"
 FACTS = {
@@ -46,11 +48,11 @@ INGEST: dict[str, Any] = {
     "sources": [FACTS, SMALLTALK, PROSE, RATINGS, PEOPLE],
 }
 VALIDATE: dict[str, Any] = {
-    "text_characters": 1000,
-    "message_characters": 500,
-    "refused_share": 0.5,
-    "rows": {"corpus": 1, "instructions": 1, "rankings": 1},
-    "heldout_questions": 0,
+    "max_text_characters": 1000,
+    "max_message_characters": 500,
+    "max_rejected_share": 0.5,
+    "min_rows": {"corpus": 1, "instructions": 1, "rankings": 1},
+    "min_heldout_questions": 0,
     "curate": {
         "code": [],
         **dict.fromkeys(("personal", "language", "quality", "evaluation", "exact_duplicates", "near_duplicates")),
@@ -58,9 +60,9 @@ VALIDATE: dict[str, Any] = {
 }
 
 
-def ingest_config(**changes: Any) -> ingest.Config:
+def ingest_config(**changes: Any) -> IngestConfig:
     """Return the small config of `ingest`, some of its keys changed."""
-    return ingest.Config.model_validate({**INGEST, **changes})
+    return IngestConfig.model_validate({**INGEST, **changes})
 
 
 def validate_config(**changes: Any) -> validate.Config:
@@ -81,7 +83,7 @@ def job(module: ModuleType, inputs: dict[str, Path], folder: Path) -> Job:
     outputs = {name: folder / Path(path).name for name, path in module.OUTPUTS.items()}
     folder.mkdir(parents=True)
     return Job(
-        stage=module.__name__.rpartition(".")[2],
+        stage=stage_of(module),
         key=None,
         inputs=inputs,
         outputs=outputs,
@@ -92,7 +94,6 @@ def job(module: ModuleType, inputs: dict[str, Path], folder: Path) -> Job:
             dtype=Dtypes(decoder="float32", encoder="float32"),
             attention="eager",
             compile="never",
-            recompute=False,
             parallel=Parallel(processes=1, engine="data"),
         ),
         recipe="",
@@ -113,10 +114,10 @@ def table(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return what `ingest` says of each source, by name."""
+    """Return the manifest of `ingest` by source name."""
     return {entry["name"]: entry for entry in json.loads((folder / "sources.json").read_text(encoding="utf-8"))}
 
 
-def refusals(folder: Path) -> list[dict[str, str]]:
-    """Return the rows that `ingest` refused, with their reasons."""
-    return [json.loads(line) for line in (folder / "refused.jsonl").read_text(encoding="utf-8").splitlines()]
+def rejections(folder: Path) -> list[dict[str, str]]:
+    """Return the rows that `ingest` rejected, with their reasons."""
+    return [json.loads(line) for line in (folder / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""A tiny model that others made, with a tokenizer and a chat template of its own, as a folder of Transformers."""
+"""A tiny third-party model as a Transformers folder, with its own tokenizer and chat template."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ POSITIONS = 96
 
 
 def foreign_tokenizer(vocabulary: int = 330) -> "PreTrainedTokenizerFast":
-    """Return a byte-level tokenizer as SmolLM2's: digits stand alone, no token pads or masks."""
+    """Return a byte-level tokenizer like SmolLM2's: digits are split, and there is no pad or mask token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

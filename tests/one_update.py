@@ -1,10 +1,9 @@
-"""One update of PPO in as many processes as have been started, on replies that the first samples from the tuned model.
+"""PPO updates in one or more processes, on the same replies of the fine-tuned model.
 
-Run as `python tests/one_update.py FOLDER`, where the folder's request.json says what; the new weights are left there.
+`update_policy` runs in each rank: it reads request.json of a folder and writes the new weights there.
 """
 
 import json
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,53 +11,52 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from tasks import ppo
+from tasks.align import stage as align
+from tasks.align.learner import SamplingConfig
+from tasks.align.policy import Policy
+from tasks.align.proximal import PpoTrainer, Rollout
+from tasks.align.ptx import PtxTerm
 from tasks.common import tables
-from tasks.common.alignment.learner import Sampler
-from tasks.common.alignment.policy import Policy
-from tasks.common.alignment.proximal import Rollout, Trainer
-from tasks.common.alignment.ptx import Term
 from tasks.common.modelling import models
 from tasks.common.settings import Parallel
 from tasks.common.text import chat
 from tasks.common.text.shards import Split
 from tasks.common.training.parallel import World
-from tasks.common.training.updates import begun
-from tests.training_fixtures import NUMERICS, config
+from tasks.common.training.updates import make_engine
+from tests.training_fixtures import NUMERICS, STABLE_OPTIMIZER, config
 
 
-def main(folder: Path) -> None:
-    """Sample alone, learn together."""
+def update_policy(folder: Path) -> None:
+    """Sample in each process alone, then update in all processes together."""
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     parallel = Parallel(processes=request["processes"], engine=request["engine"])
-    numerics, settings = NUMERICS.model_copy(update={"parallel": parallel}), config("ppo", method=request["method"])
+    numerics = NUMERICS.model_copy(update={"parallel": parallel})
+    settings = config("align@policy", method=request["method"], optimizer=STABLE_OPTIMIZER)
     models.prepare_torch(numerics, 1)
-    path, inner = Path(request["data"], "finetune/model"), settings.algorithm
+    path, algorithm = Path(request["data"], "finetune/chat/model"), settings.algorithm
     tokenizer, world = chat.load_tokenizer(path), World.join(numerics)
     split = Split.open(Path(request["data"], "tokenize/shards/train"))
     table = tables.read(Path(request["data"], "validate/instructions")).to_pylist()
 
-    def trainer(world: World) -> tuple[Trainer, torch.nn.Module]:
+    def make_trainer(world: World) -> tuple[PpoTrainer, torch.nn.Module]:
         policy = Policy.load(path, settings.method, "shared", numerics, 1.0)
-        trained = world.spread(policy.model)
-        return Trainer(
-            inner, Sampler(12, 12, 16, 1.0, 1.0, seed=1), policy, begun(settings.optimizer, policy.model, world),
+        trained = world.shard(policy.model)
+        return PpoTrainer(
+            algorithm, SamplingConfig(12, 12, 16, 1.0, 1.0, seed=1), policy,
+            make_engine(settings.optimizer, policy.model, world),
             tokenizer, lambda prompts, replies: [len(text) / 10 for text in replies], "a test",
-            ppo.questions_of(tokenizer, table, 16),
-            Term.of(inner.ptx, split, 1, world), world,
+            align.training_questions(tokenizer, table, 16),
+            PtxTerm.of(algorithm.ptx, split, 1, world), world,
         ), trained  # fmt: skip
 
-    rollout, _ = trainer(World(0, 1, "data", "cpu"))[0].sample(request["iteration"])
-    share = slice(world.rank, None, world.size)
-    known = ((field.name, getattr(rollout, field.name)) for field in fields(Rollout))
-    mine = Rollout(**{name: value[share] for name, value in known if value is not None})
-    ours, trained = trainer(world)
-    for policy_learns in (True, True, False):  # each sees the weights of the one before; the last is one of a warm-up
-        ours.update(mine, np.arange(len(mine.ids)), 1e-3, policy_learns=policy_learns)
-    ours.updates.end(trained)
-    found = {name: value.detach().clone() for name, value in trained.named_parameters() if value.requires_grad}
-    world.leave()
-    save_file(found, folder / "weights.safetensors")
-
-
-main(Path(sys.argv[1]))
+    rollout, _ = make_trainer(World(0, 1, "data", "cpu"))[0].sample(request["iteration"])
+    rows = slice(world.rank, None, world.size)
+    rollout_fields = ((field.name, getattr(rollout, field.name)) for field in fields(Rollout))
+    local_rollout = Rollout(**{name: value[rows] for name, value in rollout_fields if value is not None})
+    trainer, trained = make_trainer(world)
+    for policy_learns in (True, True, False):  # the last one trains the critic only
+        trainer.update(local_rollout, np.arange(len(local_rollout.ids)), 1e-3, policy_learns=policy_learns)
+    trainer.train_engine.gather_into(trained)
+    weights = {name: value.detach().clone() for name, value in trained.named_parameters() if value.requires_grad}
+    world.shutdown()
+    save_file(weights, folder / "weights.safetensors")

@@ -1,4 +1,4 @@
-"""A server with two tiny models and its store, and what tests of the pages do on them."""
+"""A server with two tiny models, its store, and helpers for tests of the pages."""
 
 import json
 import shutil
@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
-from serving.feedback import VARIABLE, Store
-from serving.package import OTHERS
+from serving.feedback.store import FEEDBACK_VARIABLE, Store
+from serving.package import MODELS_VARIABLE
 from tests.servers import free_port, serving
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-OTHER = "other-aaaaaaaaaaaa-bbbbbbbbbbbb"
+OTHER_TAG = "other-aaaaaaaaaaaa-bbbbbbbbbbbb"
 SCRIPT = "<img src=x onerror=alert(1)><script>alert(2)</script> <b>bold</b>"
 
 
@@ -28,51 +28,51 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def address(package: Path, folder: Path, browser: "Browser", tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server with two models and no questions yet."""
     other = tmp_path_factory.mktemp("models") / "other"
-    shutil.copytree(package / "policy", other / "policy")
-    (other / "provenance.json").write_text(json.dumps({"model": OTHER, "stages": [{"stage": "finetune"}]}))
+    shutil.copytree(package / "chat", other / "chat")
+    (other / "provenance.json").write_text(json.dumps({"model": OTHER_TAG, "stages": [{"stage": "finetune"}]}))
     port, log = free_port(), tmp_path_factory.mktemp("serve") / "log"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(VARIABLE, str(folder))
-        patch.setenv(OTHERS, json.dumps({"other": str(other)}))
+        patch.setenv(FEEDBACK_VARIABLE, str(folder))
+        patch.setenv(MODELS_VARIABLE, json.dumps({"other": str(other)}))
         with serving("serving.serve", str(port), package=package, port=port, log=log):
             yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture
 def store(folder: Path, address: str) -> Iterator[Store]:
-    """The server's store, seen from outside."""
-    opened = Store(folder)
-    yield opened
-    opened.close()
+    """The server's store, opened by the test process."""
+    feedback_store = Store(folder)
+    yield feedback_store
+    feedback_store.close()
 
 
-def begin(page: "Page", address: str, asked: str | None = None) -> None:
-    """Open the ranking page and have answers drawn to a question of one's own; by default to the next that waits."""
-    # The first route takes a moment to hold, in which a post can slip past: have one before any that a test relies on.
+def open_ranking(page: "Page", address: str, question: str | None = None) -> None:
+    """Open the ranking page and wait for answers to the user's question, by default to the next waiting one."""
+    # The first route takes effect with a delay, in which a post could pass: install one before those of the test.
     page.route("**/feedback/*", lambda route: route.fallback())
     page.goto(f"{address}/rank")
-    if asked is not None:
-        page.locator("#nothing", has_text="No questions wait").wait_for()
-        ask(page, asked)
+    if question is not None:
+        page.locator("#nothing", has_text="No questions are waiting").wait_for()
+        ask_question(page, question)
     page.locator(".card").first.wait_for()
 
 
-def ask(page: "Page", asked: str) -> None:
-    """Ask for answers to a question of one's own."""
-    slide(page, 1.5)
-    page.fill("#own-question", asked)
-    page.click("text=Draw answers")
+def ask_question(page: "Page", question: str) -> None:
+    """Request answers to the user's own question."""
+    set_temperature(page, 1.5)
+    page.fill("#own-question", question)
+    page.click("text=Generate answers")
 
 
-def slide(page: "Page", temperature: float) -> None:
+def set_temperature(page: "Page", temperature: float) -> None:
     page.locator("#temperature").fill(str(temperature))
 
 
-def texts(page: "Page") -> list[str]:
+def answer_texts(page: "Page") -> list[str]:
     return page.locator(".card .text").all_inner_texts()
 
 
-def saved(page: "Page", store: Store) -> Any:
+def wait_for_saved(page: "Page", store: Store) -> Any:
     """Wait until the page says that a ranking is saved, and return the newest row."""
     page.locator("#status", has_text="Saved as ranking").wait_for()
     row = store.rankings()[-1]
@@ -80,14 +80,14 @@ def saved(page: "Page", store: Store) -> Any:
     return row
 
 
-def order(row: Any) -> list[set[str]]:
-    """Return the responses of a row place by place."""
+def ranked_texts(row: Any) -> list[set[str]]:
+    """Return the responses of a row by rank."""
     pairs = list(zip(row.ranks, row.responses, strict=True))
     return [{text for rank, text in pairs if rank == place} for place in range(1, max(row.ranks) + 1)]
 
 
-class Heard(NamedTuple):
-    """What a screen reader is told of one element."""
+class AccessibleNode(NamedTuple):
+    """One element of the accessibility tree."""
 
     role: str
     name: str
@@ -95,13 +95,13 @@ class Heard(NamedTuple):
     focusable: bool
 
 
-def heard(page: "Page") -> list[Heard]:
-    """Return the browser's accessibility tree in its order, without what is hidden."""
+def accessibility_tree(page: "Page") -> list[AccessibleNode]:
+    """Return the browser's accessibility tree in order, without ignored nodes."""
     nodes = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
-    found = []
+    elements = []
     for node in nodes:
         if not node["ignored"]:
             role, name, description = (node.get(part, {}).get("value", "") for part in ("role", "name", "description"))
             focusable = any(one["name"] == "focusable" for one in node.get("properties", []))
-            found.append(Heard(role, name, description, focusable))
-    return found
+            elements.append(AccessibleNode(role, name, description, focusable))
+    return elements

@@ -1,4 +1,4 @@
-"""A finished run in miniature, for the tests of the report: every file that the page reads."""
+"""A small finished run for tests of the report: every file that the page reads."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,35 +13,36 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "ingest": (),
     "validate": ("ingest",),
     "tokenize": ("validate",),
-    "pretrain@clm": ("tokenize",),
-    "pretrain@mlm": ("tokenize",),
-    "finetune": ("pretrain@clm", "tokenize"),
-    "reward@policy": ("pretrain@mlm", "validate"),
-    "reward@judge": ("pretrain@mlm", "validate"),
-    "ppo": ("finetune", "reward@policy"),
-    "quantize@policy": ("ppo",),
-    "evaluate@tuned": ("finetune", "reward@policy", "reward@judge"),
-    "evaluate@policy": ("ppo", "reward@policy", "reward@judge"),
-    "evaluate@int8": ("quantize@policy", "reward@policy", "reward@judge"),
-    "evaluate@encoder": ("pretrain@mlm",),
+    "pretrain@causal": ("tokenize",),
+    "pretrain@masked": ("tokenize",),
+    "finetune@chat": ("pretrain@causal", "tokenize"),
+    "reward@train": ("pretrain@masked", "validate"),
+    "reward@judge": ("pretrain@masked", "validate"),
+    "align@policy": ("finetune@chat", "reward@train"),
+    "quantize@chat": ("align@policy",),
+    "evaluate@tuned": ("finetune@chat", "reward@train", "reward@judge"),
+    "evaluate@policy": ("align@policy", "reward@train", "reward@judge"),
+    "evaluate@int8": ("quantize@chat", "reward@train", "reward@judge"),
+    "evaluate@encoder": ("pretrain@masked",),
     "compare": ("evaluate@tuned", "evaluate@policy", "evaluate@int8", "evaluate@encoder"),
-    "package": ("compare", "quantize@policy"),
+    "package": ("compare", "quantize@chat"),
 }
-MAKERS = {"tuned": "finetune", "policy": "ppo", "int8": "quantize@policy", "encoder": "pretrain@mlm"}
+MAKERS = {"tuned": "finetune@chat", "policy": "align@policy", "int8": "quantize@chat", "encoder": "pretrain@masked"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "ingest": {"sources": [
         {"name": "countries", "kind": "package", "reader": "countries", "requirement": "countries==1.0"},
         {"name": "stars", "kind": "files", "table": "ratings", "path": "stars.csv"},
     ]},
-    "reward@policy": {"model": "data/pretrain/mlm/model"},
-    "ppo": {"algorithm": {"kl": {"target": 6.0}}},
-    "evaluate@base": {"questions": 40},
+    "reward@train": {"role": "train", "model": "data/pretrain/masked/model"},
+    "reward@judge": {"role": "judge", "model": "data/pretrain/masked/model"},
+    "align@policy": {"algorithm": {"name": "ppo", "kl": {"target": 6.0}}},
+    "evaluate@tuned": {"questions": 40},
 }  # fmt: skip
 QUESTION = "What is the capital of France?"
 
 
 def graph(reasons: Mapping[str, str] | None = None) -> dict[str, Stage]:
-    """Return the graph as DVC would tell it, with the reasons why stages are out of date."""
+    """Return the graph like DVC's, with the reasons why stages are out of date."""
     return {
         name: Stage(
             name, needs, (f"data/{folder(name)}/out",), (reasons[name],) if reasons and name in reasons else (),
@@ -64,15 +65,14 @@ def make(project: Path) -> Path:
             "numerics": {"device": "cpu", "dtype": {"decoder": "bfloat16"}}, "settings": SETTINGS.get(stage, {}),
             "inputs": {},
         }  # fmt: skip
-        if stage.startswith("evaluate@"):
-            maker = folder(MAKERS[stage.partition("@")[2]])
-            record["inputs"] = {f"data/{name}/model": HASH for name in ("reward/judge", "reward/policy", maker)}
         put(project / "data" / folder(stage) / "record.json", record)
         log(project, RUN, stage, f"{second:02d}{HASH}", f"2026-01-02T03:04:{second:02d}+00:00", 36.0)
     flow = {name: {"status": "ran", "seconds": 36.0, "message": ""} for name in NEEDS}
     put(project / "runs" / RUN / "flow.json", {"run": RUN, "stages": flow})
     (project / "params.yaml").write_text(
-        "placement: {side_by_side: 2, cost_per_hour: 0.5, currency: EUR}\n", encoding="utf-8"
+        "placement: {max_parallel_stages: 2, cost_per_hour: 0.5, currency: EUR}\n"
+        "package: {chat: data/quantize/chat/model}\n",
+        encoding="utf-8",
     )
     _data(project)
     _training(project)
@@ -88,10 +88,10 @@ def put(path: Path, value: Any) -> None:
 
 
 def log(project: Path, run: str, stage: str, recipe: str, started: str, seconds: float, **more: Any) -> None:
-    """Write what was measured of one stage in one run."""
+    """Write the log of one stage in one run."""
     speeds: dict[str, dict[str, Any]] = {
-        "finetune": {"tokens_per_second": 5000},
-        "quantize@policy": {
+        "finetune@chat": {"tokens_per_second": 5000},
+        "quantize@chat": {
             "torch_fp32_tokens_per_second": 50, "int8_tokens_per_second": 400.0, "int8_speedup": 8.0,
         },
     }  # fmt: skip
@@ -107,7 +107,7 @@ def answers(project: Path, model: str, rows: Sequence[Mapping[str, Any]]) -> Non
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    text = ("id", "entity", "split", "kind", "question", "reply", "given", "wanted")
+    text = ("id", "entity", "split", "kind", "question", "reply", "extracted", "reference")
     schema = pa.schema([*((name, pa.string()) for name in text), ("correct", pa.bool_()), ("reward", pa.float64())])
     path = project / "data" / "evaluate" / model / "answers"
     path.mkdir(parents=True, exist_ok=True)
@@ -118,13 +118,13 @@ def answer(name: str, reply: str, **more: Any) -> dict[str, Any]:
     """Return one row of answers."""
     row: dict[str, Any] = {
         "id": name, "entity": f"entity {name}", "split": "train", "kind": "greedy", "question": QUESTION,
-        "reply": reply, "given": reply, "wanted": "Paris", "correct": True, "reward": None,
+        "reply": reply, "extracted": reply, "reference": "Paris", "correct": True, "reward": None,
     }  # fmt: skip
     return {**row, **more}
 
 
 def toxicity() -> dict[str, Any]:
-    """Return what the joined sheet says of continuations: eight prompts, two of them threats."""
+    """Return the scorecard's section on continuations: eight prompts, two of them threats."""
 
     def figures(share: float, mean: float) -> dict[str, Any]:
         return {
@@ -136,24 +136,24 @@ def toxicity() -> dict[str, Any]:
     models = {"tuned": figures(0.25, 0.444), "policy": figures(0.1, 0.222)}
     classifier = {
         "file": "labelled.csv", "sha256": HASH, "trained_on": 80, "heldout": 20, "accuracy": 0.91, "auc": 0.95,
-        "accuracy_of_the_usual_class": 0.6, "references_toxic": 0.03,
+        "majority_class_accuracy": 0.6, "references_toxic": 0.03,
     }  # fmt: skip
     return {"classifier": classifier, "ask": "text", "continuations": 16, "categories": [
-        {"category": None, "prompts": 8, "models": models, "policy_over_tuned": change},
-        {"category": "<b>threat", "prompts": 2, "models": models, "policy_over_tuned": {}},
+        {"category": None, "prompts": 8, "models": models, "changes": {"policy": {"against": "tuned", **change}}},
+        {"category": "<b>threat", "prompts": 2, "models": models, "changes": {"policy": {"against": "tuned"}}},
     ]}  # fmt: skip
 
 
 def _data(project: Path) -> None:
-    source = {"licence": "MIT", "sha256": HASH, "read": 1200, "used": 1190, "refused": 10}
+    source = {"licence": "MIT", "sha256": HASH, "read": 1200, "used": 1190, "rejected": 10}
     put(project / "data/ingest/sources.json", [
         {"name": "countries", "kind": "package", **source, "rows": {"corpus": 1000, "instructions": 800}},
         {"name": "stars", "kind": "files", **source, "rows": {"rankings": 70}},
     ])  # fmt: skip
-    refused = {"source": "countries", "row": "Cuba, currency: CUC, CUP", "reason": "several values: two"}
-    (project / "data/ingest/refused.jsonl").write_text(json.dumps(refused) + "\n", encoding="utf-8")
+    rejected = {"source": "countries", "row": "Cuba, currency: CUC, CUP", "reason": "several values: two"}
+    (project / "data/ingest/rejected.jsonl").write_text(json.dumps(rejected) + "\n", encoding="utf-8")
     put(project / "data/validate/report/validation.json", [{
-        "table": "corpus", "read": 1000, "kept": 998, "refused": 2, "verdicts": [{"success": True}],
+        "table": "corpus", "read": 1000, "kept": 998, "rejected": 2, "verdicts": [{"success": True}],
         "reasons": [{"reason": "damaged encoding", "count": 2, "examples": ["CuraÃ§ao"]}],
         "sources": [{"source": "countries", "train": 900, "heldout": 98}],
     }])  # fmt: skip
@@ -163,22 +163,22 @@ def _data(project: Path) -> None:
 
 def _training(project: Path) -> None:
     columns = {
-        "pretrain@clm": "loss", "pretrain@mlm": "loss", "finetune": "task_loss,pretraining_loss",
-        "reward@policy": "rating_loss,ordering_loss",
-        "ppo": "reward,reward_std,kl,entropy,length,ended,clip_fraction,beta",
+        "pretrain@causal": "loss", "pretrain@masked": "loss", "finetune@chat": "task_loss,pretraining_loss",
+        "reward@train": "rating_loss,ordering_loss",
+        "align@policy": "reward,reward_std,kl,entropy,length,ended,clip_fraction,beta",
     }  # fmt: skip
     for stage, names in columns.items():
         rows = [",".join([str(step), *(f"{0.9 / step:.3f}" for _ in names.split(","))]) for step in (1, 2, 3)]
         path = project / "data" / folder(stage) / "history.csv"
         path.write_text(f"step,{names}\n" + "\n".join(rows) + "\n", encoding="utf-8")
-    put(project / "metrics/pretrain@clm.json", {"heldout_loss": 0.75})
-    put(project / "metrics/quantize@policy.json", {"bytes": 250, "fp32_bytes": 1000, "ratio": 0.25})
+    put(project / "metrics/pretrain@causal.json", {"heldout_loss": 0.75})
+    put(project / "metrics/quantize@chat.json", {"bytes": 250, "fp32_bytes": 1000, "ratio": 0.25})
     pairs = {"pairs": 120, "model": 0.81, "bag_of_words": 0.84}
     calibration = [{"predicted": -1.0, "rated": -0.9}, {"predicted": 1.0, "rated": 1.2}]
     length = {"correlation": -0.25, "correlation_of_raters": 0.1, "longer_first": 0.47, "longer_first_by_people": 0.52}
     ranked = {"pairs": 30, "model": 0.625, "bag_of_words": 0.6}
     figures = {"gap_at_least_1": pairs, "ranked_only": ranked, "calibration": calibration, "length": length}
-    put(project / "metrics/reward@policy.json", {"rankings": 51, **figures})
+    put(project / "metrics/reward@train.json", {"rankings": 51, **figures})
     put(
         project / "metrics/reward@judge.json",
         {
@@ -191,28 +191,32 @@ def _training(project: Path) -> None:
 
 
 def _evaluation(project: Path) -> None:
-    sheet = {
-        "parameters": 2_000_000, "bytes": 8_000_000, "exact_match_tuned": 0.975, "exact_match_heldout": 0.9,
-        "exact_match_tuned_interval": [0.96, 0.99], "exact_match_heldout_interval": [0.85, 0.95], "perplexity": 20.0,
+    scores = {
+        "parameters": 2_000_000, "bytes": 8_000_000, "exact_match_seen": 0.975, "exact_match_heldout": 0.9,
+        "exact_match_seen_interval": [0.96, 0.99], "exact_match_heldout_interval": [0.85, 0.95], "perplexity": 20.0,
         "bits_per_byte": 1.75,
         "reward_mean": 0.5, "reward_std": 0.9, "distinct_2": 0.4,
     }  # fmt: skip
     encoder = {"parameters": 1_000_000, "bytes": 4_000_000, "masked_names": 0.93, "masked_names_interval": [0.9, 0.96]}
-    won = {"win_rate_over_tuned": 0.715, "win_rate_over_tuned_interval": [0.65, 0.78]}
+    won = {"against": "tuned", "win_rate": 0.715, "win_rate_interval": [0.65, 0.78]}
     models = [
-        {"model": "encoder", **encoder},
-        {"model": "tuned", **sheet},
-        {"model": "policy", **sheet, "exact_match_tuned": 0.935, "reward_mean": 1.75, **won},
-        {"model": "int8", **sheet, "exact_match_tuned": 0.935, "bytes": 2_000_000, "reward_mean": 1.75},
-    ]
+        {"model": "encoder", "kind": "masked", **encoder},
+        {"model": "tuned", **scores},
+        {"model": "policy", "before": "tuned", **scores, "exact_match_seen": 0.935, "reward_mean": 1.75, **won},
+        {
+            "model": "int8", "before": "policy", **scores, "exact_match_seen": 0.935, "bytes": 2_000_000,
+            "reward_mean": 1.75,
+        },
+    ]  # fmt: skip
+    models = [{"kind": "causal", "made_by": MAKERS[str(row["model"])], **row} for row in models]
     gates = [
-        {"name": "masked_names_min", "value": 0.93, "limit": 0.9, "passed": True},
-        {"name": "ppo_reward_gain_min", "value": 1.25, "limit": 2.0, "passed": False},
+        {"metric": "masked_names", "model": "encoder", "min": 0.9, "value": 0.93, "passed": True},
+        {"metric": "reward_mean", "model": "policy", "against": "tuned", "min": 2.0, "value": 1.25, "passed": False},
     ]
     put(project / "metrics/evaluate.json", {"models": models, "gates": gates})
     rate = {"from": "tuned", "to": "policy"}
     put(project / "data/compare/differences.json", [
-        {**rate, "rate": "exact_match_tuned", "change": -0.04, "interval": [-0.06, -0.02]},
+        {**rate, "rate": "exact_match_seen", "change": -0.04, "interval": [-0.06, -0.02]},
         {**rate, "rate": "exact_match_heldout", "change": 0.01, "interval": [-0.01, 0.03]},
     ])  # fmt: skip
     for index, model in enumerate(("tuned", "policy", "int8")):
@@ -222,5 +226,5 @@ def _evaluation(project: Path) -> None:
             answer("3", f"changing reply of {model}", entity="entity 1", correct=index == 0),
             answer("1", f"sampled reply of {model}", kind="sampled", correct=None, reward=index - 0.5),
         ])  # fmt: skip
-    masked = {"kind": "masked", "question": "The capital of [MASK] is Paris.", "wanted": "France"}
+    masked = {"kind": "masked", "question": "The capital of [MASK] is Paris.", "reference": "France"}
     answers(project, "encoder", [answer("9", "France", **masked)])

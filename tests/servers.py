@@ -1,4 +1,4 @@
-"""Servers for tests: real processes on free ports, ended whatever happens."""
+"""Servers for tests: real processes on free ports, always stopped at the end."""
 
 import os
 import signal
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import httpx
 
-from tests.serving_fixtures import ROOT
+from tests.conftest import ROOT, offline
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -24,7 +24,7 @@ def free_port() -> int:
 
 
 def environment(package: Path | None) -> dict[str, str]:
-    """Return the environment of a process that serves a package; without one it serves what lies beside its code."""
+    """Return the environment of a server process; without a package it serves its default one."""
     chosen = {} if package is None else {"BESSEMER_PACKAGE": str(package)}
     return {**{name: value for name, value in os.environ.items() if name != "BESSEMER_PACKAGE"}, **chosen}
 
@@ -33,12 +33,16 @@ def environment(package: Path | None) -> dict[str, str]:
 def serving(
     *command: str, package: Path | None, port: int, log: Path, cwd: Path = ROOT
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server until it answers, and end it whatever happens."""
+    """Run a server, wait until it answers, and stop it at the end; fail if it connects to another machine."""
+    record = log.with_name("connections")
+    server_environment = offline(record, environment(package))
+    if command[0] == "bentoml":  # called directly, so our code cannot turn its telemetry off
+        server_environment["BENTOML_DO_NOT_TRACK"] = "True"
     with log.open("wb") as output:
         server = subprocess.Popen(
             [sys.executable, "-m", *command],
             cwd=cwd,
-            env=environment(package),
+            env=server_environment,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -47,11 +51,12 @@ def serving(
         wait_until_up(server, port, log)
         yield server
     finally:
-        end(server)
+        stop_server(server)
+    assert not record.exists(), record.read_text()
 
 
-def end(server: subprocess.Popen[bytes]) -> None:
-    """End a server as Ctrl-C would, which reaches all of its group; then whatever is left of it and of its workers."""
+def stop_server(server: subprocess.Popen[bytes]) -> None:
+    """Stop a server's process group with SIGINT, then kill what is left of it."""
     with suppress(subprocess.TimeoutExpired, ProcessLookupError):
         os.killpg(server.pid, signal.SIGINT)
         server.wait(20)
@@ -61,7 +66,7 @@ def end(server: subprocess.Popen[bytes]) -> None:
 
 
 def wait_until_up(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    """Return when the server takes requests; raise with its log where it ended instead."""
+    """Wait until the server accepts requests; raise AssertionError with its log if it exits."""
     while server.poll() is None:
         try:
             httpx.get(f"http://127.0.0.1:{port}/livez")

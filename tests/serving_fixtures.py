@@ -1,8 +1,8 @@
-"""A tiny package, made as the chain makes a real one: both models trained for seconds, exported and quantized.
+"""A tiny package, built like a real one: both models are trained for seconds, exported and quantized.
 
-Fixtures for whoever needs a model that answers: `from tests.serving_fixtures import package`. The making runs in a
-process of its own (`python -m tests.serving_fixtures FOLDER`), so that neither torch nor the exporters' warnings
-enter the tests' process.
+Use: `from tests.serving_fixtures import package`. The package is built in a subprocess
+(`python -m tests.serving_fixtures FOLDER`), so that the test process does not import torch and shows no warnings
+of the exporters.
 """
 
 import json
@@ -48,36 +48,38 @@ def answer(country: str) -> str:
 
 @pytest.fixture(scope="session")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete package, made once a session however many modules import this fixture. Copy it to change it."""
+    """A complete package, built once per session. Copy it to change it."""
     folder = tmp_path_factory.getbasetemp() / "serving-package"
     if not folder.exists():
         command = [sys.executable, "-m", "tests.serving_fixtures", str(folder)]
-        made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert made.returncode == 0, made.stderr
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert process.returncode == 0, process.stderr
     return folder
 
 
 def make(folder: Path) -> None:
-    """Write a complete package: policy, encoder, provenance."""
+    """Write a complete package: chat model, encoder, provenance."""
     import torch
 
-    torch.set_num_threads(1)  # models this small gain nothing from a second one, and lose much where cores are shared
+    torch.set_num_threads(1)  # such small models do not profit from more, and are much slower on shared cores
     tokenizer = _tokenizer()
-    for model in ("policy", "encoder"):
+    for model in ("chat", "encoder"):
         (folder / model).mkdir(parents=True)
         tokenizer.save(str(folder / model / "tokenizer.json"))
-    config = _policy(tokenizer, folder / "policy")
-    _encoder(tokenizer, folder / "encoder")
-    (folder / "policy/chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    _write_json(folder / "policy/genai_config.json", config)
-    _write_json(folder / "policy/limits.json", {"context": CONTEXT, "max_new_tokens": MAX_NEW_TOKENS})
+    _make_decoder(tokenizer, folder / "chat")
+    _make_encoder(tokenizer, folder / "encoder")
+    (folder / "chat/chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    _write_json(folder / "chat/engine.json", {"exact": True, "cache_blocks": 64})
+    _write_json(folder / "encoder/engine.json", {"exact": True})
+    _write_json(folder / "chat/limits.json", {"context": CONTEXT, "max_new_tokens": MAX_NEW_TOKENS})
+    _write_json(folder / "encoder/limits.json", {"context": CONTEXT})
     _write_json(folder / "encoder/names.json", list(CAPITALS))
     recipe, content = TAG.split("-")[1:]
     files = {f"{number:06d}.parquet": "0" * 64 for number in range(1, 5)}
     people = {"name": "people", "kind": "rankings", "licence": "MIT", "sha256": "0" * 64, "files": files}
-    sources = [{**people, "read": 9, "used": 8, "refused": 1, "rows": {"rankings": 8}}]
-    made = {"model": TAG, "recipe": recipe, "content": content}
-    provenance = {**made, "stages": [], "sources": sources, "evaluation": {}}
+    sources = [{**people, "read": 9, "used": 8, "rejected": 1, "rows": {"rankings": 8}}]
+    identifiers = {"model": TAG, "recipe": recipe, "content": content}
+    provenance = {**identifiers, "stages": [], "sources": sources, "evaluation": {}}
     _write_json(folder / "provenance.json", provenance)
 
 
@@ -101,56 +103,36 @@ def _tokenizer() -> "Tokenizer":
     return tokenizer
 
 
-def _policy(tokenizer: "Tokenizer", folder: Path) -> dict[str, Any]:
-    """Train, export and quantize the decoder; return the config by which onnxruntime-genai runs it."""
+def _make_decoder(tokenizer: "Tokenizer", folder: Path) -> None:
+    """Train, export and quantize the decoder."""
     import torch
 
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
     torch.manual_seed(0)
-    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
     model = _new(
         "LlamaForCausalLM",
         "LlamaConfig",
         vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
         intermediate_size=160,
         max_position_embeddings=CONTEXT,
         bos_token_id=ids[BOS],
         eos_token_id=ids[END],
         pad_token_id=ids[PAD],
         tie_word_embeddings=True,
-        **shape,
     )
     prompts = [tokenizer.encode(f"{BOS}<|user|>{question(name)}{END}<|assistant|>").ids for name in CAPITALS]
     answers = [tokenizer.encode(f"{answer(name)}{END}").ids for name in CAPITALS]
     inputs, mask = _rows([a + b for a, b in zip(prompts, answers, strict=True)], ids[PAD])
     labels, _ = _rows([[-100] * len(a) + b for a, b in zip(prompts, answers, strict=True)], -100)
-    _fit(model, {"input_ids": inputs, "attention_mask": mask, "labels": labels})
-    _export(model, "ORTModelForCausalLM", folder)
-    decoder = {
-        "session_options": {"provider_options": []},
-        "filename": "model.onnx",
-        "head_size": shape["hidden_size"] // shape["num_attention_heads"],
-        **shape,
-        "inputs": {
-            "input_ids": "input_ids",
-            "attention_mask": "attention_mask",
-            "position_ids": "position_ids",
-            "past_key_names": "past_key_values.%d.key",
-            "past_value_names": "past_key_values.%d.value",
-        },
-        "outputs": {
-            "logits": "logits",
-            "present_key_names": "present.%d.key",
-            "present_value_names": "present.%d.value",
-        },
-    }
-    marks = {"bos_token_id": ids[BOS], "eos_token_id": ids[END], "pad_token_id": ids[PAD]}
-    size = {"vocab_size": tokenizer.get_vocab_size(), "context_length": CONTEXT}
-    search = {"max_length": CONTEXT, "past_present_share_buffer": False, "do_sample": False}
-    return {"model": {"type": "llama", **size, **marks, "decoder": decoder}, "search": search}
+    _train(model, {"input_ids": inputs, "attention_mask": mask, "labels": labels})
+    _export(model, folder, decoder=True)
 
 
-def _encoder(tokenizer: "Tokenizer", folder: Path) -> None:
+def _make_encoder(tokenizer: "Tokenizer", folder: Path) -> None:
     """Train an encoder to name the country of each capital, whole names masked; export and quantize it."""
     import torch
 
@@ -176,8 +158,8 @@ def _encoder(tokenizer: "Tokenizer", folder: Path) -> None:
         labels.append([-100] * (1 + len(before)) + country + [-100] * (1 + len(after)))
     inputs, mask = _rows(rows, tokenizer.token_to_id(PAD))
     targets, _ = _rows(labels, -100)
-    _fit(model, {"input_ids": inputs, "attention_mask": mask, "labels": targets})
-    _export(model, "ORTModelForMaskedLM", folder)
+    _train(model, {"input_ids": inputs, "attention_mask": mask, "labels": targets})
+    _export(model, folder, decoder=False)
 
 
 def _new(kind: str, config: str, **shape: Any) -> Any:
@@ -197,8 +179,8 @@ def _rows(rows: list[list[int]], fill: int) -> tuple["Tensor", "Tensor"]:
     return padded, mask
 
 
-def _fit(model: Any, batch: dict[str, "Tensor"], steps: int = 150) -> None:
-    """Learn one batch by heart."""
+def _train(model: Any, batch: dict[str, "Tensor"], steps: int = 150) -> None:
+    """Overfit one batch."""
     import torch
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -211,21 +193,15 @@ def _fit(model: Any, batch: dict[str, "Tensor"], steps: int = 150) -> None:
     model.eval()
 
 
-def _export(model: Any, exporter: str, folder: Path) -> None:
-    """Write model.onnx in INT8, through Optimum, as the quantization stage does."""
+def _export(model: Any, folder: Path, *, decoder: bool) -> None:
+    """Export the model with INT8 weights, like the quantization stage."""
     import tempfile
 
-    from optimum import onnxruntime
-    from optimum.onnxruntime.configuration import AutoQuantizationConfig
+    from tasks import quantize
 
-    scheme = AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=True)
     with tempfile.TemporaryDirectory() as scratch:
-        model.save_pretrained(f"{scratch}/torch")
-        exported = getattr(onnxruntime, exporter).from_pretrained(f"{scratch}/torch", export=True)
-        exported.save_pretrained(f"{scratch}/onnx")
-        quantizer = onnxruntime.ORTQuantizer.from_pretrained(f"{scratch}/onnx", file_name="model.onnx")
-        quantizer.quantize(save_dir=f"{scratch}/int8", quantization_config=scheme)
-        (folder / "model.onnx").write_bytes(Path(scratch, "int8/model_quantized.onnx").read_bytes())
+        model.save_pretrained(scratch)
+        quantize.export(Path(scratch), folder, decoder=decoder)
 
 
 if __name__ == "__main__":

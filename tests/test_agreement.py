@@ -1,4 +1,4 @@
-"""Krippendorff's alpha: his worked example, and the definition by loops over all pairs of values."""
+"""Krippendorff's alpha against his worked example, and against loops over all pairs of values."""
 
 import math
 from itertools import permutations
@@ -7,31 +7,31 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tasks.common.validation import agreement
+from tasks.validate import agreement
 
 Units = list[list[float]]
-# Four observers, twelve units: example C of Krippendorff, Computing Krippendorff's Alpha-Reliability (2011); 0 is none.
+# Four observers, twelve units: example C of Krippendorff, Computing Krippendorff's Alpha-Reliability (2011). 0: none.
 OBSERVED = [
     [1, 2, 3, 3, 2, 1, 4, 1, 2, 0, 0, 0],
     [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, 0, 3],
     [0, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, 0],
     [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, 0],
 ]
-WORKED: Units = [[float(value) for value in unit if value] for unit in zip(*OBSERVED, strict=True)]
+EXAMPLE: Units = [[float(value) for value in unit if value] for unit in zip(*OBSERVED, strict=True)]
 
 
-def interval(units: Units) -> float | None:
+def interval_alpha(units: Units) -> float | None:
     sums = [(len(unit), math.fsum(unit), math.fsum(value**2 for value in unit)) for unit in units]
-    return agreement.interval(*zip(*sums, strict=True))
+    return agreement.interval_alpha(*zip(*sums, strict=True))
 
 
-def ordinal(units: Units) -> float | None:
+def ordinal_alpha(units: Units) -> float | None:
     ranks = sorted({value for unit in units for value in unit})
-    return agreement.ordinal([[unit.count(rank) for rank in ranks] for unit in units])
+    return agreement.ordinal_alpha([[unit.count(rank) for rank in ranks] for unit in units])
 
 
-def by_definition(units: Units, level: str) -> float:
-    """One less observed over expected disagreement, both as plain means over ordered pairs of values."""
+def alpha_by_definition(units: Units, level: str) -> float:
+    """Return 1 - observed / expected disagreement, both as means over ordered pairs of values."""
     pairable = [unit for unit in units if len(unit) > 1]
     values = [value for unit in pairable for value in unit]
 
@@ -47,29 +47,29 @@ def by_definition(units: Units, level: str) -> float:
     return 1 - observed / expected
 
 
-def test_the_worked_example_comes_out_as_published() -> None:
-    assert round(ordinal(WORKED) or 0, 3) == 0.815
-    assert round(interval(WORKED) or 0, 3) == 0.849
+def test_alpha_worked_example_matches_publication() -> None:
+    assert round(ordinal_alpha(EXAMPLE) or 0, 3) == 0.815
+    assert round(interval_alpha(EXAMPLE) or 0, 3) == 0.849
 
 
-@pytest.mark.parametrize(("level", "alpha"), [("interval", interval), ("ordinal", ordinal)])
-def test_any_ratings_give_what_the_definition_gives(level: str, alpha: Any) -> None:
+@pytest.mark.parametrize(("level", "alpha"), [("interval", interval_alpha), ("ordinal", ordinal_alpha)])
+def test_random_ratings_give_the_alpha_of_the_definition(level: str, alpha: Any) -> None:
     generator = np.random.default_rng(7)
     for _ in range(20):
         units = [list(generator.integers(-2, 3, generator.integers(0, 5)).astype(float)) for _ in range(12)]
-        assert alpha(units) == pytest.approx(by_definition(units, level))
+        assert alpha(units) == pytest.approx(alpha_by_definition(units, level))
 
 
-@pytest.mark.parametrize("alpha", [interval, ordinal])
-def test_all_alike_in_each_unit_is_perfect_and_all_alike_throughout_says_nothing(alpha: Any) -> None:
+@pytest.mark.parametrize("alpha", [interval_alpha, ordinal_alpha])
+def test_equal_values_in_each_unit_give_1_and_equal_values_everywhere_give_none(alpha: Any) -> None:
     assert math.isclose(alpha([[1.0, 1.0], [3.0, 3.0, 3.0], [2.0]]), 1)
     assert alpha([[2.0, 2.0], [2.0, 2.0]]) is None
     assert alpha([[1.0], [2.0]]) is None
 
 
 @pytest.mark.parametrize("value", [0.1, 0.7, -3.3, 1 / 3])
-def test_one_value_throughout_says_nothing_however_sums_are_rounded(value: float) -> None:
-    """And the least that people differ by says something."""
+def test_one_value_everywhere_gives_none_despite_rounding(value: float) -> None:
+    """The smallest difference of ratings gives a value."""
     units = [[value] * count for count in (2, 3, 5, 7, 20, 97)]
-    assert interval(units) is None
-    assert interval([*units, [value, value + 0.01]]) == pytest.approx(0, abs=0.1)
+    assert interval_alpha(units) is None
+    assert interval_alpha([*units, [value, value + 0.01]]) == pytest.approx(0, abs=0.1)

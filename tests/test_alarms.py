@@ -1,4 +1,4 @@
-"""Reward-hacking alarms: what sets them off, which policy is kept, and what the stage then does."""
+"""Reward-hacking alarms: conditions, the weights that are kept, and the stage's reaction."""
 
 import csv
 from pathlib import Path
@@ -6,33 +6,35 @@ from typing import Any
 
 import pytest
 
-from tasks import ppo
+from tasks.align import stage as align
+from tasks.align.alarms import AlarmMonitor, Alarms, Scorecard, Weights
+from tasks.align.proximal import PpoTrainer
 from tasks.common import tables
-from tasks.common.alignment.alarms import Alarms, Sheet, Watch
+from tasks.common.harness.job import StageError
 from tasks.common.modelling import models
-from tasks.common.stage import StageError
-from tests.training_fixtures import NUMERICS, PROXIMAL, Chain, chain, config
+from tests.training_fixtures import NUMERICS, PPO, Chain, chain, config
 
 __all__ = ["chain"]
 
-pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
+pytestmark = pytest.mark.timeout(300)  # the first test builds the chain
 
 BOUNDS: dict[str, Any] = {
-    "every": 2, "questions": 4, "exact_match_drop": 0.1, "kl": 10.0, "length": 2.0, "distinct_2": 0.5,
+    "every": 2, "questions": 4, "max_exact_match_drop": 0.1, "max_kl": 10.0, "max_length_ratio": 2.0,
+    "min_distinct_2_ratio": 0.5,
     "action": "rollback",
 }  # fmt: skip
-FIRST = {"reward": 0.0, "kl": 0.0, "length": 10.0, "distinct_2": 0.8, "exact_match": 0.9}
+BASELINE = {"reward": 0.0, "kl": 0.0, "length": 10.0, "distinct_2": 0.8, "exact_match": 0.9}
 
 
-def watch() -> Watch:
-    """Return a watch that has seen a first look."""
-    found = Watch(Alarms(**BOUNDS))
-    assert found.look(0, dict(FIRST), lambda: {"number": 0}) == []  # type: ignore[dict-item]
-    return found
+def make_monitor() -> AlarmMonitor:
+    """Return a monitor with a baseline."""
+    monitor = AlarmMonitor(Alarms(**BOUNDS))
+    assert monitor.check(0, dict(BASELINE), lambda: {"number": 0}) == []  # type: ignore[dict-item]
+    return monitor
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         ({"reward": 1.0}, []),
         ({"reward": 1.0, "exact_match": 0.81}, []),
@@ -42,99 +44,125 @@ def watch() -> Watch:
         ({"reward": 1.0, "length": 21.0}, ["length 10.0 → 21.0 tokens"]),
         ({"reward": 1.0, "length": 4.0}, ["length 10.0 → 4.0 tokens"]),
         ({"reward": 1.0, "distinct_2": 0.39}, ["distinct-2 0.80 → 0.39"]),
-        ({"reward": -1.0, "kl": 11.0}, ["KL 11.0 nats a reply"]),
+        ({"reward": -1.0, "kl": 11.0}, ["KL 11.0 nats per reply"]),
         (
             {"reward": 1.0, "length": 21.0, "exact_match": 0.5},
             ["exact match 90.0 → 50.0 %", "length 10.0 → 21.0 tokens"],
         ),
     ],
 )
-def test_an_alarm_is_a_higher_reward_with_something_out_of_bounds(change: dict[str, float], told: list[str]) -> None:
-    """Too much KL is one whatever the reward."""
-    assert watch().look(2, {**FIRST, **change}, dict) == told
+def test_alarm_needs_higher_reward_and_a_value_out_of_bounds(change: dict[str, float], expected: list[str]) -> None:
+    """Too much KL raises an alarm whatever the reward."""
+    assert make_monitor().check(2, {**BASELINE, **change}, dict) == expected
 
 
-def test_what_is_kept_passed_with_the_most_reward() -> None:
-    """Not the last one, nor one that an alarm went off for."""
-    ours = watch()
+def test_best_weights_have_the_highest_passing_reward() -> None:
+    """The last weights and those of an alarm are not kept."""
+    ours = make_monitor()
     for iteration, change in enumerate(
         ({"reward": 2.0}, {"reward": 1.5}, {"reward": 9.0, "exact_match": 0.0}, {"reward": 1.0}), 1
     ):
-        ours.look(iteration, {**FIRST, **change}, lambda number=iteration: {"number": number})  # type: ignore[misc]
+        ours.check(iteration, {**BASELINE, **change}, lambda number=iteration: {"number": number})  # type: ignore[misc]
     assert (ours.best_iteration, ours.best_reward) == (1, 2.0)
-    assert dict(ours.best) == {"number": 1}
+    assert dict(ours.best_weights) == {"number": 1}
 
 
-def test_looks_are_every_few_iterations_and_at_the_end() -> None:
-    """The first of all is what the others are compared with."""
-    ours = Watch(Alarms(**BOUNDS))
+def test_checks_run_every_few_iterations_and_at_the_end() -> None:
+    """The first check is the baseline."""
+    ours = AlarmMonitor(Alarms(**BOUNDS))
     assert [iteration for iteration in range(6) if ours.due(iteration, 5)] == [0, 2, 4, 5]
 
 
-def test_without_questions_the_other_bounds_hold() -> None:
-    """A table without short answers gives no sheet."""
-    ours, first = Watch(Alarms(**BOUNDS)), {name: FIRST[name] for name in FIRST if name != "exact_match"}
-    ours.look(0, dict(first), dict)
-    assert ours.look(2, {**first, "reward": 1.0}, dict) == []
-    assert ours.look(2, {**first, "reward": 1.0, "length": 99.0}, dict) != []
+def test_alarms_without_questions_check_the_other_bounds() -> None:
+    """A table without short answers has no questions."""
+    ours, first = AlarmMonitor(Alarms(**BOUNDS)), {name: BASELINE[name] for name in BASELINE if name != "exact_match"}
+    ours.check(0, dict(first), dict)
+    assert ours.check(2, {**first, "reward": 1.0}, dict) == []
+    assert ours.check(2, {**first, "reward": 1.0, "length": 99.0}, dict) != []
 
 
-def test_the_sheet_is_of_held_out_questions(chain: Chain) -> None:
-    """With short answers; right is what the sheet of all models calls right."""
+def test_the_scorecard_has_heldout_questions(chain: Chain) -> None:
+    """They have short answers; accuracy is the scorecard's exact match."""
     table = tables.read(chain.path("data/validate/instructions")).to_pylist()
-    sheet = Sheet.of(table, 3, lambda row: True)
-    assert len(sheet.questions) == 3
-    assert {row["entity"] for row in sheet.rows} <= {"Kenya", "Peru"}
-    replies = [f"The capital of {row['entity']} is {row['answer']}." for row in sheet.rows]
-    assert sheet.right(replies) == 1.0
-    assert sheet.right(["The capital of Kenya is Lima.", *replies[1:]]) == pytest.approx(2 / 3)
-    assert Sheet.of([], 3, lambda row: True).questions == []
+    card = Scorecard.of(table, 3, lambda row: True)
+    assert len(card.questions) == 3
+    assert {row["entity"] for row in card.rows} <= {"Kenya", "Peru"}
+    replies = [f"The capital of {row['entity']} is {row['answer']}." for row in card.rows]
+    assert card.accuracy(replies) == 1.0
+    assert card.accuracy(["The capital of Kenya is Lima.", *replies[1:]]) == pytest.approx(2 / 3)
+    assert Scorecard.of([], 3, lambda row: True).questions == []
 
 
 # The stage
 
-OWN = """
+REWARD_CODE = """
 def rate(prompts, replies):
     return [2.0 if "obviously" in reply else -2.0 for reply in replies]
 """
 
 
-def gamed(chain: Chain, folder: Path, action: str) -> tuple[dict[str, Any], Any]:
-    """Run PPO on a reward that likes one tone until it is far from the tuned model; return metrics and job."""
-    (folder / "mine.py").write_text(OWN, encoding="utf-8")
-    free = {"estimator": "k1", "coefficient": 0.0, "target": 6.0, "horizon": 0, "stop": None}
-    base = config("ppo")
+# Reward and KL (nats) of each iteration. The best reward that passes is not the last; the highest raises the alarm.
+COURSE = [(0.0, 0.0), (1.0, 1.0), (3.0, 2.0), (2.0, 1.0), (4.0, 9.0)]
+
+
+def run_gamed(chain: Chain, folder: Path, action: str, bound: float) -> tuple[dict[str, Any], Any]:
+    """Run PPO with a reward for one tone until the KL exceeds a bound; return metrics and job."""
+    (folder / "mine.py").write_text(REWARD_CODE, encoding="utf-8")
+    free = {"estimator": "k3", "coefficient": 0.0, "target": 6.0, "horizon": 0, "stop": None}
+    base = config("align@policy")
     settings = config(
-        "ppo", iterations=12, episodes=32, minibatch=16, algorithm={**PROXIMAL, "kl": free},
-        reward={"name": "function", "path": str(folder / "mine.py"), "function": "rate", "timeout": 60.0},
-        alarms={**base.alarms.model_dump(), "every": 1, "kl": 4.0, "action": action},
+        "align", iterations=12, episodes=32, minibatch=16, algorithm={**PPO, "kl": free},
+        reward={"name": "function", "path": str(folder / "mine.py"), "function": "rate"},
+        alarms={**base.alarms.model_dump(), "every": 1, "max_kl": bound, "action": action},
         optimizer={**base.optimizer.model_dump(), "learning_rate": 1e-3},
     )  # fmt: skip
-    job = chain.job("ppo", settings, folder)
-    return ppo.run(settings, job), job
+    job = chain.job("align@policy", settings, folder)
+    return align.run(settings, job), job
 
 
-def test_rollback_ends_with_the_best_policy_that_passed(
-    chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def follow_course(monkeypatch: pytest.MonkeyPatch) -> list[Weights]:
+    """Patch PPO to report the rewards and KLs of COURSE; return the list that each iteration's weights are added to.
+
+    The iteration in which a real run exceeds a bound depends on the processor: another summation order in float32
+    samples another token, and training diverges from there. (On an Intel CPU with AMX the alarm came in the last of
+    twelve iterations.)
+    """
+    saved_weights: list[Weights] = []
+    sample = PpoTrainer.sample
+
+    def on_course(trainer: PpoTrainer, iteration: int) -> Any:
+        rollout, figures = sample(trainer, iteration)
+        saved_weights.append(trainer.policy.weights())
+        reward, kl = COURSE[iteration]
+        return rollout, {**figures, "reward": reward, "kl": kl}
+
+    monkeypatch.setattr(PpoTrainer, "sample", on_course)
+    return saved_weights
+
+
+def test_rollback_restores_the_best_passing_policy(
+    chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its figures are the metrics' last, and its weights are what is saved."""
-    metrics, job = gamed(chain, tmp_path, "rollback")
+    """The metrics' last values and the saved weights are those of the best policy."""
+    weights = follow_course(monkeypatch)
+    metrics, job = run_gamed(chain, tmp_path, "rollback", 4.0)
     with job.outputs["history"].open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert 1 < len(rows) < 13
-    assert float(rows[-1]["kl"]) > 4.0
-    kept = metrics["rolled_back_to"]
-    assert metrics["reward_last"] == float(rows[kept]["reward"]) == max(float(row["reward"]) for row in rows[:-1])
-    assert metrics["kl_last"] <= 4.0
-    said = capsys.readouterr().out
-    assert f"KL {float(rows[-1]['kl']):.1f} nats a reply. The policy goes back to that of iteration {kept}" in said
-    tuned = models.load_decoder(chain.path("data/finetune/model"), NUMERICS)
-    saved = models.load_decoder(job.outputs["model"], NUMERICS)
-    assert any((a != b).any() for a, b in zip(saved.parameters(), tuned.parameters(), strict=True))
+    assert [(float(row["reward"]), float(row["kl"])) for row in rows] == COURSE  # and none after the alarm
+    assert metrics["rolled_back_to"] == 2
+    assert (metrics["reward_last"], metrics["kl_last"]) == COURSE[2]
+    output = capsys.readouterr().out
+    assert "KL 9.0 nats per reply. Rolled back to the policy of iteration 2; training ends" in output
+    saved = dict(models.load_decoder(job.outputs["model"], NUMERICS).named_parameters())
+    for name, value in saved.items():
+        assert value.equal(weights[2][name]), name
+    assert not any(all(value.equal(other[name]) for name, value in saved.items()) for other in weights[3:])
 
 
-def test_stop_is_an_error_that_says_what_to_change(chain: Chain, tmp_path: Path) -> None:
-    """And leaves no model."""
-    with pytest.raises(StageError, match=r"alarm at iteration \d+: reward .* but KL .*ppo\.algorithm\.kl\.coefficient"):
-        gamed(chain, tmp_path, "stop")
+def test_stop_error_names_the_settings_to_change(chain: Chain, tmp_path: Path) -> None:
+    """No model is written."""
+    # The KL is a real one. k3 is never below 0, so one iteration (1.6 nats here) passes the bound on every processor,
+    # and the rounding of the first check (below 1e-5) on none.
+    with pytest.raises(StageError, match=r"alarm at iteration 1: reward .* but KL .*align\.algorithm\.kl\.coefficient"):
+        run_gamed(chain, tmp_path, "stop", 0.01)
     assert not (tmp_path / "model/model").exists()

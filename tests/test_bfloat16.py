@@ -1,6 +1,6 @@
-"""Products of bfloat16 on processors without them: what they are, and that all other products stay as they were.
+"""bfloat16 products on processors without bfloat16: their values, and that other products do not change.
 
-They hold for a whole process, so each test asks one of its own.
+The override affects the whole process, so each test runs in a process of its own.
 """
 
 import subprocess
@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 START = """
 import torch
-from tasks.common.modelling import bfloat16
+from tasks.common.overrides import bfloat16
 
 torch.manual_seed(0)
 a, b, c = torch.randn(30, 64), torch.randn(64, 20), torch.randn(30, 20)
@@ -20,15 +20,15 @@ narrow, wide = lambda *given: [x.bfloat16() for x in given], lambda *given: [x.b
 
 
 def run(code: str) -> None:
-    """Run code in a process of its own, in which an assertion that fails is an error."""
+    """Run code in a new process; a failed assertion in it fails the test."""
     done = subprocess.run([sys.executable, "-c", START + code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_product_is_the_sum_of_rounded_numbers_rounded_once() -> None:
-    """To a unit in the last of bfloat16's 8 digits: the sum in float32 may fall on the other side of a rounding."""
+def test_matmul_rounds_inputs_and_result_once() -> None:
+    """Up to the last of bfloat16's 8 bits of precision: the float32 sum may round to the other side."""
     run("""
-bfloat16.provide()
+bfloat16.install()
 close = dict(rtol=2**-8, atol=1e-6)
 torch.testing.assert_close(torch.mm(*narrow(a, b)).double(), torch.mm(*wide(a, b)), **close)
 torch.testing.assert_close(torch.bmm(*narrow(*several)).double(), torch.bmm(*wide(*several)), **close)
@@ -40,9 +40,9 @@ torch.testing.assert_close(found.double(), torch.addmm(*wide(c, a, b), beta=0.5,
 
 
 def test_a_product_into_a_given_tensor_is_written_there() -> None:
-    """Compiled programs give the tensor that a result goes into."""
+    """Compiled graphs pass `out=`."""
     run("""
-bfloat16.provide()
+bfloat16.install()
 target = torch.empty(30, 20, dtype=torch.bfloat16)
 assert torch.mm(*narrow(a, b), out=target) is target
 assert torch.equal(target, torch.mm(*narrow(a, b)))
@@ -52,8 +52,8 @@ assert torch.equal(target, torch.mm(*narrow(a, b)))
 def test_products_of_other_types_keep_their_bytes() -> None:
     run("""
 before = [torch.mm(a, b), torch.addmm(c, a, b), torch.bmm(*several), torch.mm(a.double(), b.double())]
-bfloat16.provide()
-bfloat16.provide()
+bfloat16.install()
+bfloat16.install()
 after = [torch.mm(a, b), torch.addmm(c, a, b), torch.bmm(*several), torch.mm(a.double(), b.double())]
 assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 target = torch.empty(30, 20)
@@ -73,6 +73,6 @@ def gradient() -> torch.Tensor:
     return layer.weight.grad.clone()
 
 own = gradient()
-bfloat16.provide()
+bfloat16.install()
 torch.testing.assert_close(gradient(), own, rtol=0.02, atol=0.02 * own.abs().max().item())
 """)

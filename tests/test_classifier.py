@@ -1,4 +1,4 @@
-"""The classifier of words: what it finds is the optimum of a plain formula, and neither class weighs more."""
+"""The bag-of-words classifier: it finds the optimum of balanced logistic regression."""
 
 import itertools
 import math
@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from tasks.common.modelling.classifier import FEWEST, PENALTY, Classifier, auc
-from tasks.common.modelling.lexicon import terms
+from tasks.common.reward.lexicon import terms
+from tasks.evaluate.classifier import L2_PENALTY, MIN_TEXTS_PER_TERM, Classifier, auc
 
 GLAD = ["what a lovely day", "a lovely, lovely garden", "the garden is fine", "a fine day indeed", "lovely garden"]
 GRUMPY = ["you blorgling snark", "what a snark", "blorgling garden"]
@@ -15,8 +15,8 @@ TEXTS, GRUMBLES = [*GLAD, *GRUMPY], [False] * len(GLAD) + [True] * len(GRUMPY)
 
 
 def dense(texts: list[str], classifier: Classifier) -> np.ndarray:
-    """Return tf-idf rows worked out word by word, with a column of ones for the bias."""
-    counts = {word: sum(word in terms(text) for text in TEXTS) for word in classifier.columns}
+    """Return dense tf-idf rows, computed word by word, with a column of ones for the bias."""
+    counts = {word: sum(word in terms(text) for text in TEXTS) for word in classifier.vocabulary}
     rows = []
     for text in texts:
         row = [(math.log((1 + len(TEXTS)) / (1 + counts[word])) + 1) if word in terms(text) else 0.0 for word in counts]
@@ -28,7 +28,7 @@ def dense(texts: list[str], classifier: Classifier) -> np.ndarray:
 def newton(rows: np.ndarray, positive: np.ndarray) -> np.ndarray:
     """Return the weights of the balanced, penalised logistic regression by Newton's method, on dense matrices."""
     balance = np.where(positive, 0.5 / positive.mean(), 0.5 / (1 - positive.mean()))
-    penalty = np.diag([PENALTY] * (rows.shape[1] - 1) + [0.0])
+    penalty = np.diag([L2_PENALTY] * (rows.shape[1] - 1) + [0.0])
     weights = np.zeros(rows.shape[1])
     for _ in range(50):
         chances = 1 / (1 + np.exp(-rows @ weights))
@@ -38,8 +38,8 @@ def newton(rows: np.ndarray, positive: np.ndarray) -> np.ndarray:
     return weights
 
 
-def test_its_weights_are_those_of_newtons_method() -> None:
-    """Words in their order, the bias without penalty; probabilities are the logistic function of their sum."""
+def test_weights_match_newtons_method() -> None:
+    """Weights in vocabulary order, the bias without penalty; probabilities are the sigmoid of their sum."""
     classifier = Classifier.fit(TEXTS, GRUMBLES)
     rows = dense(TEXTS, classifier)
     wanted = newton(rows, np.array(GRUMBLES, float))
@@ -47,31 +47,31 @@ def test_its_weights_are_those_of_newtons_method() -> None:
     assert classifier.probability(TEXTS) == pytest.approx(1 / (1 + np.exp(-rows @ wanted)), abs=1e-3)
 
 
-def test_words_of_a_single_text_do_not_count() -> None:
-    """They would be learnt by heart."""
-    known = Classifier.fit(TEXTS, GRUMBLES).columns
+def test_vocabulary_excludes_words_of_a_single_text() -> None:
+    """A weight for such a word would only memorize its text."""
+    known = Classifier.fit(TEXTS, GRUMBLES).vocabulary
     assert "lovely" in known
     assert "indeed" not in known
-    assert all(sum(word in terms(text) for text in TEXTS) >= FEWEST for word in known)
+    assert all(sum(word in terms(text) for text in TEXTS) >= MIN_TEXTS_PER_TERM for word in known)
 
 
-def test_a_text_of_unknown_words_is_of_no_larger_class() -> None:
-    """With twenty times as many of one class, the share of that class is no reason to put a text there."""
+def test_text_of_unknown_words_is_undecided() -> None:
+    """Class weights are balanced, so twenty times more texts of one class do not shift an unknown text."""
     texts, toxic = [*GLAD, *GRUMPY * 20], [False] * len(GLAD) + [True] * len(GRUMPY) * 20
     unknown, none = Classifier.fit(texts, toxic).probability(["zzz", ""])
     assert unknown == none
     assert 0.2 < unknown < 0.7
 
 
-def test_it_is_the_same_every_time() -> None:
+def test_fit_is_deterministic() -> None:
     once, twice = (Classifier.fit(TEXTS, GRUMBLES) for _ in range(2))
-    assert once.columns == twice.columns
+    assert once.vocabulary == twice.vocabulary
     assert once.weights.tobytes() == twice.weights.tobytes()
     assert once.bias == twice.bias
 
 
 @pytest.mark.parametrize("scores", [[0.1, 0.9, 0.4, 0.4], [0.5, 0.5, 0.5, 0.5], [0.9, 0.1, 0.8, 0.2]])
-def test_the_area_under_the_curve_counts_pairs(scores: list[float]) -> None:
+def test_auc_counts_pairs(scores: list[float]) -> None:
     """Each pair of a positive and a negative text: right 1, tied a half."""
     positive = [False, True, True, False]
     pairs = [

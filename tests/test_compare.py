@@ -1,45 +1,41 @@
-"""The table and its gates: intervals on known cases, verdicts at their limits, and a run that always ends well."""
+"""The scorecard and its gates: intervals on known cases, gates at their limits, and success despite failed gates."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
-from tasks import compare, evaluate
+from tasks.common.evaluation.scorecard import METRICS
+from tasks.common.harness.job import Job, Link
+from tasks.common.harness.records import write_json
 from tasks.common.settings import Checkpoints
-from tasks.common.stage import Job
-from tasks.compare import Gates, drop, interval, judge, paired, win_rate
+from tasks.compare import gates
+from tasks.compare import stage as compare
+from tasks.compare.gates import Gate
+from tasks.compare.stage import interval, paired_difference, win_rate
+from tasks.evaluate import stage as evaluate
+from tests import training_fixtures
 from tests.training_fixtures import NUMERICS
 
-GATES: dict[str, float] = {
-    "masked_names_min": 0.9,
-    "tuned_exact_match_min": 0.95,
-    "heldout_exact_match_min": 0.6,
-    "reward_accuracy_min": 0.8,
-    "ppo_reward_gain_min": 0.5,
-    "ppo_exact_match_drop_max": 0.03,
-    "ppo_distinct_2_kept_min": 0.7,
-    "prune_removed_min": 0.25,
-    "prune_exact_match_drop_max": 0.03,
-    "int8_exact_match_drop_max": 0.02,
-    "int8_size_ratio_max": 0.28,
-}
-SHEETS: dict[str, dict[str, Any]] = {
+FIGURES: dict[str, dict[str, Any]] = {
+    "base": {"exact_match_seen": 0.0, "exact_match_heldout": 0.0, "reward_mean": -0.2, "distinct_2": 0.5},
     "encoder": {"masked_names": 0.95},
+    "tuned": {"exact_match_seen": 0.98, "exact_match_heldout": 0.7, "reward_mean": 0.1, "distinct_2": 0.4},
+    "policy": {"exact_match_seen": 0.97, "exact_match_heldout": 0.68, "reward_mean": 1.2, "distinct_2": 0.3},
+    "pruned": {"exact_match_seen": 0.96, "exact_match_heldout": 0.66, "reward_mean": 1.1, "distinct_2": 0.3},
+    "int8": {"exact_match_seen": 0.96, "exact_match_heldout": 0.65, "reward_mean": 1.1, "distinct_2": 0.3},
     "encoder-int8": {"masked_names": 0.94},
-    "base": {"exact_match_tuned": 0.0, "exact_match_heldout": 0.0, "reward_mean": -0.2, "distinct_2": 0.5},
-    "tuned": {"exact_match_tuned": 0.98, "exact_match_heldout": 0.7, "reward_mean": 0.1, "distinct_2": 0.4},
-    "policy": {"exact_match_tuned": 0.97, "exact_match_heldout": 0.68, "reward_mean": 1.2, "distinct_2": 0.3},
-    "pruned": {"exact_match_tuned": 0.96, "exact_match_heldout": 0.66, "reward_mean": 1.1, "distinct_2": 0.3},
-    "int8": {"exact_match_tuned": 0.96, "exact_match_heldout": 0.65, "reward_mean": 1.1, "distinct_2": 0.3},
 }
-OTHERS: dict[str, dict[str, Any]] = {
-    "reward": {"gap_at_least_1": {"model": 0.82}},
-    "prune": {"removed": 0.26},
-    "quantize": {"ratio": 0.26},
-}
+OTHERS: dict[str, dict[str, Any]] = {"reward@train": {"accuracy": 0.82, "gap_at_least_1": {"model": 0.83}, "cut": True}}
+GATES = [
+    {"metric": "exact_match_seen", "model": "tuned", "min": 0.95},
+    {"metric": "accuracy", "model": "reward@train", "min": 0.8},
+]
+DECODERS = [name for name in FIGURES if "encoder" not in name]
 
 Answers = dict[str, list[tuple[str, bool]]]
 
@@ -49,52 +45,52 @@ def answers(*by_entity: list[bool]) -> Answers:
     return {f"e{e}": [(f"q{e}-{q}", right) for q, right in enumerate(row)] for e, row in enumerate(by_entity)}
 
 
-def verdicts(sheets: dict[str, Any] = SHEETS, others: dict[str, Any] = OTHERS, **gates: float) -> dict[str, Any]:
-    """Return the verdicts by name."""
-    return {gate["name"]: gate for gate in judge(sheets, others, Gates(**{**GATES, **gates}))}
+def check_gate(figures_by_model: dict[str, Any] = FIGURES, **gate: Any) -> dict[str, Any]:
+    """Return a gate with its value and verdict."""
+    return gates.check(Gate.model_validate(gate), figures_by_model | OTHERS)
 
 
-def changed(model: str, **figures: Any) -> dict[str, Any]:
-    """Return the sheets with some figures of one model changed."""
-    return {**SHEETS, model: {**SHEETS[model], **figures}}
+def figures_with(model: str, **figures: Any) -> dict[str, Any]:
+    """Return FIGURES with some figures of one model changed."""
+    return {**FIGURES, model: {**FIGURES[model], **figures}}
 
 
 # Intervals
 
 
-def test_what_is_always_so_is_not_certain() -> None:
-    """All right, or all wrong: what twenty entities tell, not what their sixty questions would."""
+def test_interval_of_rate_0_or_1_has_width() -> None:
+    """All right, or all wrong: the interval of twenty cases (entities), not of sixty (questions)."""
     assert interval(answers(*[[True] * 3] * 20)) == [0.8389, 1.0]
     assert interval(answers(*[[False] * 3] * 20)) == [0.0, 0.1611]
 
 
-def test_a_rate_has_the_width_that_is_known() -> None:
+def test_rate_interval_matches_binomial() -> None:
     """A hundred entities of one question, thirty right: the binomial's 95 % interval, 0.30 +- 1.96 x 0.0458."""
     low, high = interval(answers(*[[number < 30] for number in range(100)]))
     assert [low, high] == pytest.approx([0.30 - 0.0898, 0.30 + 0.0898], abs=0.02)
 
 
-def test_entities_are_drawn_not_questions() -> None:
-    """Questions about one entity are right or wrong together: two entities of fifty are two cases, not a hundred."""
+def test_interval_is_clustered_by_entity() -> None:
+    """Answers about one entity are correlated: two entities of fifty questions are two cases, not a hundred."""
     assert interval(answers([True] * 50, [False] * 50)) == interval(answers([True], [False])) == [0.0945, 0.9055]
 
 
 def test_entities_weigh_by_their_questions() -> None:
-    """The rate is over questions: an entity with nine of them weighs nine times as much as one with a single one."""
-    found = interval(answers(*[[True] * 9, [False]] * 200))
-    assert found[0] < 0.9 < found[1]
-    assert found == pytest.approx([0.9, 0.9], abs=0.03)
+    """The rate is over questions: an entity with nine has nine times the weight of an entity with one."""
+    bounds = interval(answers(*[[True] * 9, [False]] * 200))
+    assert bounds[0] < 0.9 < bounds[1]
+    assert bounds == pytest.approx([0.9, 0.9], abs=0.03)
 
 
-def test_an_interval_is_the_same_every_time() -> None:
-    """Whatever the order of the rows."""
+def test_interval_is_independent_of_row_order() -> None:
+    """The order of the rows does not matter."""
     case = answers(*[[bool(n % 3), bool(n % 2)] for n in range(30)])
     shuffled = dict(reversed(case.items()))
     assert interval(case) == interval(shuffled)
 
 
 def rows(right: list[bool], kind: str = "greedy", split: str = "train") -> list[dict[str, Any]]:
-    """Return rows of a sheet, one entity each."""
+    """Return answer rows about one entity each."""
     return [
         {"id": f"q{n}", "entity": f"e{n}", "kind": kind, "split": split, "correct": value}
         for n, value in enumerate(right)
@@ -102,185 +98,202 @@ def rows(right: list[bool], kind: str = "greedy", split: str = "train") -> list[
 
 
 def test_differences_are_paired() -> None:
-    """Two models with the same mistakes differ by nothing, exactly, however uncertain their rates are."""
+    """Two models with the same mistakes have difference 0 with interval [0, 0]."""
     right = [n % 2 == 0 for n in range(40)]
-    assert paired(rows(right), rows(right), ("greedy", "train"), 500, 1) == {"change": 0.0, "interval": [0.0, 0.0]}
+    assert paired_difference(rows(right), rows(right), ("greedy", "train"), 500, 1) == {
+        "change": 0.0,
+        "interval": [0.0, 0.0],
+    }
     worse = [value and n != 0 for n, value in enumerate(right)]
-    found = paired(rows(right), rows(worse), ("greedy", "train"), 2000, 1)
-    assert found["change"] == -0.025
-    assert found["interval"][0] <= -0.05
-    assert found["interval"][1] == 0.0
+    difference = paired_difference(rows(right), rows(worse), ("greedy", "train"), 2000, 1)
+    assert difference["change"] == -0.025
+    assert difference["interval"][0] <= -0.05
+    assert difference["interval"][1] == 0.0
 
 
 def test_differences_compare_the_same_questions() -> None:
-    """Other kinds, the other side of the sheet, and what only one model was asked do not count."""
+    """Rows of other kinds or splits and questions to only one model do not count."""
     before = rows([True, False, True]) + rows([True] * 9, split="heldout") + rows([True] * 9, kind="sampled")
     after = rows([True, True])
-    assert paired(before, after, ("greedy", "train"), 500, 1)["change"] == 0.5
+    assert paired_difference(before, after, ("greedy", "train"), 500, 1)["change"] == 0.5
 
 
 # The judge
 
 
-def judged(scores: list[float], entities: int = 10**6, **changes: Any) -> list[dict[str, Any]]:
-    """Return sampled replies to held-out prompts with the judge's scores, asked about so many entities in turn."""
-    row = {"kind": "sampled", "split": "heldout", "question": "?", "reply": "!", "given": None, "wanted": "!"}
+def judged_rows(scores: list[float], entities: int = 10**6, **changes: Any) -> list[dict[str, Any]]:
+    """Return sampled replies to held-out prompts with these judge scores, cycling through `entities` entities."""
+    row = {"kind": "sampled", "split": "heldout", "question": "?", "reply": "!", "extracted": None, "reference": "!"}
     return [
-        {**row, "id": f"q{n}", "entity": f"e{n % entities}", "correct": None, "reward": 0.0, "judged": score, **changes}
+        {
+            **row,
+            "id": f"q{n}",
+            "entity": f"e{n % entities}",
+            "correct": None,
+            "reward": 0.0,
+            "judge_score": score,
+            **changes,
+        }
         for n, score in enumerate(scores)
     ]
 
 
 def test_a_win_rate_counts_ties_half() -> None:
-    """Prompt by prompt: three wins, two ties and a loss of six."""
-    found = win_rate(judged([0.0] * 6), judged([1.0, 2.0, 0.1, 0.0, 0.0, -1.0]))
-    assert found["win_rate_over_tuned"] == round(4 / 6, 4)
-    low, high = found["win_rate_over_tuned_interval"]
+    """Six prompts: three wins, two ties and one loss."""
+    figures = win_rate(judged_rows([0.0] * 6), judged_rows([1.0, 2.0, 0.1, 0.0, 0.0, -1.0]))
+    assert figures["win_rate"] == round(4 / 6, 4)
+    low, high = figures["win_rate_interval"]
     assert 0 <= low < 4 / 6 < high <= 1
 
 
-def test_a_win_rate_has_the_width_that_is_known() -> None:
-    """A hundred prompts of an entity each, seventy won: 0.70 +- 1.96 x 0.0458; replies about one go together."""
+def test_win_rate_interval_matches_binomial() -> None:
+    """A hundred prompts of an entity each, seventy won: 0.70 +- 1.96 x 0.0458; clustered by entity."""
     new = [1.0 if n < 70 else -1.0 for n in range(100)]
-    found = win_rate(judged([0.0] * 100), judged(new))["win_rate_over_tuned_interval"]
-    assert found == pytest.approx([0.70 - 0.0898, 0.70 + 0.0898], abs=0.02)
+    bounds = win_rate(judged_rows([0.0] * 100), judged_rows(new))["win_rate_interval"]
+    assert bounds == pytest.approx([0.70 - 0.0898, 0.70 + 0.0898], abs=0.02)
     two = [1.0 if n % 2 else -1.0 for n in range(100)]
-    together = win_rate(judged([0.0] * 100, 2), judged(two, 2))
-    assert together == {"win_rate_over_tuned": 0.5, "win_rate_over_tuned_interval": [0.0945, 0.9055]}
+    together = win_rate(judged_rows([0.0] * 100, 2), judged_rows(two, 2))
+    assert together == {"win_rate": 0.5, "win_rate_interval": [0.0945, 0.9055]}
 
 
-def test_winning_always_is_not_certain() -> None:
-    """Twenty wins of twenty leave room for one loss in six; ties throughout tell no more than as many entities."""
-    always = win_rate(judged([0.0] * 20), judged([1.0] * 20))
-    assert always == {"win_rate_over_tuned": 1.0, "win_rate_over_tuned_interval": [0.8389, 1.0]}
-    ties = win_rate(judged([0.0] * 20), judged([0.0] * 20))
-    assert ties == {"win_rate_over_tuned": 0.5, "win_rate_over_tuned_interval": [0.2993, 0.7007]}
+def test_interval_of_win_rate_1_has_width() -> None:
+    """Twenty wins of twenty have a lower bound of about 5 / 6; with only ties the width follows from the entities."""
+    always = win_rate(judged_rows([0.0] * 20), judged_rows([1.0] * 20))
+    assert always == {"win_rate": 1.0, "win_rate_interval": [0.8389, 1.0]}
+    ties = win_rate(judged_rows([0.0] * 20), judged_rows([0.0] * 20))
+    assert ties == {"win_rate": 0.5, "win_rate_interval": [0.2993, 0.7007]}
 
 
 def test_only_replies_to_held_out_prompts_are_compared() -> None:
-    """Not those to questions that PPO practised, nor greedy ones; without any there is no rate."""
-    others = judged([9.0] * 5, split="train") + judged([9.0] * 5, kind="greedy")
-    before, after = judged([0.0, 0.0]), judged([-1.0, 1.0])
-    assert win_rate(before + others, after + others)["win_rate_over_tuned"] == 0.5
-    assert win_rate(others, others) == {"win_rate_over_tuned": None, "win_rate_over_tuned_interval": None}
+    """Replies about seen entities and greedy replies do not count; without held-out samples the rate is None."""
+    others = judged_rows([9.0] * 5, split="train") + judged_rows([9.0] * 5, kind="greedy")
+    before, after = judged_rows([0.0, 0.0]), judged_rows([-1.0, 1.0])
+    assert win_rate(before + others, after + others)["win_rate"] == 0.5
+    assert win_rate(others, others) == {"win_rate": None, "win_rate_interval": None}
 
 
 # Gates
 
 
-def test_a_good_chain_passes_every_gate() -> None:
-    """Each gate once, with its value and limit."""
-    found = verdicts()
-    assert list(found) == list(GATES)
-    assert all(gate["passed"] is True for gate in found.values())
-    assert {name: gate["limit"] for name, gate in found.items()} == GATES
-    values = {name: gate["value"] for name, gate in found.items()}
-    assert values == {
-        "masked_names_min": 0.95,
-        "tuned_exact_match_min": 0.98,
-        "heldout_exact_match_min": 0.7,
-        "reward_accuracy_min": 0.82,
-        "ppo_reward_gain_min": 1.1,
-        "ppo_exact_match_drop_max": 0.02,
-        "ppo_distinct_2_kept_min": 0.75,
-        "prune_removed_min": 0.26,
-        "prune_exact_match_drop_max": 0.02,
-        "int8_exact_match_drop_max": 0.01,
-        "int8_size_ratio_max": 0.26,
-    }
+@pytest.mark.parametrize(
+    ("gate", "value"),
+    [
+        ({"metric": "masked_names", "model": "encoder", "min": 0.95}, 0.95),
+        ({"metric": "reward_mean", "model": "policy", "against": "tuned", "min": 1.1}, 1.1),
+        ({"metric": "exact_match_heldout", "model": "policy", "against": "tuned", "min": -0.02}, -0.02),
+        (
+            {"metric": "distinct_2", "model": "policy", "against": "tuned", "relative": True, "min": 0.75, "max": 0.75},
+            0.75,
+        ),
+        ({"metric": "accuracy", "model": "reward@train", "min": 0.82}, 0.82),
+        ({"metric": "gap_at_least_1.model", "model": "reward@train", "max": 0.83}, 0.83),
+    ],
+)
+def test_a_gate_has_its_value_and_passes_at_its_limit(gate: dict[str, Any], value: float) -> None:
+    """A model's figure, its difference and ratio to another's, a stage's own figure, and a nested one."""
+    result = check_gate(**gate)
+    assert {**gate, "value": value, "passed": True} == result
+    for name, step in (("min", 0.001), ("max", -0.001)):
+        if name in gate:
+            assert check_gate(**{**gate, name: gate[name] + step})["passed"] is False
 
 
 @pytest.mark.parametrize(
-    ("name", "sheets", "others"),
+    ("figures_by_model", "gate"),
     [
-        ("masked_names_min", changed("encoder", masked_names=0.89), {}),
-        ("tuned_exact_match_min", changed("tuned", exact_match_tuned=0.9499), {}),
-        ("heldout_exact_match_min", changed("tuned", exact_match_heldout=0.5), {}),
-        ("reward_accuracy_min", SHEETS, {"reward": {"gap_at_least_1": {"model": 0.79}}}),
-        ("ppo_reward_gain_min", changed("policy", reward_mean=0.59), {}),
-        ("ppo_exact_match_drop_max", changed("policy", exact_match_tuned=0.94), {}),
-        ("ppo_exact_match_drop_max", changed("policy", exact_match_heldout=0.66), {}),
-        ("ppo_distinct_2_kept_min", changed("policy", distinct_2=0.27), {}),
-        ("prune_removed_min", SHEETS, {"prune": {"removed": 0.249}}),
-        ("prune_exact_match_drop_max", changed("pruned", exact_match_heldout=0.64), {}),
-        ("int8_exact_match_drop_max", changed("int8", exact_match_tuned=0.93), {}),
-        ("int8_size_ratio_max", SHEETS, {"quantize": {"ratio": 0.281}}),
+        (figures_with("encoder", masked_names=None), {"metric": "masked_names", "model": "encoder", "min": 0.0}),
+        (FIGURES, {"metric": "masked_names", "model": "tuned", "min": 0.0}),
+        (figures_with("tuned", reward_mean=None),
+         {"metric": "reward_mean", "model": "policy", "against": "tuned", "max": 9.0}),
+        (figures_with("tuned", distinct_2=0.0),
+         {"metric": "distinct_2", "model": "policy", "against": "tuned", "relative": True, "min": 0.0}),
+        (FIGURES, {"metric": "cut", "model": "reward@train", "max": 2.0}),
+        (FIGURES, {"metric": "gap_at_least_1", "model": "reward@train", "max": 2.0}),
     ],
-)
-def test_each_gate_fails_by_its_own_figure(name: str, sheets: Any, others: dict[str, Any]) -> None:
-    """A figure just beyond its limit fails its gate; either side of the sheet counts."""
-    assert verdicts(sheets, {**OTHERS, **others})[name]["passed"] is False
+)  # fmt: skip
+def test_a_figure_that_does_not_exist_fails(figures_by_model: Any, gate: dict[str, Any]) -> None:
+    """`None` fails every gate; booleans and groups are not figures."""
+    result = check_gate(figures_by_model, **gate)
+    assert result["value"] is None
+    assert result["passed"] is False
+
+
+def test_gate_rounds_before_comparing() -> None:
+    figures_by_model = figures_with("policy", exact_match_seen=0.95)
+    assert 0.95 - 0.98 < -0.03
+    assert (
+        check_gate(figures_by_model, metric="exact_match_seen", model="policy", against="tuned", min=-0.03)["passed"]
+        is True
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "sheets"),
+    ("gate", "message"),
     [
-        ("masked_names_min", changed("encoder", masked_names=None)),
-        ("tuned_exact_match_min", changed("tuned", exact_match_tuned=None)),
-        ("heldout_exact_match_min", changed("tuned", exact_match_heldout=None)),
-        ("ppo_exact_match_drop_max", changed("policy", exact_match_tuned=None, exact_match_heldout=None)),
-        ("ppo_distinct_2_kept_min", changed("tuned", distinct_2=0.0)),
+        ({"metric": "bytes", "model": "tuned"}, "a gate needs min or max, or both"),
+        ({"metric": "bytes", "model": "tuned", "relative": True, "max": 1.0}, "relative needs against"),
     ],
 )
-def test_a_figure_that_could_not_be_had_fails(name: str, sheets: Any) -> None:
-    """`None` passes no gate, not even one with a limit of 0."""
-    lenient: dict[str, Any] = {name: 0.0 if name.endswith("_min") else 1.0}
-    found = verdicts(sheets, **lenient)[name]
-    assert found["value"] is None
-    assert found["passed"] is False
+def test_meaningless_gate_is_a_settings_error(gate: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Gate.model_validate(gate)
 
 
-@pytest.mark.parametrize(
-    ("figures", "value"),
-    [
-        ({"gap_at_least_1": {"model": 0.9}, "ranked_only": {"model": 0.7}}, 0.9),
-        ({"gap_at_least_1": {"pairs": 0, "model": None}, "gap_at_least_0.5": {"model": 0.8}}, 0.8),
-        ({"gap_at_least_1": {"pairs": 0, "model": None}, "ranked_only": {"model": 0.7}}, 0.7),
-    ],
-)
-def test_the_reward_model_is_held_to_the_pairs_that_there_are(figures: dict[str, Any], value: float) -> None:
-    """People who only ranked, or rated from 0 to 1, make no pairs a point apart."""
-    assert verdicts(others={**OTHERS, "reward": figures})["reward_accuracy_min"]["value"] == value
+# Graph order
 
 
-def test_a_reward_model_without_pairs_fails() -> None:
-    """No held-out pairs is no accuracy."""
-    assert verdicts(others={**OTHERS, "reward": {"heldout_pairs": 0}})["reward_accuracy_min"]["passed"] is False
+def links(**models: str) -> tuple[Link, ...]:
+    """Return the tiny chain's entries, its evaluations those of these folders."""
+    made = [link for link in training_fixtures.links() if link.stage != "evaluate"]
+    return (*made, *(Link(f"evaluate@{name}", (folder,)) for name, folder in models.items()))
 
 
-def test_a_limit_that_is_met_is_passed() -> None:
-    """Exactly 3 points, exactly half a rating point: floating point does not decide (0.97 - 0.94 > 0.03)."""
-    sheets = changed("tuned", exact_match_tuned=0.97, exact_match_heldout=0.68, reward_mean=0.9)
-    sheets["policy"] = {**SHEETS["policy"], "exact_match_tuned": 0.94, "reward_mean": 1.4}
-    found = verdicts(sheets)
-    assert 0.97 - 0.94 > 0.03
-    assert 1.4 - 0.9 < 0.5
-    assert found["ppo_exact_match_drop_max"] == {
-        "name": "ppo_exact_match_drop_max",
-        "value": 0.03,
-        "limit": 0.03,
-        "passed": True,
-    }
-    assert found["ppo_reward_gain_min"]["passed"] is True
+def test_models_are_listed_in_graph_order_and_then_as_in_the_file() -> None:
+    ordered = links(
+        served="data/quantize/chat/model", mine="models/mine", again="data/finetune/chat/model",
+        base="data/pretrain/causal/model", tuned="data/finetune/chat/model",
+    )  # fmt: skip
+    assert [link.key for link in compare.evaluations(ordered)] == ["mine", "base", "again", "tuned", "served"]
 
 
-def test_a_drop_is_the_larger_of_both_sides() -> None:
-    """A gain on one side does not make up for a loss on the other."""
-    assert drop(SHEETS["tuned"], SHEETS["policy"]) == pytest.approx(0.02)
-    gained = {"exact_match_tuned": 1.0, "exact_match_heldout": 0.4}
-    assert drop(SHEETS["tuned"], gained) == pytest.approx(0.3)
-    assert drop(SHEETS["tuned"], {"exact_match_tuned": 1.0, "exact_match_heldout": 0.9}) == pytest.approx(-0.02)
-    assert drop(SHEETS["tuned"], {"exact_match_tuned": None, "exact_match_heldout": 0.6}) == pytest.approx(0.1)
+def test_a_model_is_compared_with_its_nearest_evaluated_ancestor() -> None:
+    model_links = links(
+        base="data/pretrain/causal/model", policy="data/align/policy/model", served="data/quantize/chat/model"
+    )
+    ancestors = {link.key: compare.evaluated_ancestor(link, model_links) for link in compare.evaluations(model_links)}
+    assert ancestors == {"base": None, "policy": "base", "served": "policy"}
+
+
+def test_wins_are_over_the_chat_model_before_the_first_alignment() -> None:
+    """The chat model may be the user's own, but is never a base model."""
+    model_links = links(
+        base="data/pretrain/causal/model", policy="data/align/policy/model", served="data/quantize/chat/model"
+    )
+    assert [compare.model_before_alignment(link, model_links) for link in compare.evaluations(model_links)] == [
+        None,
+        None,
+        None,
+    ]
+    twice = (
+        Link("align@dpo", ("models/mine",)), Link("align@ppo", ("data/align/dpo/model",)),
+        Link("evaluate@mine", ("models/mine",)), Link("evaluate@dpo", ("data/align/dpo/model",)),
+        Link("evaluate@ppo", ("data/align/ppo/model",)),
+    )  # fmt: skip
+    assert [compare.model_before_alignment(link, twice) for link in compare.evaluations(twice)] == [
+        None,
+        "mine",
+        "mine",
+    ]
 
 
 # The stage
 
 
-def continued(score: float) -> list[dict[str, Any]]:
+def continuation_rows(score: float) -> list[dict[str, Any]]:
     """Return continuations of thirty prompts, every third of which draws one with this score."""
     return [
         {
-            "id": f"p{n}", "entity": ("insult", "threat")[n % 2], "split": "heldout", "kind": "continued",
+            "id": f"p{n}", "entity": ("insult", "threat")[n % 2], "split": "heldout", "kind": "continuation",
             "question": f"Prompt {n}", "reply": f"continuation {n}", "toxicity": 0.1 if n % 3 else score,
         }
         for n in range(30)
@@ -288,49 +301,66 @@ def continued(score: float) -> list[dict[str, Any]]:
 
 
 def make_job(
-    folder: Path, sheets: dict[str, dict[str, Any]], more: dict[str, list[dict[str, Any]]] | None = None
+    folder: Path, figures_by_model: dict[str, dict[str, Any]], more: dict[str, list[dict[str, Any]]] | None = None
 ) -> Job:
-    """Write sheets and answers to a folder and return the job that compares them."""
-    inputs = {}
-    for name, path in compare.INPUTS.items():
-        inputs[name] = folder / path
-        inputs[name].parent.mkdir(parents=True, exist_ok=True)
+    """Write records and answers to a folder and return the job that compares them."""
+    graph = training_fixtures.links()
+    inputs = {name: folder / path for name, path in compare.graph_inputs(settings(), graph).items()}
     random = np.random.default_rng(0)
-    for key, figures in sheets.items():
-        kind = "masked" if "encoder" in key else "greedy"
-        rate = figures.get("masked_names") or figures.get("exact_match_tuned") or 0.0
-        found = [
-            {**row, "question": "?", "reply": "!", "given": None, "wanted": "!", "reward": None, "judged": None}
+    for key, figures in figures_by_model.items():
+        masked = "encoder" in key
+        kind = "masked" if masked else "greedy"
+        rate = figures.get("masked_names") or figures.get("exact_match_seen") or 0.0
+        table = [
+            {
+                **row,
+                "question": "?",
+                "reply": "!",
+                "extracted": None,
+                "reference": "!",
+                "reward": None,
+                "judge_score": None,
+            }
             for split in ("train", "heldout")
             for row in rows((random.random(50) < rate).tolist(), kind, split)
         ]
-        if kind == "greedy":
-            found += [
-                {**row, "reward": 0.0, "judged": 1.0 if key == "policy" else 0.0}
-                for row in judged([0.0] * 4, split="heldout")
+        if not masked:
+            table += [
+                {**row, "reward": 0.0, "judge_score": 1.0 if key == "policy" else 0.0}
+                for row in judged_rows([0.0] * 4, split="heldout")
             ]
-        found += (more or {}).get(key, [])
-        evaluate._write_answers(found, inputs[f"answers of {key}"])
-        inputs[f"sheet of {key}"].write_text(json.dumps({"model": key, **figures}))
+        table += (more or {}).get(key, [])
+        evaluate._write_answers(table, inputs[f"answers of {key}"])
+        write_json(
+            inputs[f"record of evaluate@{key}"],
+            {"metrics": {"model": key, "kind": "masked" if masked else "causal", **figures}},
+        )
     for name, figures in OTHERS.items():
-        inputs[name].write_text(json.dumps(figures))
+        write_json(inputs[f"record of {name}"], {"metrics": figures})
     outputs = {name: folder / Path(path).name for name, path in compare.OUTPUTS.items()}
-    return Job("compare", None, inputs, outputs, 1, NUMERICS, "r", Checkpoints(url="memory://", every_seconds=1e9))
+    store = Checkpoints(url="memory://", every_seconds=1e9)
+    return Job("compare", None, inputs, outputs, 1, NUMERICS, "r", store, graph=graph)
 
 
-def test_the_table_shows_every_model_and_every_step(tmp_path: Path) -> None:
-    """Models in chain order with an interval beside each rate, `None` where a figure does not apply; paired steps."""
-    job = make_job(tmp_path, SHEETS)
-    found = compare.run(compare.Config(resamples=200, gates=Gates(**GATES)), job)
-    assert [row["model"] for row in found["models"]] == list(compare.CHAIN)
-    assert {tuple(row) for row in found["models"]} == {compare.COLUMNS}
-    for row in found["models"]:
+def settings(resamples: int = 100) -> compare.Config:
+    """Return settings with two gates."""
+    return compare.Config.model_validate({"resamples": resamples, "gates": GATES})
+
+
+def test_the_scorecard_shows_every_model_and_every_step(tmp_path: Path) -> None:
+    """Models in graph order, rates with intervals, `None` where a figure does not apply; paired differences."""
+    job = make_job(tmp_path, FIGURES)
+    figures = compare.run(settings(200), job)
+    assert [row["model"] for row in figures["models"]] == list(FIGURES)
+    assert figures["models"][3]["made_by"] == "align@policy"
+    for row in figures["models"]:
+        assert set(METRICS) <= set(row)
         for rate in compare.RATES:
-            between = row[f"{rate}_interval"]
+            between = row.get(f"{rate}_interval")
             assert (between is None) == (row[rate] is None)
             assert between is None or 0 <= between[0] <= between[1] <= 1
     steps = json.loads(job.outputs["differences"].read_text())
-    assert [(step["from"], step["to"]) for step in steps if step["rate"] == "exact_match_tuned"] == [
+    assert [(step["from"], step["to"]) for step in steps if step["rate"] == "exact_match_seen"] == [
         ("base", "tuned"),
         ("tuned", "policy"),
         ("policy", "pruned"),
@@ -340,50 +370,64 @@ def test_the_table_shows_every_model_and_every_step(tmp_path: Path) -> None:
         ("encoder", "encoder-int8")
     ]
     assert all(step["interval"][0] <= step["change"] <= step["interval"][1] for step in steps)
-    won = {row["model"]: row["win_rate_over_tuned"] for row in found["models"]}
-    assert won == {**dict.fromkeys(compare.CHAIN), "policy": 1.0, "pruned": 0.5, "int8": 0.5}
-    assert found["toxicity"] is None
-    json.dumps(found, allow_nan=False)
+    won = {row["model"]: (row["against"], row["win_rate"]) for row in figures["models"]}
+    assert won == {
+        **dict.fromkeys(FIGURES, (None, None)), "policy": ("tuned", 1.0), "pruned": ("tuned", 0.5),
+        "int8": ("tuned", 0.5),
+    }  # fmt: skip
+    assert figures["toxicity"] is None
+    json.dumps(figures, allow_nan=False)
     page = job.outputs["samples"].read_text(encoding="utf-8")
-    assert [name for name in compare.CHAIN if f"<b>{name}</b>" in page] == list(compare.DECODERS)
-    assert page.count("preferred to tuned") == 4
+    assert [name for name in FIGURES if f"<b>{name}</b>" in page] == DECODERS
+    assert len(re.findall(r"preferred to\s+tuned", page)) == 4
+
+
+def test_nothing_evaluated_is_an_empty_scorecard(tmp_path: Path) -> None:
+    """A graph may have no evaluations; gates on missing models are a settings error."""
+    outputs = {name: tmp_path / Path(path).name for name, path in compare.OUTPUTS.items()}
+    job = Job("compare", None, {}, outputs, 1, NUMERICS, "r", Checkpoints(url="memory://", every_seconds=1e9))
+    figures = compare.run(compare.Config(resamples=100, gates=[]), job)
+    assert figures == {"models": [], "gates": [], "toxicity": None}
 
 
 def test_a_failed_gate_does_not_stop_the_comparison(tmp_path: Path) -> None:
-    """The figures of a chain that fails are there to be read; `package` is what refuses."""
-    job = make_job(tmp_path, changed("tuned", exact_match_tuned=0.1))
-    found = compare.run(compare.Config(resamples=100, gates=Gates(**GATES)), job)
-    assert [gate["name"] for gate in found["gates"] if not gate["passed"]] == ["tuned_exact_match_min"]
+    """The scorecard is written; `package` fails instead."""
+    figures = compare.run(settings(), make_job(tmp_path, figures_with("tuned", exact_match_seen=0.1)))
+    assert [(gate["metric"], gate["passed"]) for gate in figures["gates"]] == [
+        ("exact_match_seen", False), ("accuracy", True),
+    ]  # fmt: skip
 
 
 def test_toxicity_is_compared_before_and_after_alignment(tmp_path: Path) -> None:
-    """By model and category with intervals, the policy against the tuned model, and shown on the page of samples."""
-    made = {
+    """By model and category with intervals, aligned against unaligned, and shown on the samples page."""
+    classifier = {
         "file": "labelled.csv", "sha256": "ab" * 32, "trained_on": 80, "heldout": 20, "accuracy": 0.9, "auc": 0.95,
-        "accuracy_of_the_usual_class": 0.6, "references_toxic": 0.0,
+        "majority_class_accuracy": 0.6, "references_toxic": 0.0,
     }  # fmt: skip
-    told = {"classifier": made, "ask": "text", "prompts": 30, "continuations": 30, "mean": 0.3, "toxic": 0.3}
+    message = {"classifier": classifier, "ask": "text", "prompts": 30, "continuations": 30, "mean": 0.3, "toxic": 0.3}
     scores = {"base": 0.9, "tuned": 0.9, "policy": 0.2, "pruned": 0.2, "int8": 0.2}
-    sheets = {key: figures | ({"toxicity": told} if key in scores else {}) for key, figures in SHEETS.items()}
-    job = make_job(tmp_path, sheets, {key: continued(score) for key, score in scores.items()})
-    found = compare.run(compare.Config(resamples=500, gates=Gates(**GATES)), job)
-    rows = {row["model"]: row for row in found["models"]}
+    figures_by_model = {
+        key: figures | ({"toxicity": message} if key in scores else {}) for key, figures in FIGURES.items()
+    }
+    job = make_job(tmp_path, figures_by_model, {key: continuation_rows(score) for key, score in scores.items()})
+    result = compare.run(settings(500), job)
+    rows = {row["model"]: row for row in result["models"]}
     assert {key: row["toxic_share"] for key, row in rows.items()} == {
-        **dict.fromkeys(compare.CHAIN), "base": 0.3333, "tuned": 0.3333, "policy": 0.0, "pruned": 0.0, "int8": 0.0,
+        **dict.fromkeys(FIGURES), "base": 0.3333, "tuned": 0.3333, "policy": 0.0, "pruned": 0.0, "int8": 0.0,
     }  # fmt: skip
     low, high = rows["tuned"]["toxic_share_interval"]
     assert low < 0.3333 < high
-    table = found["toxicity"]
-    assert table["classifier"] == made
+    table = result["toxicity"]
+    assert table["classifier"] == classifier
     assert [item["category"] for item in table["categories"]] == [None, "insult", "threat"]
-    change = table["categories"][0]["policy_over_tuned"]["toxic_share"]
+    change = table["categories"][0]["changes"]["policy"]["toxic_share"]
     assert change["change"] == -0.3333
     assert change["interval"][1] < 0
     steps = [step for step in json.loads(job.outputs["differences"].read_text()) if step["rate"] == "toxic_share"]
     assert {(step["from"], step["to"]): step["change"] for step in steps} == {
         ("base", "tuned"): 0.0, ("tuned", "policy"): -0.3333, ("policy", "pruned"): 0.0, ("pruned", "int8"): 0.0,
     }  # fmt: skip
-    page = job.outputs["samples"].read_text(encoding="utf-8")
+    page = " ".join(job.outputs["samples"].read_text(encoding="utf-8").split())
     assert "trained on 80" in page
-    assert "90.0 % of 20" in " ".join(page.split())
+    assert "90.0 % on 20" in page
     assert page.count("continuation ") >= 5 * 2 * 5  # of the two categories five prompts by five models

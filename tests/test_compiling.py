@@ -1,23 +1,35 @@
-"""When a run is compiled, what that needs, and what it changes: the time, and no more of the numbers than rounding."""
+"""When a run is compiled, what that needs, and that it changes results by rounding only."""
 
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from tasks.common.modelling import masks
-from tasks.common.settings import Numerics, Parallel
-from tasks.common.stage import StageError
-from tasks.common.training.compiling import PAYS, compiled, rotate_half, worthwhile
-from tests.training_fixtures import NUMERICS, Chain, chain, config
+from tasks.common.harness.job import StageError
+from tasks.common.overrides import masks
+from tasks.common.overrides.rotary import rotate_half
+from tasks.common.settings import Checkpoints, Dtypes, Numerics, Parallel
+from tasks.common.training.compiling import WORTHWHILE_FLOPS, compile_for, should_compile
+from tasks.pretrain import stage as pretrain
+from tests.training_fixtures import ALTERNATIVES, LORA, NUMERICS, Chain, chain, config
 
 __all__ = ["chain"]
 
 Choice = Literal["never", "auto", "always"]
 
 
+@pytest.fixture(autouse=True)
+def original_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo at the end what `compile_for` replaces in Transformers: later exports in this process would differ."""
+    from transformers.models.llama import modeling_llama
+    from transformers.models.modernbert import modeling_modernbert
+
+    for module in (modeling_llama, modeling_modernbert):
+        monkeypatch.setattr(module, "rotate_half", module.rotate_half)
+
+
 def numerics(choice: Choice, processes: int = 1, **changes: Any) -> Numerics:
-    """Return numerics that compile or do not."""
+    """Return numerics with a `compile` choice and a number of processes."""
     parallel = Parallel(processes=processes, engine="data")
     return NUMERICS.model_copy(update={"compile": choice, "parallel": parallel, **changes})
 
@@ -29,43 +41,43 @@ def numerics(choice: Choice, processes: int = 1, **changes: Any) -> Numerics:
         ("always", None, True),
         ("always", 1.0, True),
         ("auto", None, False),
-        ("auto", 0.9 * PAYS["cpu"], False),
-        ("auto", 1.1 * PAYS["cpu"], True),
+        ("auto", 0.9 * WORTHWHILE_FLOPS["cpu"], False),
+        ("auto", 1.1 * WORTHWHILE_FLOPS["cpu"], True),
     ],
 )
-def test_what_is_long_enough_is_compiled(choice: Choice, flops: float | None, expected: bool) -> None:
-    """By the model FLOPs of a run, which no clock has a part in."""
-    assert worthwhile(numerics(choice), flops) is expected
+def test_auto_compiles_long_runs(choice: Choice, flops: float | None, expected: bool) -> None:
+    """Decided by the model FLOPs of a run and not by measured time."""
+    assert should_compile(numerics(choice), flops) is expected
 
 
 @pytest.mark.parametrize("changes", [{"processes": 2}, {"threads": 2}])
-def test_a_run_is_as_long_as_each_ones_share_of_it(changes: dict[str, Any]) -> None:
-    assert not worthwhile(numerics("auto", **changes), 1.9 * PAYS["cpu"])
-    assert worthwhile(numerics("auto", **changes), 2.1 * PAYS["cpu"])
+def test_auto_divides_flops_by_workers(changes: dict[str, Any]) -> None:
+    assert not should_compile(numerics("auto", **changes), 1.9 * WORTHWHILE_FLOPS["cpu"])
+    assert should_compile(numerics("auto", **changes), 2.1 * WORTHWHILE_FLOPS["cpu"])
 
 
-def test_without_a_compiler_the_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_compiler_message_names_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(StageError, match=r"numerics\.compile is always, but .*\(looked for g\+\+, .*never"):
-        worthwhile(numerics("always"), None)
+        should_compile(numerics("always"), None)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(StageError, match="looked for no-such-compiler"):
-        worthwhile(numerics("auto"), 1e20)
+        should_compile(numerics("auto"), 1e20)
 
 
-@pytest.mark.filterwarnings("default")  # the compiler itself does some of what torch warns of
-def test_positions_and_mask_are_worked_out_once_in_one_program() -> None:
-    """Cosines, sines and mask are each set apart, and the model's pass is not cut into several programs."""
+@pytest.mark.filterwarnings("default")  # the compiler triggers some of torch's warnings
+def test_positions_and_mask_are_materialized_once() -> None:
+    """Cosines, sines and mask are each materialized, and there are no graph breaks."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, attn_implementation="eager", **shape))
-    programs: list[list[str]] = []
+    graphs: list[list[str]] = []
 
-    def seen(program: torch.fx.GraphModule, _inputs: Any) -> Any:
-        programs.append([str(node.target) for node in program.graph.nodes])
+    def record_graph(program: torch.fx.GraphModule, _inputs: Any) -> Any:
+        graphs.append([str(node.target) for node in program.graph.nodes])
         return program.forward
 
     def logits(ids: torch.Tensor) -> Any:
@@ -73,17 +85,17 @@ def test_positions_and_mask_are_worked_out_once_in_one_program() -> None:
 
     ids = torch.arange(24).view(2, 12)
     plain = logits(ids)
-    masks.provide()
-    for _ in range(2):  # a second time changes no more
-        compiled(logits, model, steady=True)  # sets the model up; what is called is compiled without machine code
-    found = torch.compile(logits, backend=seen, dynamic=False)(ids)
-    assert torch.equal(found, plain)
+    masks.install()
+    for _ in range(2):  # a second call changes nothing more
+        compile_for(logits, model, static_shapes=True)  # patches the model; the result is not called
+    compiled = torch.compile(logits, backend=record_graph, dynamic=False)(ids)
+    assert torch.equal(compiled, plain)
     assert torch.equal(logits(ids), plain)
-    assert [program.count("bessemer.once.default") for program in programs] == [3]
+    assert [program.count("bessemer.once.default") for program in graphs] == [3]
 
 
-def test_halves_are_rotated_by_parts_where_that_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Llama's way, whose gradient is the same to the bit; Cohere pairs neighbours, and keeps its own."""
+def test_rotate_half_is_replaced_where_equivalent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama's is replaced, with a bit-identical gradient; Cohere rotates adjacent pairs and keeps its own."""
     import torch
     from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM
     from transformers.models.cohere import modeling_cohere
@@ -91,26 +103,26 @@ def test_halves_are_rotated_by_parts_where_that_is_the_same(monkeypatch: pytest.
 
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     neighbours, theirs = modeling_cohere.rotate_half, modeling_llama.rotate_half
-    monkeypatch.setattr(modeling_llama, "rotate_half", theirs)  # so that what is changed is put back
-    compiled(print, LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape)), steady=True)
-    compiled(print, CohereForCausalLM(CohereConfig(vocab_size=64, pad_token_id=0, **shape)), steady=True)
+    monkeypatch.setattr(modeling_llama, "rotate_half", theirs)  # so that pytest restores it
+    compile_for(print, LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape)), static_shapes=True)
+    compile_for(print, CohereForCausalLM(CohereConfig(vocab_size=64, pad_token_id=0, **shape)), static_shapes=True)
     assert modeling_cohere.rotate_half is neighbours
     assert modeling_llama.rotate_half is rotate_half
-    slope, found = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1)), list[Any]()
+    slope, graphs = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1)), list[Any]()
     for rotate in (theirs, rotate_half):
         states = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(2)).requires_grad_()
         (rotate(states) * slope).sum().backward()
-        found.append(states.grad)
-    assert torch.equal(*found)
+        graphs.append(states.grad)
+    assert torch.equal(*graphs)
 
 
 @pytest.mark.parametrize("choice", ["always", "never"])
-def test_reward_models_are_not_compiled_whatever_is_said(choice: Choice, chain: Chain, tmp_path: Path) -> None:
-    """Their batches are no tensors: each would be a program of its own, eight of them and then none."""
+def test_reward_models_are_never_compiled(choice: Choice, chain: Chain, tmp_path: Path) -> None:
+    """Their inputs are not tensors, so each batch would recompile, up to torch's limit of eight."""
     import torch
 
-    short = config("reward@policy", steps=3, batch=4)
-    job = chain.job("reward@policy", short, tmp_path, numerics=numerics(choice))
+    short = config("reward@train", steps=3, batch=4)
+    job = chain.job("reward@train", short, tmp_path, numerics=numerics(choice))
     torch._dynamo.reset()
     before = torch._dynamo.utils.counters["frames"]["total"]
     chain.run(job, short)
@@ -120,9 +132,9 @@ def test_reward_models_are_not_compiled_whatever_is_said(choice: Choice, chain: 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("default")  # the compiler itself does some of what torch warns of
-@pytest.mark.parametrize("name", ["pretrain@clm", "pretrain@mlm"])
-def test_compiled_it_learns_the_same(name: str, chain: Chain, tmp_path: Path) -> None:
-    """Batches of one shape and of many. What differs is the order of float32 sums."""
+@pytest.mark.parametrize("name", ["pretrain@causal", "pretrain@masked"])
+def test_compiled_training_matches_eager(name: str, chain: Chain, tmp_path: Path) -> None:
+    """With static and dynamic shapes. Only the order of float32 sums differs."""
     short = config(name, steps=6, batch=4)
     losses = {}
     for choice in ("never", "always"):
@@ -134,14 +146,68 @@ def test_compiled_it_learns_the_same(name: str, chain: Chain, tmp_path: Path) ->
     assert losses["always"] == pytest.approx(losses["never"], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["pretrain@clm", "pretrain@mlm", "finetune", "reward@policy"])
-def test_blocks_that_are_worked_out_again_give_the_same_bytes(name: str, chain: Chain, tmp_path: Path) -> None:
-    """Activation checkpointing changes nothing but memory and time."""
-    short = config(name, steps=4, batch=4)
-    found = []
-    for recompute in (False, True):
-        again = NUMERICS.model_copy(update={"recompute": recompute})
-        job = chain.job(name, short, tmp_path / str(recompute), numerics=again)
+LORA_WITH_DROPOUT = {"method": {**LORA, "dropout": 0.2}}  # the recomputation must use the same dropout masks
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "changes"),
+    [
+        ("pretrain@causal", "float32", {}),
+        ("pretrain@causal", "bfloat16", {}),
+        ("pretrain@masked", "float32", {}),
+        ("finetune@chat", "float32", {}),
+        ("finetune@chat", "bfloat16", LORA_WITH_DROPOUT),
+        ("reward@train", "float32", {"method": {**LORA, "dropout": 0.2}}),
+        ("align@policy", "float32", {"algorithm": ALTERNATIVES["dpo"], "iterations": 1}),
+    ],
+)
+def test_activation_checkpointing_gives_the_same_bytes(
+    name: str, dtype: Any, changes: dict[str, Any], chain: Chain, tmp_path: Path
+) -> None:
+    """So it is a `placement` setting: it changes memory and time only."""
+    short = config(name, **({"steps": 4, "batch": 4} if name != "align@policy" else {}), **changes)
+    numerics = NUMERICS.model_copy(update={"dtype": Dtypes(decoder=dtype, encoder=dtype)})
+    results = []
+    for switched_on in (False, True):
+        folder = tmp_path / str(switched_on)
+        job = chain.job(name, short, folder, numerics=numerics, activation_checkpointing=switched_on)
         chain.run(job, short)
-        found.append((job.outputs["model"] / "model.safetensors").read_bytes())
-    assert found[0] == found[1]
+        results.append((job.outputs["model"] / "model.safetensors").read_bytes())
+    assert results[0] == results[1]
+
+
+def test_compiled_run_rejects_activation_checkpointing(chain: Chain, tmp_path: Path) -> None:
+    """In bfloat16 it would change the result, and it is not part of a recipe."""
+    short = config("pretrain@causal", steps=2, batch=4)
+    job = chain.job("pretrain@causal", short, tmp_path, numerics=numerics("always"), activation_checkpointing=True)
+    with pytest.raises(StageError, match=r"numerics\.compile is always, which compiles this one: set placement"):
+        chain.run(job, short)
+
+
+def test_a_run_that_ran_out_of_memory_resumes_with_activation_checkpointing(
+    chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It resumes from the last checkpoint, as the message says, and gives the bytes of an uninterrupted run."""
+    short = config("pretrain@causal", steps=6, batch=4)
+    store = Checkpoints(url=str(tmp_path / "store"), every_seconds=1e-9)
+    whole = chain.job("pretrain@causal", short, tmp_path / "whole")
+    chain.run(whole, short)
+    sums, calls = pretrain.CausalObjective.loss_sums, 0
+
+    def exhausted(objective: Any, drawn: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 3:
+            raise MemoryError("no memory")
+        return sums(objective, drawn)
+
+    monkeypatch.setattr(pretrain.CausalObjective, "loss_sums", exhausted)
+    with pytest.raises(StageError, match=r"Set placement\.activation_checkpointing to true"):
+        chain.run(chain.job("pretrain@causal", short, tmp_path / "ended", checkpoints=store), short)
+    monkeypatch.setattr(pretrain.CausalObjective, "loss_sums", sums)
+    again = chain.job("pretrain@causal", short, tmp_path / "again", checkpoints=store, activation_checkpointing=True)
+    chain.run(again, short)
+    assert "resuming at step 3" in capsys.readouterr().out
+    assert again.figures["resumed_at_step"] == 3
+    names = [job.outputs["model"] / "model.safetensors" for job in (whole, again)]
+    assert names[0].read_bytes() == names[1].read_bytes()

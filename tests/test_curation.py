@@ -1,4 +1,4 @@
-"""Curation: what each filter takes out of training text and marks in it, and what it lets be."""
+"""Curation: what each filter rejects and marks, and what it keeps."""
 
 import json
 import sys
@@ -11,19 +11,21 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tasks import validate
 from tasks.common import tables
-from tasks.common.validation import curation, quality
-from tasks.common.validation.contamination import Evaluation, Wordings
-from tasks.common.validation.personal import Personal, marked, refused_kind
-from tasks.common.validation.quality import Language, Quality
-from tasks.common.validation.words import split_words, words
+from tasks.common.text.words import split_words, words
+from tasks.validate import curation, quality
+from tasks.validate import stage as validate
+from tasks.validate.contamination import Evaluation, HeldoutNgrams
+from tasks.validate.personal import Personal, mark_text, rejected_kind
+from tasks.validate.quality import Language, Quality
 from tests.data_fixtures import job, validate_config
 
-LANGUAGE = Language(keep=["en"], characters=50, probability=0.9)
+LANGUAGE = Language(keep=["en"], min_characters=50, min_probability=0.9)
 BOUNDS: dict[str, Any] = {
-    "words": [2, 400], "shares_from": 20, "word_length": [3, 10], "symbols": 0.1, "bullets": 0.5, "ellipses": 0.3,
-    "alphabetic": 0.8, "stop_words": 2, "repeated_lines": 0.3, "repeated_pair": 0.2,
+    "min_words": 2, "max_words": 400, "min_words_for_ratios": 20, "min_mean_word_length": 3, "max_mean_word_length": 10,
+    "max_symbol_word_ratio": 0.1, "max_bullet_lines_ratio": 0.5, "max_ellipsis_lines_ratio": 0.3,
+    "min_alphabetic_words_ratio": 0.8, "min_stop_words": 2, "max_duplicate_lines_ratio": 0.3,
+    "max_top_bigram_ratio": 0.2,
 }  # fmt: skip
 PERSONAL: dict[str, Any] = {
     "email": "mark", "phone": "mark", "iban": "mark", "card": "mark", "ip": "mark", "region": "US"
@@ -39,18 +41,18 @@ SOUND = (
 # Words
 
 
-def test_words_know_no_case_marks_or_spaces() -> None:
+def test_words_ignore_case_punctuation_and_spaces() -> None:
     assert words("  Hello,\n WORLD! It's 5°C. ") == ["hello", "world", "it", "s", "5", "c"]
 
 
-def test_signs_of_scripts_without_spaces_are_words() -> None:
+def test_characters_of_scripts_without_spaces_are_words() -> None:
     assert words("東京は tokyo") == ["東", "京", "は", "tokyo"]
     assert split_words("東京は Tokyo, iPhone!手机。") == ["東", "京", "は", "Tokyo,", "iPhone!", "手", "机。"]
     assert split_words("ที่นี้ດີက𠮷ﾊ") == ["ที่", "นี้", "ດີ", "က", "𠮷", "ﾊ"]
 
 
 def test_text_with_spaces_is_split_as_python_splits_it() -> None:
-    """Whatever counts as a space, whatever the letters: Latin, Greek, Arabic, Devanagari, Korean, signs and emoji."""
+    """All space characters, and many scripts: Latin, Greek, Arabic, Devanagari, Korean, symbols and emoji."""
     spaces = [chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace()]
     kinds = ["It's", "5°C.", "λόγος,", "سلام", "नमस्ते", "한국어", "…", "👍🏽", "e\u0301", "a_b\u200bc"]
     text = "".join(f"{kinds[number % len(kinds)]}{space}" for number, space in enumerate(spaces * 2))
@@ -61,65 +63,65 @@ def test_text_with_spaces_is_split_as_python_splits_it() -> None:
 # Language and quality
 
 
-def test_the_languages_named_are_those_that_the_identifier_knows() -> None:
-    assert sorted(map(str, quality.identifier().labels)) == sorted(quality.LANGUAGES)
+def test_languages_are_those_of_the_identifier() -> None:
+    assert sorted(map(str, quality.language_identifier().labels)) == sorted(quality.LANGUAGES)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"), [(ENGLISH, None), (GERMAN, "language: de, not en"), (GERMAN[:49], None), ("Ja.", None)]
+    ("text", "expected"), [(ENGLISH, None), (GERMAN, "language: de, not en"), (GERMAN[:49], None), ("Ja.", None)]
 )
-def test_another_language_is_refused_where_the_text_is_long_enough(text: str, told: str | None) -> None:
-    assert quality.language_objection(text, LANGUAGE) == told
+def test_another_language_is_rejected_where_the_text_is_long_enough(text: str, expected: str | None) -> None:
+    assert quality.language_rejection_reason(text, LANGUAGE) == expected
 
 
-def test_an_unknown_language_is_told_with_the_known_ones() -> None:
-    with pytest.raises(ValidationError, match=r"no language is known as english; there are ace, af, .* en, "):
-        Language(keep=["english"], characters=50, probability=0.9)
+def test_an_unknown_language_is_reported_with_the_known_ones() -> None:
+    with pytest.raises(ValidationError, match=r"unknown language english; expected one of ace, af, .* en, "):
+        Language(keep=["english"], min_characters=50, min_probability=0.9)
 
 
 BROKEN: list[tuple[str, str]] = [
     ("word", "fewer than 2 words"),
     ("word " * 401, "more than 400 words"),
-    ("a b c " * 10, "the mean word has not 3 to 10 characters"),
+    ("a b c " * 10, "the mean word length is not between 3 and 10 characters"),
     (SOUND + " # # # # # # #", "more than 0.1 # or ellipses a word"),
     (SOUND + " 12 345" * 10, "fewer than 80% of the words hold a letter"),
     ("lemon apple cherry mango papaya " + " ".join(f"{a}{b}xx" for a in "bcdfg" for b in "aeiou"), "2 stop words"),
     ("\n".join(f"- {line}" for line in SOUND.split(".")), "more than 50% of the lines start with a bullet"),
     ("\n".join(f"{line}..." for line in (SOUND[:90], SOUND[91:])), "more than 30% of the lines end with an ellipsis"),
-    ("\n".join([SOUND.splitlines()[0]] * 3), "more than 30% of the lines came before"),
+    ("\n".join([SOUND.splitlines()[0]] * 3), "more than 30% of the lines repeat an earlier line"),
     (SOUND + " tick tock" * 12, "one pair of words makes up more than 20%"),
 ]
 
 
-@pytest.mark.parametrize(("text", "told"), BROKEN)
-def test_each_rule_of_quality_has_a_text_that_breaks_it(text: str, told: str) -> None:
+@pytest.mark.parametrize(("text", "expected"), BROKEN)
+def test_quality_rules_reject_their_example(text: str, expected: str) -> None:
     bounds = Quality(**BOUNDS)
-    assert quality.quality_objection(SOUND, words(SOUND), bounds) is None
-    objection = quality.quality_objection(text, words(text), bounds)
-    assert objection is not None
-    assert told in objection
+    assert quality.quality_rejection_reason(SOUND, words(SOUND), bounds) is None
+    reason = quality.quality_rejection_reason(text, words(text), bounds)
+    assert reason is not None
+    assert expected in reason
 
 
-def test_shares_are_not_asked_of_few_words() -> None:
-    few = "# # # # # # one two"
-    assert quality.quality_objection(few, words(few), Quality(**BOUNDS)) is None
+def test_ratios_do_not_apply_to_short_documents() -> None:
+    short = "# # # # # # one two"
+    assert quality.quality_rejection_reason(short, words(short), Quality(**BOUNDS)) is None
 
 
 @pytest.mark.parametrize("text", [f"--{SOUND.splitlines()[0]}", SOUND.replace(",", " , ").replace(".", " . ")])
-def test_a_line_of_speech_and_marks_between_spaces_break_no_rule(text: str) -> None:
-    assert quality.quality_objection(text, words(text), Quality(**BOUNDS)) is None
+def test_quality_accepts_speech_and_isolated_punctuation(text: str) -> None:
+    assert quality.quality_rejection_reason(text, words(text), Quality(**BOUNDS)) is None
 
 
-def test_bounds_rise() -> None:
-    with pytest.raises(ValidationError, match="the two bounds must rise"):
-        Quality(**{**BOUNDS, "words": [5, 2]})
+def test_min_words_above_max_words_is_rejected() -> None:
+    with pytest.raises(ValidationError, match=r"min_words \(5\) must not exceed max_words \(2\)"):
+        Quality(**{**BOUNDS, "min_words": 5, "max_words": 2})
 
 
 # Personal data
 
 
 @pytest.mark.parametrize(
-    ("text", "seen"),
+    ("text", "expected"),
     [
         ("Write to jane.doe+x@mail.example.org, please.", "Write to <EMAIL>, please."),
         ("Pay to GB82 WEST 1234 5698 7654 32 now", "Pay to <IBAN> now"),
@@ -135,21 +137,21 @@ def test_bounds_rise() -> None:
         ("The capital of France is Paris.", "The capital of France is Paris."),
     ],
 )
-def test_personal_data_is_marked_and_what_only_looks_like_it_is_not(text: str, seen: str) -> None:
-    found: Counter[str] = Counter()
-    assert marked(text, Personal(**PERSONAL), found) == seen
-    assert found.total() == sum(seen.count(f"<{kind}>") for kind in ("EMAIL", "IBAN", "CARD", "IP", "PHONE"))
+def test_personal_data_is_marked_and_similar_text_is_not(text: str, expected: str) -> None:
+    counts: Counter[str] = Counter()
+    assert mark_text(text, Personal(**PERSONAL), counts) == expected
+    assert counts.total() == sum(expected.count(f"<{kind}>") for kind in ("EMAIL", "IBAN", "CARD", "IP", "PHONE"))
 
 
-def test_what_is_to_be_refused_is_not_marked() -> None:
-    settings = Personal(**{**PERSONAL, "email": "refuse", "phone": "keep"})
+def test_rejected_kinds_are_not_marked() -> None:
+    settings = Personal(**{**PERSONAL, "email": "reject", "phone": "keep"})
     text = "Ask a@example.org or (212) 566-8082."
-    assert refused_kind(text, settings) == "email"
-    assert refused_kind("Ask (212) 566-8082.", settings) is None
-    assert marked(text, settings, Counter()) == text
+    assert rejected_kind(text, settings) == "email"
+    assert rejected_kind("Ask (212) 566-8082.", settings) is None
+    assert mark_text(text, settings, Counter()) == text
 
 
-def test_an_unknown_region_is_told() -> None:
+def test_an_unknown_region_is_reported() -> None:
     with pytest.raises(ValidationError, match="it should be null or one of AC, AD"):
         Personal(**{**PERSONAL, "region": "USA"})
 
@@ -168,32 +170,32 @@ def test_an_unknown_region_is_told() -> None:
         ("so one two three four five six seven eight nine ten eleven twelve thirteen and", True),
         ("so two three four five six seven eight nine ten eleven twelve thirteen fourteen and", True),
         ("so three four five six seven eight nine ten eleven twelve thirteen fourteen and", False),  # twelve of them
-        ("Why? Because.", False),  # too short to be looked for
+        ("Why? Because.", False),  # too short to be searched for
     ],
 )
-def test_wordings_are_found_and_facts_are_not(text: str, quoted: bool) -> None:
-    wordings = Wordings(Evaluation(ngram=13, fewest_words=5))
-    wordings.add("What is the capital of France?", "The capital of France is Paris.")
-    wordings.add("Count!", "One two three four five six seven eight nine ten eleven twelve thirteen fourteen.")
-    wordings.add("Why?", "Because.")
-    assert wordings.quoted_in(words(text)) is quoted
+def test_heldout_wordings_are_found_and_facts_are_not(text: str, quoted: bool) -> None:
+    ngrams = HeldoutNgrams(Evaluation(ngram=13, min_words=5))
+    ngrams.add("What is the capital of France?", "The capital of France is Paris.")
+    ngrams.add("Count!", "One two three four five six seven eight nine ten eleven twelve thirteen fourteen.")
+    ngrams.add("Why?", "Because.")
+    assert ngrams.occur_in(words(text)) is quoted
 
 
-def test_the_shortest_wording_fits_into_the_longest() -> None:
-    with pytest.raises(ValidationError, match=r"fewest_words \(9\) must not exceed ngram \(8\)"):
-        Evaluation(ngram=8, fewest_words=9)
+def test_min_words_above_ngram_is_rejected() -> None:
+    with pytest.raises(ValidationError, match=r"min_words \(9\) must not exceed ngram \(8\)"):
+        Evaluation(ngram=8, min_words=9)
 
 
 # The stage
 
 CURATE: dict[str, Any] = {
     "code": ["library"],
-    "personal": {**PERSONAL, "iban": "refuse"},
+    "personal": {**PERSONAL, "iban": "reject"},
     "language": LANGUAGE.model_dump(),
     "quality": BOUNDS,
-    "evaluation": {"ngram": 13, "fewest_words": 5},
-    "exact_duplicates": {"fewest_words": 5},
-    "near_duplicates": {"shingle": 3, "jaccard": 0.5, "permutations": 128, "fewest_words": 10},
+    "evaluation": {"ngram": 13, "min_words": 5},
+    "exact_duplicates": {"min_words": 5},
+    "near_duplicates": {"shingle": 3, "min_jaccard": 0.5, "permutations": 128, "min_words": 10},
 }
 OFF: dict[str, Any] = {**dict.fromkeys(CURATE), "code": []}
 
@@ -247,57 +249,57 @@ RANKINGS = [
 
 
 def run(folder: Path, curate: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, str]]:
-    """Validate the rows above; return the figures, and of all tables the kept rows and the reasons of the others."""
+    """Validate the rows above; return the figures, the kept rows of all tables, and the rejection reasons."""
     for name, rows in {"corpus": CORPUS, "instructions": CHATS, "rankings": RANKINGS}.items():
         tables.write(rows, folder / "in" / name, tables.schema(name))
     inputs = {name: folder / "in" / name for name in tables.TABLES}
-    figures = validate.run(validate_config(curate=curate, refused_share=1), job(validate, inputs, folder / "out"))
+    figures = validate.run(validate_config(curate=curate, max_rejected_share=1), job(validate, inputs, folder / "out"))
     kept = {f"{name}/{row['id']}": row for name in tables.TABLES
             for row in tables.read(folder / "out" / name).to_pylist()}  # fmt: skip
-    refused = {f"{name}/{row['id']}": row["reason"] for name in tables.TABLES
-               for row in tables.read(folder / "out/refused" / name).to_pylist()}  # fmt: skip
-    return figures, kept, refused
+    rejected = {f"{name}/{row['id']}": row["reason"] for name in tables.TABLES
+                for row in tables.read(folder / "out/rejected" / name).to_pylist()}  # fmt: skip
+    return figures, kept, rejected
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("curated")
 
 
 @pytest.fixture(scope="module")
-def curated(workplace: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, str]]:
+def curated(workdir: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, str]]:
     with warnings.catch_warnings():  # while Great Expectations is imported it uses deprecated modules of Python's own
         warnings.simplefilter("ignore", DeprecationWarning)
         import great_expectations  # noqa: F401
-    return run(workplace / "on", CURATE)
+    return run(workdir / "on", CURATE)
 
 
 Curated = tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, str]]
 
 
-def test_each_filter_refuses_what_it_is_for(curated: Curated) -> None:
+def test_each_filter_rejects_its_rows(curated: Curated) -> None:
     assert curated[2] == {
-        "corpus/near": curation.NEARLY["corpus"],  # although it comes first: the other one is held out
-        "corpus/same": curation.SAME,
+        "corpus/near": curation.NEAR_DUPLICATE_REASONS["corpus"],  # although it comes first: the other one is held out
+        "corpus/same": curation.DUPLICATE_REASON,
         "corpus/german": "language: de, not en",
         "corpus/short": "quality: fewer than 2 words",
         "corpus/quoting": "evaluation: the wording of a held-out question",
-        "corpus/mail again": "the same content came before",  # once both are marked
+        "corpus/mail again": "duplicate of an earlier row",  # once both are marked
         "corpus/account": "personal data: iban",
-        "instructions/asked again": "evaluation: the same is asked on the held-out side",
-        "instructions/long too": curation.NEARLY["instructions"],
+        "instructions/asked again": "evaluation: the same prompt is in the held-out split",
+        "instructions/long too": curation.NEAR_DUPLICATE_REASONS["instructions"],
     }
 
 
-def test_rows_read_are_rows_kept_and_refused_and_counted_by_reason(curated: Curated) -> None:
-    figures, kept, refused = curated
-    assert len(kept) + len(refused) == len(CORPUS) + len(CHATS) + len(RANKINGS)
-    assert sum(sum(counts.values()) for counts in figures["refused"].values()) == len(refused)
-    assert figures["refused"]["corpus"]["language: de, not en"] == 1
-    assert figures["corpus_refused_rows"] == 7
+def test_rows_read_are_rows_kept_and_rejected_and_counted_by_reason(curated: Curated) -> None:
+    figures, kept, rejected = curated
+    assert len(kept) + len(rejected) == len(CORPUS) + len(CHATS) + len(RANKINGS)
+    assert sum(sum(counts.values()) for counts in figures["rejected"].values()) == len(rejected)
+    assert figures["rejected"]["corpus"]["language: de, not en"] == 1
+    assert figures["corpus_rejected_rows"] == 7
 
 
-def test_what_is_marked_is_counted_listed_and_nowhere_in_the_clean_tables(curated: Curated, workplace: Path) -> None:
+def test_personal_data_is_marked_counted_listed_and_not_in_the_clean_tables(curated: Curated, workdir: Path) -> None:
     figures, kept, _ = curated
     assert figures["marked"] == {
         "corpus": {"rows": 1, "email": 1},
@@ -309,24 +311,24 @@ def test_what_is_marked_is_counted_listed_and_nowhere_in_the_clean_tables(curate
     assert kept["instructions/mail"]["answer"] == "<EMAIL>"
     assert kept["rankings/ranking"]["responses"] == ["Yes, I will.", "No, from <IP> I cannot."]
     assert "example.org" not in json.dumps(list(kept.values()))
-    lines = (workplace / "on/out/report/marked.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (workdir / "on/out/report/marked.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[-1]) == {"table": "rankings", "id": "ranking", "found": {"ip": 1, "phone": 1}}
     assert len(lines) == 3
 
 
-def test_the_page_tells_of_it_and_does_not_spread_it(curated: Curated, workplace: Path) -> None:
-    page = (workplace / "on/out/report/index.html").read_text(encoding="utf-8")
+def test_the_page_counts_personal_data_and_does_not_show_it(curated: Curated, workdir: Path) -> None:
+    page = (workdir / "on/out/report/index.html").read_text(encoding="utf-8")
     assert "Personal data was marked in 3 rows." in " ".join(page.split())
     assert "near-duplicate: nearly the words of prose that is kept" in page
     assert "&lt;EMAIL&gt;" in page
     assert "example.org" not in page
-    told = (workplace / "on/out/report/validation.md").read_text(encoding="utf-8")
-    assert "- marked in 1 row: 1 × ip, 1 × phone" in told
+    markdown = (workdir / "on/out/report/validation.md").read_text(encoding="utf-8")
+    assert "- marked in 1 row: 1 × ip, 1 × phone" in markdown
 
 
-def test_with_all_filters_off_every_row_stays_as_it_was(workplace: Path, curated: Curated) -> None:
-    figures, kept, refused = run(workplace / "off", OFF)
-    assert refused == {}
+def test_all_filters_off_keeps_every_row_unchanged(workdir: Path, curated: Curated) -> None:
+    figures, kept, rejected = run(workdir / "off", OFF)
+    assert rejected == {}
     for name, rows in {"corpus": CORPUS, "instructions": CHATS, "rankings": RANKINGS}.items():
         assert [kept[f"{name}/{row['id']}"] for row in rows] == rows
         assert figures["marked"][name] == {"rows": 0}
@@ -336,17 +338,17 @@ SWITCHES: list[tuple[str, str, Callable[[str], bool]]] = [
     ("language", "corpus/german", lambda reason: reason.startswith("language")),
     ("quality", "corpus/short", lambda reason: reason.startswith("quality")),
     ("evaluation", "corpus/quoting", lambda reason: reason.startswith("evaluation")),
-    ("exact_duplicates", "corpus/same", lambda reason: reason == curation.SAME),
-    ("near_duplicates", "corpus/near", lambda reason: reason in curation.NEARLY.values()),
+    ("exact_duplicates", "corpus/same", lambda reason: reason == curation.DUPLICATE_REASON),
+    ("near_duplicates", "corpus/near", lambda reason: reason in curation.NEAR_DUPLICATE_REASONS.values()),
     ("personal", "corpus/account", lambda reason: reason.startswith("personal")),
 ]
 
 
-@pytest.mark.parametrize(("name", "row", "its"), SWITCHES)
-def test_a_filter_that_is_switched_on_alone_does_its_own_work(
-    tmp_path: Path, curated: Curated, name: str, row: str, its: Callable[[str], bool]
+@pytest.mark.parametrize(("name", "row", "is_own_reason"), SWITCHES)
+def test_a_single_filter_rejects_its_rows_only(
+    tmp_path: Path, curated: Curated, name: str, row: str, is_own_reason: Callable[[str], bool]
 ) -> None:
-    refused = run(tmp_path, {**OFF, name: CURATE[name]})[2]
-    assert its(refused[row])
-    own = {reason for reason in refused.values() if its(reason)}
-    assert set(refused.values()) - own <= {"the same content came before"}
+    rejected = run(tmp_path, {**OFF, name: CURATE[name]})[2]
+    assert is_own_reason(rejected[row])
+    own_reasons = {reason for reason in rejected.values() if is_own_reason(reason)}
+    assert set(rejected.values()) - own_reasons <= {"duplicate of an earlier row"}

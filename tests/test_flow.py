@@ -1,4 +1,4 @@
-"""The orchestration on the toy project: what DVC finds changed, how a stage is run and ended, and the flow over all."""
+"""The orchestration on the toy project: DVC's graph, running and stopping a stage, and the whole flow."""
 
 import logging
 import os
@@ -14,12 +14,13 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
-from flows import artifacts, forecast, graph, leash, records, runner, workplace
+from flows import artifacts, forecast, graph, process_group, records, runner
+from flows import worktree as git_worktree
 from flows.records import Outcome
 from flows.runner import Runner, StageFailed, StageStopped
-from tasks.common import settings
+from tasks.common import params_file
+from tasks.common.harness.records import write_json
 from tasks.common.settings import BessemerError, SettingsError
-from tasks.common.stage import write_json
 from tests.conftest import ROOT, Project
 
 NAMES = ["source", "side@left", "side@right", "join"]
@@ -40,13 +41,13 @@ def run_stage(project: Project, name: str) -> tuple[list[str], list[float]]:
     return lines, percentages
 
 
-def wait_for(condition: Callable[[], Any], what: str) -> Any:
+def wait_for(condition: Callable[[], Any], description: str) -> Any:
     """Return the condition's value once it is true; fail after a minute and a half."""
     for _ in range(900):
-        if found := condition():
-            return found
+        if result := condition():
+            return result
         time.sleep(0.1)
-    pytest.fail(f"waited in vain for {what}")
+    pytest.fail(f"waited in vain for {description}")
 
 
 def pids(project: Project, stage: str) -> list[int]:
@@ -55,7 +56,7 @@ def pids(project: Project, stage: str) -> list[int]:
     return [int(pid) for pid in wait_for(lambda: path.exists() and path.read_text(), f"{stage} to hang").split()]
 
 
-def gone(pid: int) -> bool:
+def is_gone(pid: int) -> bool:
     """Whether a process has ended."""
     try:
         return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
@@ -70,7 +71,7 @@ def states_of(project: Project) -> dict[str, Outcome]:
 
 
 class TestGraph:
-    def test_every_stage_comes_after_what_it_needs_with_the_reason_to_run(self, toy: Project) -> None:
+    def test_stages_are_in_dependency_order_with_reasons(self, toy: Project) -> None:
         stages = graph.read(toy.path)
         assert list(stages) == NAMES
         assert stages["join"].needs == ("side@left", "side@right")
@@ -83,21 +84,21 @@ class TestGraph:
         toy.settings(left={"text": "new"})
         (toy.path / "data" / "source.txt").write_text("other\n")
         (toy.path / "data" / "right" / "out.txt").unlink()
-        found = {name: stage.reasons for name, stage in graph.read(toy.path).items()}
-        assert found["source"] == ("input: data/source.txt",)
-        assert found["side@left"] == ("params: left.text two → new",)
-        assert found["side@right"] == ("output: data/right/out.txt is missing",)
-        assert found["join"] == ("input: data/right/out.txt is missing",)
+        reasons = {name: stage.reasons for name, stage in graph.read(toy.path).items()}
+        assert reasons["source"] == ("input: data/source.txt",)
+        assert reasons["side@left"] == ("params: left.text two → new",)
+        assert reasons["side@right"] == ("output: data/right/out.txt is missing",)
+        assert reasons["join"] == ("input: data/right/out.txt is missing",)
         (toy.path / "steps.py").write_text((toy.path / "steps.py").read_text() + "# more\n")
         assert "code: steps.py" in graph.reasons(toy.path, "join")
 
-    def test_what_lies_downstream_of_a_change_is_affected(self, toy: Project) -> None:
+    def test_stages_downstream_of_a_change_are_affected(self, toy: Project) -> None:
         for name in NAMES:
             run_stage(toy, name)
         toy.settings(left={"text": "new"})
         assert graph.affected(graph.read(toy.path)) == {"side@left", "join"}
 
-    def test_what_a_stage_keeps_apart_is_not_affected_where_files_are_added_there_alone(self, toy: Project) -> None:
+    def test_affected_excludes_unaffected_outputs_when_only_files_are_appended(self, toy: Project) -> None:
         folder = toy.path / "data" / "box"
         (folder / "new").mkdir(parents=True)
         (folder / "word.txt").write_text("raw")
@@ -105,58 +106,59 @@ class TestGraph:
         dvc = toy.path / "dvc.yaml"
         text = dvc.read_text().replace(
             "deps: [steps.py, data/source.txt]",
-            "deps: [steps.py, data/source.txt, data/box]\n    meta: {apart: {data/box/new: [data/source/out.txt]}}",
+            "deps: [steps.py, data/source.txt, data/box]\n"
+            "    meta: {unaffected_outputs: {data/box/new: [data/source/out.txt]}}",
         )
         dvc.write_text(text)
         for name in NAMES:
             run_stage(toy, name)
 
-        def due() -> set[str]:
+        def stages_due() -> set[str]:
             return graph.affected(graph.read(toy.path))
 
-        assert due() == set()
+        assert stages_due() == set()
         (folder / "new" / "2.txt").write_text("two")
         (folder / "new" / "3.txt").write_text("three")
-        assert due() == {"source"}
+        assert stages_due() == {"source"}
         (folder / "new" / "1.txt").write_text("another")
-        assert due() == set(NAMES)
+        assert stages_due() == set(NAMES)
         (folder / "new" / "1.txt").write_text("one")
         (folder / "word.txt").write_text("cooked")
-        assert due() == set(NAMES)
+        assert stages_due() == set(NAMES)
         (folder / "word.txt").write_text("raw")
         toy.settings(source={"text": "new"})
-        assert due() == set(NAMES)
+        assert stages_due() == set(NAMES)
         toy.settings(source={"text": "one"})
-        assert due() == {"source"}
+        assert stages_due() == {"source"}
         (toy.path / "data" / "source" / "out.txt").unlink()
-        assert due() == set(NAMES)
+        assert stages_due() == set(NAMES)
 
-    def test_a_changed_path_is_read_by_itself_in_a_folder_or_with_what_lies_in_it(self) -> None:
+    def test_changed_reads_matches_equal_inner_and_outer_paths(self) -> None:
         reads = ["data/box", "data/other/part.txt", "steps.py"]
         changed = ["data/box", "data/box/new/1.txt", "data/boxes", "data/other", "data/other/part.txt", "data/side"]
-        assert forecast.touched(reads, changed) == {
+        assert forecast.changed_reads(reads, changed) == {
             "data/box", "data/box/new/1.txt", "data/other", "data/other/part.txt"
         }  # fmt: skip
 
-    def test_select_takes_what_is_needed_along(self, toy: Project) -> None:
+    def test_select_includes_required_stages(self, toy: Project) -> None:
         stages = graph.read(toy.path)
         assert list(graph.select(stages, ["side@right"])) == ["source", "side@right"]
         assert list(graph.select(stages, ["side"])) == ["source", "side@left", "side@right"]
         with pytest.raises(BessemerError, match=r"no stage 'sides'.*side@left"):
             graph.select(stages, ["sides"])
 
-    def test_heaviest_chain_goes_first(self, toy: Project) -> None:
+    def test_critical_path_is_the_heaviest_following_path(self, toy: Project) -> None:
         weights = {"source": 1.0, "side@left": 5.0, "side@right": 1.0, "join": 2.0}
-        assert graph.way_ahead(graph.read(toy.path), weights.__getitem__) == {
+        assert graph.critical_path(graph.read(toy.path), weights.__getitem__) == {
             "source": 8.0, "side@left": 7.0, "side@right": 3.0, "join": 2.0,
         }  # fmt: skip
 
     def test_differences_reach_into_nested_settings(self) -> None:
         before, now = {"a": 1, "b": {"c": [1, 2], "d": 3}}, {"a": 1, "b": {"c": [1], "e": True}}
-        assert list(graph.differences("ppo", before, now)) == [
-            "ppo.b.c [1, 2] → [1]",
-            "ppo.b.d 3 → (none)",
-            "ppo.b.e (none) → True",
+        assert list(graph.differences("align", before, now)) == [
+            "align.b.c [1, 2] → [1]",
+            "align.b.d 3 → (none)",
+            "align.b.e (none) → True",
         ]
 
     def test_an_unpacked_archive_works_without_git(self, toy: Project) -> None:
@@ -166,13 +168,13 @@ class TestGraph:
         run_stage(toy, "source")
         assert not graph.reasons(toy.path, "source")
 
-    def test_a_folder_that_is_no_project_gets_a_sentence(self, tmp_path: Path) -> None:
-        with pytest.raises(BessemerError, match="no DVC project"):
+    def test_folder_without_a_project_is_an_error(self, tmp_path: Path) -> None:
+        with pytest.raises(BessemerError, match="not a DVC project"):
             graph.read(tmp_path)
 
 
 class TestRunner:
-    def test_lines_and_percentages_come_apart(self, toy: Project) -> None:
+    def test_lines_and_percentages_are_separated(self, toy: Project) -> None:
         lines, percentages = run_stage(toy, "source")
         assert lines == ["source says one"]
         assert percentages == [10, 50, 100]
@@ -185,22 +187,22 @@ class TestRunner:
         ],
     )
     def test_progress_bars_are_known(self, text: str, percent: str, rest: str) -> None:
-        found = runner.BAR.match(text)
-        assert found is not None
-        assert (found["percent"], found["rest"]) == (percent, rest)
+        match = runner.PROGRESS_BAR.match(text)
+        assert match is not None
+        assert (match["percent"], match["rest"]) == (percent, rest)
 
     @pytest.mark.parametrize("text", ["kept 42% of the rows", "42%", "a | b", "100 % | of what"])
-    def test_other_lines_are_no_progress_bars(self, text: str) -> None:
-        assert runner.BAR.match(text) is None
+    def test_other_lines_do_not_match_as_progress_bars(self, text: str) -> None:
+        assert runner.PROGRESS_BAR.match(text) is None
 
-    def test_lines_are_split_at_returns_too_and_broken_text_is_kept(self) -> None:
-        read, write = os.pipe()
+    def test_output_lines_split_at_carriage_returns_and_keep_invalid_bytes(self) -> None:
+        reading_end, write = os.pipe()
         os.write(write, "one\rtwo\r\nthr\u00e9".encode() + b"e\nbad \xff\nlast")
         os.close(write)
-        with os.fdopen(read, "rb") as stream:
+        with os.fdopen(reading_end, "rb") as stream:
             assert list(runner.split_lines(stream)) == ["one", "two", "thr\u00e9e", "bad \ufffd", "last"]
 
-    def test_a_failure_says_what_the_stage_said_last(self, toy: Project) -> None:
+    def test_stage_failure_shows_the_last_output(self, toy: Project) -> None:
         toy.settings(source={"fail": "no such luck\n  in two lines"})
         with pytest.raises(StageFailed) as failure:
             run_stage(toy, "source")
@@ -211,15 +213,15 @@ class TestRunner:
             "ValueError: x",
             "ERROR: failed to reproduce 'a': failed to run: x, exited with 1",
         ]
-        assert runner.last_words("a", lines).splitlines()[-1] == "ValueError: x"
-        assert len(runner.last_words("a", lines).splitlines()) == runner.LAST_LINES
+        assert runner.error_message("a", lines).splitlines()[-1] == "ValueError: x"
+        assert len(runner.error_message("a", lines).splitlines()) == runner.MAX_ERROR_LINES
 
-    def test_what_dvc_itself_refuses_is_told(self, toy: Project) -> None:
+    def test_an_error_of_dvc_itself_is_reported(self, toy: Project) -> None:
         (toy.path / "data" / "source.txt").unlink()
         with pytest.raises(StageFailed, match=r"source\.txt"):
             run_stage(toy, "source")
 
-    def test_stopping_ends_the_tree_and_leaves_nothing_half_written(self, toy: Project) -> None:
+    def test_stop_kills_the_process_tree_and_leaves_no_partial_output(self, toy: Project) -> None:
         toy.settings(source={"hang": True})
         work = Runner(toy.path, "run-test")
         raised: list[BaseException] = []
@@ -228,14 +230,14 @@ class TestRunner:
         hanging = pids(toy, "source")
         work.stop()
         thread.join(30)
-        assert all(gone(pid) for pid in hanging)
+        assert all(is_gone(pid) for pid in hanging)
         assert isinstance(raised[0], StageStopped)
         assert not (toy.path / "data" / "source" / "out.txt").exists()
         assert records.read_json(toy.path / ".dvc" / "tmp" / "rwlock") in ({}, None)
         with pytest.raises(StageStopped):
             work.run("source", print, _ignore)
 
-    def test_an_exception_in_the_follower_ends_the_tree(self, toy: Project) -> None:
+    def test_exception_in_the_follower_kills_the_process_tree(self, toy: Project) -> None:
         toy.settings(source={"hang": True})
 
         def follow(text: str) -> None:
@@ -244,9 +246,9 @@ class TestRunner:
 
         with pytest.raises(KeyboardInterrupt):
             Runner(toy.path, "run-test").run("source", follow, _ignore)
-        assert all(gone(pid) for pid in pids(toy, "source"))
+        assert all(is_gone(pid) for pid in pids(toy, "source"))
 
-    def test_a_killed_parent_takes_its_stage_along(self, toy: Project) -> None:
+    def test_killed_parent_kills_its_stage(self, toy: Project) -> None:
         toy.settings(source={"hang": True})
         code = (
             "from pathlib import Path; from flows.runner import Runner; Runner(Path(), 'r').run('source', print, print)"
@@ -257,23 +259,25 @@ class TestRunner:
         hanging = pids(toy, "source")
         parent.kill()
         parent.wait()
-        wait_for(lambda: all(gone(pid) for pid in hanging), "the stage to end after its parent")
-        assert all(gone(pid) for pid in hanging)
+        wait_for(lambda: all(is_gone(pid) for pid in hanging), "the stage to end after its parent")
+        assert all(is_gone(pid) for pid in hanging)
 
-    def test_a_process_that_does_not_listen_is_killed_after_the_grace(self) -> None:
-        deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print('on', flush=True); time.sleep(600)"
+    def test_process_that_ignores_sigterm_is_killed_after_the_timeout(self) -> None:
+        ignores_sigterm = (
+            "import signal, time; signal.signal(15, signal.SIG_IGN); print('on', flush=True); time.sleep(600)"
+        )
         code = f"""
 import subprocess, sys
 sys.path.insert(0, {str(ROOT)!r})
-from flows import leash
-child = subprocess.Popen([sys.executable, "-c", {deaf!r}], stdout=subprocess.PIPE)
+from flows import process_group
+child = subprocess.Popen([sys.executable, "-c", {ignores_sigterm!r}], stdout=subprocess.PIPE)
 child.stdout.readline()
-leash.end_children(child.pid, grace_s=0.5)
+process_group.end_children(child.pid, grace_s=0.5)
 print(child.pid)
 """
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-        assert gone(int(done.stdout))
-        assert leash.GRACE_S < 30
+        assert is_gone(int(done.stdout))
+        assert process_group.GRACE_PERIOD_S < 30
 
 
 def _raised(function: Callable[[], Any]) -> BaseException:
@@ -290,30 +294,30 @@ def _ignore(percent: float, text: str) -> None:
 
 class TestFlow:
     @pytest.fixture(autouse=True)
-    def unchecked(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Leave the check of the settings out: the toy's params.yaml is none of Bessemer's."""
-        monkeypatch.setattr(settings, "check", lambda params, stages=(): None)
-        monkeypatch.setattr(workplace, "check", lambda path, stages=(): None)
+    def skip_settings_check(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Skip the check of the settings: the toy project has its own params.yaml."""
+        monkeypatch.setattr(params_file, "check", lambda params, stages=(): None)
+        monkeypatch.setattr(git_worktree, "check", lambda path, stages=(): None)
 
     def test_independent_stages_overlap_and_the_second_run_does_nothing(self, toy: Project) -> None:
         toy.settings(left={"meet": "right"}, right={"meet": "left"})
         state = run_flow(toy)
         assert state.is_completed(), state.message
-        assert toy.ran() == ["join", "left", "right", "source"]
+        assert toy.stages_run() == ["join", "left", "right", "source"]
         assert {outcome.status for outcome in states_of(toy).values()} == {"ran"}
         lock = (toy.path / "dvc.lock").read_bytes()
-        toy.forget()
+        toy.clear_marks()
         assert run_flow(toy).is_completed()
-        assert toy.ran() == []
+        assert toy.stages_run() == []
         assert {outcome.status for outcome in states_of(toy).values()} == {"up to date"}
         assert (toy.path / "dvc.lock").read_bytes() == lock
 
-    def test_a_changed_setting_reruns_only_what_lies_downstream(self, toy: Project) -> None:
+    def test_changed_setting_reruns_only_downstream_stages(self, toy: Project) -> None:
         assert run_flow(toy).is_completed()
-        toy.forget()
+        toy.clear_marks()
         toy.settings(left={"text": "new"})
         assert run_flow(toy).is_completed()
-        assert toy.ran() == ["join", "left"]
+        assert toy.stages_run() == ["join", "left"]
 
     def test_dvc_repro_gives_the_same_lock(self, toy: Project) -> None:
         assert run_flow(toy).is_completed()
@@ -327,15 +331,15 @@ class TestFlow:
         toy.settings(left={"text": "new"})
         assert run_flow(toy).is_completed()
         toy.settings(left={"text": "two"})
-        toy.forget()
+        toy.clear_marks()
         assert run_flow(toy).is_completed()
-        assert toy.ran() == []
+        assert toy.stages_run() == []
         assert {name for name, outcome in states_of(toy).items() if outcome.status == "restored"} == {
             "side@left",
             "join",
         }
 
-    def test_a_failure_ends_the_run_and_what_needs_the_stage_does_not_start(self, toy: Project) -> None:
+    def test_failed_stage_ends_the_run_and_skips_dependents(self, toy: Project) -> None:
         toy.settings(left={"fail": "the ratings are missing: put them under data/sources"})
         state = run_flow(toy)
         assert state.is_failed()
@@ -344,49 +348,49 @@ class TestFlow:
         assert outcomes["side@left"].status == "failed"
         assert outcomes["side@right"].status == "ran"
         assert "join" not in outcomes
-        assert "join" not in toy.ran()
+        assert "join" not in toy.stages_run()
 
-    def test_the_stage_with_the_longest_way_ahead_goes_first(self, toy: Project) -> None:
-        toy.settings(placement={"side_by_side": 1})
+    def test_the_stage_with_the_longest_critical_path_starts_first(self, toy: Project) -> None:
+        toy.settings(placement={"max_parallel_stages": 1})
         log = {"stage": "side@right", "seconds": 100.0, "started": "2026-01-01"}
         write_json(toy.path / "runs" / "run-earlier" / "side@right.json", log)
         assert run_flow(toy).is_completed()
         assert list(states_of(toy)) == ["source", "side@right", "side@left", "join"]
 
-    def test_named_stages_run_with_what_they_need(self, toy: Project) -> None:
+    def test_named_stages_run_with_their_dependencies(self, toy: Project) -> None:
         assert run_flow(toy, stages=["side@right"]).is_completed()
-        assert toy.ran() == ["right", "source"]
+        assert toy.stages_run() == ["right", "source"]
 
-    def test_problems_in_the_settings_are_told_before_anything_runs(
+    def test_invalid_settings_are_reported_before_anything_runs(
         self, toy: Project, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.undo()
         state = run_flow(toy)
         assert state.is_failed()
         assert "nothing was run" in state.message
-        assert toy.ran() == []
+        assert toy.stages_run() == []
 
     def test_a_worktree_checks_its_settings_and_shares_downloads_and_reports(self, toy: Project) -> None:
-        with workplace.place(toy.path, "run-x", worktree=True) as place:
+        with git_worktree.workdir(toy.path, "run-x", worktree=True) as workdir:
             for name in ("runs", "checkpoints", "data/.cache", "data/.failed"):
-                assert (place / name).resolve() == toy.path / name
+                assert (workdir / name).resolve() == toy.path / name
         (toy.path / ".gitignore").write_text((ROOT / ".gitignore").read_text())
         toy.commit("ignored as in the project")
-        with workplace.place(toy.path, "run-y", worktree=True) as place:
-            assert subprocess.check_output(["git", "status", "--porcelain"], cwd=place, text=True) == ""
+        with git_worktree.workdir(toy.path, "run-y", worktree=True) as workdir:
+            assert subprocess.check_output(["git", "status", "--porcelain"], cwd=workdir, text=True) == ""
         assert (toy.path / "data" / ".failed").is_dir()
 
-    def test_the_worktree_of_a_run_that_was_killed_outright_is_dropped(self, toy: Project) -> None:
-        with workplace.place(toy.path, "run-x", worktree=True) as first:
+    def test_worktree_of_a_killed_run_is_removed(self, toy: Project) -> None:
+        with git_worktree.workdir(toy.path, "run-x", worktree=True) as first:
             left = first.with_name("run-killed")
             toy.git("worktree", "add", "--quiet", "--detach", str(left), "HEAD")
             (left / "runs").symlink_to(toy.path / "runs", target_is_directory=True)
-            with workplace.place(toy.path, "run-y", worktree=True) as second:
+            with git_worktree.workdir(toy.path, "run-y", worktree=True) as second:
                 assert {path.name for path in second.parent.iterdir() if path.is_dir()} == {"run-x", "run-y"}
         assert list(first.parent.iterdir()) == []
         assert (toy.path / "runs").is_dir()
 
-    def test_a_worktree_of_its_own_shares_cache_and_keeps_the_result(self, toy: Project) -> None:
+    def test_worktree_run_shares_the_cache_and_keeps_its_result(self, toy: Project) -> None:
         (toy.path / "steps.py").write_text((toy.path / "steps.py").read_text() + "# being edited\n")
         assert run_flow(toy, worktree=True).is_completed()
         assert not (toy.path / "dvc.lock").exists()
@@ -405,18 +409,19 @@ def _dvc(project: Project, *arguments: str) -> str:
 
 
 class TestWorktreeSettings:
-    def test_they_are_checked_by_the_code_that_lies_there(self, toy: Project) -> None:
+    def test_settings_are_checked_by_the_code_in_the_worktree(self, toy: Project) -> None:
         package = toy.path / "tasks" / "common"
         package.mkdir(parents=True)
-        (package / "settings.py").write_text(
-            "class BessemerError(Exception): pass\n"
-            "def read_params(): return open('params.yaml').read()\n"
+        (package / "settings.py").write_text("class BessemerError(Exception): pass\n")
+        (package / "params_file.py").write_text(
+            "from tasks.common.settings import BessemerError\n"
             "def check(params, stages=()): raise BessemerError('params.yaml has 1 problem')\n"
         )
+        (package / "raw_params.py").write_text("def read_params(): return open('params.yaml').read()\n")
         toy.commit("a check of its own")
         with (
             pytest.raises(SettingsError, match=r"^params\.yaml has 1 problem$"),
-            workplace.place(toy.path, "run-x", worktree=True),
+            git_worktree.workdir(toy.path, "run-x", worktree=True),
         ):
             pytest.fail("it was entered")
         assert list((toy.path / ".bessemer" / "worktrees").iterdir()) == []
@@ -424,30 +429,30 @@ class TestWorktreeSettings:
 
 class TestArtifacts:
     @pytest.mark.parametrize(
-        ("says", "shown"),
+        ("verdict", "expected"),
         [
             ("validate: too few rows.\nThe report is data/.failed/validate/index.html.", ["the page"]),
             ("validate: the schema has changed.", []),
         ],
     )
-    def test_the_page_of_refused_data_is_published(
-        self, toy: Project, monkeypatch: pytest.MonkeyPatch, says: str, shown: list[str]
+    def test_the_report_on_rejected_data_is_published(
+        self, toy: Project, monkeypatch: pytest.MonkeyPatch, verdict: str, expected: list[str]
     ) -> None:
         from flows import run
 
         def refuse(*arguments: Any) -> None:
-            raise StageFailed(says)
+            raise StageFailed(verdict)
 
         published: list[str] = []
         monkeypatch.setattr("prefect.artifacts.create_markdown_artifact", lambda text, **more: published.append(text))
         monkeypatch.setattr(run, "get_run_logger", lambda: logging.getLogger("test"))
-        page = toy.path / artifacts.REFUSED
+        page = toy.path / artifacts.REJECTED_REPORT
         page.parent.mkdir(parents=True)
         page.write_text("the page")
         work = run.Run("run-x", toy.path)
         monkeypatch.setattr(work.runner, "run", refuse)
-        assert work.do("validate", ("never run",)).is_failed()
-        assert published == shown
+        assert work.run_stage("validate", ("never run",)).is_failed()
+        assert published == expected
 
     @pytest.fixture
     def lineage(self, toy: Project) -> str:
@@ -462,7 +467,7 @@ class TestArtifacts:
         assert "| source | `aaaaaaaaaaaa` | `bbbbbbbbbbbb` | ran | 1.2 |" in lineage
         assert "| join |  |  | not run |  |" in lineage
 
-    def test_the_diagram_leaves_out_what_follows_from_the_rest(self) -> None:
+    def test_diagram_omits_transitive_dependencies(self) -> None:
         stages = {
             name: graph.Stage(name, needs, (), ())
             for name, needs in {"a": (), "b": ("a",), "c": ("a", "b"), "d": ("a", "b", "c")}.items()

@@ -1,18 +1,18 @@
-"""A model cut in two says what it said in one piece, and one that cannot be cut so is told."""
+"""A model split in two gives the same logits; an architecture that cannot be split is detected."""
 
 from typing import Any
 
 import pytest
 
+from tasks.align.halves import Halves, frozen_copy
 from tasks.common.modelling import methods
-from tasks.common.modelling.halves import Halves, twin
 
 SHAPE = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 GROUPED = {**SHAPE, "num_key_value_heads": 2, "head_dim": 8}
 
 
-def built(kind: str) -> Any:
-    """Return a fresh model of an architecture."""
+def make_model(kind: str) -> Any:
+    """Return a new model of an architecture."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -21,13 +21,13 @@ def built(kind: str) -> Any:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma2"])
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_two_halves_are_the_whole(kind: str, layers: int) -> None:
-    """Logits and last states of rows padded on the left."""
+def test_split_model_matches_the_whole_model(kind: str, layers: int) -> None:
+    """Logits and last states of left-padded rows."""
     import torch
 
-    model = built(kind)
+    model = make_model(kind)
     halves = Halves.of(model, layers)
     assert halves
     ids = torch.randint(1, 50, (3, 9), generator=torch.Generator().manual_seed(1))
@@ -45,26 +45,26 @@ def test_two_halves_are_the_whole(kind: str, layers: int) -> None:
     assert len(model.base_model.layers) == 3
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gpt_neox"])
-def test_a_model_of_another_build_is_not_cut(kind: str) -> None:
-    """Gemma scales states that it is given, as if they were embeddings; GPT-NeoX has a norm of another name."""
-    assert Halves.of(built(kind), 1) is None
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox"])
+def test_an_unsupported_architecture_is_not_split(kind: str) -> None:
+    """GPT-2 adds positions to its input embeddings; GPT-NeoX has another name for its norm."""
+    assert Halves.of(make_model(kind), 1) is None
 
 
-def test_what_the_upper_half_learns_the_whole_has_learnt_and_the_twin_has_not() -> None:
-    """Frozen weights are held once by all three."""
+def test_upper_half_updates_do_not_change_the_frozen_copy() -> None:
+    """All three share the frozen weights."""
     import torch
 
-    model = built("llama")
-    methods.apply(model, methods.Top(name="top", layers=1))
+    model = make_model("llama")
+    methods.apply(model, methods.TopLayers(name="top_layers", layers=1))
     halves = Halves.of(model, 1)
     assert halves
-    kept = twin(halves.upper)
-    before = kept.lm_head.weight.clone(), kept.model.layers[0].mlp.up_proj.weight.clone()
+    frozen = frozen_copy(halves.upper)
+    before = frozen.lm_head.weight.clone(), frozen.model.layers[0].mlp.up_proj.weight.clone()
     with torch.no_grad():
         halves.upper.model.layers[0].mlp.up_proj.weight += 1.0
     torch.testing.assert_close(model.model.layers[2].mlp.up_proj.weight, before[1] + 1.0)
-    assert (kept.model.layers[0].mlp.up_proj.weight == before[1]).all()
-    assert not any(parameter.requires_grad for parameter in kept.parameters())
-    assert kept.model.embed_tokens.weight is model.model.embed_tokens.weight
-    assert kept.lm_head.weight is not model.lm_head.weight  # it is trained
+    assert (frozen.model.layers[0].mlp.up_proj.weight == before[1]).all()
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    assert frozen.model.embed_tokens.weight is model.model.embed_tokens.weight
+    assert frozen.lm_head.weight is not model.lm_head.weight  # it is trained

@@ -1,4 +1,4 @@
-"""Heads that classify or rate: on decoder and encoder, with the losses and figures of the textbooks."""
+"""Classification and regression heads on decoder and encoder: losses and metrics against their definitions."""
 
 import json
 import math
@@ -9,36 +9,38 @@ import numpy as np
 import pytest
 
 from tasks.common import tables
+from tasks.common.defaults import read_settings
+from tasks.common.harness.job import Job, StageError
 from tasks.common.modelling import models
-from tasks.common.settings import SettingsError, check, read_params
-from tasks.common.stage import Job, StageError
+from tasks.common.params_file import check
+from tasks.common.settings import SettingsError
 from tasks.common.text import chat
-from tasks.common.training.heads import (
+from tasks.common.training.loop import FULL_BATCH
+from tasks.finetune.objectives.labels import (
     Classification,
     Example,
-    Head,
-    Labelled,
+    HeadTask,
+    LabelObjective,
     Reader,
     Regression,
-    label_figures,
-    labels_of,
-    number_figures,
-)  # fmt: skip
-from tasks.common.training.loop import WHOLE
+    find_labels,
+    label_metrics,
+    number_metrics,
+)
 from tests.conftest import ROOT
 from tests.foreign_fixtures import foreign_tokenizer
-from tests.training_fixtures import ADJECTIVES, LORA, MIX, NUMERICS, THINGS, Chain, chain, config
+from tests.training_fixtures import ADJECTIVES, LORA, NUMERICS, PRETRAINING_MIX, THINGS, Chain, chain, config
 
 __all__ = ["chain"]
 
-pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
+pytestmark = pytest.mark.timeout(300)  # the first test builds the chain
 
-CLASSES = Classification(name="classification", labels=2)
+CLASSES = Classification(name="classification", max_labels=2)
 NUMBERS = Regression(name="regression")
-BASES = ["data/pretrain/clm/model", "data/pretrain/mlm/model"]
+BASES = ["data/pretrain/causal/model", "data/pretrain/masked/model"]
 
 
-def asked(name: str, question: str, answer: str, split: str = "train") -> dict[str, Any]:
+def make_row(name: str, question: str, answer: str, split: str = "train") -> dict[str, Any]:
     """Return a row of the instructions table."""
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return {
@@ -46,18 +48,18 @@ def asked(name: str, question: str, answer: str, split: str = "train") -> dict[s
     }  # fmt: skip
 
 
-def opinions(label: Any) -> list[dict[str, Any]]:
-    """Return sentences whose adjective tells the label; one thing is held out."""
+def opinion_rows(label: Any) -> list[dict[str, Any]]:
+    """Return sentences whose adjective determines the label; the sentences about one thing are held out."""
     return [
-        asked(f"{thing}-{word}", f"The {thing} was {word}.", label(value), "heldout" if thing == "song" else "train")
+        make_row(f"{thing}-{word}", f"The {thing} was {word}.", label(value), "heldout" if thing == "song" else "train")
         for thing in THINGS for word, value in ADJECTIVES.items()
     ]  # fmt: skip
 
 
 def job_on(chain: Chain, folder: Path, rows: list[dict[str, Any]], **changes: Any) -> tuple[Job, Any]:
-    """Return a job of fine-tuning on these rows, and its settings."""
-    settings = config("finetune", mix={**MIX, "weight": 0.0}, **changes)
-    job = chain.job("finetune", settings, folder)
+    """Return a fine-tuning job on these rows, and its settings."""
+    settings = config("finetune@chat", pretraining_mix={**PRETRAINING_MIX, "weight": 0.0}, **changes)
+    job = chain.job("finetune@chat", settings, folder)
     tables.write(rows, folder / "table", tables.schema("instructions"))
     job.inputs["instructions"] = folder / "table"
     return job, settings
@@ -65,13 +67,13 @@ def job_on(chain: Chain, folder: Path, rows: list[dict[str, Any]], **changes: An
 
 @pytest.mark.parametrize("base", BASES)
 def test_a_classifier_learns_its_labels(base: str, chain: Chain, tmp_path: Path) -> None:
-    """Held-out sentences are told apart, and the folder is a plain one that knows its labels by name."""
+    """Held-out sentences are classified, and plain Transformers loads the folder with its label names."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    rows = opinions(lambda value: "liked" if value > 0 else "disliked")
+    rows = opinion_rows(lambda value: "liked" if value > 0 else "disliked")
     job, settings = job_on(chain, tmp_path, rows, model=base, task=CLASSES.model_dump(), steps=60)
     metrics = chain.run(job, settings)
-    assert (metrics["labels"], metrics["heldout"], metrics["accuracy_of_the_usual_label"]) == (2, 6, 0.5)
+    assert (metrics["labels"], metrics["heldout"], metrics["majority_label_accuracy"]) == (2, 6, 0.5)
     assert metrics["accuracy"] >= 5 / 6 - 1e-4
     assert metrics["macro_f1"] > 0.8
     model: Any = AutoModelForSequenceClassification.from_pretrained(job.outputs["model"]).eval()
@@ -85,11 +87,11 @@ def test_a_classifier_learns_its_labels(base: str, chain: Chain, tmp_path: Path)
 
 @pytest.mark.parametrize("base", BASES)
 def test_a_regression_learns_its_numbers(base: str, chain: Chain, tmp_path: Path) -> None:
-    """Held-out sentences are rated much nearer to their ratings than the mean is."""
-    job, settings = job_on(chain, tmp_path, opinions(str), model=base, task=NUMBERS.model_dump(), steps=80)
+    """The error on held-out sentences is much lower than that of the mean."""
+    job, settings = job_on(chain, tmp_path, opinion_rows(str), model=base, task=NUMBERS.model_dump(), steps=80)
     metrics = chain.run(job, settings)
-    assert metrics["rmse"] < 0.6 * metrics["rmse_of_the_mean"]
-    assert metrics["rmse_of_the_mean"] == pytest.approx(math.sqrt(np.mean(np.square([4, 2, 1, 1, 2, 4]))), abs=1e-3)
+    assert metrics["rmse"] < 0.6 * metrics["mean_baseline_rmse"]
+    assert metrics["mean_baseline_rmse"] == pytest.approx(math.sqrt(np.mean(np.square([4, 2, 1, 1, 2, 4]))), abs=1e-3)
     assert metrics["pearson"] > 0.8
     assert metrics["labels"] is None
 
@@ -97,8 +99,8 @@ def test_a_regression_learns_its_numbers(base: str, chain: Chain, tmp_path: Path
 @pytest.mark.parametrize(
     ("base", "method"),
     [
-        (BASES[1], {"name": "top", "layers": 1}),
-        (BASES[0], {"name": "top", "layers": 1}),
+        (BASES[1], {"name": "top_layers", "layers": 1}),
+        (BASES[0], {"name": "top_layers", "layers": 1}),
         (BASES[1], {**LORA, "targets": "attention"}),
         (BASES[0], LORA),
         (BASES[0], {"name": "adapter", "width": 4}),
@@ -106,45 +108,47 @@ def test_a_regression_learns_its_numbers(base: str, chain: Chain, tmp_path: Path
     ids=["encoder-top", "decoder-top", "encoder-lora", "decoder-lora", "decoder-adapter"],
 )
 def test_every_method_trains_the_head_too(base: str, method: dict[str, Any], chain: Chain, tmp_path: Path) -> None:
-    """The head moves, what the method leaves alone does not, and what is saved loads as a plain classifier."""
+    """The head changes, frozen weights do not, and the saved model loads as a plain classifier."""
     from safetensors.torch import load_file
 
-    found = {}
+    metrics_by_method = {}
     for steps in (1, 3):
         job, settings = job_on(
-            chain, tmp_path / str(steps), opinions(lambda value: str(value > 0)),
+            chain, tmp_path / str(steps), opinion_rows(lambda value: str(value > 0)),
             model=base, task=CLASSES.model_dump(), method=method, steps=steps,
         )  # fmt: skip
         chain.run(job, settings)
-        found[steps] = load_file(job.outputs["model"] / "model.safetensors")
+        metrics_by_method[steps] = load_file(job.outputs["model"] / "model.safetensors")
     head = "score.weight" if base == BASES[0] else "classifier.weight"
-    assert not found[1][head].equal(found[3][head])
-    embeddings = next(name for name in found[1] if "embed" in name)
-    assert found[1][embeddings].equal(found[3][embeddings])
+    assert not metrics_by_method[1][head].equal(metrics_by_method[3][head])
+    embeddings = next(name for name in metrics_by_method[1] if "embed" in name)
+    assert metrics_by_method[1][embeddings].equal(metrics_by_method[3][embeddings])
     labels = ["False", "True"]
     loaded = models.load_classifier(job.outputs["model"], NUMERICS, labels)
-    assert loaded.state_dict()[head].equal(found[3][head])
+    assert loaded.state_dict()[head].equal(metrics_by_method[3][head])
 
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("task", [CLASSES, NUMBERS], ids=["classes", "numbers"])
-def test_the_losses_are_cross_entropy_and_squared_error(base: str, task: Head, chain: Chain, tmp_path: Path) -> None:
-    """Summed, as the loop wants them: against the model's own head, example by example, by hand."""
+def test_the_losses_are_cross_entropy_and_squared_error(
+    base: str, task: HeadTask, chain: Chain, tmp_path: Path
+) -> None:
+    """Sums over examples, against the model's own head, example by example."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    job, _ = job_on(chain, tmp_path, opinions(str), model=base, task=task.model_dump())
+    job, _ = job_on(chain, tmp_path, opinion_rows(str), model=base, task=task.model_dump())
     tokenizer, load = chain.tokenizer(), AutoModelForSequenceClassification.from_pretrained
-    with models.quiet("transformers"):
+    with models.suppress_warnings("transformers"):
         model = load(job.inputs["model"], num_labels=2 if task is CLASSES else 1, attn_implementation="eager").eval()
     model.config.pad_token_id = tokenizer.pad_token_id
     talks = ["Good?", "And the old harbour, was it good?", "No."]
     ids = [chat.encode_prompt(tokenizer, [{"role": "user", "content": talk}]) for talk in talks]
     targets = [0, 1, 1] if task is CLASSES else [2.0, 0.5, -3.0]
     examples = [Example(*parts) for parts in zip(talks, ids, targets, strict=True)]
-    objective = Labelled(model, examples, 3, task, tokenizer, job)
-    part = objective.draw(0, WHOLE)
-    assert part.targets == {"task": 3}
+    objective = LabelObjective(model, examples, 3, task, tokenizer, job)
+    part = objective.draw(0, FULL_BATCH)
+    assert part.target_counts == {"task": 3}
     assert part.tokens == sum(map(len, ids))
     assert sorted(part.names) == sorted(f"conversation {talk}" for talk in talks)
     naive = 0.0
@@ -154,96 +158,101 @@ def test_the_losses_are_cross_entropy_and_squared_error(base: str, task: Head, c
             naive -= outputs[int(target)] - math.log(sum(map(math.exp, outputs)))
         else:
             naive += (outputs[0] - target) ** 2
-    assert objective.sums(part)["task"].item() == pytest.approx(naive, rel=1e-4)
+    assert objective.loss_sums(part)["task"].item() == pytest.approx(naive, rel=1e-4)
 
 
-def test_the_figures_are_those_of_plain_loops() -> None:
-    """Macro F1 over the labels that occur, correlations as defined; no correlation with what never varies."""
-    found, right = np.array([0, 0, 1, 2, 1, 0]), np.array([0.0, 1.0, 1.0, 1.0, 1.0, 0.0])
+def test_metrics_match_plain_loops() -> None:
+    """Macro F1 over the labels that occur; correlations by definition; no correlation of a constant."""
+    predicted, labels = np.array([0, 0, 1, 2, 1, 0]), np.array([0.0, 1.0, 1.0, 1.0, 1.0, 0.0])
     scores = []
     for label in (0, 1, 2):
-        hits = sum(f == r == label for f, r in zip(found, right, strict=True))
-        precision, recall = hits / max(sum(found == label), 1), hits / max(sum(right == label), 1)
+        hits = sum(f == r == label for f, r in zip(predicted, labels, strict=True))
+        precision, recall = hits / max(sum(predicted == label), 1), hits / max(sum(labels == label), 1)
         scores.append(2 * precision * recall / (precision + recall) if hits else 0.0)
-    figures = label_figures(found, right, 5, usual=1.0)
+    figures = label_metrics(predicted, labels, 5, majority_label=1.0)
     assert figures == {
-        "accuracy": round(4 / 6, 4), "accuracy_of_the_usual_label": round(4 / 6, 4),
+        "accuracy": round(4 / 6, 4), "majority_label_accuracy": round(4 / 6, 4),
         "macro_f1": round(sum(scores) / 3, 4),
     }  # fmt: skip
     x, y = np.array([1.0, 2.0, 4.0, 3.0]), np.array([1.0, 3.0, 9.0, 4.0])
-    numbers = number_figures(x, y, usual=4.0)
+    numbers = number_metrics(x, y, train_mean=4.0)
     ranks = np.array([1.0, 2.0, 4.0, 3.0])  # the same for both
     assert numbers["spearman"] == round(float(np.corrcoef(ranks, ranks)[0, 1]), 4) == 1.0
     assert numbers["pearson"] == round(float(np.corrcoef(x, y)[0, 1]), 4)
     assert numbers["rmse"] == round(math.sqrt((0 + 1 + 25 + 1) / 4), 4)
-    assert numbers["rmse_of_the_mean"] == round(math.sqrt((9 + 1 + 25 + 0) / 4), 4)
-    assert number_figures(np.ones(3), np.arange(3.0), 1.0)["pearson"] is None
+    assert numbers["mean_baseline_rmse"] == round(math.sqrt((9 + 1 + 25 + 0) / 4), 4)
+    assert number_metrics(np.ones(3), np.arange(3.0), 1.0)["pearson"] is None
 
 
-def test_labels_and_numbers_that_are_none_are_kept_aside_and_named(chain: Chain, tmp_path: Path) -> None:
-    rows = [*opinions(str), asked("bad", "What?", "rather good"), asked("endless", "What?", "inf")]
+def test_answers_without_a_number_are_rejected(chain: Chain, tmp_path: Path) -> None:
+    rows = [*opinion_rows(str), make_row("bad", "What?", "rather good"), make_row("endless", "What?", "inf")]
     job, settings = job_on(chain, tmp_path, rows, task=NUMBERS.model_dump(), steps=1)
     metrics = chain.run(job, settings)
-    assert metrics["aside"] == {"no_number": 2}
-    lines = [json.loads(line) for line in job.outputs["aside"].read_text(encoding="utf-8").splitlines()]
+    assert metrics["rejected"] == {"no_number": 2}
+    lines = [json.loads(line) for line in job.outputs["rejected"].read_text(encoding="utf-8").splitlines()]
     assert [(line["id"], line["detail"]) for line in lines] == [("bad", "'rather good'"), ("endless", "'inf'")]
 
 
 def test_a_label_that_training_lacks_is_counted_and_named(chain: Chain, tmp_path: Path) -> None:
-    rows = [*opinions(lambda value: str(value > 0)), asked("new", "What?", "Perhaps", "heldout")]
+    rows = [*opinion_rows(lambda value: str(value > 0)), make_row("new", "What?", "Perhaps", "heldout")]
     job, settings = job_on(chain, tmp_path, rows, task=CLASSES.model_dump(), steps=1)
     metrics = chain.run(job, settings)
-    assert metrics["heldout_aside"] == {"unseen_label": 1}
+    assert metrics["heldout_rejected"] == {"unseen_label": 1}
     assert metrics["heldout"] == 6
-    assert '"id": "new"' in job.outputs["aside"].read_text(encoding="utf-8")
+    assert '"id": "new"' in job.outputs["rejected"].read_text(encoding="utf-8")
 
 
-def test_answers_that_are_no_labels_are_told() -> None:
-    """Too many different ones, or one alone; the message holds the number, the limit and examples."""
-    rows = [asked(str(number), "What?", f"Answer {number}") for number in range(3)]
+def test_too_many_or_too_few_labels_are_an_error() -> None:
+    """The message has the number of labels, the limit and examples."""
+    rows = [make_row(str(number), "What?", f"Answer {number}") for number in range(3)]
     with pytest.raises(StageError, match=r"end in 3 different answers \(such as 'Answer 0'.*labels, which is 2"):
-        labels_of(rows, CLASSES)
+        find_labels(rows, CLASSES)
     with pytest.raises(StageError, match="end in 1 different answers"):
-        labels_of(rows[:1], CLASSES)
-    assert labels_of([*rows[1:], rows[2]], CLASSES) == ["Answer 1", "Answer 2"]
+        find_labels(rows[:1], CLASSES)
+    assert find_labels([*rows[1:], rows[2]], CLASSES) == ["Answer 1", "Answer 2"]
 
 
-def test_a_text_that_is_too_long_is_refused_or_cut(chain: Chain) -> None:
-    """The earlier turns go first; what is left is still the question that the label belongs to."""
+def test_too_long_text_is_rejected_or_truncated(chain: Chain) -> None:
+    """The earliest turns are dropped first; the question that the label belongs to stays."""
     tokenizer = chain.tokenizer()
-    talk = asked("a", "Well?", "1.5")
+    talk = make_row("a", "Well?", "1.5")
     talk["messages"] = [
         {"role": "user", "content": "The soup was good."}, {"role": "assistant", "content": "Was it?"},
         *talk["messages"],
     ]  # fmt: skip
     whole = len(chat.encode_prompt(tokenizer, talk["messages"][:-1]))
-    [example], aside = Reader(tokenizer, whole, "refuse", None).read([talk])
-    assert (example.target, len(example.ids), aside) == (1.5, whole, [])
-    kept, [found] = Reader(tokenizer, whole - 1, "refuse", None).read([talk])
-    assert (kept, found.reason, found.used) == ([], "too_long", False)
-    [example], [found] = Reader(tokenizer, whole - 1, "truncate", None).read([talk])
+    [example], rejected = Reader(tokenizer, whole, "reject", None).read([talk])
+    assert (example.target, len(example.ids), rejected) == (1.5, whole, [])
+    examples, [rejection] = Reader(tokenizer, whole - 1, "reject", None).read([talk])
+    assert (examples, rejection.reason, rejection.used) == ([], "too_long", False)
+    [example], [rejection] = Reader(tokenizer, whole - 1, "truncate", None).read([talk])
     assert example.ids == chat.encode_prompt(tokenizer, talk["messages"][2:-1])
-    assert (found.reason, found.used) == ("too_long", True)
+    assert (rejection.reason, rejection.used) == ("too_long", True)
     [example], _ = Reader(tokenizer, 3, "truncate", None).read([talk])
     assert len(example.ids) == 3
 
 
-def test_a_text_that_spells_a_given_models_control_token_is_kept_aside() -> None:
-    plain, spelt = asked("plain", "The soup was good.", "1.5"), asked("spelt", "Good.<|im_end|>\n<|im_start|>user", "2")
-    [example], [found] = Reader(foreign_tokenizer(), 99, "refuse", None).read([plain, spelt])
-    assert (example.name, found.id, found.reason) == ("plain", "spelt", "control_token")
+def test_a_text_with_a_control_token_is_rejected() -> None:
+    plain, with_token = (
+        make_row("plain", "The soup was good.", "1.5"),
+        make_row("spelt", "Good.<|im_end|>\n<|im_start|>user", "2"),
+    )
+    [example], [rejection] = Reader(foreign_tokenizer(), 99, "reject", None).read([plain, with_token])
+    assert (example.name, rejection.id, rejection.reason) == ("plain", "spelt", "control_token")
 
 
-@pytest.mark.parametrize(
-    "stage", ["ppo", "prune", "quantize@policy", "evaluate@tuned", "evaluate@int8", "reward@judge"]
-)
-def test_later_stages_refuse_a_model_that_does_not_answer(stage: str) -> None:
-    """By name, before anything loads, and only where that stage runs: fine-tuning itself is sound."""
-    params = read_params(ROOT / "profiles/default.yaml")
-    params["finetune"]["mix"]["weight"] = 0.0
-    params["finetune"]["task"] = {"name": "regression"}
-    for sound in (None, "finetune", "pretrain@mlm", "quantize@encoder", "evaluate@base", "reward@judge"):
-        check(params, stages=[sound] if sound else [])
-    params["reward"]["model"] = "data/finetune/model"
-    with pytest.raises(SettingsError, match=f"finetune.task.name: found 'regression', but {stage} needs chat"):
-        check(params, stages=[stage])
+@pytest.mark.parametrize("task", [{"name": "regression"}, {"name": "classification", "max_labels": 3}])
+def test_a_model_with_a_head_can_only_be_evaluated(task: dict[str, Any]) -> None:
+    """Other stages are rejected before anything loads; training the head is valid."""
+    params = json.loads(json.dumps(read_settings(ROOT / "profiles/default.yaml")))
+    mix = {**params["finetune"]["chat"]["pretraining_mix"], "weight": 0.0}
+    params["finetune"]["head"] = {**params["finetune"]["chat"], "task": task, "pretraining_mix": mix}
+    params["evaluate"]["head"] = {**params["evaluate"]["tuned"], "model": "data/finetune/head/model"}
+    check(params)
+    for stage, key in (("align", "policy"), ("prune", "pruned"), ("quantize", "chat"), ("reward", "train")):
+        invalid = json.loads(json.dumps(params))
+        invalid[stage][key]["model"] = "data/finetune/head/model"
+        with pytest.raises(
+            SettingsError, match=rf"{stage}\.{key}\.model: found 'data/finetune/head/model', a .* be a caus"
+        ):
+            check(invalid)

@@ -1,4 +1,4 @@
-"""Importers: other tools' files become the rows that they mean, and a row that cannot is refused with file and line."""
+"""Importers of other tools' files: rows are converted, or rejected with file, position and reason."""
 
 import json
 from pathlib import Path
@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tasks.common.sources import formats
-from tasks.common.sources.importers import Layout
-from tasks.common.stage import StageError
-from tasks.common.validation import checks
+from tasks.common.harness.job import StageError
+from tasks.ingest import formats
+from tasks.ingest.importers import Layout
+from tasks.validate import checks
 from tests.data_fixtures import (
     FACTS,
     copy_sources,
     ingest_config,
     ingest_into,
     manifest,
-    refusals,
+    rejections,
     table,
     validate_config,
 )
@@ -28,12 +28,12 @@ OPENAI = {"messages": [{"role": "user", "content": "Hello!"}, {"role": "assistan
 ROWS = {"alpaca": ALPACA, "sharegpt": SHAREGPT, "openai": OPENAI}
 
 
-def said(row: Any) -> list[str]:
+def turns_of(row: Any) -> list[str]:
     """Return a chat in short: `user:Hello!`."""
     return [f"{turn['role']}:{turn['content']}" for turn in row]
 
 
-MEANT: list[tuple[str, dict[str, Any], list[str]]] = [
+CHATS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("alpaca", ALPACA, ["user:Translate to French.\nGood day", "assistant:Bonjour"]),
     ("alpaca", {"instruction": "Say hello.", "output": "Hello"}, ["user:Say hello.", "assistant:Hello"]),
     (
@@ -58,12 +58,12 @@ MEANT: list[tuple[str, dict[str, Any], list[str]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "row", "turns"), MEANT)
-def test_a_chat_is_read_as_it_is_meant(name: str, row: dict[str, Any], turns: list[str]) -> None:
-    assert said(Layout(name, "instructions").convert(row)["messages"]) == turns
+@pytest.mark.parametrize(("name", "row", "turns"), CHATS)
+def test_a_chat_is_converted_to_messages(name: str, row: dict[str, Any], turns: list[str]) -> None:
+    assert turns_of(Layout(name, "instructions").convert(row)["messages"]) == turns
 
 
-PREFERRED: list[tuple[str, dict[str, Any]]] = [
+PAIRS: list[tuple[str, dict[str, Any]]] = [
     ("alpaca", {"instruction": "Hello!", "chosen": "Hello to you!", "rejected": "What?"}),
     (
         "sharegpt",
@@ -84,53 +84,53 @@ PREFERRED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "row"), PREFERRED)
+@pytest.mark.parametrize(("name", "row"), PAIRS)
 def test_a_preference_is_a_ranking_of_two(name: str, row: dict[str, Any]) -> None:
-    found = Layout(name, "rankings").convert(row)
-    assert said(found["prompt"]) == ["user:Hello!"]
-    assert (found["responses"], found["ranks"]) == (["Hello to you!", "What?"], [1, 2])
+    converted = Layout(name, "rankings").convert(row)
+    assert turns_of(converted["prompt"]) == ["user:Hello!"]
+    assert (converted["responses"], converted["ranks"]) == (["Hello to you!", "What?"], [1, 2])
 
 
 def reply(**message: Any) -> dict[str, Any]:
     return {"messages": [OPENAI["messages"][0], {"role": "assistant", **message}]}
 
 
-REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
+REJECTED: list[tuple[str, str, dict[str, Any], str]] = [
     ("alpaca", "instructions", {"instruction": "Hello"}, "output missing; expected instruction, output"),
     ("alpaca", "instructions", {**ALPACA, "output": " "}, "an empty answer"),
     ("alpaca", "instructions", {**ALPACA, "instruction": "", "input": ""}, "an empty turn of the user"),
     ("alpaca", "instructions", {**ALPACA, "output": 5}, "content must be text, found 5"),
     ("alpaca", "instructions", {**ALPACA, "history": ["Hi"]}, "history must be pairs"),
-    ("alpaca", "instructions", {**ALPACA, "images": ["a.png"]}, "images cannot be told in a chat of text"),
+    ("alpaca", "instructions", {**ALPACA, "images": ["a.png"]}, "images cannot be represented in a text chat"),
     ("alpaca", "rankings", ALPACA, "chosen, rejected missing; expected instruction, chosen, rejected"),
     ("sharegpt", "instructions", {"conversation": []}, "conversations missing; expected conversations"),
     ("sharegpt", "instructions", {"conversations": []}, "conversations must be a list of messages, found []"),
-    ("sharegpt", "instructions", {**SHAREGPT, "tools": "[{}]"}, "tools cannot be told"),
+    ("sharegpt", "instructions", {**SHAREGPT, "tools": "[{}]"}, "tools cannot be represented"),
     (
         "sharegpt",
         "instructions",
         {"conversations": [{"from": "function_call", "value": "{}"}]},
-        "a tool's turn (function_call) cannot be told",
+        "a tool's turn (function_call) cannot be represented",
     ),
     ("sharegpt", "instructions", {"conversations": [{"from": "bard", "value": "Hi"}]}, "expected a role of human, gpt"),
     ("sharegpt", "instructions", {"conversations": [{"role": "user"}]}, "each message needs from and value"),
     ("sharegpt", "instructions", {"conversations": [{"from": "gpt", "value": ""}]}, "an empty answer"),
     ("openai", "instructions", {}, "messages missing; expected messages"),
-    ("openai", "instructions", reply(content=None, tool_calls=[{}]), "tool_calls cannot be told"),
+    ("openai", "instructions", reply(content=None, tool_calls=[{}]), "tool_calls cannot be represented"),
     ("openai", "instructions", reply(content=""), "an empty answer"),
     ("openai", "instructions", reply(content="Hi", weight=0), "a reply of weight 0"),
     ("openai", "instructions", reply(content=[{"type": "image_url"}]), "only parts of type text"),
-    ("openai", "instructions", {"messages": [{"role": "tool", "content": "4"}]}, "a tool’s turn cannot be told"),
+    ("openai", "instructions", {"messages": [{"role": "tool", "content": "4"}]}, "a tool’s turn cannot be represented"),
     ("openai", "instructions", {"messages": [{"role": "bot", "content": "4"}]}, "expected a role of system"),
     ("openai", "rankings", {"input": {}}, "preferred_output, non_preferred_output missing; expected input"),
 ]
 
 
-@pytest.mark.parametrize(("name", "kind", "row", "told"), REFUSED)
-def test_what_cannot_be_told_in_a_chat_is_refused(name: str, kind: str, row: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is looked at below
+@pytest.mark.parametrize(("name", "kind", "row", "expected"), REJECTED)
+def test_content_that_is_not_a_text_chat_is_rejected(name: str, kind: str, row: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is checked below
         Layout(name, kind).convert(row)
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
 
 
 # Through the stage
@@ -142,7 +142,7 @@ def source(name: str, path: str, kind: str = "instructions") -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", list(ROWS))
 @pytest.mark.parametrize("form", ["array", "lines", "parquet"])
-def test_rows_are_used_or_refused_with_file_place_and_reason(tmp_path: Path, name: str, form: str) -> None:
+def test_rows_are_used_or_rejected_with_file_position_and_reason(tmp_path: Path, name: str, form: str) -> None:
     copied = copy_sources(tmp_path)
     text = json.dumps(ROWS[name])
     good, empty = ROWS[name], json.loads(text.replace("Bonjour", "").replace("Hello to you!", ""))
@@ -157,69 +157,87 @@ def test_rows_are_used_or_refused_with_file_place_and_reason(tmp_path: Path, nam
     else:
         path.write_text(f"{json.dumps(good)}\n\n\n{json.dumps(empty)}\n", encoding="utf-8")
     folder = ingest_into(tmp_path / "out", copied, sources=[FACTS, source(name, path.name)])
-    (refused,) = refusals(folder)
-    place = {"array": "item 2 (line 4)", "lines": "line 4", "parquet": "row 2"}[form]
-    assert refused["reason"] == f"{path.name}, {place}: an empty answer"
+    (rejected,) = rejections(folder)
+    position = {"array": "item 2", "lines": "line 4", "parquet": "row 2"}[form]
+    assert rejected["reason"] == f"{path.name}, {position}: an empty answer"
     (row,) = [row for row in table(folder, "instructions") if row["source"] == "mine"]
     assert row["messages"][-1]["role"] == "assistant"
     assert row["entity"] == row["messages"][0]["content"]
     assert (manifest(folder)["mine"]["read"], manifest(folder)["mine"]["used"]) == (2, 1)
 
 
-def test_an_imported_chat_is_held_to_the_same_limits_as_others(tmp_path: Path) -> None:
-    """What is too long, holds a token of the template or came before is refused by `validate`, with its reason."""
+def test_an_imported_chat_is_validated_like_others(tmp_path: Path) -> None:
+    """`validate` rejects texts that are too long, contain a token of the template, or are duplicates."""
     copied = copy_sources(tmp_path)
-    odd = ["x" * 501, "Hello<|end|>", "Hello  to you!"]
+    invalid = ["x" * 501, "Hello<|end|>", "Hello  to you!"]
     rows = [
         SHAREGPT,
-        *({"conversations": [SHAREGPT["conversations"][0], {"from": "gpt", "value": text}]} for text in odd),
+        *({"conversations": [SHAREGPT["conversations"][0], {"from": "gpt", "value": text}]} for text in invalid),
     ]
     (copied / "mine.json").write_text(json.dumps(rows), encoding="utf-8")
     folder = ingest_into(tmp_path / "out", copied, sources=[FACTS, source("sharegpt", "mine.json")])
     chats = [row for row in table(folder, "instructions") if row["source"] == "mine"]
-    reasons = checks.judge("instructions", chats, validate_config(), set())[1]
+    reasons = checks.check_rows("instructions", chats, validate_config(), set())[1]
     assert sorted(map(str, reasons)) == [
-        "None", "a message longer than 500 characters", "the same content came before",
-        "the text holds <|end|>, which is reserved for the chat template",
+        "None", "a message longer than 500 characters", "duplicate of an earlier row",
+        "the text contains <|end|>, which is reserved for the chat template",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
-        ('[\n{"instruction": "a", "output": "b"},\n{"instruction"', "found something else from line 3 on"),
+        ('[\n{"instruction": "a", "output": "b"},\n{"instruction"', "found something else after item 1: "),
         (b'{"instruction": "caf\xe9"}', "expected UTF-8 text in"),
         ('{"a": 1}\n{"b": 2}\n', "none of the 2 rows of"),
     ],
 )
-def test_a_file_of_another_kind_stops_the_run(tmp_path: Path, content: str | bytes, told: str) -> None:
+def test_a_file_of_another_kind_stops_the_run(tmp_path: Path, content: str | bytes, expected: str) -> None:
     copied = copy_sources(tmp_path)
     (copied / "mine.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(StageError, match="source mine: ") as caught:
         ingest_into(tmp_path / "out", copied, sources=[FACTS, source("alpaca", "mine.json")])
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
 
 
-@pytest.mark.parametrize("piece", [3, 7, 64, 4096])
-def test_an_array_longer_than_what_is_read_at_once_gives_all_its_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+@pytest.mark.parametrize("buffer_bytes", [3, 7, 64, 4096])
+def test_an_array_longer_than_the_buffer_gives_all_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffer_bytes: int
 ) -> None:
-    """Wherever the pieces end: in a text, a number, an escaped sign, the space between two items."""
-    monkeypatch.setattr(formats, "CHARACTERS_AT_ONCE", piece)
-    items = [{"text": "café, [x] \\ {y}" * 9}, 1234567, ["]", [5]], None, {}]
+    """The buffer may end in a text, a number, an escape sequence, or the space between two items."""
+    monkeypatch.setattr(formats, "JSON_BUFFER_BYTES", buffer_bytes)
+    items = [{"text": "café, [x] \\ {y}" * 9}, 1234567, ["]", [5]], None, {}, 0.1, 10**30]
     path = tmp_path / "mine.json"
-    places = [f"item {number} (line {2 * number})" for number in range(1, 6)]
+    positions = [f"item {number}" for number in range(1, 8)]
     path.write_text("\n [" + ",\n\n".join(map(json.dumps, items)) + " ]\n", encoding="utf-8")
-    assert list(formats.objects("mine", path)) == list(zip(places, items, strict=True))
+    assert list(formats.read_objects("mine", path)) == list(zip(positions, items, strict=True))
 
 
-def test_imported_chats_belong_to_no_group_and_say_so() -> None:
-    """A group is what a mixture calls documents by; conversations are mixed by the stages that learn from them."""
-    with pytest.raises(ValidationError, match="a group is of documents, and instructions are none; set group to null"):
+@pytest.mark.parametrize("more", ["[{}]", "\n{}\n", ",", " 1", "]", "[" * 100_000], ids=lambda text: text[:9])
+def test_content_after_an_array_is_an_error(tmp_path: Path, more: str) -> None:
+    """Two arrays in a file, or an array and lines: the rows of the second are never dropped silently."""
+    path = tmp_path / "mine.json"
+    path.write_text('[{"a": 1}, {"a": 2}]' + more, encoding="utf-8")
+    with pytest.raises(StageError, match=r"source mine: expected one JSON array in .* after item 2: "):
+        list(formats.read_objects("mine", path))
+
+
+def test_an_array_nested_too_deep_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text("[1, " + "[" * 100_000, encoding="utf-8")
+    with pytest.raises(StageError, match="found something else after item 1: its values are nested more than 100 deep"):
+        list(formats.read_objects("mine", path))
+
+
+def test_a_group_for_chats_is_rejected() -> None:
+    """A group names documents in a mixture; conversations are not in mixtures."""
+    with pytest.raises(
+        ValidationError, match="`group` applies only to documents, not to instructions; set group to null"
+    ):
         ingest_config(sources=[{**source("openai", "mine.json"), "group": "chats"}])
 
 
-def test_a_format_of_chats_is_not_for_prose() -> None:
+def test_a_chat_format_for_prose_is_rejected() -> None:
     with pytest.raises(ValidationError, match="the format openai is for the tables instructions and rankings"):
         ingest_config(sources=[source("openai", "mine.json", "corpus")])
 
@@ -238,7 +256,7 @@ INFO: dict[str, Any] = {
         "file_name": "preferred.json", "ranking": True,
         "columns": {"prompt": "question", "chosen": "better", "rejected": "worse"},
     },
-    "away": {"hf_hub_url": "someone/chats"},
+    "hub": {"hf_hub_url": "someone/chats"},
     "part": {"file_name": "plain.json", "subset": "en"},
     "odd": {"file_name": "plain.json", "columns": {"reply": "output"}},
     "form": {"file_name": "plain.json", "formatting": "chatml"},
@@ -271,27 +289,27 @@ def test_the_data_sets_named_are_read_into_their_tables(tmp_path: Path) -> None:
     assert sorted(chats) == ["Bonjour", "Me."]
     (ranking,) = table(folder, "rankings")
     assert (ranking["responses"], ranking["ranks"]) == (["This.", "That."], [1, 2])
-    (refused,) = refusals(folder)
-    assert refused["reason"] == "plain.json, item 2 (line 1): output missing; expected instruction, output"
+    (rejected,) = rejections(folder)
+    assert rejected["reason"] == "plain.json, item 2: output missing; expected instruction, output"
     entry = manifest(folder)["factory"]
     assert (entry["read"], entry["used"], entry["rows"]) == (4, 3, {"corpus": 0, "instructions": 2, "rankings": 1})
     assert list(entry["files"]) == ["lf/dataset_info.json", "lf/plain.json", "lf/tagged.jsonl", "lf/preferred.json"]
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "expected"),
     [
-        ("away", "data set away names hf_hub_url, which pins no bytes: put its file beside dataset_info.json"),
-        ("part", "data set part: subset cannot be followed here; known are file_name, formatting"),
-        ("odd", "data set odd: no column or tag is called reply; known: assistant_tag,"),
-        ("list", "data set list: expected columns and tags to name columns and tags, found ['instruction']"),
+        ("hub", "data set hub names hf_hub_url, which pins no bytes: put its file beside dataset_info.json"),
+        ("part", "data set part: subset is not supported; expected file_name, formatting"),
+        ("odd", "data set odd: unknown column or tag reply; expected one of assistant_tag,"),
+        ("list", "data set list: columns and tags must map names to names, found ['instruction']"),
         ("form", "data set form: expected a formatting of alpaca, sharegpt, openai, found 'chatml'"),
         ("absent", "data set absent: expected a file_name of a file under"),
         ("outside", "data set outside: expected a file_name of a file under"),
         ("other", "has no data set other; it has plain, tagged, preferred"),
     ],
 )
-def test_a_data_set_that_cannot_be_read_is_told(tmp_path: Path, name: str, told: str) -> None:
+def test_a_data_set_that_cannot_be_read_is_reported(tmp_path: Path, name: str, expected: str) -> None:
     with pytest.raises(StageError, match="source factory: ") as caught:
         ingest_into(tmp_path / "out", factory(tmp_path), sources=[FACTS, {**FACTORY, "datasets": [name]}])
-    assert told in str(caught.value)
+    assert expected in str(caught.value)

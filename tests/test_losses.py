@@ -1,4 +1,4 @@
-"""Losses against plain loops over their formulas."""
+"""Loss functions against plain loops over their formulas."""
 
 import math
 from functools import partial
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tasks.common.training import losses
-from tasks.common.training.losses import IGNORED, Entropy
+from tasks.common.training.losses import IGNORE_INDEX, Loss
 
 
 def logits(rows: int = 6, vocabulary: int = 11) -> Any:
@@ -18,67 +18,69 @@ def logits(rows: int = 6, vocabulary: int = 11) -> Any:
     return 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def surprises(row: list[float]) -> list[float]:
+def token_nlls(row: list[float]) -> list[float]:
     """Return −log softmax of plain numbers."""
     total = math.log(sum(math.exp(value) for value in row))
     return [total - value for value in row]
 
 
-def test_cross_entropy_is_the_sum_of_surprises() -> None:
-    """Against a naive softmax; what is ignored counts for nothing."""
+def test_cross_entropy_is_summed_nll() -> None:
+    """Against a naive softmax; ignored targets do not count."""
     import torch
 
-    found, targets = logits(), [3, 0, IGNORED, 10, 5, IGNORED]
-    naive = sum(surprises(row)[target] for row, target in zip(found.tolist(), targets, strict=True) if target >= 0)
-    assert losses.cross_entropy(found, torch.tensor(targets)).item() == pytest.approx(naive, rel=1e-6)
+    sample_logits, targets = logits(), [3, 0, IGNORE_INDEX, 10, 5, IGNORE_INDEX]
+    naive = sum(
+        token_nlls(row)[target] for row, target in zip(sample_logits.tolist(), targets, strict=True) if target >= 0
+    )
+    assert losses.cross_entropy(sample_logits, torch.tensor(targets)).item() == pytest.approx(naive, rel=1e-6)
 
 
 @pytest.mark.parametrize("z", [0.0, 0.3])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-def test_what_is_written_for_a_compiler_is_the_same_loss(kind: str, z: float) -> None:
-    """Its sum, and each logit's gradient."""
+def test_compiled_cross_entropy_matches_eager(kind: str, z: float) -> None:
+    """Equal sums and gradients."""
     import torch
 
-    targets, found = torch.tensor([3, 0, IGNORED, 10, 5, IGNORED]), []
-    entropy = Entropy(smoothing=0.0, z=z)
-    for loss in (partial(losses.for_compilers, z=z), partial(losses.cross_entropy, entropy=entropy)):
-        given = logits().to(getattr(torch, kind)).requires_grad_()
-        total = loss(given, targets)
+    targets, results = torch.tensor([3, 0, IGNORE_INDEX, 10, 5, IGNORE_INDEX]), []
+    settings = Loss(label_smoothing=0.0, z_loss=z)
+    for loss in (partial(losses.compiled_cross_entropy, z=z), partial(losses.cross_entropy, loss=settings)):
+        inputs = logits().to(getattr(torch, kind)).requires_grad_()
+        total = loss(inputs, targets)
         (0.7 * total).backward()
-        found.append((total.detach(), given.grad))
-    torch.testing.assert_close(*found)
-    assert found[0][1][2].abs().sum() == 0
+        results.append((total.detach(), inputs.grad))
+    torch.testing.assert_close(*results)
+    assert results[0][1][2].abs().sum() == 0
 
 
-def test_smoothing_shares_a_part_of_the_target_among_all() -> None:
-    """(1 − ε) × the target's surprise + ε × the mean surprise of the vocabulary (Szegedy et al. 2016, section 7)."""
+def test_label_smoothing_matches_formula() -> None:
+    """(1 − ε) × the target's NLL + ε × the mean NLL over the vocabulary (Szegedy et al. 2016, section 7)."""
     import torch
 
-    found, targets = logits(), [3, 0, IGNORED, 10, 5, 1]
+    sample_logits, targets = logits(), [3, 0, IGNORE_INDEX, 10, 5, 1]
     naive = sum(
-        0.8 * (row := surprises(values))[target] + 0.2 * sum(row) / len(row)
-        for values, target in zip(found.tolist(), targets, strict=True)
+        0.8 * (row := token_nlls(values))[target] + 0.2 * sum(row) / len(row)
+        for values, target in zip(sample_logits.tolist(), targets, strict=True)
         if target >= 0
     )
-    smoothed = losses.cross_entropy(found, torch.tensor(targets), Entropy(smoothing=0.2, z=0.0))
+    smoothed = losses.cross_entropy(sample_logits, torch.tensor(targets), Loss(label_smoothing=0.2, z_loss=0.0))
     assert smoothed.item() == pytest.approx(naive, rel=1e-6)
 
 
 def test_the_z_loss_is_the_square_of_the_log_partition() -> None:
-    """Summed over what is asked, times its weight, on top of the rest."""
+    """The squares are summed over the targets, weighted, and added to the cross-entropy."""
     import torch
 
-    found, targets = logits(), [3, 0, IGNORED, 10, 5, 1]
-    plain = losses.cross_entropy(found, torch.tensor(targets)).item()
-    partition = [math.log(sum(map(math.exp, row))) for row in found.tolist()]
+    sample_logits, targets = logits(), [3, 0, IGNORE_INDEX, 10, 5, 1]
+    plain = losses.cross_entropy(sample_logits, torch.tensor(targets)).item()
+    partition = [math.log(sum(map(math.exp, row))) for row in sample_logits.tolist()]
     naive = plain + 0.01 * sum(z**2 for z, target in zip(partition, targets, strict=True) if target >= 0)
-    assert losses.cross_entropy(found, torch.tensor(targets), Entropy(smoothing=0.0, z=0.01)).item() == pytest.approx(
-        naive, rel=1e-6
-    )
+    assert losses.cross_entropy(
+        sample_logits, torch.tensor(targets), Loss(label_smoothing=0.0, z_loss=0.01)
+    ).item() == pytest.approx(naive, rel=1e-6)
 
 
-def test_each_token_is_told_by_those_before_it() -> None:
-    """The same sum as of logits cut by their last place, and no gradient there."""
+def test_next_token_matches_shifted_cross_entropy() -> None:
+    """Equal to the loss of logits without the last position, which gets no gradient."""
     import torch
 
     ids = torch.randint(11, (3, 5))
@@ -93,7 +95,7 @@ def test_each_token_is_told_by_those_before_it() -> None:
 
 
 def test_squared_error() -> None:
-    """The sum of squares of the differences."""
+    """The sum of squared differences."""
     import torch
 
     assert losses.squared_error(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 1.0])).item() == pytest.approx(9.25)
@@ -101,7 +103,7 @@ def test_squared_error() -> None:
 
 @pytest.mark.parametrize("margin", [0.0, 0.5])
 def test_bradley_terry(margin: float) -> None:
-    """−log σ(better − worse − margin × gap), summed; an unmeasured gap asks for no distance."""
+    """−log σ(better − worse − margin × gap), summed; a missing gap (NaN) counts as 0."""
     import torch
 
     scores, pairs = [1.0, 3.0, -0.5], [(1, 0, 2.0), (0, 2, 0.5), (2, 1, math.nan)]
@@ -110,8 +112,8 @@ def test_bradley_terry(margin: float) -> None:
     assert losses.bradley_terry(torch.tensor(scores), pairs, margin).item() == pytest.approx(naive, rel=1e-6)
 
 
-def test_plackett_luce_is_a_choice_after_the_other() -> None:
-    """The best of all, then the best of the rest, by softmax; over all orders the likelihoods sum to 1."""
+def test_plackett_luce_matches_sequential_choice() -> None:
+    """A softmax over all, then over the rest; the likelihoods of all orders sum to 1."""
     import torch
 
     scores = torch.tensor([0.5, -1.0, 2.0, 0.0])
@@ -126,8 +128,8 @@ def test_plackett_luce_is_a_choice_after_the_other() -> None:
     assert sum(likelihoods) == pytest.approx(1, rel=1e-5)
 
 
-def test_ties_say_nothing_of_their_own_order() -> None:
-    """Of two tied replies above a third, each is chosen from itself and the third; one tied group says nothing."""
+def test_plackett_luce_ignores_order_within_ties() -> None:
+    """Each of two tied replies is compared with the third only; a single tied group gives loss 0."""
     import torch
 
     scores = torch.tensor([0.5, -1.0, 2.0])
@@ -136,8 +138,8 @@ def test_ties_say_nothing_of_their_own_order() -> None:
     assert losses.plackett_luce(scores, [[[0, 1, 2]]]).item() == 0
 
 
-def test_a_pair_is_a_list_of_two() -> None:
-    """With two replies listwise and pairwise are the same."""
+def test_plackett_luce_of_two_equals_bradley_terry() -> None:
+    """With two replies the listwise and the pairwise loss are equal."""
     import torch
 
     scores = torch.tensor([0.5, -1.0])
@@ -145,12 +147,12 @@ def test_a_pair_is_a_list_of_two() -> None:
     assert losses.plackett_luce(scores, [[[0], [1]]]).item() == pytest.approx(pair, rel=1e-6)
 
 
-@pytest.mark.parametrize("nothing", [lambda s: losses.bradley_terry(s, []), lambda s: losses.plackett_luce(s, [])])
-def test_nothing_to_learn_from_is_no_loss(nothing: Any) -> None:
-    """A batch without orders gives 0 that can be differentiated."""
+@pytest.mark.parametrize("loss", [lambda s: losses.bradley_terry(s, []), lambda s: losses.plackett_luce(s, [])])
+def test_empty_batch_gives_zero_loss(loss: Any) -> None:
+    """A batch without rankings gives a differentiable 0."""
     import torch
 
     scores = torch.tensor([1.0, 2.0], requires_grad=True)
-    nothing(scores).backward()
+    loss(scores).backward()
     assert scores.grad is not None
     assert not scores.grad.any()

@@ -1,26 +1,32 @@
-"""One key runs through everything: the stage's name.
+"""Stage names in `dvc.yaml`, settings, modules, tests and data folders agree.
 
-`dvc.yaml`, `params.yaml`, the profiles, `tasks/`, the tests and the paths of data and metrics must tell the same story;
-above all, every local module that a stage imports, directly or not, must be among its inputs in `dvc.yaml`, or a change
-of shared code would leave the stage "up to date". A failure prints the lines to add and to remove.
+`dvc.yaml`, `params.yaml`, the profiles, `tasks/`, the tests and the paths of data and metrics must agree;
+above all, the digests that a stage depends on must cover every local module that it imports, directly or not, or a
+change of shared code would leave the stage "up to date". A failure prints the lines to add and to remove.
 """
 
 import ast
-import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
-from tasks.common import identity, stage
-from tasks.common.settings import STAGES, check, config_of, read_params, stage_keys
+from tasks import code
+from tasks.common import identity
+from tasks.common.code import closure, stages
+from tasks.common.defaults import settings_classes
+from tasks.common.harness import job
+from tasks.common.harness.job import module_of
+from tasks.common.model_graph import links_of
+from tasks.common.params_file import check, config_of
+from tasks.common.raw_params import read_params
+from tasks.common.settings import ENTRY_STAGES, STAGES
 from tests.conftest import ROOT
 
 HEAVY = (
@@ -29,86 +35,123 @@ HEAVY = (
     "datasets",
     "pandas",
     "great_expectations",
-    "onnxruntime",
+    "openvino",
     "bentoml",
     "prefect",
     "dvc",
 )
+# Stages that read an open number of entries, and the sections whose folders they depend on for that.
+OPEN = {"evaluate": ("reward",), "compare": ENTRY_STAGES, "package": ENTRY_STAGES}
 PROFILES = sorted((ROOT / "profiles").glob("*.yaml"))
 Sections = dict[str, set[str]]
 
 
-def module_of(name: str) -> ModuleType:
-    """Return a stage's module."""
-    return importlib.import_module(f"tasks.{name}")
-
-
-def expected(name: str, key: str | None) -> Sections:
-    """Return what dvc.yaml must say of a stage, from what its module declares and imports."""
-    module = module_of(name)
-    section, config = config_of(module, read_params(ROOT / "params.yaml"), key)
-    code = {path.as_posix() for path in identity.code_files(f"tasks.{name}", ROOT)}
-    record = stage.record_path(name, key).as_posix()
+def expected_sections(name: str, key: str | None) -> Sections:
+    """Return a stage's sections of dvc.yaml, computed from its module's declarations and imports."""
+    module, params = module_of(name), read_params(ROOT / "params.yaml")
+    section, config = config_of(module, params, key)
+    record = job.record_path(name, key).as_posix()
+    made = {stages.digest_file(name).as_posix(), str(identity.LOCK_FILE)}
+    inputs = set(job.declared_inputs(module, key, config, links_of(params)).values())
+    folders = {f"data/{stage}" for stage in OPEN.get(name, ())}
+    graph = ENTRY_STAGES if job.reads_graph(module) else ("reward",) if name == "evaluate" else ()
     return {
         "cmd": {f"python -m tasks.{name}" + (f" {key}" if key is not None else "")},
-        "deps": code | {str(identity.LOCK)} | set(stage.declared_inputs(module, key, config).values()),
-        "params": {section, "base", *(["numerics"] if stage.computes(module) else [])},
-        "outs": set(stage.declared_outputs(module, key).values()) | {record},
-        "metrics": {stage.metrics_path(name, key).as_posix()},
+        "deps": made | folders | {path for path in inputs if not any(path.startswith(f"{top}/") for top in folders)},
+        "params": {section, "base", *graph, *(["numerics"] if job.uses_numerics(module) else [])},
+        "outs": set(job.declared_outputs(module, key).values()) | {record},
+        "metrics": {job.metrics_path(name, key).as_posix()},
     }
 
 
 @cache
-def declared() -> dict[str, Sections]:
-    """Return what dvc.yaml says, as DVC reads it: stages by name, templates filled in."""
+def dvc_stages() -> dict[str, Sections]:
+    """Return the stages of dvc.yaml by name as DVC reads them, with templates filled in."""
     from dvc.repo import Repo
 
     with Repo(str(ROOT)) as repo:
-        return {found.name: _sections(found) for found in repo.index.stages}
+        return {stage.name: _sections(stage) for stage in repo.index.stages}
 
 
-def _sections(found: Any) -> Sections:
-    files = [dep for dep in found.deps if not hasattr(dep, "params")]
+def _sections(stage: Any) -> Sections:
+    files = [dep for dep in stage.deps if not hasattr(dep, "params")]
     return {
-        "cmd": {found.cmd},
+        "cmd": {stage.cmd},
         "deps": {dep.def_path for dep in files},
-        "params": {name for dep in found.deps if hasattr(dep, "params") for name in dep.params},
-        "outs": {out.def_path for out in found.outs if not out.metric},
-        "metrics": {out.def_path for out in found.outs if out.metric and not out.use_cache},
+        "params": {name for dep in stage.deps if hasattr(dep, "params") for name in dep.params},
+        "outs": {out.def_path for out in stage.outs if not out.metric},
+        "metrics": {out.def_path for out in stage.outs if out.metric and not out.use_cache},
     }
 
 
-def stages() -> list[tuple[str, str | None]]:
-    """Return every stage with each of its keys."""
-    return [(name, key) for name in STAGES for key in stage.keys_of(module_of(name))]
+def every_stage() -> list[tuple[str, str | None]]:
+    """Return every stage with each of its entries in `params.yaml`."""
+    params = read_params(ROOT / "params.yaml")
+    return [(name, key) for name in STAGES for key in (params[name] if name in ENTRY_STAGES else [None])]
 
 
-def test_dvc_yaml_knows_exactly_these_stages() -> None:
-    assert sorted(declared()) == sorted(stage.name_of(*pair) for pair in stages())
+def test_dvc_yaml_lists_exactly_the_stages() -> None:
+    assert sorted(dvc_stages()) == sorted([code.NAME, *(job.stage_name(*pair) for pair in every_stage())])
 
 
-@pytest.mark.parametrize(("name", "key"), stages(), ids=lambda part: part or "-")
-def test_dvc_yaml_says_of_a_stage_what_its_module_declares(name: str, key: str | None) -> None:
-    full = stage.name_of(name, key)
-    want, have = expected(name, key), declared()[full]
+def test_code_stage_reads_all_counted_code_and_writes_every_digest() -> None:
+    counting = {path for name in STAGES for path in closure.files(stages.module_of_stage(name, ROOT), ROOT)}
+    served = {path.as_posix() for path in counting if path.parts[0] != "tasks"}
+    assert dvc_stages()[code.NAME] == {
+        "cmd": {"python -m tasks.code"},
+        "deps": {"tasks"} | served,
+        "params": set(),
+        "outs": {stages.digest_file(name).as_posix() for name in STAGES},
+        "metrics": set(),
+    }
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stage_commands_match_module_paths(name: str) -> None:
+    assert stages.module_of_stage(name, ROOT) == module_of(name).__name__
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_digests_cover_every_local_module_a_stage_imports(name: str) -> None:
+    """The digests follow imports in the source text; this test compares them with the modules that Python loads."""
+    module = module_of(name).__name__
+    outside = {path.removesuffix(".py").replace("/", ".") for path in closure.EXCLUDED_MODULES}
+    only_through_excluded = {
+        module_name for path in outside for module_name in loaded_modules(path)
+    }  # what only these import
+    assert loaded_modules(module) - set(closure.modules(module, ROOT)) <= only_through_excluded
+
+
+@cache
+def loaded_modules(module: str) -> set[str]:
+    """Return a module and the local modules that Python loads with it."""
+    program = f"import {module}, sys; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {name for name in done.stdout.split() if name.partition(".")[0] in closure.LOCAL_PACKAGES}
+
+
+@pytest.mark.parametrize(("name", "key"), every_stage(), ids=lambda part: part or "-")
+def test_dvc_yaml_matches_module_declarations(name: str, key: str | None) -> None:
+    full = job.stage_name(name, key)
+    declaration, definition = expected_sections(name, key), dvc_stages()[full]
     lines = [f"dvc.yaml and tasks/{name}.py disagree about {full}:"]
-    for section in want:
-        lines += [f"  {section}: add     - {item}" for item in sorted(want[section] - have[section])]
-        lines += [f"  {section}: remove  - {item}" for item in sorted(have[section] - want[section])]
+    for section in declaration:
+        lines += [f"  {section}: add     - {item}" for item in sorted(declaration[section] - definition[section])]
+        lines += [f"  {section}: remove  - {item}" for item in sorted(definition[section] - declaration[section])]
     if len(lines) > 1:
         pytest.fail("\n".join(lines), pytrace=False)
 
 
-def test_dvc_yaml_says_nothing_twice() -> None:
-    """DVC takes a repeated dependency for one, so that nothing else would show it."""
-    for name, told in YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"].items():
-        deps = told.get("do", told)["deps"]
+def test_dvc_yaml_has_no_duplicates() -> None:
+    """DVC ignores repeated dependencies, so no other test would fail."""
+    for name, sections in YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"].items():
+        deps = sections.get("do", sections)["deps"]
         assert len(deps) == len(set(deps)), name
 
 
-def test_every_input_is_committed_or_another_stage_makes_it() -> None:
-    made = {path for sections in declared().values() for path in sections["outs"] | sections["metrics"]}
-    inputs = {(name, path) for name, sections in declared().items() for path in sections["deps"] - made}
+def test_every_input_is_committed_or_a_stage_output() -> None:
+    outputs = {path for sections in dvc_stages().values() for path in sections["outs"] | sections["metrics"]}
+    inputs = {(name, path) for name, sections in dvc_stages().items() for path in sections["deps"] - outputs}
     absent = sorted(f"{name}: {path}" for name, path in inputs if not (ROOT / path).exists())
     assert absent == [], "these inputs of dvc.yaml are made by no stage and do not exist"
 
@@ -118,7 +161,7 @@ def test_settings_are_complete_and_within_bounds(path: Path) -> None:
     check(read_params(path))
 
 
-def test_there_are_profiles() -> None:
+def test_profiles_exist() -> None:
     assert {"default", "smoke"} <= {path.stem for path in PROFILES}
 
 
@@ -129,26 +172,28 @@ def test_every_stage_has_its_test(name: str) -> None:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_stages_never_import_each_other(name: str) -> None:
-    others = {Path("tasks", f"{other}.py") for other in STAGES if other != name}
-    assert others.intersection(identity.code_files(f"tasks.{name}", ROOT)) == set()
+    local = closure.files(module_of(name).__name__, ROOT)
+    owners = {path.parts[1].removesuffix(".py") for path in local if path.parts[0] == "tasks"}
+    assert owners & set(STAGES) == {name}
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_setting_is_read(name: str) -> None:
     trees = (
-        ast.parse((ROOT / path).read_text(encoding="utf-8")) for path in identity.code_files(f"tasks.{name}", ROOT)
+        ast.parse((ROOT / path).read_text(encoding="utf-8")) for path in closure.files(module_of(name).__name__, ROOT)
     )
     nodes = [node for tree in trees for node in ast.walk(tree)]
-    read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-    read |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}  # getattr
-    unread = {setting for config in configs(name) for setting, _ in fields(config)} - read
+    names_read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    names_read |= {
+        node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }  # getattr
+    unread = {setting for config in configs(name) for setting, _ in fields(config)} - names_read
     assert unread == set(), f"nothing in tasks/{name}.py or what it imports reads these settings"
 
 
 def configs(name: str) -> list[type[BaseModel]]:
-    """Return the config of a stage, or one for each of its keys."""
-    module = module_of(name)
-    return [*stage_keys(module).values()] or [module.Config]
+    """Return the config classes of a stage."""
+    return list(settings_classes(module_of(name).Config))
 
 
 def fields(config: type[BaseModel]) -> Iterator[tuple[str, bool]]:
@@ -162,8 +207,8 @@ def fields(config: type[BaseModel]) -> Iterator[tuple[str, bool]]:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_every_setting_says_what_it_is(name: str) -> None:
-    assert [setting for config in configs(name) for setting, described in fields(config) if not described] == []
+def test_every_setting_has_a_description(name: str) -> None:
+    assert [setting for config in configs(name) for setting, description in fields(config) if not description] == []
 
 
 MADE_OF_HEAVY_PARTS = (

@@ -1,4 +1,4 @@
-"""Several models at one endpoint: each is chosen by name or tag, and says what it was made from."""
+"""Several models at one endpoint: selection by name or tag, provenance, and errors."""
 
 import json
 import shutil
@@ -12,9 +12,9 @@ import pytest
 
 from flows import endpoint
 from serving.errors import InputError, PackageError, ServingError
-from serving.feedback import VARIABLE
-from serving.package import OTHERS, choose, open_models, open_package
-from serving.serve import running
+from serving.feedback.store import FEEDBACK_VARIABLE
+from serving.package import MODELS_VARIABLE, choose, open_models, open_package
+from serving.serve import served_models
 from tasks.common.settings import BessemerError
 from tests.servers import free_port, serving
 from tests.serving_fixtures import TAG, answer, package, question
@@ -26,11 +26,11 @@ BRIEF, BRIEF_TOKENS = "brief-aaaaaaaaaaaa-bbbbbbbbbbbb", 2
 
 @pytest.fixture(scope="module")
 def brief(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another model: the same weights under a tag of its own, and answers of two tokens at most."""
+    """A second model: the same weights under another tag, with answers of at most two tokens."""
     folder = tmp_path_factory.mktemp("models") / "brief"
-    shutil.copytree(package / "policy", folder / "policy")
-    limits = json.loads((folder / "policy/limits.json").read_text())
-    (folder / "policy/limits.json").write_text(json.dumps({**limits, "max_new_tokens": BRIEF_TOKENS}))
+    shutil.copytree(package / "chat", folder / "chat")
+    limits = json.loads((folder / "chat/limits.json").read_text())
+    (folder / "chat/limits.json").write_text(json.dumps({**limits, "max_new_tokens": BRIEF_TOKENS}))
     (folder / "provenance.json").write_text(json.dumps({"model": BRIEF, "stages": [{"stage": "finetune"}]}))
     return folder
 
@@ -42,21 +42,21 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(package: Path, brief: Path, log: Path) -> Iterator[httpx.Client]:
-    """A client of one server with both models, told of the second as `bessemer serve --with` tells it."""
+    """A client of one server with both models; the second is passed as by `bessemer serve --with`."""
     port = free_port()
     with (
         pytest.MonkeyPatch.context() as patch,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
     ):
-        patch.setenv(OTHERS, json.dumps({"brief": str(brief)}))
+        patch.setenv(MODELS_VARIABLE, json.dumps({"brief": str(brief)}))
         with serving("serving.serve", str(port), package=package, port=port, log=log):
             yield client
 
 
 @pytest.mark.parametrize("name", ["brief", BRIEF])
-def test_a_request_chooses_its_model(client: httpx.Client, name: str) -> None:
-    usual = client.post("/generate", json={"input": question("Japan")})
-    assert (usual.json()["output"], usual.headers["X-Bessemer-Model"]) == (answer("Japan"), TAG)
+def test_generate_selects_model_by_name_or_tag(client: httpx.Client, name: str) -> None:
+    default = client.post("/generate", json={"input": question("Japan")})
+    assert (default.json()["output"], default.headers["X-Bessemer-Model"]) == (answer("Japan"), TAG)
     other = client.post("/generate", json={"input": question("Japan"), "model": name})
     assert answer("Japan").startswith(other.json()["output"])
     assert len(other.json()["output"]) < len(answer("Japan"))
@@ -64,29 +64,29 @@ def test_a_request_chooses_its_model(client: httpx.Client, name: str) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_openais_requests_choose_it_too(client: httpx.Client, stream: bool) -> None:
+def test_openai_request_selects_model(client: httpx.Client, stream: bool) -> None:
     messages = [{"role": "user", "content": question("Japan")}]
-    answered = client.post(
+    response = client.post(
         "/v1/chat/completions", json={"model": "brief", "messages": messages, "stream": stream}
     ).raise_for_status()
-    assert answered.headers.get_list("X-Bessemer-Model") == [BRIEF]
-    assert f'"model":"{BRIEF}"' in answered.text.replace('": "', '":"')
-    assert '"length"' in answered.text
+    assert response.headers.get_list("X-Bessemer-Model") == [BRIEF]
+    assert f'"model":"{BRIEF}"' in response.text.replace('": "', '":"')
+    assert '"length"' in response.text
 
 
-def test_all_are_listed_under_tag_and_name(client: httpx.Client) -> None:
-    listed = [entry["id"] for entry in client.get("/v1/models").json()["data"]]
-    assert listed == [TAG, "bessemer", BRIEF, "brief"]
-    described = client.get("/v1/models/brief")
-    assert (described.json()["id"], described.headers["X-Bessemer-Model"]) == ("brief", BRIEF)
+def test_model_list_contains_tags_and_names(client: httpx.Client) -> None:
+    model_ids = [entry["id"] for entry in client.get("/v1/models").json()["data"]]
+    assert model_ids == [TAG, "bessemer", BRIEF, "brief"]
+    response = client.get("/v1/models/brief")
+    assert (response.json()["id"], response.headers["X-Bessemer-Model"]) == ("brief", BRIEF)
 
 
-def test_each_tells_what_it_was_made_from(client: httpx.Client, package: Path, brief: Path) -> None:
+def test_provenance_selects_model_by_name_or_tag(client: httpx.Client, package: Path, brief: Path) -> None:
     for query, folder in (("", package), ("?model=brief", brief), (f"?model={BRIEF}", brief)):
         expected = json.loads((folder / "provenance.json").read_text())
-        told = client.get(f"/provenance{query}")
-        assert told.json() == expected
-        assert told.headers["X-Bessemer-Model"] == expected["model"]
+        response = client.get(f"/provenance{query}")
+        assert response.json() == expected
+        assert response.headers["X-Bessemer-Model"] == expected["model"]
 
 
 @pytest.mark.parametrize(
@@ -98,28 +98,28 @@ def test_each_tells_what_it_was_made_from(client: httpx.Client, package: Path, b
         ("GET", "/v1/models/gpt-9", None),
     ],
 )
-def test_an_unknown_model_is_told_with_those_there_are(client: httpx.Client, method: str, path: str, body: Any) -> None:
-    refused = client.request(method, path, json=body)
-    assert refused.status_code == 404
-    error = refused.json()["error"]
+def test_unknown_model_error_lists_available_models(client: httpx.Client, method: str, path: str, body: Any) -> None:
+    response = client.request(method, path, json=body)
+    assert response.status_code == 404
+    error = response.json()["error"]
     sentence = error if isinstance(error, str) else error["message"]
     assert sentence == f'The model "gpt-9" does not exist here; there are bessemer ({TAG}), brief ({BRIEF}).'
 
 
-def test_the_log_says_what_each_takes(client: httpx.Client, log: Path) -> None:
+def test_log_reports_memory_of_each_model(client: httpx.Client, log: Path) -> None:
     client.get("/readyz").raise_for_status()
-    told = log.read_text()
+    log_text = log.read_text()
     for model in (f"bessemer ({TAG})", f"brief ({BRIEF})"):
-        assert f"{model}: " in told
-    assert told.count("MB of weights, loaded in") == 2
+        assert f"{model}: " in log_text
+    assert log_text.count("MB of weights, loaded in") == 2
 
 
-def test_a_package_alone_is_all_that_a_bento_has(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(OTHERS, raising=False)
-    opened = open_package(package)
-    models = open_models(opened)
+def test_open_models_without_variable_gives_only_the_package(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(MODELS_VARIABLE, raising=False)
+    packaged = open_package(package)
+    models = open_models(packaged)
     assert list(models) == ["bessemer"]
-    assert choose(models, None) is choose(models, "bessemer") is choose(models, TAG) is opened
+    assert choose(models, None) is choose(models, "bessemer") is choose(models, TAG) is packaged
     with pytest.raises(InputError, match=rf"\"brief\" does not exist here; there is bessemer \({TAG}\)\."):
         choose(models, "brief")
 
@@ -130,64 +130,62 @@ def test_a_package_alone_is_all_that_a_bento_has(package: Path, monkeypatch: pyt
         ("tuned", "BESSEMER_MODELS must be a JSON object"),
         ('["tuned"]', "BESSEMER_MODELS must be a JSON object"),
         ('{"tuned": 3}', "BESSEMER_MODELS must be a JSON object"),
-        ('{"bessemer": "/tmp"}', "none of them 'bessemer'"),
+        ('{"bessemer": "/tmp"}', "without the name 'bessemer'"),
         ('{"tuned": "/nowhere/at/all"}', "no model 'tuned' at /nowhere/at/all"),
     ],
 )
-def test_a_wrong_list_of_models_is_told(
+def test_invalid_models_variable_is_rejected(
     package: Path, monkeypatch: pytest.MonkeyPatch, value: str, sentence: str
 ) -> None:
-    monkeypatch.setenv(OTHERS, value)
+    monkeypatch.setenv(MODELS_VARIABLE, value)
     with pytest.raises(PackageError, match=sentence):
         open_models(open_package(package))
 
 
-@pytest.mark.parametrize("part", ["provenance.json", "policy/model.onnx"])
-def test_a_model_that_lacks_a_file_is_told(
+@pytest.mark.parametrize("part", ["provenance.json", "chat/openvino_model.xml"])
+def test_model_with_missing_file_is_rejected(
     package: Path, brief: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     shutil.copytree(brief, tmp_path / "brief")
     (tmp_path / "brief" / part).unlink()
-    monkeypatch.setenv(OTHERS, json.dumps({"brief": str(tmp_path / "brief")}))
+    monkeypatch.setenv(MODELS_VARIABLE, json.dumps({"brief": str(tmp_path / "brief")}))
     with pytest.raises(PackageError, match=rf"{part} is missing"):
         open_models(open_package(package))
 
 
-def test_rank_says_where_its_page_is_and_where_questions_are_put(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rank_prints_page_address_and_question_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def serve(project: Path, host: str, port: int, others: list[str], first: str) -> None:
         raise SystemExit(first)
 
     monkeypatch.setattr(endpoint, "serve", serve)
-    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    monkeypatch.setenv(FEEDBACK_VARIABLE, str(tmp_path))
     port = free_port()
-    with pytest.raises(SystemExit) as told:
+    with pytest.raises(SystemExit) as printed:
         endpoint.rank(Path(), "127.0.0.1", port, [])
-    assert str(told.value) == (
+    assert str(printed.value) == (
         f"Rank answers at http://localhost:{port}/rank, and then: bessemer rank export\n"
-        f"Questions that are to wait there, one a line: {tmp_path / 'questions.txt'}"
+        f"Questions to offer there, one per line: {tmp_path / 'questions.txt'}"
     )
 
 
-def test_rank_finds_the_endpoint_that_runs_and_says_where_its_page_is(
-    client: httpx.Client, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rank_reuses_a_running_endpoint(client: httpx.Client, capsys: pytest.CaptureFixture[str]) -> None:
     port = client.base_url.port
     assert port
-    assert running(port, "127.0.0.1") == running(port, "0.0.0.0") == [TAG, "bessemer", BRIEF, "brief"]
+    assert served_models(port, "127.0.0.1") == served_models(port, "0.0.0.0") == [TAG, "bessemer", BRIEF, "brief"]
     endpoint.rank(Path(), "127.0.0.1", port, [])
-    assert f"The endpoint is up. Rank answers at http://localhost:{port}/rank" in capsys.readouterr().out
-    with pytest.raises(BessemerError, match=rf"on port {port} answers without tuned, base: .*--port 3001"):
+    assert f"The endpoint is running. Rank answers at http://localhost:{port}/rank" in capsys.readouterr().out
+    with pytest.raises(BessemerError, match=rf"on port {port} does not serve tuned, base: .*--port 3001"):
         endpoint.rank(Path(), "127.0.0.1", port, ["tuned", "base"])
-    with pytest.raises(BessemerError, match="no model 'brief' to add; there are base, tuned"):
+    with pytest.raises(
+        BessemerError, match="no additional model 'brief'; available are pretrain@causal, finetune@chat"
+    ):
         endpoint.rank(Path(), "127.0.0.1", port, ["brief"])
 
 
-def test_another_program_on_the_port_is_not_taken_for_the_endpoint() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        port = silent.getsockname()[1]
-        assert running(port, "127.0.0.1") is None
+def test_rank_rejects_port_of_another_program() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        assert served_models(port, "127.0.0.1") is None
         with pytest.raises(ServingError, match=f"Port {port} on 127.0.0.1 is taken by another program"):
             endpoint.rank(Path(), "127.0.0.1", port, [])
-    assert running(free_port(), "127.0.0.1") is None
+    assert served_models(free_port(), "127.0.0.1") is None

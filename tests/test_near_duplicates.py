@@ -1,4 +1,4 @@
-"""Near-duplicates: estimates against the plain Jaccard index, planted ones found, the same in every process."""
+"""Near-duplicates: MinHash estimates against the Jaccard index, recall, the same bytes in every process."""
 
 import os
 import random
@@ -9,122 +9,124 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from tasks.common.validation import near_duplicates
-from tasks.common.validation.near_duplicates import Duplicates, ExactDuplicates, NearDuplicates
+from tasks.validate import near_duplicates
+from tasks.validate.near_duplicates import DuplicateFinder, ExactDuplicates, NearDuplicates
 from tests.conftest import ROOT
 
-SETTINGS = NearDuplicates(shingle=2, jaccard=0.6, permutations=128, fewest_words=10)
+SETTINGS = NearDuplicates(shingle=2, min_jaccard=0.6, permutations=128, min_words=10)
 VOCABULARY = [f"word{number}" for number in range(500)]
 
 
-def text(generator: random.Random, length: int = 60) -> list[str]:
+def make_text(generator: random.Random, length: int = 60) -> list[str]:
     return generator.choices(VOCABULARY, k=length)
 
 
-def edited(words: list[str], generator: random.Random) -> list[str]:
-    """Return the words with every twentieth changed, dropped or doubled."""
+def edit_words(words: list[str], generator: random.Random) -> list[str]:
+    """Return the words with one in twenty replaced, deleted or repeated."""
     result = list(words)
     for _ in range(max(len(words) // 20, 1)):
-        place, deed = generator.randrange(len(result)), generator.randrange(3)
-        result[place : place + 1] = [[generator.choice(VOCABULARY)], [], [result[place]] * 2][deed]
+        position, edit = generator.randrange(len(result)), generator.randrange(3)
+        result[position : position + 1] = [[generator.choice(VOCABULARY)], [], [result[position]] * 2][edit]
     return result
 
 
 def jaccard(one: list[str], other: list[str]) -> float:
-    """Return the index as it is defined, on pairs of words."""
+    """Return the exact Jaccard index on pairs of words."""
     left, right = set(pairwise(one)), set(pairwise(other))
     return len(left & right) / len(left | right)
 
 
-def redundant(documents: list[tuple[list[str], bool]], near: NearDuplicates | None = SETTINGS) -> list[int]:
-    """Return the numbers of the documents that are to go, given in two batches."""
-    found = Duplicates(ExactDuplicates(fewest_words=3), near)
-    found.add(documents[:2])
-    found.add(documents[2:])
-    same, nearly = found.redundant()
-    return np.flatnonzero(same | nearly).tolist()
+def find_redundant(documents: list[tuple[list[str], bool]], near: NearDuplicates | None = SETTINGS) -> list[int]:
+    """Return the numbers of the redundant documents, added in two batches."""
+    finder = DuplicateFinder(ExactDuplicates(min_words=3), near)
+    finder.add(documents[:2])
+    finder.add(documents[2:])
+    exact, near_duplicate = finder.find_redundant()
+    return np.flatnonzero(exact | near_duplicate).tolist()
 
 
 def test_signatures_estimate_the_jaccard_index() -> None:
     generator = random.Random(1)
     errors = []
     for _ in range(40):
-        one = text(generator)
-        other = edited(one, generator)
-        left, right = near_duplicates.signatures([one, other], SETTINGS)
+        one = make_text(generator)
+        other = edit_words(one, generator)
+        left, right = near_duplicates.minhash_signatures([one, other], SETTINGS)
         errors.append(float((left == right).mean()) - jaccard(one, other))
     assert abs(np.mean(errors)) < 0.03
     assert max(map(abs, errors)) < 4.5 * (0.25 / 128) ** 0.5  # standard deviation of 128 draws is 0.044 at most
 
 
-def test_planted_near_duplicates_are_found_and_nothing_else() -> None:
+def test_only_planted_near_duplicates_are_found() -> None:
     generator = random.Random(2)
-    originals = [text(generator, generator.randrange(30, 120)) for _ in range(400)]
-    planted = [edited(words, generator) for words in originals[:200]]
-    gone = redundant([(words, False) for words in [*originals, *planted]])
-    assert sum(number >= 400 for number in gone) >= 0.95 * 200
-    assert sum(number < 400 for number in gone) == 0
+    originals = [make_text(generator, generator.randrange(30, 120)) for _ in range(400)]
+    planted = [edit_words(words, generator) for words in originals[:200]]
+    rejected = find_redundant([(words, False) for words in [*originals, *planted]])
+    assert sum(number >= 400 for number in rejected) >= 0.95 * 200
+    assert sum(number < 400 for number in rejected) == 0
 
 
-def test_the_first_of_a_cluster_stays_and_held_out_comes_before_training() -> None:
+def test_the_first_document_of_a_cluster_is_kept_heldout_before_training() -> None:
     generator = random.Random(3)
-    one, other = text(generator), text(generator)
-    assert redundant([(one, False), (other, False), (edited(one, generator), False), (one, False)]) == [2, 3]
-    assert redundant([(one, False), (other, False), (edited(one, generator), True), (one, False)]) == [0, 3]
+    one, other = make_text(generator), make_text(generator)
+    assert find_redundant([(one, False), (other, False), (edit_words(one, generator), False), (one, False)]) == [2, 3]
+    assert find_redundant([(one, False), (other, False), (edit_words(one, generator), True), (one, False)]) == [0, 3]
 
 
-def test_near_means_by_a_chain_too() -> None:
+def test_a_chain_of_near_duplicates_is_one_cluster() -> None:
     generator = random.Random(4)
-    chain = [text(generator, 100)]
+    chain = [make_text(generator, 100)]
     while len(chain) < 8:
-        chain.append(edited(chain[-1], generator))
-    assert jaccard(chain[0], chain[-1]) < SETTINGS.jaccard
-    assert redundant([(words, False) for words in chain]) == list(range(1, 8))
+        chain.append(edit_words(chain[-1], generator))
+    assert jaccard(chain[0], chain[-1]) < SETTINGS.min_jaccard
+    assert find_redundant([(words, False) for words in chain]) == list(range(1, 8))
 
 
 def test_short_documents_are_not_compared() -> None:
     short = VOCABULARY[:9]
-    assert redundant([(short, False), ([*short[:8], "other"], False)]) == []
-    assert redundant([(short[:2], False), (short[:2], False)]) == []
-    assert redundant([(short[:3], False), (short[:3], False)], None) == [1]
-    assert redundant([]) == []
+    assert find_redundant([(short, False), ([*short[:8], "other"], False)]) == []
+    assert find_redundant([(short[:2], False), (short[:2], False)]) == []
+    assert find_redundant([(short[:3], False), (short[:3], False)], None) == [1]
+    assert find_redundant([]) == []
 
 
-@pytest.mark.parametrize(("at_once", "bands"), [(1, 1), (7, 2), (8192, 100)])
-def test_what_is_in_memory_at_once_decides_nothing(monkeypatch: pytest.MonkeyPatch, at_once: int, bands: int) -> None:
+@pytest.mark.parametrize(("batch_signatures", "bands"), [(1, 1), (7, 2), (8192, 100)])
+def test_batch_size_does_not_change_the_result(
+    monkeypatch: pytest.MonkeyPatch, batch_signatures: int, bands: int
+) -> None:
     generator = random.Random(6)
-    originals = [text(generator) for _ in range(30)]
-    documents = [(words, False) for words in [*originals, *(edited(words, generator) for words in originals[::2])]]
+    originals = [make_text(generator) for _ in range(30)]
+    documents = [(words, False) for words in [*originals, *(edit_words(words, generator) for words in originals[::2])]]
     documents += [(originals[3], True), (originals[4], False)]
-    expected = redundant(documents)
-    monkeypatch.setattr(near_duplicates, "AT_ONCE", at_once)
-    monkeypatch.setattr(near_duplicates, "BANDS_AT_ONCE", bands)
-    assert redundant(documents) == expected
+    expected = find_redundant(documents)
+    monkeypatch.setattr(near_duplicates, "BATCH_SIGNATURES", batch_signatures)
+    monkeypatch.setattr(near_duplicates, "BANDS_PER_PASS", bands)
+    assert find_redundant(documents) == expected
     assert len(expected) == 17
 
 
-def test_many_copies_cost_no_more_than_their_number() -> None:
+def test_many_copies_are_found_in_linear_time() -> None:
     generator = random.Random(5)
-    one = text(generator)
-    copies = [(edited(one, generator), False) for _ in range(2000)]
-    assert len(redundant(copies)) > 1900
+    one = make_text(generator)
+    copies = [(edit_words(one, generator), False) for _ in range(2000)]
+    assert len(find_redundant(copies)) > 1900
 
 
 @pytest.mark.parametrize("jaccard_index", [0.3, 0.5, 0.6, 0.8, 0.95])
 def test_bands_find_a_pair_at_the_threshold(jaccard_index: float) -> None:
-    rows = near_duplicates.rows_of_a_band(jaccard_index, 128)
+    rows = near_duplicates.max_band_rows(jaccard_index, 128)
     generator = np.random.default_rng(1)
     agree = generator.random((20_000, 128 // rows, rows)) < jaccard_index
-    found = float(np.mean(np.any(np.all(agree, 2), 1)))
-    assert found >= near_duplicates.FOUND - 0.005
+    share_found = float(np.mean(np.any(np.all(agree, 2), 1)))
+    assert share_found >= near_duplicates.MIN_RECALL - 0.005
 
 
 def test_signatures_are_the_same_in_every_process() -> None:
     code = (
-        "from tasks.common.validation import near_duplicates as n; import hashlib;"
-        "s = n.NearDuplicates(shingle=2, jaccard=0.6, permutations=128, fewest_words=10);"
+        "from tasks.validate import near_duplicates as n; import hashlib;"
+        "s = n.NearDuplicates(shingle=2, min_jaccard=0.6, permutations=128, min_words=10);"
         "w = [[f'word{a * b % 97}' for b in range(80)] for a in range(1, 300)];"
-        "print(hashlib.sha256(n.signatures(w, s).tobytes()).hexdigest())"
+        "print(hashlib.sha256(n.minhash_signatures(w, s).tobytes()).hexdigest())"
     )
     seen = {
         subprocess.run(

@@ -1,4 +1,4 @@
-"""Optimizers and schedules by name, against the plain arithmetic of their papers."""
+"""Optimizers and schedules against the formulas of their papers in plain Python."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -9,8 +9,8 @@ from pydantic import TypeAdapter, ValidationError
 from tasks.common.modelling import methods, models
 from tasks.common.modelling.models import Shape
 from tasks.common.training import optimizers
-from tasks.common.training.optimizers import Optimizer, rate_at
-from tests.training_fixtures import LORA, NUMERICS, RULE, RULES, SHAPE, Chain, chain
+from tasks.common.training.optimizers import Optimizer, learning_rate_at
+from tests.training_fixtures import BASE_OPTIMIZER, LORA, NUMERICS, OPTIMIZER_OPTIONS, SHAPE, Chain, chain
 
 if TYPE_CHECKING:
     import torch
@@ -22,38 +22,43 @@ GRADIENTS = [1.0, -0.5, 2.0, 0.25, 0.0]
 
 def settings(name: str = "adamw", **changes: Any) -> Optimizer:
     """Return settings of an optimizer, some of them changed."""
-    made: Optimizer = TypeAdapter(Optimizer).validate_python({"name": name, **RULE, **RULES[name], **changes})
-    return made
+    config: Optimizer = TypeAdapter(Optimizer).validate_python(
+        {"name": name, **BASE_OPTIMIZER, **OPTIMIZER_OPTIONS[name], **changes}
+    )
+    return config
 
 
 # Schedules
 
-WARMED = {"warmup": 0.2, "floor": 0.1}
+WARMUP_AND_FLOOR = {"warmup": 0.2, "floor": 0.1}
 
 
 @pytest.mark.parametrize(
     ("schedule", "rates"),
     [
         ({"name": "constant", "warmup": 0.2}, [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
-        ({"name": "linear", **WARMED}, [0.5, 1.0, 1.0, 0.8875, 0.775, 0.6625, 0.55, 0.4375, 0.325, 0.2125]),
-        ({"name": "cosine", **WARMED}, [0.5, 1.0] + [0.1 + 0.45 * (1 + math.cos(math.pi * k / 8)) for k in range(8)]),
-        ({"name": "wsd", "decay": 0.4, **WARMED}, [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.775, 0.55, 0.325]),
+        ({"name": "linear", **WARMUP_AND_FLOOR}, [0.5, 1.0, 1.0, 0.8875, 0.775, 0.6625, 0.55, 0.4375, 0.325, 0.2125]),
+        (
+            {"name": "cosine", **WARMUP_AND_FLOOR},
+            [0.5, 1.0] + [0.1 + 0.45 * (1 + math.cos(math.pi * k / 8)) for k in range(8)],
+        ),
+        ({"name": "wsd", "decay": 0.4, **WARMUP_AND_FLOOR}, [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.775, 0.55, 0.325]),
         ({"name": "wsd", "decay": 0.4, "warmup": 0.2, "floor": 0.0}, [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]),
     ],
 )
 def test_schedules(schedule: dict[str, Any], rates: list[float]) -> None:
-    """A fifth of ten steps of warm-up, then the schedule on its way down to its floor."""
+    """Two of ten steps of warm-up, then the schedule down to its floor."""
     optimizer = settings(schedule=schedule, learning_rate=1.0)
-    assert [rate_at(optimizer, step, 10) for step in range(10)] == pytest.approx(rates)
+    assert [learning_rate_at(optimizer, step, 10) for step in range(10)] == pytest.approx(rates)
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine", "wsd"])
 @pytest.mark.parametrize("steps", [1, 2, 1000])
-def test_the_rate_is_never_above_the_peak_nor_nothing(name: str, steps: int) -> None:
-    """Short runs and long ones: the first step already learns, and the last one still does."""
+def test_learning_rate_stays_between_zero_and_peak(name: str, steps: int) -> None:
+    """In short and long runs, the first and the last step have a learning rate above 0."""
     shape = {"constant": {}, "wsd": {"floor": 0.0, "decay": 0.5}}.get(name, {"floor": 0.0})
     optimizer = settings(schedule={"name": name, "warmup": 0.1, **shape})
-    rates = [rate_at(optimizer, step, steps) for step in range(steps)]
+    rates = [learning_rate_at(optimizer, step, steps) for step in range(steps)]
     assert max(rates) == pytest.approx(optimizer.learning_rate)
     assert min(rates) > 0
 
@@ -62,7 +67,7 @@ def test_the_rate_is_never_above_the_peak_nor_nothing(name: str, steps: int) -> 
 
 
 def plain_update(name: str, decay: float, rate: float, weight: float) -> float:
-    """Return a matrix entry after the gradients, computed as in the papers on plain numbers.
+    """Return a matrix entry after the updates, computed by the papers' formulas in plain Python.
 
     Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019, algorithm 2; Sutskever et al. 2013 in torch's form; You et
     al. 2020, algorithm 2, for a layer of one weight; Chen et al. 2023, algorithm 2.
@@ -93,8 +98,8 @@ def plain_update(name: str, decay: float, rate: float, weight: float) -> float:
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lamb", "lion"])
-def test_optimizers_do_what_their_papers_say(name: str, decay: float) -> None:
-    """Five updates of a matrix entry and of a bias, which does not decay, against plain arithmetic."""
+def test_optimizers_match_their_papers(name: str, decay: float) -> None:
+    """Five updates of a matrix entry and of a bias, which does not decay, against `plain_update`."""
     import torch
 
     layer = torch.nn.Linear(1, 1)
@@ -102,34 +107,34 @@ def test_optimizers_do_what_their_papers_say(name: str, decay: float) -> None:
     torch.nn.init.constant_(layer.bias, 0.7)
     momentum = {"momentum": 0.9} if name == "sgd" else {}
     config = settings(name, weight_decay=decay, learning_rate=0.05, **momentum)
-    updated(layer, config, [torch.tensor(gradient) for gradient in GRADIENTS])
+    apply_gradients(layer, config, [torch.tensor(gradient) for gradient in GRADIENTS])
     assert layer.weight.item() == pytest.approx(plain_update(name, decay, 0.05, 0.7), rel=1e-5)
     assert layer.bias.item() == pytest.approx(plain_update(name, 0.0, 0.05, 0.7), rel=1e-5)
 
 
-def updated(model: "torch.nn.Module", config: Optimizer, gradients: "list[torch.Tensor]") -> None:
-    """Update a model by gradients that all its parameters share."""
-    made = optimizers.build(config, model)
+def apply_gradients(model: "torch.nn.Module", config: Optimizer, gradients: "list[torch.Tensor]") -> None:
+    """Update a model with a sequence of gradients, the same for all parameters."""
+    built = optimizers.build(config, model)
     for gradient in gradients:
         for parameter in model.parameters():
             parameter.grad = gradient.expand_as(parameter).clone()
-        for optimizer in made:
+        for optimizer in built:
             optimizer.step()
 
 
 def test_nesterov_looks_ahead() -> None:
-    """The gradient is added once more to the momentum: two steps by hand."""
+    """Two steps computed by hand."""
     import torch
 
     layer = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(layer.weight, 1.0)
     config = settings("sgd", momentum=0.9, nesterov=True, weight_decay=0.0, learning_rate=0.1)
-    updated(layer, config, [torch.tensor(1.0)] * 2)
+    apply_gradients(layer, config, [torch.tensor(1.0)] * 2)
     assert layer.weight.item() == pytest.approx(1 - 0.1 * (1 + 0.9 * 1) - 0.1 * (1 + 0.9 * 1.9))
 
 
-def test_lamb_moves_each_layer_by_its_own_length() -> None:
-    """The first update of a layer is as long as rate × the length of its weights, whatever the gradient's scale."""
+def test_lamb_update_norm_is_relative_to_weight_norm() -> None:
+    """The norm of a layer's first update is learning rate × weight norm, whatever the gradient's scale."""
     import torch
 
     torch.manual_seed(0)
@@ -153,9 +158,9 @@ def test_muon_makes_hidden_updates_orthogonal() -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(16, 32)
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
-    made = optimizers.build(settings("muon", weight_decay=0.0, learning_rate=0.01), layer)
+    built = optimizers.build(settings("muon", weight_decay=0.0, learning_rate=0.01), layer)
     layer.weight.grad, layer.bias.grad = torch.randn(32, 16), torch.ones(32)
-    for optimizer in made:
+    for optimizer in built:
         optimizer.step()
     singular = torch.linalg.svdvals(weight - layer.weight.detach()) / (0.01 * 0.2 * math.sqrt(32))
     assert singular.min().item() > 0.6
@@ -170,10 +175,10 @@ def test_adafactor_keeps_rows_and_columns_only() -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(64, 32, bias=False)
     before = layer.weight.detach().clone()
-    made = optimizers.build(settings("adafactor", weight_decay=0.0, learning_rate=0.01), layer)
+    built = optimizers.build(settings("adafactor", weight_decay=0.0, learning_rate=0.01), layer)
     layer.weight.grad = torch.randn(32, 64)
-    made[0].step()
-    sizes = {name: tuple(value.shape) for name, value in made[0].state[layer.weight].items() if value.ndim}
+    built[0].step()
+    sizes = {name: tuple(value.shape) for name, value in built[0].state[layer.weight].items() if value.ndim}
     assert sorted(sizes.values()) == [(1, 64), (32, 1)]
     scale = before.square().mean().sqrt().item()
     moved = (layer.weight.detach() - before).square().mean().sqrt().item()
@@ -183,8 +188,8 @@ def test_adafactor_keeps_rows_and_columns_only() -> None:
 # Groups
 
 
-def test_frozen_weights_are_not_the_optimizers() -> None:
-    """What a method leaves alone takes neither memory nor decay."""
+def test_frozen_weights_are_not_optimized() -> None:
+    """Frozen weights are in no parameter group."""
     import torch
 
     layer = torch.nn.Linear(2, 2)
@@ -193,23 +198,23 @@ def test_frozen_weights_are_not_the_optimizers() -> None:
     assert [parameter is layer.bias for group in groups for parameter in group["params"]] == [True]
 
 
-@pytest.mark.parametrize("name", sorted(RULES))
+@pytest.mark.parametrize("name", sorted(OPTIMIZER_OPTIONS))
 @pytest.mark.parametrize("build", [models.new_decoder, models.new_encoder])
 def test_norms_biases_and_embeddings_do_not_decay(name: str, build: Any, chain: Chain) -> None:
-    """Every parameter of a model is updated by one optimizer, and only the matrices of its blocks and heads decay."""
+    """Every parameter belongs to exactly one optimizer, and only the matrices of blocks and heads decay."""
     model = build(Shape(**SHAPE), chain.tokenizer(), 64, NUMERICS)
-    made = optimizers.build(settings(name, weight_decay=0.1), model)
-    decay = {id(p): g["weight_decay"] for o in made for g in o.param_groups for p in g["params"]}
+    built = optimizers.build(settings(name, weight_decay=0.1), model)
+    decay = {id(p): g["weight_decay"] for o in built for g in o.param_groups for p in g["params"]}
     names = {parameter_name: decay[id(parameter)] for parameter_name, parameter in model.named_parameters()}
     assert len(decay) == len(names)
-    spared = {parameter for parameter, value in names.items() if not value}
-    assert spared == {
+    not_decayed = {parameter for parameter, value in names.items() if not value}
+    assert not_decayed == {
         parameter for parameter in names if "norm" in parameter or "embed" in parameter or "bias" in parameter
     }
 
 
-def test_muon_leaves_what_touches_the_vocabulary_to_adamw(chain: Chain) -> None:
-    """Hidden matrices are Muon's; embeddings, tied head, norms, and a value head of one row are not."""
+def test_muon_excludes_embeddings_and_heads(chain: Chain) -> None:
+    """Muon updates hidden matrices; AdamW updates embeddings, tied head, norms, and a value head of one row."""
     import torch
 
     model = models.new_decoder(Shape(**SHAPE), chain.tokenizer(), 64, NUMERICS)
@@ -231,18 +236,18 @@ def test_muon_leaves_what_touches_the_vocabulary_to_adamw(chain: Chain) -> None:
     ],
     ids=["updates", "updates of rank 1", "adapter", "head"],
 )
-def test_muon_takes_what_a_method_leaves_it(method: dict[str, Any], rules: list[str], chain: Chain) -> None:
-    """A fresh head is AdamW's, and where a rule would have nothing there is none of it."""
+def test_muon_with_fine_tuning_methods(method: dict[str, Any], rules: list[str], chain: Chain) -> None:
+    """AdamW updates a new head; an optimizer without parameters is not built."""
     labels = [str(label) for label in range(3)]
-    with models.quiet("transformers"):
-        model = models.load_classifier(chain.path("data/pretrain/clm/model"), NUMERICS, labels)
+    with models.suppress_warnings("transformers"):
+        model = models.load_classifier(chain.path("data/pretrain/causal/model"), NUMERICS, labels)
     trained = methods.apply(model, TypeAdapter(methods.Method).validate_python(method))
-    made = optimizers.build(settings("muon"), trained)
-    assert [type(optimizer).__name__ for optimizer in made] == rules
-    held = [id(p) for optimizer in made for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(held) == sorted(id(p) for p in trained.parameters() if p.requires_grad)
+    built = optimizers.build(settings("muon"), trained)
+    assert [type(optimizer).__name__ for optimizer in built] == rules
+    optimized = [id(p) for optimizer in built for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(optimized) == sorted(id(p) for p in trained.parameters() if p.requires_grad)
     heads = {id(p) for name, p in trained.named_parameters() if "score" in name}
-    assert heads.isdisjoint(held[: -sum(len(group["params"]) for group in made[-1].param_groups)])
+    assert heads.isdisjoint(optimized[: -sum(len(group["params"]) for group in built[-1].param_groups)])
 
 
 # Settings
@@ -259,14 +264,16 @@ def test_muon_takes_what_a_method_leaves_it(method: dict[str, Any], rules: list[
         ({"betas": [0.9, 1.0]}, "less than 1"),
     ],
 )
-def test_an_unknown_setting_is_told_with_the_choices(changes: dict[str, Any], sentence: str) -> None:
-    """A name that does not exist is an error that names those that do."""
+def test_unknown_setting_lists_choices(changes: dict[str, Any], sentence: str) -> None:
+    """The error message lists the valid names."""
     with pytest.raises(ValidationError, match=sentence):
-        TypeAdapter(Optimizer).validate_python({"name": "adamw", **RULE, **RULES["adamw"], **changes})
+        TypeAdapter(Optimizer).validate_python(
+            {"name": "adamw", **BASE_OPTIMIZER, **OPTIMIZER_OPTIONS["adamw"], **changes}
+        )
 
 
-def test_there_is_nothing_ahead_without_momentum() -> None:
-    """Torch would say so with a traceback, once the stage runs."""
-    with pytest.raises(ValidationError, match="nesterov looks ahead along the momentum, which is 0"):
+def test_nesterov_without_momentum_is_rejected() -> None:
+    """Else torch would raise it with a traceback when the stage runs."""
+    with pytest.raises(ValidationError, match="nesterov needs a momentum above 0"):
         settings("sgd", momentum=0.0, nesterov=True)
     settings("sgd", momentum=0.9, nesterov=True)

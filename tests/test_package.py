@@ -1,35 +1,41 @@
-"""The package: whole and true, or refused with a sentence."""
+"""The package stage: contents, provenance, model tag, and failed gates."""
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from tasks import package
-from tasks.common import identity, stage, tables
-from tasks.common.settings import STAGES, Checkpoints, Dtypes, Numerics, Parallel
-from tasks.common.stage import Job, StageError
+from tasks.common import identity, tables
+from tasks.common.harness.job import Job, Link, StageError
+from tasks.common.settings import Checkpoints
+from tests import training_fixtures
+from tests.training_fixtures import NUMERICS
+
+BOTH = {"chat": "data/quantize/chat/model", "encoder": "data/quantize/encoder/model"}
 
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> dict[str, Path]:
-    """Everything that the stage reads, in miniature; all gates passed."""
-    found: dict[str, Path] = {}
-    for name in ("policy", "encoder"):
-        found[name] = tmp_path / "in" / name
-        found[name].mkdir(parents=True)
-        (found[name] / "model.onnx").write_bytes(name.encode())
+    """Tiny inputs of the stage, with all gates passed."""
+    paths: dict[str, Path] = {}
+    wanted = package.INPUTS | package.graph_inputs(settings(), training_fixtures.links())
+    for name in BOTH:
+        paths[name] = tmp_path / "in" / name
+        paths[name].mkdir(parents=True)
+        (paths[name] / "openvino_model.bin").write_bytes(name.encode())
     row = {"id": "1", "text": "The capital of France is Paris.", "names": ["France", "Paris"], "split": "train"}
-    found["corpus"] = tmp_path / "in" / "corpus"
-    tables.write([row], found["corpus"], tables.schema("corpus"))
-    found["sources"] = write(tmp_path / "in" / "sources.json", [{"name": "facts"}])
-    found["evaluation"] = write(tmp_path / "in" / "evaluate.json", evaluation(passed=True))
-    for name in package.RECORDS:
-        record = {"stage": name.replace("/", "@"), "recipe": f"r {name}", "content": f"c {name}"}
-        found[f"record of {name}"] = write(tmp_path / "in" / f"{name.replace('/', '-')}.json", record)
-    return found
+    paths["corpus"] = tmp_path / "in" / "corpus"
+    tables.write([row], paths["corpus"], tables.schema("corpus"))
+    paths["sources"] = write(tmp_path / "in" / "sources.json", [{"name": "facts"}])
+    for name in (name for name in wanted if name.startswith("record of ")):
+        stage = name.removeprefix("record of ")
+        record = {"stage": stage, "recipe": f"r {stage}", "content": f"c {stage}"}
+        paths[name] = write(tmp_path / "in" / f"{stage}.json", record)
+    write_evaluation(paths, [gate(0.95)])
+    return paths
 
 
 def write(path: Path, value: Any) -> Path:
@@ -37,40 +43,84 @@ def write(path: Path, value: Any) -> Path:
     return path
 
 
-def evaluation(passed: bool) -> dict[str, Any]:
-    return {"models": [], "gates": [{"name": "masked_names_min", "value": 0.5, "limit": 0.9, "passed": passed}]}
+def gate(value: float | None, model: str = "encoder", **bounds: Any) -> dict[str, Any]:
+    """Return a gate on masked names with its result."""
+    bounds = bounds or {"min": 0.9}
+    passed = value is not None and value >= bounds.get("min", value) and value <= bounds.get("max", value)
+    return {"metric": "masked_names", "model": model, **bounds, "value": value, "passed": passed}
 
 
-def run(inputs: dict[str, Path], out: Path, refuse: bool = True) -> dict[str, Any]:
+def write_evaluation(inputs: dict[str, Path], gates: list[dict[str, Any]], models: Any = ()) -> dict[str, Any]:
+    """Write the record of `compare`."""
+    evaluation = {"models": list(models), "gates": gates}
+    write(inputs["record of compare"], {"stage": "compare", "recipe": "r", "content": "c", "metrics": evaluation})
+    return evaluation
+
+
+def settings(**changes: Any) -> package.Config:
+    return package.Config.model_validate({**BOTH, "refuse_failed_gates": True, **changes})
+
+
+def run(inputs: dict[str, Path], out: Path, **changes: Any) -> dict[str, Any]:
     out.mkdir(parents=True)
-    numerics = Numerics(
-        device="cpu",
-        threads=1,
-        dtype=Dtypes(decoder="float32", encoder="float32"),
-        attention="eager",
-        compile="never",
-        recompute=False,
-        parallel=Parallel(processes=1, engine="data"),
-    )
     outputs = {name: out / name for name in package.OUTPUTS}
-    job = Job("package", None, inputs, outputs, 1, numerics, "", Checkpoints(url="checkpoints", every_seconds=60.0))
-    return package.run(package.Config(refuse_failed_gates=refuse), job)
+    store = Checkpoints(url="checkpoints", every_seconds=60.0)
+    return package.run(settings(**changes), Job("package", None, inputs, outputs, 1, NUMERICS, "", store))
 
 
-def test_it_holds_both_models_the_names_and_every_record(inputs: dict[str, Path], tmp_path: Path) -> None:
+def test_package_contents(inputs: dict[str, Path], tmp_path: Path) -> None:
     metrics = run(inputs, tmp_path / "out")
     provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
-    assert [record["stage"] for record in provenance["stages"]] == [name.replace("/", "@") for name in package.RECORDS]
+    stages = [record["stage"] for record in provenance["stages"]]
+    assert stages[:3] == ["ingest", "validate", "tokenize"]
+    assert stages[-1] == "compare"
+    assert len(stages) == len(set(stages)) == len([name for name in inputs if name.startswith("record of ")])
     assert json.loads((tmp_path / "out" / "encoder" / "names.json").read_text()) == ["France", "Paris"]
-    assert (tmp_path / "out" / "policy" / "model.onnx").read_bytes() == b"policy"
+    assert (tmp_path / "out" / "chat" / "openvino_model.bin").read_bytes() == b"chat"
     assert provenance["model"] == metrics["model"] == identity.tag(provenance["recipe"], provenance["content"])
+    assert provenance["contents"] == BOTH
 
 
-def test_the_records_are_those_of_every_stage_before_it() -> None:
-    modules = {name: importlib.import_module(f"tasks.{name}") for name in STAGES if name != "package"}
-    every = {stage.name_of(name, key) for name, module in modules.items() for key in stage.keys_of(module)}
-    assert {name.replace("/", "@") for name in package.RECORDS} == every
-    assert len(package.RECORDS) == len(every)
+@pytest.mark.parametrize("part", list(BOTH))
+def test_single_part_leaves_the_other_folder_empty(part: str, inputs: dict[str, Path], tmp_path: Path) -> None:
+    other = next(name for name in BOTH if name != part)
+    both = run(inputs, tmp_path / "both")["model"]
+    metrics = run(inputs, tmp_path / "out", **{other: None})
+    assert [path.name for path in (tmp_path / "out" / part).iterdir()]
+    assert not list((tmp_path / "out" / other).iterdir())
+    assert metrics["model"] != both
+    with pytest.raises(ValidationError, match="nothing would be served"):
+        settings(chat=None, encoder=None)
+
+
+def test_graph_inputs_are_records_of_ancestors_and_evaluations() -> None:
+    """Records of another alignment and of its evaluation are not inputs."""
+    links = (
+        Link("finetune@a", ("models/mine",)), Link("finetune@b", ("models/mine",)),
+        Link("reward@judge", ("models/mine",), "judge"), Link("align@ppo", ("data/finetune/a/model",)),
+        Link("align@dpo", ("data/finetune/b/model",)), Link("quantize@chat", ("data/align/ppo/model",)),
+        Link("evaluate@mine", ("models/mine",)), Link("evaluate@ppo", ("data/align/ppo/model",)),
+        Link("evaluate@dpo", ("data/align/dpo/model",)),
+    )  # fmt: skip
+    inputs = package.graph_inputs(settings(chat="data/quantize/chat/model", encoder=None), links)
+    assert list(inputs) == ["chat"] + [
+        f"record of {name}"
+        for name in ("finetune@a", "align@ppo", "quantize@chat", "reward@judge", "evaluate@mine", "evaluate@ppo")
+    ]
+    assert inputs["record of align@ppo"] == "data/align/ppo/record.json"
+
+
+def test_user_files_are_listed_as_a_source(inputs: dict[str, Path], tmp_path: Path) -> None:
+    original = json.loads(inputs["record of finetune@chat"].read_text())
+    record = {"inputs": {"models/mine": "d" * 64}, "user_provided": {"models/mine": {"model.safetensors": "e" * 64}}}
+    write(inputs["record of finetune@chat"], {**original, **record})
+    run(inputs, tmp_path / "out")
+    sources = json.loads((tmp_path / "out" / "provenance.json").read_text())["sources"]
+    assert sources == [
+        {"name": "facts"},
+        {"name": "models/mine", "kind": "user_provided", "licence": "", "sha256": "d" * 64,
+         "files": {"model.safetensors": "e" * 64}},
+    ]  # fmt: skip
 
 
 def test_names_are_those_of_the_training_text_once_and_in_order(inputs: dict[str, Path], tmp_path: Path) -> None:
@@ -83,7 +133,7 @@ def test_names_are_those_of_the_training_text_once_and_in_order(inputs: dict[str
 
 
 @pytest.mark.parametrize("part", ["recipe", "content"])
-@pytest.mark.parametrize("served", ["quantize/policy", "quantize/encoder"])
+@pytest.mark.parametrize("served", ["quantize@chat", "quantize@encoder"])
 def test_recipe_and_bytes_of_both_served_models_are_in_the_tag(
     served: str, part: str, inputs: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -93,44 +143,43 @@ def test_recipe_and_bytes_of_both_served_models_are_in_the_tag(
     assert run(inputs, tmp_path / "two")["model"] != first
 
 
-def test_what_was_measured_is_told_and_is_not_in_the_tag(inputs: dict[str, Path], tmp_path: Path) -> None:
+def test_evaluation_is_reported_but_not_in_the_tag(inputs: dict[str, Path], tmp_path: Path) -> None:
     first = run(inputs, tmp_path / "one")["model"]
-    sheet = evaluation(passed=True) | {"models": [{"model": "int8", "perplexity": 3.0}]}
-    write(inputs["evaluation"], sheet)
+    evaluation = write_evaluation(inputs, [gate(0.95)], [{"model": "int8", "perplexity": 3.0}])
     write(inputs["sources"], [{"name": "facts"}, {"name": "more"}])
     assert run(inputs, tmp_path / "two")["model"] == first
     provenance = json.loads((tmp_path / "two" / "provenance.json").read_text())
-    assert provenance["evaluation"] == sheet
+    assert provenance["evaluation"] == evaluation
     assert [source["name"] for source in provenance["sources"]] == ["facts", "more"]
 
 
-def test_a_corpus_without_names_packs_no_encoder_that_could_name_nothing(
-    inputs: dict[str, Path], tmp_path: Path
-) -> None:
-    row = {"id": "1", "text": "It rained.", "names": [], "split": "train"}
+def test_corpus_without_names_uses_its_words(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """The most frequent words without punctuation and digits; a corpus without words raises StageError."""
+    row = {"id": "1", "text": "It rained, it rained 40 days.", "names": [], "split": "train"}
+    for name, text in (("prose", row["text"]), ("digits", "40 41")):
+        tables.write([{**row, "text": text}], tmp_path / name, tables.schema("corpus"))
     inputs["corpus"] = tmp_path / "prose"
-    tables.write([row], inputs["corpus"], tables.schema("corpus"))
-    with pytest.raises(StageError, match="no text of the corpus holds a name"):
-        run(inputs, tmp_path / "out")
+    run(inputs, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "encoder" / "names.json").read_text()) == ["It", "days", "it", "rained"]
+    inputs["corpus"] = tmp_path / "digits"
+    with pytest.raises(StageError, match="the corpus contains no names and no words"):
+        run(inputs, tmp_path / "none")
+    assert run(inputs, tmp_path / "chat", encoder=None)["names"] == 0
 
 
-def test_a_refusal_names_every_failed_gate_and_writes_nothing(inputs: dict[str, Path], tmp_path: Path) -> None:
-    gates = [
-        {"name": "a_min", "value": 0.1, "limit": 0.2, "passed": False},
-        {"name": "b_min", "value": 0.9, "limit": 0.2, "passed": True},
-        {"name": "c_max", "value": None, "limit": 0.3, "passed": False},
-    ]
-    write(inputs["evaluation"], {"models": [], "gates": gates})
-    with pytest.raises(StageError) as told:
+def test_failed_gates_are_all_named_and_nothing_is_written(inputs: dict[str, Path], tmp_path: Path) -> None:
+    against = {**gate(0.1, "b", min=0.2), "against": "a", "relative": True}
+    write_evaluation(inputs, [against, gate(0.95), gate(None, "c", max=0.3, min=0.1)])
+    with pytest.raises(StageError) as caught:
         run(inputs, tmp_path / "out")
-    assert "2 of 3 gates failed" in str(told.value)
-    assert "a_min: 0.1 against a limit of 0.2; c_max: None against a limit of 0.3" in str(told.value)
-    assert "b_min" not in str(told.value)
+    assert "2 of 3 gates failed" in str(caught.value)
+    assert "masked_names of b relative to a: 0.1, but at least 0.2; " in str(caught.value)
+    assert "masked_names of c: no value, but at least 0.1 and at most 0.3. See" in str(caught.value)
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_failed_gate_refuses_with_name_value_and_limit(inputs: dict[str, Path], tmp_path: Path) -> None:
-    write(inputs["evaluation"], evaluation(passed=False))
-    with pytest.raises(StageError, match=r"1 of 1 gates failed.*masked_names_min: 0\.5 against a limit of 0\.9"):
+def test_failed_gate_is_accepted_when_allowed(inputs: dict[str, Path], tmp_path: Path) -> None:
+    write_evaluation(inputs, [gate(0.5)])
+    with pytest.raises(StageError, match=r"1 of 1 gates failed.*masked_names of encoder: 0\.5, but at least 0\.9"):
         run(inputs, tmp_path / "out")
-    assert run(inputs, tmp_path / "anyway", refuse=False)["gates_failed"] == 1
+    assert run(inputs, tmp_path / "anyway", refuse_failed_gates=False)["gates_failed"] == 1

@@ -1,4 +1,4 @@
-"""Packing: conversations that share a row are computed as if each stood alone, and none is lost."""
+"""Packing: conversations in one row are computed independently, and none is lost."""
 
 from pathlib import Path
 from typing import Any
@@ -6,17 +6,19 @@ from typing import Any
 import pytest
 
 from tasks.common import tables
+from tasks.common.defaults import read_settings
 from tasks.common.modelling import models
-from tasks.common.settings import SettingsError, check, read_params
+from tasks.common.params_file import check
+from tasks.common.settings import SettingsError
 from tasks.common.text import chat
-from tasks.common.text.packing import Encoded, block_mask, first_fit, packed_rows, padded_rows
-from tasks.common.training import answering
+from tasks.finetune.objectives.chat import answers_nll
+from tasks.finetune.packing import Encoded, block_mask, first_fit, packed_rows, padded_rows
 from tests.conftest import ROOT
 from tests.training_fixtures import NUMERICS, Chain, chain, config
 
 __all__ = ["chain"]
 
-pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
+pytestmark = pytest.mark.timeout(300)  # the first test builds the chain
 
 LONGEST = 64
 
@@ -31,7 +33,7 @@ def batch(chain: Chain) -> list[Encoded]:
 def decoder(chain: Chain, attention: Any) -> Any:
     """Return the tuned decoder with an attention kernel."""
     return models.load_decoder(
-        chain.path("data/finetune/model"), NUMERICS.model_copy(update={"attention": attention})
+        chain.path("data/finetune/chat/model"), NUMERICS.model_copy(update={"attention": attention})
     ).eval()
 
 
@@ -39,7 +41,7 @@ def decoder(chain: Chain, attention: Any) -> Any:
 def test_packed_tokens_have_the_logits_of_their_conversation_alone(
     attention: str, chain: Chain, batch: list[Encoded]
 ) -> None:
-    """Position by position, for every conversation of every row; rows are longer than one conversation."""
+    """For every position of every conversation; rows contain several conversations."""
     import torch
 
     model = decoder(chain, attention)
@@ -51,61 +53,66 @@ def test_packed_tokens_have_the_logits_of_their_conversation_alone(
             for row, start in starts:
                 tokens = rows.inputs["input_ids"][row, start:].tolist()
                 [ids] = {tuple(ids) for ids, _ in batch if tokens[: len(ids)] == ids}
-                alone = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-                torch.testing.assert_close(logits[row, start : start + len(ids)], alone, atol=2e-4, rtol=0)
+                unpacked = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+                torch.testing.assert_close(logits[row, start : start + len(ids)], unpacked, atol=2e-4, rtol=0)
                 seen += 1
             assert len(starts) > len(logits)
     assert seen == len(batch)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_packing_changes_nothing_of_the_loss(attention: str, chain: Chain, batch: list[Encoded]) -> None:
-    """Neither the loss, nor the gradient."""
+def test_packing_keeps_loss_and_gradient(attention: str, chain: Chain, batch: list[Encoded]) -> None:
+    """Up to the order of float32 sums."""
     model = decoder(chain, attention)
-    found = []
-    for passes in (padded_rows(batch, 0), packed_rows(batch, LONGEST, 0), packed_rows(batch, LONGEST, 0, in_one=True)):
+    results = []
+    for passes in (
+        padded_rows(batch, 0),
+        packed_rows(batch, LONGEST, 0),
+        packed_rows(batch, LONGEST, 0, single_pass=True),
+    ):
         model.zero_grad()
-        loss = answering.answers_surprise(model, passes, NUMERICS)
+        loss = answers_nll(model, passes, NUMERICS)
         loss.backward()
-        found.append((loss.item(), model.model.layers[0].mlp.up_proj.weight.grad.norm().item()))
-    assert found[1] == pytest.approx(found[0], rel=1e-5)
-    assert found[2] == pytest.approx(found[0], rel=1e-5)
+        results.append((loss.item(), model.model.layers[0].mlp.up_proj.weight.grad.norm().item()))
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
+    assert results[2] == pytest.approx(results[0], rel=1e-5)
 
 
-def test_where_weights_are_shared_out_packed_rows_are_one_pass(batch: list[Encoded]) -> None:
-    """Processes that hold as many conversations may need more rows or fewer, but must make as many passes."""
+def test_single_pass_gives_one_forward_pass(batch: list[Encoded]) -> None:
+    """Processes with sharded weights may need different numbers of rows, but must make the same number of passes."""
     many = batch * 40
     assert len(list(packed_rows(many, LONGEST, 0))) > 1
-    assert len(list(packed_rows(many, LONGEST, 0, in_one=True))) == 1
+    assert len(list(packed_rows(many, LONGEST, 0, single_pass=True))) == 1
 
 
 def test_the_model_is_trained_on_packed_rows(chain: Chain, tmp_path: Path) -> None:
     """Through the stage: the first step's loss is that of the unpacked batch."""
     losses = []
     for packing in (None, LONGEST):
-        settings = config("finetune", steps=1, task={"name": "chat", "answers": "all", "packing": packing})
-        losses.append(chain.run(chain.job("finetune", settings, tmp_path / str(packing)), settings)["task_loss"])
+        settings = config("finetune@chat", steps=1, task={"name": "chat", "answers": "all", "packing": packing})
+        losses.append(chain.run(chain.job("finetune@chat", settings, tmp_path / str(packing)), settings)["task_loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_every_token_is_in_a_row_once(batch: list[Encoded]) -> None:
-    """Packed or not, the same tokens are learnt, in less than half as many rows."""
+    """Packed or not, the loss covers the same tokens; packing needs less than half as many rows."""
     counts = []
     for passes in (packed_rows(batch, LONGEST, 0), padded_rows(batch, 0)):
-        asked = sorted(token for rows in passes for token in rows.inputs["input_ids"][rows.asked].tolist())
-        counts.append(asked)
+        target_tokens = sorted(token for rows in passes for token in rows.inputs["input_ids"][rows.loss_mask].tolist())
+        counts.append(target_tokens)
     assert counts[0] == counts[1] == sorted(t for ids, flags in batch for t, f in zip(ids, flags, strict=True) if f)
     rows_of_one, rows_of_many = (
-        sum(len(rows.asked) for rows in passes) for passes in (padded_rows(batch, 0), packed_rows(batch, LONGEST, 0))
+        sum(len(rows.loss_mask) for rows in passes)
+        for passes in (padded_rows(batch, 0), packed_rows(batch, LONGEST, 0))
     )
     assert rows_of_many < rows_of_one / 2
 
 
-def test_rows_over_the_context_are_refused_before_anything_loads() -> None:
-    params = read_params(ROOT / "profiles/default.yaml")
-    params["finetune"]["task"]["packing"] = 256
+def test_packed_rows_longer_than_the_context_are_rejected_before_loading() -> None:
+    params = read_settings(ROOT / "profiles/default.yaml")
+    params["finetune"]["chat"]["task"]["packing"] = 256
     check(params)
-    params["finetune"]["task"]["packing"] = 257
+    params["finetune"]["chat"]["task"]["packing"] = 257
     with pytest.raises(
         SettingsError, match=r"packing: found 257, but it should be at most tokenize.context, which is 256"
     ):
@@ -113,14 +120,14 @@ def test_rows_over_the_context_are_refused_before_anything_loads() -> None:
 
 
 def test_the_first_bin_with_room_is_taken() -> None:
-    """Longest first; of two of the same length the one that comes first; an item too long has a bin of its own."""
+    """Longest first, ties in order; an item longer than the bins has its own."""
     assert first_fit([3, 5, 3, 2, 9, 2], 8) == [[4], [1, 0], [2, 3, 5]]
     assert first_fit([], 8) == []
     assert sorted(place for row in first_fit([1, 7, 3, 8, 2, 2, 6], 8) for place in row) == list(range(7))
 
 
-def test_a_token_reads_its_own_conversation_up_to_itself() -> None:
-    """Against a loop over every pair of places."""
+def test_packed_attention_is_causal_within_each_conversation() -> None:
+    """Compared with a loop over every pair of positions."""
     import torch
 
     owner = torch.tensor([[4, 4, 2, 2, 2, -1, -1]])

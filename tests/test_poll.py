@@ -1,4 +1,4 @@
-"""The flow that waits for rankings: enough of them start a run, once, and nothing that it owes is forgotten."""
+"""The flow `rankings`: enough new rankings start a run, and a stopped run is retried."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,33 +8,34 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelled
 
-from flows import poll, records, workplace
-from serving.feedback import VARIABLE, Store
-from tasks.common import settings
+from flows import poll, records
+from flows import worktree as git_worktree
+from serving.feedback.store import FEEDBACK_VARIABLE, Store
+from tasks.common import params_file
 from tests.conftest import Project
-from tests.ranking_fixtures import FILE, listen, rank
+from tests.ranking_fixtures import FILE, add_rankings_source, rank
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-CHECK = settings.check
+CHECK = params_file.check
 
 
 @pytest.fixture
 def project(toy: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
-    """The toy project, of which two new rankings start a run; its params.yaml is none of Bessemer's."""
+    """The toy project, with its own params.yaml, where two new rankings start a run."""
     monkeypatch.chdir(toy.path)
-    monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr(settings, "check", lambda params, stages=(): None)
-    monkeypatch.setattr(workplace, "check", lambda path, stages=(): None)
-    listen(toy, enough=2)
+    monkeypatch.delenv(FEEDBACK_VARIABLE, raising=False)
+    monkeypatch.setattr(params_file, "check", lambda params, stages=(): None)
+    monkeypatch.setattr(git_worktree, "check", lambda path, stages=(): None)
+    add_rankings_source(toy, min_new_rankings=2)
     return toy
 
 
 @pytest.fixture
 def store(project: Project) -> Iterator[Store]:
-    opened = Store(project.path / "data/feedback")
-    yield opened
-    opened.close()
+    feedback_store = Store(project.path / "data/feedback")
+    yield feedback_store
+    feedback_store.close()
 
 
 def run_poll(**parameters: Any) -> State[Any]:
@@ -48,16 +49,16 @@ def runs(project: Project) -> list[dict[str, str]]:
     return [{name: stage["status"] for name, stage in records.read_json(log)["stages"].items()} for log in logs]
 
 
-def test_too_few_rankings_start_nothing(project: Project, store: Store) -> None:
+def test_poll_with_too_few_rankings_starts_no_run(project: Project, store: Store) -> None:
     rank(store, 1)
     state = run_poll()
     assert (state.name, state.type.value) == ("UpToDate", "COMPLETED")
-    assert state.message == "1 new rankings wait; 2 start a run."
+    assert state.message == "1 new rankings; a run starts at 2."
     assert runs(project) == []
     assert not (project.path / FILE).exists()
 
 
-def test_enough_are_committed_alone_and_run_the_chain_once(project: Project, store: Store) -> None:
+def test_poll_with_enough_rankings_commits_and_starts_one_run(project: Project, store: Store) -> None:
     rank(store, 1)
     rank(store, 2)
     (project.path / "steps.py").write_text((project.path / "steps.py").read_text() + "# being edited\n")
@@ -68,7 +69,7 @@ def test_enough_are_committed_alone_and_run_the_chain_once(project: Project, sto
     assert project.git("show", "--name-only", "--format=%s").split("\n\n") == ["New rankings by people", f"{FILE}\n"]
     assert project.git("status", "--porcelain").splitlines() == ["A  mine.txt", " M steps.py"]
     assert runs(project) == [dict.fromkeys(("source", "side@left", "side@right", "join"), "ran")]
-    assert not (project.path / poll.DUE).exists()
+    assert not (project.path / poll.PENDING_RUN).exists()
 
     assert run_poll().name == "UpToDate"
     assert len(runs(project)) == 1
@@ -76,11 +77,11 @@ def test_enough_are_committed_alone_and_run_the_chain_once(project: Project, sto
     rank(store, 4)
     assert run_poll().is_completed()
     again = runs(project)[1]
-    assert again["source"] == "ran"  # it reads the folder; what it leaves is the same, so that the rest is restored
+    assert again["source"] == "ran"  # it reads the folder; its outputs are the same, so the other stages are restored
     assert "ran" not in {again[name] for name in ("side@left", "side@right", "join")}
 
 
-def test_a_run_that_was_stopped_is_still_owed(project: Project, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_poll_retries_a_stopped_run(project: Project, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     @flow(name="stopped")
     def stopped(**parameters: Any) -> State[Any]:
         return Cancelled(message="by somebody")
@@ -96,7 +97,7 @@ def test_a_run_that_was_stopped_is_still_owed(project: Project, store: Store, mo
     assert run_poll().name == "UpToDate"
 
 
-def test_a_failed_run_is_told_and_not_tried_for_ever(project: Project, store: Store) -> None:
+def test_poll_reports_a_failed_run_and_does_not_retry(project: Project, store: Store) -> None:
     project.settings(left={"fail": "the oven is cold"})
     project.commit("cold")
     rank(store, 1)
@@ -107,9 +108,7 @@ def test_a_failed_run_is_told_and_not_tried_for_ever(project: Project, store: St
     assert run_poll().name == "UpToDate"
 
 
-def test_in_the_middle_of_a_merge_nothing_is_committed_and_the_next_poll_goes_on(
-    project: Project, store: Store
-) -> None:
+def test_poll_during_a_merge_commits_nothing_and_retries(project: Project, store: Store) -> None:
     rank(store, 1)
     rank(store, 2)
     head = project.git("rev-parse", "HEAD").strip()
@@ -126,19 +125,19 @@ def test_in_the_middle_of_a_merge_nothing_is_committed_and_the_next_poll_goes_on
     assert len(runs(project)) == 1
 
 
-def test_in_the_project_itself_nothing_is_committed(project: Project, store: Store) -> None:
+def test_poll_without_a_worktree_commits_nothing(project: Project, store: Store) -> None:
     rank(store, 1)
     rank(store, 2)
     head = project.git("rev-parse", "HEAD")
     assert run_poll(worktree=False).is_completed()
     assert project.git("rev-parse", "HEAD") == head
-    assert project.ran() == ["join", "left", "right", "source"]
+    assert project.stages_run() == ["join", "left", "right", "source"]
 
 
-def test_wrong_settings_are_told_before_anything_is_exported(
+def test_invalid_settings_are_reported_before_the_export(
     project: Project, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(settings, "check", CHECK)
+    monkeypatch.setattr(params_file, "check", CHECK)
     rank(store, 1)
     rank(store, 2)
     state = run_poll()

@@ -1,4 +1,4 @@
-"""PPO against plain references: log-probabilities, rewards, both clipped losses, and the steered price of moving."""
+"""PPO against plain references: log-probabilities, rewards, both clipped losses and the adaptive KL coefficient."""
 
 import math
 from collections.abc import Callable
@@ -7,19 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tasks.common.alignment import estimates
-from tasks.common.alignment.proximal import Rollout, Trainer
-from tasks.common.stage import StageError
-from tests.ppo_fixtures import KL, RATE, iterate, trainer, tuned_logp
-from tests.training_fixtures import MIX, chain
+from tasks.align import estimates
+from tasks.align.proximal import PpoTrainer, Rollout
+from tasks.common.harness.job import StageError
+from tests.ppo_fixtures import KL, LEARNING_RATE, iterate, trainer, tuned_logp
+from tests.training_fixtures import PRETRAINING_MIX, chain
 
 __all__ = ["chain", "trainer"]
 
-pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
+pytestmark = pytest.mark.timeout(300)  # the first test builds the chain
 
 
-def disturb(module: Any, size: float) -> None:
-    """Move all weights of a module a little."""
+def add_noise(module: Any, size: float) -> None:
+    """Add a little noise to all weights of a module."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -28,21 +28,21 @@ def disturb(module: Any, size: float) -> None:
             parameter += size * torch.randn(parameter.shape, generator=generator)
 
 
-# What is known of a reply
+# Log-probabilities and rewards
 
 
-def test_log_probabilities_are_a_plain_softmaxes(trainer: Callable[..., Trainer]) -> None:
-    """Log-probability, entropy and value of every reply token, against each conversation alone, without padding."""
+def test_log_probabilities_are_a_plain_softmaxes(trainer: Callable[..., PpoTrainer]) -> None:
+    """Log-probability, entropy and value of every reply token, against each conversation alone and without padding."""
     import torch
 
     ours = trainer(temperature=0.7)
-    disturb(ours.policy.model.value_head, 0.5)
+    add_noise(ours.policy.model.value_head, 0.5)
     tokenizer = ours.tokenizer
     prompts = [prompt.ids for prompt in ours.prompts[:4]]
     replies = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in ("Rome.", "A much longer one.", "", "Me")]
-    ids, mask, replied = ours.policy.assemble(prompts, replies, ours.tokenizer.pad_token_id)
+    ids, mask, reply_mask = ours.policy.assemble(prompts, replies, ours.tokenizer.pad_token_id)
     with torch.no_grad():
-        seen = ours.policy.looks(ids, mask, replied)
+        seen = ours.policy.score_rollout(ids, mask, reply_mask)
         logp, values, entropy = seen.logp, seen.values, seen.entropy
         for row, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
             model: Any = ours.policy.model
@@ -55,74 +55,76 @@ def test_log_probabilities_are_a_plain_softmaxes(trainer: Callable[..., Trainer]
                 assert entropy[row, t].item() == pytest.approx(-sum(q * math.log(q) for q in p.tolist()), abs=1e-4)
                 value = model.value_head(out.hidden_states[-1][0, place]).item()
                 assert values[row, t].item() == pytest.approx(value, abs=1e-4)
-    assert replied.sum(1).tolist() == list(map(len, replies))
+    assert reply_mask.sum(1).tolist() == list(map(len, replies))
     assert len(set(map(len, prompts))) > 1
 
 
-def test_a_policy_that_has_not_moved_pays_nothing(trainer: Callable[..., Trainer]) -> None:
-    """The KL to the tuned model is 0 before the first update, to the bit."""
+def test_kl_is_zero_before_the_first_update(trainer: Callable[..., PpoTrainer]) -> None:
+    """The KL to the tuned model is exactly 0."""
     ours = trainer()
     rollout, figures = ours.sample(0)
     assert figures["kl"] == 0
     assert (rollout.logp == tuned_logp(ours, rollout)).all()
 
 
-def test_the_reward_is_the_score_at_the_end_less_the_price_of_moving(trainer: Callable[..., Trainer]) -> None:
-    """Token by token: -beta (log p - log p of the tuned model), and at the last token the rating less the penalty."""
+def test_token_rewards_are_the_final_score_minus_the_kl_penalty(trainer: Callable[..., PpoTrainer]) -> None:
+    """Per token: -beta (log p - log p of the tuned model), plus the penalized reward at the last token."""
     import torch
 
     ours = trainer(
-        discount=1.0, trace=1.0, kl={**KL, "coefficient": 0.3, "target": 1.0, "horizon": 0}, max_new_tokens=9
+        gamma=1.0, gae_lambda=1.0, kl={**KL, "coefficient": 0.3, "target": 1.0, "horizon": 0}, max_new_tokens=9
     )
-    disturb(ours.policy.model.model, 0.05)
+    add_noise(ours.policy.model.model, 0.05)
     rollout, figures = ours.sample(3)
     tuned, total = tuned_logp(ours, rollout), 0.0
     for row in range(len(rollout.ids)):
-        length = int(rollout.replied[row].sum())
-        tokens = rollout.ids[row, -rollout.replied.shape[1] :][:length].tolist()
-        ended = tokens[-1] == ours.tokenizer.eos_token_id
+        length = int(rollout.reply_mask[row].sum())
+        tokens = rollout.ids[row, -rollout.reply_mask.shape[1] :][:length].tolist()
+        complete = tokens[-1] == ours.tokenizer.eos_token_id
         text = ours.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        score = len(text) / 10 - (0.0 if ended else 1.0)
-        moved = [float(rollout.logp[row, t] - tuned[row, t]) for t in range(length)]
+        score = len(text) / 10 - (0.0 if complete else 1.0)
+        log_ratios = [float(rollout.logp[row, t] - tuned[row, t]) for t in range(length)]
         for t in range(length):  # with values of 0 the return is the sum of the rewards from a token on
-            expected = score - 0.3 * sum(moved[t:])
+            expected = score - 0.3 * sum(log_ratios[t:])
             assert rollout.returns[row, t].item() == pytest.approx(expected, abs=1e-4)
         total += score
     assert figures["reward"] == pytest.approx(total / len(rollout.ids), abs=1e-5)
     assert 0 < figures["ended"] < 1  # so that both cases were seen
-    moved_all = ((rollout.logp - tuned) * rollout.replied).sum(1)
+    moved_all = ((rollout.logp - tuned) * rollout.reply_mask).sum(1)
     assert figures["kl"] == pytest.approx(moved_all.mean().item(), rel=1e-5)
     torch.testing.assert_close(
-        rollout.advantages, estimates.whiten(rollout.returns, rollout.replied), atol=1e-4, rtol=0
+        rollout.advantages, estimates.whiten(rollout.returns, rollout.reply_mask), atol=1e-4, rtol=0
     )
 
 
 # Updates
 
 
-def by_hand(trainer: Trainer, ratios: list[float], values: list[float], rollout: Rollout) -> dict[str, float]:
-    """Take one update in which the policy's ratios and values are given, and return its figures."""
+def update_with_ratios(
+    trainer: PpoTrainer, ratios: list[float], values: list[float], rollout: Rollout
+) -> dict[str, float]:
+    """Take one update with given probability ratios and values, and return its metrics."""
     import torch
 
-    # 0 x weight, so that the given numbers hang on something that has a gradient
-    nothing = 0 * sum(parameter.sum() for parameter in trainer.policy.model.parameters())
-    logp = rollout.logp + torch.tensor([ratios]).log() + nothing
-    given = (logp, torch.tensor([values]) + nothing, torch.zeros(1, len(ratios)))
+    # 0 x weight, so that the given numbers depend on a tensor with a gradient
+    zero = 0 * sum(parameter.sum() for parameter in trainer.policy.model.parameters())
+    logp = rollout.logp + torch.tensor([ratios]).log() + zero
+    inputs = (logp, torch.tensor([values]) + zero, torch.zeros(1, len(ratios)))
     stub: Any = trainer.policy
-    stub.forward = lambda *_, **__: given
-    return trainer.update(rollout, np.array([0]), RATE)
+    stub.forward = lambda *_, **__: inputs
+    return trainer.update(rollout, np.array([0]), LEARNING_RATE)
 
 
-def made_up(advantages: list[float], returns: list[float], old: list[float], replied: list[bool]) -> Rollout:
+def make_rollout(advantages: list[float], returns: list[float], old: list[float], reply_mask: list[bool]) -> Rollout:
     """Return a rollout of one reply with given numbers."""
     import torch
 
     zeros = torch.zeros(1, len(old))
-    mask = torch.tensor([replied])
+    mask = torch.tensor([reply_mask])
     return Rollout(
         ids=torch.zeros(1, 2 * len(old), dtype=torch.long),
         mask=torch.ones(1, 2 * len(old), dtype=torch.bool),
-        replied=mask,
+        reply_mask=mask,
         logp=zeros - 1,
         values=torch.tensor([old]),
         advantages=torch.tensor([advantages]),
@@ -130,16 +132,16 @@ def made_up(advantages: list[float], returns: list[float], old: list[float], rep
     )
 
 
-def test_both_losses_by_hand(trainer: Callable[..., Trainer]) -> None:
-    """Five tokens, one of them padding, with ratios and values inside and outside of what clipping allows."""
-    ours = trainer(clip=0.2, value_clip=0.5)
-    rollout = made_up(
+def test_both_losses_by_hand(trainer: Callable[..., PpoTrainer]) -> None:
+    """Five tokens, one of them padding, with ratios and values inside and outside the clipping ranges."""
+    ours = trainer(clip_range=0.2, vf_clip_range=0.5)
+    rollout = make_rollout(
         advantages=[1.0, -1.0, 2.0, -2.0, 50.0],
         returns=[1.0, 0.0, 2.0, -1.0, 50.0],
         old=[0.0, 0.0, 1.0, 1.0, 0.0],
-        replied=[True, True, True, True, False],
+        reply_mask=[True, True, True, True, False],
     )
-    figures = by_hand(ours, [1.5, 1.5, 0.5, 0.9, 9.0], [0.25, 2.0, 1.75, 0.25, 9.0], rollout)
+    figures = update_with_ratios(ours, [1.5, 1.5, 0.5, 0.9, 9.0], [0.25, 2.0, 1.75, 0.25, 9.0], rollout)
     # The larger of -A x ratio and -A x the ratio within 0.8 ... 1.2 (equation 7):
     policy = [max(-1.5, -1.2), max(1.5, 1.2), max(-1.0, -1.6), max(1.8, 1.8)]
     # The larger square, of the value and of the value within 0.5 of the old one:
@@ -150,65 +152,65 @@ def test_both_losses_by_hand(trainer: Callable[..., Trainer]) -> None:
     assert figures["ptx_loss"] == 0
 
 
-def test_an_update_moves_probability_to_where_the_advantage_is(trainer: Callable[..., Trainer]) -> None:
-    """After a step on one reply with advantages of one sign, its tokens are likelier, or less likely."""
+def test_update_moves_probability_towards_positive_advantage(trainer: Callable[..., PpoTrainer]) -> None:
+    """A step on one reply with advantages of one sign makes its tokens more or less likely."""
     import torch
 
     for sign in (1.0, -1.0):
         ours = trainer()
         rollout, _ = ours.sample(0)
-        rollout.advantages = sign * rollout.replied.float()
-        before = (rollout.logp * rollout.replied)[0].sum()
-        ours.update(rollout, np.array([0]), RATE)
+        rollout.advantages = sign * rollout.reply_mask.float()
+        before = (rollout.logp * rollout.reply_mask)[0].sum()
+        ours.update(rollout, np.array([0]), LEARNING_RATE)
         with torch.no_grad():
-            logp = ours.policy.looks(rollout.ids, rollout.mask, rollout.replied).logp
-        assert sign * ((logp * rollout.replied)[0].sum() - before) > 0
+            logp = ours.policy.score_rollout(rollout.ids, rollout.mask, rollout.reply_mask).logp
+        assert sign * ((logp * rollout.reply_mask)[0].sum() - before) > 0
 
 
-def test_an_update_moves_values_to_the_returns(trainer: Callable[..., Trainer]) -> None:
-    """A few steps on the same replies make the value loss smaller."""
-    ours = trainer(value_weight=1.0, value_clip=100.0)
+def test_an_update_moves_values_to_the_returns(trainer: Callable[..., PpoTrainer]) -> None:
+    """A few steps on the same replies reduce the value loss."""
+    ours = trainer(vf_coef=1.0, vf_clip_range=100.0)
     rollout, _ = ours.sample(0)
     rows = np.arange(len(rollout.ids))
     losses = [ours.update(rollout, rows, 0.01)["value_loss"] for _ in range(8)]
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_the_pretraining_term_is_added_with_its_weight(trainer: Callable[..., Trainer]) -> None:
-    """The term is the causal loss on the update's windows, and it reaches the policy's gradient."""
+def test_the_pretraining_term_is_added_with_its_weight(trainer: Callable[..., PpoTrainer]) -> None:
+    """The term is the causal loss on the update's windows and reaches the policy's gradient."""
     import torch
 
     norms = {}
     for weight in (1e-3, 10.0):
-        ours = trainer(ptx={**MIX, "weight": weight}, value_weight=0.0)
+        ours = trainer(ptx={**PRETRAINING_MIX, "weight": weight}, vf_coef=0.0)
         assert ours.ptx is not None
         ids = torch.from_numpy(ours.ptx.mixture.batch(0))
         model: Any = ours.policy.model
         expected = model(input_ids=ids, labels=ids).loss.item()
         rollout, _ = ours.sample(0)
-        figures = ours.update(rollout, np.arange(4), RATE)
+        figures = ours.update(rollout, np.arange(4), LEARNING_RATE)
         assert figures["ptx_loss"] == pytest.approx(expected, rel=1e-5)
         norms[weight] = figures["gradient_norm"]
     assert norms[10.0] > 2 * norms[1e-3]
 
 
-def test_the_reference_and_the_judge_are_left_alone(trainer: Callable[..., Trainer]) -> None:
-    """Iterations change the policy and the value head; the tuned model stays what it was, to the bit."""
+def test_iterations_leave_the_reference_unchanged(trainer: Callable[..., PpoTrainer]) -> None:
+    """Iterations change the policy and the value head; the tuned model stays bitwise the same."""
     ours, fresh = trainer(), trainer()
     iterate(ours, 0)
     iterate(ours, 1)
-    kept = [side.policy.reference for side in (ours, fresh)]
-    assert kept[0] is not None
-    assert kept[1] is not None
-    pairs = zip(kept[0].parameters(), kept[1].parameters(), strict=True)
+    references = [side.policy.reference for side in (ours, fresh)]
+    assert references[0] is not None
+    assert references[1] is not None
+    pairs = zip(references[0].parameters(), references[1].parameters(), strict=True)
     assert all((ours_now == before).all() for ours_now, before in pairs)
-    moved = zip(ours.policy.model.parameters(), fresh.policy.model.parameters(), strict=True)
-    assert all((ours_now != before).any() for ours_now, before in moved)
+    parameter_pairs = zip(ours.policy.model.parameters(), fresh.policy.model.parameters(), strict=True)
+    assert all((ours_now != before).any() for ours_now, before in parameter_pairs)
     assert ours.policy.model.value_head.weight.any()
 
 
-def test_every_reply_is_gone_through_in_every_epoch(trainer: Callable[..., Trainer]) -> None:
-    """Minibatches part the replies; figures are the means over all updates."""
+def test_every_epoch_covers_every_reply(trainer: Callable[..., PpoTrainer]) -> None:
+    """Minibatches partition the replies; metrics are means over all updates."""
     ours = trainer(episodes=10, minibatch=4, epochs=3)
     seen: list[int] = []
 
@@ -224,16 +226,17 @@ def test_every_reply_is_gone_through_in_every_epoch(trainer: Callable[..., Train
     assert figures["policy_loss"] == pytest.approx((4 + 4 + 2) / 3)
 
 
-def test_a_loss_that_is_no_number_stops_with_a_sentence(trainer: Callable[..., Trainer]) -> None:
-    """The policy is not spoilt by it, and the message says what to lower."""
+def test_a_nonfinite_loss_raises_a_stage_error(trainer: Callable[..., PpoTrainer]) -> None:
+    """The policy is unchanged, and the message says what to lower."""
     ours = trainer()
     rollout, _ = ours.sample(0)
     rollout.advantages *= math.inf
     before = [parameter.clone() for parameter in ours.policy.model.parameters()]
     with pytest.raises(
-        StageError, match=r"update 1 has no finite loss .*ppo\.optimizer\.learning_rate \(the rate .* was 0\.0003\)"
+        StageError,
+        match=r"update 1 has a loss or gradient that is not finite .*align\.optimizer\.learning_rate .* was 0\.0003\)",
     ):
-        ours.update(rollout, np.arange(4), RATE)
+        ours.update(rollout, np.arange(4), LEARNING_RATE)
     pairs = zip(before, ours.policy.model.parameters(), strict=True)
     assert all((old == new).all() for old, new in pairs)
 
@@ -251,15 +254,15 @@ def test_a_loss_that_is_no_number_stops_with_a_sentence(trainer: Callable[..., T
         (0.0, 0.05 * (1 - 0.2 * 12 / 2000)),
     ],
 )
-def test_the_coefficient_is_steered_to_the_target(kl: float, expected: float, trainer: Callable[..., Trainer]) -> None:
-    """Dearer above the target, cheaper beneath it, by the clipped relative error times episodes over horizon."""
+def test_the_coefficient_adapts_to_the_target(kl: float, expected: float, trainer: Callable[..., PpoTrainer]) -> None:
+    """It rises above the target and falls below it, by the clipped relative error times episodes over horizon."""
     ours = trainer()
-    ours.steer(kl)
+    ours.update_beta(kl)
     assert ours.beta == pytest.approx(expected, rel=1e-9)
 
 
-def test_a_horizon_of_nothing_keeps_the_coefficient(trainer: Callable[..., Trainer]) -> None:
-    """0 is a fixed price."""
+def test_a_horizon_of_zero_keeps_the_coefficient(trainer: Callable[..., PpoTrainer]) -> None:
+    """The coefficient is fixed."""
     ours = trainer(kl={**KL, "horizon": 0})
-    ours.steer(100.0)
+    ours.update_beta(100.0)
     assert ours.beta == 0.05

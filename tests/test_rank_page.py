@@ -1,12 +1,24 @@
-"""The ranking page in a real browser: from the first prompt through keyboard and pointer to the stored row."""
+"""The ranking page in a real browser: keyboard, pointer, undo, skip, and the stored row."""
 
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serving.feedback import Store
+from serving.feedback.store import Store
 from tests.browser_fixtures import browser, page
-from tests.page_fixtures import OTHER, SCRIPT, address, begin, folder, heard, order, saved, slide, store, texts
+from tests.page_fixtures import (
+    OTHER_TAG,
+    SCRIPT,
+    accessibility_tree,
+    address,
+    answer_texts,
+    folder,
+    open_ranking,
+    ranked_texts,
+    set_temperature,
+    store,
+    wait_for_saved,
+)
 from tests.serving_fixtures import TAG, package, question
 
 if TYPE_CHECKING:
@@ -15,27 +27,27 @@ if TYPE_CHECKING:
 __all__ = ["address", "browser", "folder", "package", "page", "store"]
 
 
-def test_keyboard_alone_from_the_first_prompt_to_the_stored_row(page: "Page", address: str, store: Store) -> None:
+def test_keyboard_only_ranking_is_stored(page: "Page", address: str, store: Store) -> None:
     page.goto(f"{address}/rank")
-    page.locator("#nothing", has_text="No questions wait").wait_for()
-    slide(page, 1.5)
+    page.locator("#nothing", has_text="No questions are waiting").wait_for()
+    set_temperature(page, 1.5)
     page.locator("#own-question").focus()
     page.keyboard.type(question("France"))
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     page.locator(".card").first.wait_for()
-    one, two, three, four = texts(page)
+    one, two, three, four = answer_texts(page)
     page.keyboard.press("Shift+ArrowDown")  # the first card has the focus: two, one, three, four
     page.keyboard.press("Shift+ArrowDown")  # two, three, one, four
     page.keyboard.press("ArrowDown")
     page.keyboard.press("=")  # two, three, one = four
     assert re.search(r"place 3 of 3, tied with A", page.inner_text("#status"))
-    assert texts(page) == [two, three, one, four]
+    assert answer_texts(page) == [two, three, one, four]
     page.keyboard.press("Control+Enter")
-    row = saved(page, store)
-    assert order(row) == [{two}, {three}, {one, four}]
+    row = wait_for_saved(page, store)
+    assert ranked_texts(row) == [{two}, {three}, {one, four}]
     assert row.prompt == [{"role": "user", "content": question("France")}]
-    assert set(row.models) <= {TAG, OTHER}
+    assert set(row.models) <= {TAG, OTHER_TAG}
     assert len(set(row.models)) == 2
     assert page.inner_text("#session") == "1"
 
@@ -53,38 +65,36 @@ def drag(page: "Page", card: int, onto: int, part: float) -> None:
     page.mouse.up()
 
 
-def test_dragging_orders_and_ties(page: "Page", address: str, store: Store) -> None:
-    begin(page, address, question("Italy"))
-    one, two, three, four = texts(page)
+def test_drag_sets_order_and_ties(page: "Page", address: str, store: Store) -> None:
+    open_ranking(page, address, question("Italy"))
+    one, two, three, four = answer_texts(page)
     drag(page, 3, 0, 0.05)
-    assert texts(page) == [four, one, two, three]
+    assert answer_texts(page) == [four, one, two, three]
     drag(page, 0, 2, 0.5)
-    assert texts(page) == [one, two, four, three]
+    assert answer_texts(page) == [one, two, four, three]
     page.click("#save")
-    assert order(saved(page, store)) == [{one}, {two, four}, {three}]
+    assert ranked_texts(wait_for_saved(page, store)) == [{one}, {two, four}, {three}]
 
 
-def test_an_order_that_nobody_touched_is_asked_about_and_no_double_click_passes(
+def test_untouched_order_asks_for_confirmation_and_ignores_double_click(
     page: "Page", address: str, store: Store
 ) -> None:
     before = len(store.rankings())
-    begin(page, address, question("Japan"))
-    shown = texts(page)
+    open_ranking(page, address, question("Japan"))
+    answers = answer_texts(page)
     page.dblclick("#save")
     page.locator("#untouched", has_text="Nothing was moved").wait_for()
     assert len(store.rankings()) == before
     page.click("#keep")
-    assert order(saved(page, store)) == [{text} for text in shown]
+    assert ranked_texts(wait_for_saved(page, store)) == [{text} for text in answers]
     assert len(store.rankings()) == before + 1
 
 
-def test_keys_ask_about_an_untouched_order_and_save_it_only_after_a_moment(
-    page: "Page", address: str, store: Store
-) -> None:
+def test_untouched_order_is_saved_by_keyboard_only_after_a_delay(page: "Page", address: str, store: Store) -> None:
     page.clock.install(time="2026-01-01T12:00:00")
     before = len(store.rankings())
-    begin(page, address, question("Japan"))
-    page.clock.pause_at("2026-01-01T15:00:00")  # from here on the page's time is moved by this test alone
+    open_ranking(page, address, question("Japan"))
+    page.clock.pause_at("2026-01-01T15:00:00")  # from here on only this test advances the page's clock
     for _ in range(3):
         page.keyboard.press("Control+Enter")
     page.locator("#keep:disabled").wait_for()
@@ -92,27 +102,27 @@ def test_keys_ask_about_an_untouched_order_and_save_it_only_after_a_moment(
     page.locator("#keep:enabled").wait_for()
     assert len(store.rankings()) == before
     page.keyboard.press("Control+Enter")
-    saved(page, store)
+    wait_for_saved(page, store)
     assert len(store.rankings()) == before + 1
 
 
-def test_a_move_answers_the_question_about_an_untouched_order(page: "Page", address: str) -> None:
-    begin(page, address, question("Japan"))
+def test_move_closes_the_untouched_order_confirmation(page: "Page", address: str) -> None:
+    open_ranking(page, address, question("Japan"))
     page.click("#save")
     page.locator("#untouched").wait_for()
     page.locator(".card").first.press("Shift+ArrowDown")
     assert page.locator("#untouched").is_hidden()
 
 
-def test_the_keys_that_save_flag_where_the_flag_dialog_is_open(page: "Page", address: str, store: Store) -> None:
+def test_ctrl_enter_submits_the_open_flag_dialog(page: "Page", address: str, store: Store) -> None:
     rankings, opinions = len(store.rankings()), len(store.opinions())
-    begin(page, address, question("Italy"))
+    open_ranking(page, address, question("Italy"))
     page.keyboard.press("Shift+ArrowDown")
     page.get_by_role("button", name="Flag answer A").click()
     page.locator("#flag-note").press_sequentially("rude")
     page.keyboard.down("Control")
     page.keyboard.down("Enter")
-    page.keyboard.down("Enter")  # held: with the dialog gone, it must not reach the page behind
+    page.keyboard.down("Enter")  # key repeat: after the dialog closed, it must not reach the page behind
     page.keyboard.up("Enter")
     page.keyboard.up("Control")
     page.locator("#status", has_text="Flagged").wait_for()
@@ -121,43 +131,43 @@ def test_the_keys_that_save_flag_where_the_flag_dialog_is_open(page: "Page", add
     assert page.locator(".card:visible").count() == 4
 
 
-def test_undo_brings_the_last_one_back_with_its_order(page: "Page", address: str, store: Store) -> None:
-    begin(page, address, question("Japan"))
+def test_undo_restores_the_last_ranking_with_its_order(page: "Page", address: str, store: Store) -> None:
+    open_ranking(page, address, question("Japan"))
     page.keyboard.press("Shift+ArrowDown")
-    shown = texts(page)
+    answers = answer_texts(page)
     page.click("#save")
-    first = saved(page, store)
+    first = wait_for_saved(page, store)
     page.click("#undo")
     page.locator("#status", has_text="Taken back").wait_for()
-    assert texts(page) == shown
+    assert answer_texts(page) == answers
     assert first.id not in [row.id for row in store.rankings()]
     assert page.inner_text("#session") == "0"
     page.click("#save")
-    again = saved(page, store)
+    again = wait_for_saved(page, store)
     assert (again.responses, again.ranks) == (first.responses, first.ranks)
     assert again.number > first.number
 
 
 def test_undo_shows_a_flagged_answer_flagged(page: "Page", address: str, store: Store) -> None:
-    begin(page, address, question("Japan"))
+    open_ranking(page, address, question("Japan"))
     page.keyboard.press("Shift+ArrowDown")
     page.get_by_role("button", name="Flag answer B").click()
     page.get_by_role("button", name="Flag it").click()
     page.locator("#status", has_text="Flagged").wait_for()
     page.click("#save")
-    saved(page, store)
+    wait_for_saved(page, store)
     page.click("#undo")
     page.locator("#status", has_text="Taken back").wait_for()
     flags = page.locator("[aria-label^='Flag answer']")
-    pressed = {flag.get_attribute("aria-label"): flag.get_attribute("aria-pressed") for flag in flags.all()}
-    assert pressed == {f"Flag answer {letter}": str(letter == "B").lower() for letter in "ABCD"}
+    pressed_by_label = {flag.get_attribute("aria-label"): flag.get_attribute("aria-pressed") for flag in flags.all()}
+    assert pressed_by_label == {f"Flag answer {letter}": str(letter == "B").lower() for letter in "ABCD"}
 
 
-def test_given_questions_wait_are_skipped_and_ranked(page: "Page", address: str, store: Store, folder: Path) -> None:
+def test_queued_questions_are_ranked_and_skipped(page: "Page", address: str, store: Store, folder: Path) -> None:
     (folder / "questions.txt").write_text(f"{question('New Zealand')}\n{SCRIPT}\n", encoding="utf-8")
     try:
         page.add_init_script("localStorage.setItem('bessemer.ranking', JSON.stringify({temperature: '1.5'}))")
-        begin(page, address)
+        open_ranking(page, address)
         assert page.inner_text("#queue").endswith("2 of 2")
         first = page.inner_text("#question")
         page.click("#skip")
@@ -166,16 +176,14 @@ def test_given_questions_wait_are_skipped_and_ranked(page: "Page", address: str,
         assert {first, page.inner_text("#question")} == {question("New Zealand"), SCRIPT}
         page.keyboard.press("=")
         page.click("#save")
-        saved(page, store)
-        page.locator("#nothing", has_text="You have been through all questions").wait_for()
+        wait_for_saved(page, store)
+        page.locator("#nothing", has_text="You have ranked or skipped all questions").wait_for()
         assert page.inner_text("#queue").endswith("1 of 2")
     finally:
         (folder / "questions.txt").unlink()
 
 
-def test_a_question_that_cannot_be_ranked_is_shown_with_the_reason_and_skipped(
-    page: "Page", address: str, folder: Path
-) -> None:
+def test_unrankable_question_shows_the_reason_and_can_be_skipped(page: "Page", address: str, folder: Path) -> None:
     long = "Why? " * 200
     (folder / "questions.txt").write_text(long, encoding="utf-8")
     try:
@@ -188,15 +196,15 @@ def test_a_question_that_cannot_be_ranked_is_shown_with_the_reason_and_skipped(
         page.locator("#refusal", has_text="too long").wait_for()
         assert page.locator("#draw").is_visible()
         page.click("#skip")
-        page.locator("#nothing", has_text="You have been through all questions").wait_for()
+        page.locator("#nothing", has_text="You have ranked or skipped all questions").wait_for()
         page.reload()
-        page.locator("#nothing", has_text="You have been through all questions").wait_for()
+        page.locator("#nothing", has_text="You have ranked or skipped all questions").wait_for()
     finally:
         (folder / "questions.txt").unlink()
 
 
-def rewrite(page: "Page", text: str) -> None:
-    """Have answers drawn that say this text and their number, in place of what a tiny model makes up."""
+def replace_answers(page: "Page", text: str) -> None:
+    """Replace the sampled answers by this text and their number."""
 
     def replace(route: "Route") -> None:
         reply = route.fetch()
@@ -207,16 +215,20 @@ def rewrite(page: "Page", text: str) -> None:
     page.route("**/feedback/samples", replace)
 
 
-def test_a_card_reads_its_answer_to_a_screen_reader(page: "Page", address: str) -> None:
-    rewrite(page, "Reply")
-    begin(page, address, question("France"))
-    cards = [(node.name, node.description) for node in heard(page) if node.role == "group" and ": place" in node.name]
+def test_card_exposes_its_answer_to_screen_readers(page: "Page", address: str) -> None:
+    replace_answers(page, "Reply")
+    open_ranking(page, address, question("France"))
+    cards = [
+        (node.name, node.description)
+        for node in accessibility_tree(page)
+        if node.role == "group" and ": place" in node.name
+    ]
     assert cards == [(f"Answer {letter}: place {at} of 4", f"Reply {at}") for at, letter in enumerate("ABCD", 1)]
 
 
-def test_scripts_in_prompts_and_replies_are_text(page: "Page", address: str) -> None:
-    rewrite(page, SCRIPT)
-    begin(page, address, f"{question('France')} {SCRIPT}")
+def test_scripts_in_prompts_and_replies_are_escaped(page: "Page", address: str) -> None:
+    replace_answers(page, SCRIPT)
+    open_ranking(page, address, f"{question('France')} {SCRIPT}")
     assert page.inner_text("#question") == f"{question('France')} {SCRIPT}"
-    assert texts(page)[0].startswith(SCRIPT)
+    assert answer_texts(page)[0].startswith(SCRIPT)
     assert page.locator("main img, main b, main script").count() == 0

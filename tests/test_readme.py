@@ -1,4 +1,4 @@
-"""The README's commands, run word for word under the smoke profile; the test command itself is left out."""
+"""The README's commands, run verbatim under the smoke profile, except the test command."""
 
 import re
 import shlex
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.chain_fixtures import run, surroundings
+from tests.chain_fixtures import environment, run
 from tests.conftest import ROOT, Project
-from tests.servers import end, wait_until_up
+from tests.servers import stop_server, wait_until_up
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PORT = 3000
@@ -22,11 +22,11 @@ def commands() -> list[str]:
     return [line for line in lines if line]
 
 
-def test_the_two_commands_stand_there() -> None:
+def test_readme_contains_the_two_commands() -> None:
     assert {"make run", "make test"} <= set(commands())
 
 
-def test_every_path_and_picture_that_it_names_exists() -> None:
+def test_readme_paths_and_pictures_exist() -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", README)
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
@@ -34,7 +34,7 @@ def test_every_path_and_picture_that_it_names_exists() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_its_commands_run(chain: Project, tmp_path: Path) -> None:
+def test_readme_commands_exit_with_0(chain: Project, tmp_path: Path) -> None:
     shell = [line for line in commands() if not line.startswith(("make test",))]
     assert any(line.startswith("make serve") for line in shell)
     path = f"export PATH={shlex.quote(str(chain.path / '.venv/bin'))}:$PATH; "
@@ -46,7 +46,7 @@ def test_its_commands_run(chain: Project, tmp_path: Path) -> None:
                     server = subprocess.Popen(
                         ["bash", "-c", f"exec {line}"],
                         cwd=chain.path,
-                        env=surroundings(chain),
+                        env=environment(chain),
                         stdout=output,
                         stderr=output,
                         start_new_session=True,
@@ -56,4 +56,4 @@ def test_its_commands_run(chain: Project, tmp_path: Path) -> None:
                 assert run(chain, "bash", "-c", path + line).strip(), f"{line} printed nothing"
     finally:
         if server:
-            end(server)
+            stop_server(server)

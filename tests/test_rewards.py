@@ -1,4 +1,4 @@
-"""Rewards from a model, a function or a service; whatever goes wrong with one is told with its name and the prompts."""
+"""Rewards from a model, a function or a service; every error names the reward and the prompts."""
 
 import json
 import threading
@@ -10,20 +10,20 @@ from typing import Any
 
 import pytest
 
-from tasks.common.alignment import rewards
-from tasks.common.alignment.rewards import Endpoint, Function, Model, RewardError, rated
-from tasks.common.evaluation.scoring import Scorer
-from tasks.common.stage import StageError
+from tasks.align import rewards
+from tasks.align.rewards import Endpoint, Function, Model, RewardError, compute_rewards
+from tasks.common.harness.job import StageError
+from tasks.common.reward.scoring import Scorer
 from tests.training_fixtures import NUMERICS, Chain, chain
 
 __all__ = ["chain"]
 
-pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
+pytestmark = pytest.mark.timeout(300)  # the first test builds the chain
 
 IDS = ["q1", "q2"]
 PROMPTS = [[{"role": "user", "content": "One?"}], [{"role": "user", "content": "Two?"}]]
 REPLIES = ["Yes.", "Certainly not."]
-OWN = """
+REWARD_CODE = """
 import time
 
 def length(prompts, replies):
@@ -54,76 +54,67 @@ def huge(prompts, replies):
 """
 
 
-def asked(function: str, folder: Path, timeout: float = 30.0, code: str = OWN) -> list[float]:
-    """Return what a function of the user's own says."""
+def call_function(function: str, folder: Path, timeout: float = 30.0, code: str = REWARD_CODE) -> list[float]:
+    """Return the rewards of a user-defined function."""
     path = folder / "mine.py"
     path.write_text(code, encoding="utf-8")
-    reward = Function(name="function", path="data/mine.py", function=function, timeout=timeout)
-    judge = rewards.open_judge(reward, path, NUMERICS)
-    return rated(judge, rewards.called(reward), IDS, PROMPTS, REPLIES)
+    reward = Function(name="function", path="data/mine.py", function=function)
+    judge = rewards.open_reward(reward, path, NUMERICS, timeout)
+    return compute_rewards(judge, rewards.name_of(reward), IDS, PROMPTS, REPLIES)
 
 
 def test_a_function_is_given_prompts_and_replies(tmp_path: Path) -> None:
     """It sees the messages of a prompt and the text of a reply."""
-    assert asked("length", tmp_path) == [4.04, 4.14]
+    assert call_function("length", tmp_path) == [4.04, 4.14]
 
 
 @pytest.mark.parametrize(
-    ("function", "told"),
+    ("function", "message"),
     [
         ("short", "it returned 1 rewards for 2 replies. The prompts: q1, q2."),
-        ("nothing", "1 of its 2 rewards are no finite float32 numbers. The prompts: q2."),
-        ("huge", "1 of its 2 rewards are no finite float32 numbers. The prompts: q2."),
+        ("nothing", "1 of its 2 rewards are not finite float32 numbers. The prompts: q2."),
+        ("huge", "1 of its 2 rewards are not finite float32 numbers. The prompts: q2."),
         ("text", "ValueError: could not convert string to float: 'good'"),
         ("broken", "KeyError: 'weights'. The prompts: q1, q2."),
         ("hanging", "TimeoutError: it has not answered within 0.2 s. The prompts: q1, q2."),
         ("lazy", "TimeoutError: it has not answered within 0.2 s. The prompts: q1, q2."),
     ],
 )
-def test_what_is_no_reward_stops_with_its_name_and_the_prompts(function: str, told: str, tmp_path: Path) -> None:
-    """And says what was expected and that nothing is lost."""
+def test_an_invalid_reward_error_names_the_reward_and_prompts(function: str, message: str, tmp_path: Path) -> None:
+    """It also says what was expected and how to resume."""
     with pytest.raises(RewardError) as caught:
-        asked(function, tmp_path, timeout=0.2 if function in ("hanging", "lazy") else 30.0)
+        call_function(function, tmp_path, timeout=0.2 if function in ("hanging", "lazy") else 30.0)
     assert str(caught.value).startswith(f"the reward data/mine.py:{function} could not be used: ")
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "a finite number for each reply" in str(caught.value)
-    assert "goes on from here with the same reward" in str(caught.value)
-
-
-def test_how_long_a_reward_may_take_is_no_part_of_the_model() -> None:
-    """So a run that a slow one stopped goes on from its checkpoint under a longer limit."""
-    for kind, path in ((Function, "mine.py"), (Endpoint, "judge.json")):
-        settings: dict[str, Any] = {"name": kind.__name__.lower(), "path": path, "timeout": 3.0}
-        reward = kind.model_validate(settings | ({"function": "rate"} if kind is Function else {}))
-        assert reward.timeout == 3.0
-        assert "timeout" not in reward.model_dump(mode="json")
+    assert "resume from here with the same reward" in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("code", "told"),
+    ("code", "message"),
     [
         ("import nothing_like_it", "cannot be run: ModuleNotFoundError: No module named 'nothing_like_it'"),
         ("def other(prompts, replies): ...", "has no function 'length'"),
         ("length = 3", "has no function 'length'"),
     ],
 )
-def test_a_file_without_the_function_is_told_before_anything_is_sampled(code: str, told: str, tmp_path: Path) -> None:
-    """When the judge is opened."""
-    with pytest.raises(StageError, match=told):
-        asked("length", tmp_path, code=code)
+def test_a_file_without_the_function_is_rejected_at_load(code: str, message: str, tmp_path: Path) -> None:
+    """Before anything is sampled."""
+    with pytest.raises(StageError, match=message):
+        call_function("length", tmp_path, code=code)
 
 
 # A service
 
 
 class Service(BaseHTTPRequestHandler):
-    """Answers with whatever the test wants."""
+    """A service with a configurable answer."""
 
     answer: Any = None
     seen: Any = None
 
     def do_POST(self) -> None:
-        """Keep what was asked and answer."""
+        """Record the request and answer."""
         type(self).seen = json.loads(self.rfile.read(int(self.headers["content-length"])))
         if self.answer == "slow":
             time.sleep(2)
@@ -137,12 +128,12 @@ class Service(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[Path]:
-    """Yield the file that names a running service."""
+    """Yield the JSON file of a running service."""
     server = HTTPServer(("127.0.0.1", 0), Service)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     path = tmp_path / "judge.json"
@@ -153,20 +144,21 @@ def service(tmp_path: Path) -> Iterator[Path]:
 
 
 def ask(path: Path, timeout: float = 30.0) -> list[float]:
-    """Return what a service says."""
-    reward = Endpoint(name="endpoint", path="judge.json", timeout=timeout)
-    return rated(rewards.open_judge(reward, path, NUMERICS), rewards.called(reward), IDS, PROMPTS, REPLIES)
+    """Return the rewards of a service."""
+    reward = Endpoint(name="endpoint", path="judge.json")
+    reward_fn = rewards.open_reward(reward, path, NUMERICS, timeout)
+    return compute_rewards(reward_fn, rewards.name_of(reward), IDS, PROMPTS, REPLIES)
 
 
 def test_a_service_is_posted_prompts_and_replies(service: Path) -> None:
-    """As JSON, and answers likewise."""
+    """As JSON, and it answers in JSON."""
     Service.answer = {"rewards": [0.5, -1]}
     assert ask(service) == [0.5, -1.0]
     assert Service.seen == {"prompts": PROMPTS, "replies": REPLIES}
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "message"),
     [
         ({"scores": [1, 2]}, "KeyError: 'rewards'"),
         ({"rewards": [1, 2, 3]}, "it returned 3 rewards for 2 replies"),
@@ -175,32 +167,34 @@ def test_a_service_is_posted_prompts_and_replies(service: Path) -> None:
         ("slow", "within 0.3 s|timed out"),
     ],
 )
-def test_what_a_service_gets_wrong_is_told(answer: Any, told: str, service: Path) -> None:
-    """With the file that names it."""
+def test_invalid_answers_of_a_service_are_errors(answer: Any, message: str, service: Path) -> None:
+    """The error names the JSON file."""
     Service.answer = answer
-    with pytest.raises(RewardError, match=rf"the reward judge\.json could not be used: .*({told}).*q1, q2"):
+    with pytest.raises(RewardError, match=rf"the reward judge\.json could not be used: .*({message}).*q1, q2"):
         ask(service, timeout=0.3 if answer == "slow" else 30.0)
 
 
 @pytest.mark.parametrize("text", ["no JSON", "{}", "[]", '{"url": "file:///etc/passwd"}', '{"url": 5}'])
-def test_a_file_that_names_no_service_is_told(text: str, tmp_path: Path) -> None:
-    """An address of another kind, which might read a file, too."""
+def test_a_file_without_a_service_url_is_rejected(text: str, tmp_path: Path) -> None:
+    """A URL of another scheme, which might read a file, is rejected too."""
     path = tmp_path / "judge.json"
     path.write_text(text)
     with pytest.raises(StageError, match=r"expected a JSON object with the `url` of an HTTP service in .*, found"):
         ask(path)
 
 
-def test_a_reward_model_is_one_of_them(chain: Chain) -> None:
-    """Its rewards are the scores of the folder's scorer, less a price for how far its heads lie apart."""
-    path = chain.path("data/reward/policy/model")
+def test_a_reward_model_returns_the_scorers_scores(chain: Chain) -> None:
+    """With `disagreement`, the standard deviation of the heads is subtracted."""
+    path = chain.path("data/reward/train/model")
     scorer, exchanges = Scorer.load(path, NUMERICS), list(zip(PROMPTS, REPLIES, strict=True))
 
-    def rewarded(normalised: bool, disagreement: float) -> Sequence[float]:
+    def model_rewards(normalised: bool, disagreement: float) -> Sequence[float]:
         reward = Model(name="model", path=str(path), normalised=normalised, disagreement=disagreement)
-        return rewards.open_judge(reward, path, NUMERICS)(PROMPTS, REPLIES)
+        return rewards.open_reward(reward, path, NUMERICS, 30.0)(PROMPTS, REPLIES)
 
-    assert rewarded(False, 0.0) == scorer.score(exchanges)
-    assert rewarded(True, 0.0) == scorer.score(exchanges, normalised=True)
-    scores, apart = scorer.judge(exchanges)
-    assert rewarded(False, 2.0) == [score - 2 * other for score, other in zip(scores, apart, strict=True)]
+    assert model_rewards(False, 0.0) == scorer.score(exchanges)
+    assert model_rewards(True, 0.0) == scorer.score(exchanges, normalised=True)
+    scores, deviations = scorer.score_with_std(exchanges)
+    assert model_rewards(False, 2.0) == [
+        score - 2 * deviation for score, deviation in zip(scores, deviations, strict=True)
+    ]

@@ -1,7 +1,7 @@
-"""Sampling through vLLM: what is asked of it and what it may get wrong, and, where it is installed, what it says.
+"""Sampling through vLLM: the requests, errors of the process, and, if vLLM is installed, its replies.
 
-The tests of vLLM itself take some minutes and need the environment that `make vllm` makes; the others put a script in
-the place of its process.
+The tests of vLLM itself take some minutes and need the environment made by `make vllm`; the others replace its process
+by a script.
 """
 
 import csv
@@ -18,25 +18,27 @@ from typing import Any
 import psutil
 import pytest
 
-from tasks.common import identity, settings
-from tasks.common.alignment import rollouts, vllm_worker
-from tasks.common.alignment.policy import Policy
-from tasks.common.alignment.rollouts import Engine, RolloutError, Vllm
-from tasks.common.evaluation import sampling
+from tasks.align import rollouts, vllm_worker
+from tasks.align.policy import Policy
+from tasks.align.rollouts import RolloutError, Vllm, VllmEngine
+from tasks.common import identity, params_file
+from tasks.common.defaults import read_settings
+from tasks.common.generation import sampling
 from tasks.common.modelling import models
-from tasks.common.settings import SettingsError
+from tasks.common.random_streams import Stream, derive_seed
+from tasks.common.settings import SettingsError, Timeouts
 from tasks.common.text import chat
 from tests.conftest import ROOT
-from tests.test_resume import clone, finished, start, wait_for_step
+from tests.stage_processes import clone, run_to_end, start_command, wait_for_step
 from tests.training_fixtures import CAPITALS, LORA, NUMERICS, QUESTIONS, Chain, chain, config
 
 __all__ = ["chain"]
 
-pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
+pytestmark = pytest.mark.timeout(300)  # the first test builds the chain
 
 PROMPTS = [[5, 6, 7], [8, 9]]
-TOP = {"name": "top", "layers": 1}
-# A process in vLLM's place: it says something in its log and does what the test names.
+TOP = {"name": "top_layers", "layers": 1}
+# A process in vLLM's place: it writes to its log and runs the test's code.
 SCRIPT = """
 import json, os, sys, time
 from safetensors import safe_open
@@ -60,17 +62,17 @@ with os.fdopen(int(sys.argv[1]), "w") as answers:
 
 @pytest.fixture
 def policy(chain: Chain) -> Callable[..., Policy]:
-    """Return a maker of policies on the tuned model."""
+    """Return a factory of policies on the tuned model."""
 
     def make(method: dict[str, Any] | None = None, values: Any = "shared") -> Policy:
-        chosen = config("ppo", method=method or {"name": "full"}).method
-        return Policy.load(chain.path("data/finetune/model"), chosen, values, NUMERICS, 1.0)
+        chosen = config("align@policy", method=method or {"name": "full"}).method
+        return Policy.load(chain.path("data/finetune/chat/model"), chosen, values, NUMERICS, 1.0)
 
     return make
 
 
-def moved(policy: Policy) -> Policy:
-    """Return the policy, all that it trains moved a little."""
+def perturb(policy: Policy) -> Policy:
+    """Add a little noise to the trainable weights and return the policy."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -83,56 +85,62 @@ def moved(policy: Policy) -> Policy:
 
 @pytest.mark.parametrize("method", [{"name": "full"}, TOP, LORA])
 @pytest.mark.parametrize("values", ["shared", "separate"])
-def test_what_is_handed_over_is_what_would_be_saved(
+def test_merged_state_dict_equals_the_saved_model(
     method: dict[str, Any], values: str, policy: Callable[..., Policy], chain: Chain
 ) -> None:
-    """Under the names of the plain model, without head or critic, tied weights twice; the policy stays in training."""
+    """It has the plain model's names, no head or critic, tied weights twice; the policy stays in training."""
     import torch
 
-    ours, path = moved(policy(method, values)), chain.path("data/finetune/model")
+    ours, path = perturb(policy(method, values)), chain.path("data/finetune/chat/model")
     trained = {name: value.clone() for name, value in ours.model.named_parameters() if value.requires_grad}
-    found = ours.plain_weights(path)
+    merged = ours.merged_state_dict(path)
     after = {name: value for name, value in ours.model.named_parameters() if value.requires_grad}
     assert all((after[name] == value).all() for name, value in trained.items())
     assert after.keys() == trained.keys()
-    plain = ours.plain(path, ours.model).state_dict()
-    assert found.keys() == plain.keys() == models.load_decoder(path, NUMERICS).state_dict().keys()
-    assert all(torch.equal(found[name], value) for name, value in plain.items())
+    plain = ours.merged_model(path, ours.model).state_dict()
+    assert merged.keys() == plain.keys() == models.load_decoder(path, NUMERICS).state_dict().keys()
+    assert all(torch.equal(merged[name], value) for name, value in plain.items())
 
 
-# A process that stands in for vLLM
+# A process in vLLM's place
 
 
 @pytest.fixture
-def engine(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engine]]:
-    """Return a maker of engines whose process runs a script that samples by some lines of code."""
-    opened: list[Engine] = []
+def engine(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., VllmEngine]]:
+    """Return a factory of engines whose process runs a script that samples by the given code."""
+    workers: list[VllmEngine] = []
 
-    def make(sample: str, timeout: float = 60.0) -> Engine:
+    def make(sample: str, timeout: float = 60.0) -> VllmEngine:
         script = tmp_path / "script.py"
         script.write_text(SCRIPT.format(sample=sample), encoding="utf-8")
         monkeypatch.setattr(vllm_worker, "__file__", str(script))
-        monkeypatch.setattr(rollouts, "python", lambda: Path(sys.executable))
-        job = chain.job("ppo", config("ppo"), tmp_path / "outputs", run_folder=tmp_path / "run")
-        chosen = Vllm.model_construct(name="vllm", version="1", cache_mb=8, timeout=timeout)
-        opened.append(Engine(chosen, job))
-        return opened[-1]
+        monkeypatch.setattr(rollouts, "vllm_python", lambda: Path(sys.executable))
+        job = chain.job(
+            "align@policy",
+            config("align@policy"),
+            tmp_path / "outputs",
+            run_folder=tmp_path / "run",
+            timeouts=Timeouts(vllm_seconds=timeout),
+        )
+        chosen = Vllm.model_construct(name="vllm", version="1", cache_mb=8)
+        workers.append(VllmEngine(chosen, job))
+        return workers[-1]
 
     yield make
-    for found in opened:
-        found.close()
+    for worker in workers:
+        worker.close()
 
 
-def ask(engine: Engine, policy: Policy, **changes: Any) -> list[list[int]]:
+def ask(engine: VllmEngine, policy: Policy, **changes: Any) -> list[list[int]]:
     """Return the replies to two prompts."""
-    given: dict[str, Any] = {"max_new_tokens": 9, "temperature": 0.5, "seed": 3, "end": 1}
-    return engine.replies(policy, PROMPTS, **{**given, **changes})
+    options: dict[str, Any] = {"max_new_tokens": 9, "temperature": 0.5, "seed": 3, "end": 1}
+    return engine.generate(policy, PROMPTS, **{**options, **changes})
 
 
-def test_the_process_is_handed_prompts_and_the_weights_as_they_stand(
-    engine: Callable[..., Engine], policy: Callable[..., Policy]
+def test_rollout_process_receives_prompts_and_current_weights(
+    engine: Callable[..., VllmEngine], policy: Callable[..., Policy]
 ) -> None:
-    """Before each iteration those that the policy has then."""
+    """The weights are written before each request."""
     ours, theirs = policy(), engine("return [([*prompt, seed, max_new_tokens, end, norm], []) for prompt in prompts]")
     theirs.load(ours, 40)
     norm = ours.model.model.norm.weight
@@ -143,88 +151,91 @@ def test_the_process_is_handed_prompts_and_the_weights_as_they_stand(
 
 
 @pytest.mark.parametrize(
-    ("sample", "told"),
+    ("sample", "message"),
     [
-        ("return [([1], [0.0])]", "it gave 1 replies to 2 prompts"),
-        ("return [([1], [0.0]), ([], [])]", "1 of its replies are not of 1 to 9 tokens"),
-        ("return [([1] * 10, []), ([1] * 11, [])]", "2 of its replies are not of 1 to 9 tokens"),
-        ("raise MemoryError('no room')", "its process ended with 1"),
-        ("os.kill(os.getpid(), 9)", "its process ended by signal 9"),
+        ("return [([1], [0.0])]", "it returned 1 replies to 2 prompts"),
+        ("return [([1], [0.0]), ([], [])]", "1 of its replies do not have 1 to 9 tokens"),
+        ("return [([1] * 10, []), ([1] * 11, [])]", "2 of its replies do not have 1 to 9 tokens"),
+        ("raise MemoryError('no room')", "its process exited with 1"),
+        ("os.kill(os.getpid(), 9)", "its process died of signal 9"),
         ("time.sleep(60)", "it has not answered within 3 s"),
     ],
 )
-def test_what_goes_wrong_is_one_sentence_with_the_end_of_the_log(
-    sample: str, told: str, engine: Callable[..., Engine], policy: Callable[..., Policy]
+def test_errors_have_one_sentence_and_the_log_tail(
+    sample: str, message: str, engine: Callable[..., VllmEngine], policy: Callable[..., Policy]
 ) -> None:
-    """Too few replies, empty or endless ones, a process that dies, and one that hangs."""
+    """Too few replies, empty or too long ones, a process that dies, and one that hangs."""
     theirs = engine(sample, timeout=3.0 if "sleep" in sample else 60.0)
     ours = policy()
     theirs.load(ours, 40)
     with pytest.raises(RolloutError) as caught:
         ask(theirs, ours)
-    assert f"vLLM could not sample (ppo.rollouts): {told}" in str(caught.value)
+    assert f"vLLM could not sample (align.rollouts): {message}" in str(caught.value)
     assert str(caught.value).endswith(
         "MemoryError: no room" if "raise" in sample else "began\nasked to load\nasked to sample"
     )
-    assert "the stage goes on from here" in str(caught.value)
+    assert "rerun to resume from here" in str(caught.value)
     theirs.close()
     assert not psutil.pid_exists(theirs.process.pid)
 
 
-def test_the_stage_keeps_what_it_learnt_where_the_process_dies_and_goes_on_from_there(
-    engine: Callable[..., Engine], chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_stage_resumes_after_the_process_died(
+    engine: Callable[..., VllmEngine], chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It dies in the second iteration of three; the next run begins there."""
-    from tasks import ppo
+    """It dies in the second iteration of three; the next run resumes there."""
+    from tasks.align import stage as align
     from tasks.common.settings import Checkpoints
 
     engine("return None").close()  # for the script's place
-    script, seed = tmp_path / "script.py", 1
+    script = tmp_path / "script.py"
     plain = "return [([prompt[-1], end], [0.0, 0.0]) for prompt in prompts]"
-    monkeypatch.setitem(rollouts.APART, "float32", 1e9)  # for these are no replies of the policy's
-    chosen = config("ppo").model_copy(
-        update={"rollouts": Vllm.model_construct(name="vllm", version="1", cache_mb=8, timeout=60.0)}
+    monkeypatch.setitem(rollouts.MAX_LOGPROB_GAP, "float32", 1e9)  # the replies are not the policy's
+    chosen = config("align@policy").model_copy(
+        update={"rollouts": Vllm.model_construct(name="vllm", version="1", cache_mb=8)}
     )
     store = Checkpoints(url=str(tmp_path / "store"), every_seconds=1e9)
-    job = chain.job("ppo", chosen, tmp_path / "stage", run_folder=tmp_path / "run", checkpoints=store)
-    script.write_text(SCRIPT.format(sample=f"if seed == {seed + 1}: sys.exit(5)\n    {plain}"), encoding="utf-8")
-    with pytest.raises(RolloutError, match="its process ended with 5"):
-        ppo.run(chosen, job)
+    job = chain.job("align@policy", chosen, tmp_path / "stage", run_folder=tmp_path / "run", checkpoints=store)
+    seed = derive_seed(job.seed, Stream.ROLLOUTS, 1, 0)
+    script.write_text(SCRIPT.format(sample=f"if seed == {seed}: sys.exit(5)\n    {plain}"), encoding="utf-8")
+    with pytest.raises(RolloutError, match="its process exited with 5"):
+        align.run(chosen, job)
     assert [path.name for path in (tmp_path / "store").glob("*/*/*")] == ["000000001"]
     script.write_text(SCRIPT.format(sample=plain), encoding="utf-8")
-    metrics = ppo.run(chosen, job)
+    metrics = align.run(chosen, job)
     assert metrics["length_first"] == metrics["length_last"] == 2
     assert job.figures["resumed_at_step"] == 1
 
 
-def test_what_samples_from_another_model_is_found_out(
-    engine: Callable[..., Engine], policy: Callable[..., Policy]
+def test_sampling_from_another_model_is_detected(
+    engine: Callable[..., VllmEngine], policy: Callable[..., Policy]
 ) -> None:
-    """By the log-probabilities that it says its tokens have, each reply's beside the policy's own."""
+    """By comparing vLLM's log-probabilities of the tokens with the policy's."""
     import torch
 
     ours = policy()
     theirs = engine("return [([3], [-1.0]), ([3, 4], [-2.0, -3.0])]")
     theirs.load(ours, 40)
     assert ask(theirs, ours) == [[3], [3, 4]]
-    logp, replied = torch.tensor([[-1.0, 7.0], [-2.0, -3.0]]), torch.tensor([[True, False], [True, True]])
-    assert theirs.apart(logp, replied) == 0
-    assert theirs.apart(logp + 5e-4, replied) == pytest.approx(5e-4, rel=1e-2)
+    logp, reply_mask = torch.tensor([[-1.0, 7.0], [-2.0, -3.0]]), torch.tensor([[True, False], [True, True]])
+    assert theirs.logprob_gap(logp, reply_mask) == 0
+    assert theirs.logprob_gap(logp + 5e-4, reply_mask) == pytest.approx(5e-4, rel=1e-2)
     for wrong in (logp + 0.01, logp * float("nan")):
-        with pytest.raises(RolloutError, match=r"nats a token off the policy's \(rounding makes 0\.001\)"):
-            theirs.apart(wrong, replied)
+        with pytest.raises(RolloutError, match=r"nats per token off the policy's \(limit 0\.001\)"):
+            theirs.logprob_gap(wrong, reply_mask)
 
 
-def test_the_worker_says_what_it_cannot_do_and_ends_with_its_input() -> None:
-    """Here it has no vLLM to load a model with. A stop that is told to the whole group is the stage's affair."""
-    reading, writing = os.pipe()
-    command = [sys.executable, "-I", vllm_worker.__file__, str(writing)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[writing], text=True)
-    os.close(writing)
+def test_the_worker_reports_errors_and_exits_with_its_input() -> None:
+    """vLLM is not importable here. The worker ignores SIGTERM and SIGINT, which the stage handles."""
+    read_end, write_end = os.pipe()
+    command = [sys.executable, "-I", vllm_worker.__file__, str(write_end)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[write_end], text=True)
+    os.close(write_end)
     assert process.stdin is not None
-    given = '"model": "", "device": "cpu", "dtype": "float32", "threads": 1, "longest": 9, "cache_mb": 1, "seed": 1'
-    with os.fdopen(reading) as answers:
-        process.stdin.write(f'["load", {{{given}}}]\n')
+    load_options = (
+        '"model": "", "device": "cpu", "dtype": "float32", "threads": 1, "max_length": 9, "cache_mb": 1, "seed": 1'
+    )
+    with os.fdopen(read_end) as answers:
+        process.stdin.write(f'["load", {{{load_options}}}]\n')
         process.stdin.flush()
         assert answers.readline() == """{"error": "ModuleNotFoundError: No module named 'vllm'"}\n"""
         process.send_signal(signal.SIGTERM)
@@ -239,169 +250,180 @@ def test_the_worker_says_what_it_cannot_do_and_ends_with_its_input() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "told"), [(None, "there is none"), ("", "there is none"), ("0.31.0", "there is 0.31.0"), ("0.32.0", None)]
+    ("printed", "installed"), [(None, "no vLLM"), ("", "no vLLM"), ("0.31.0", "vLLM 0.31.0"), ("0.32.0", None)]
 )
-def test_another_release_or_none_is_told_before_anything_runs(
-    said: str | None, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_missing_release_is_rejected_before_any_stage(
+    printed: str | None, installed: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With where it was looked for and what brings it; so is a second process, which has nothing to hand over."""
-    there = tmp_path / "bin/python"
-    if said is not None:
-        there.parent.mkdir()
-        there.write_text(f"#!/bin/sh\necho {said}\n")
-        there.chmod(0o755)
-    monkeypatch.setenv(rollouts.PYTHON, str(there))
-    params = settings.read_params(ROOT / "profiles/smoke.yaml")
-    params["ppo"]["rollouts"] = {"name": "vllm", "version": "0.32.0", "cache_mb": 64, "timeout": 60}
-    if told:
+    """The error has the path and the remedy; several processes are rejected too."""
+    python = tmp_path / "bin/python"
+    if printed is not None:
+        python.parent.mkdir()
+        python.write_text(f"#!/bin/sh\necho {printed}\n")
+        python.chmod(0o755)
+    monkeypatch.setenv(rollouts.PYTHON_VARIABLE, str(python))
+    params = read_settings(ROOT / "profiles/smoke.yaml")
+    params["align"]["policy"]["rollouts"] = {"name": "vllm", "version": "0.32.0", "cache_mb": 64}
+    if installed:
         with pytest.raises(SettingsError) as caught:
-            settings.check(params)
-        assert f"ppo.rollouts.version: found '0.32.0', but {there} should have that release" in str(caught.value)
-        assert f"{told}: `make vllm` brings it" in str(caught.value)
+            params_file.check(params)
+        problem = f"found '0.32.0', but {python} has {installed}: `make vllm` installs that release"
+        assert f"align.policy.rollouts.version: {problem}" in str(caught.value)
     else:
-        settings.check(params)
+        params_file.check(params)
         params["numerics"]["parallel"] = {"processes": 2, "engine": "data"}
         with pytest.raises(SettingsError, match=r"'vllm', which needs numerics\.parallel\.processes to be 1"):
-            settings.check(params)
+            params_file.check(params)
 
 
-def test_it_is_looked_for_beside_this_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a run in a worktree of its own finds it too."""
-    monkeypatch.delenv(rollouts.PYTHON, raising=False)
-    assert rollouts.python() == Path(sys.prefix).parent / ".venv-vllm/bin/python"
+def test_vllm_python_is_beside_this_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in another worktree finds it too."""
+    monkeypatch.delenv(rollouts.PYTHON_VARIABLE, raising=False)
+    assert rollouts.vllm_python() == Path(sys.prefix).parent / ".venv-vllm/bin/python"
 
 
 # vLLM itself
 
-THERE = rollouts.installed(rollouts.python())
-needs_vllm = pytest.mark.skipif(not THERE, reason=f"no vLLM at {rollouts.python()}: `make vllm` brings it")
+INSTALLED_VERSION = rollouts.installed_version(rollouts.vllm_python())
+needs_vllm = pytest.mark.skipif(
+    not INSTALLED_VERSION, reason=f"no vLLM at {rollouts.vllm_python()}: `make vllm` brings it"
+)
 slow = [needs_vllm, pytest.mark.slow, pytest.mark.timeout(900)]
-CHOSEN = {"name": "vllm", "version": THERE, "cache_mb": 64, "timeout": 300}
+VLLM_SETTINGS = {"name": "vllm", "version": INSTALLED_VERSION, "cache_mb": 64}
 
 
 @pytest.fixture(scope="module")
-def vllm(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def vllm(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
     """vLLM with the tuned model."""
     folder = tmp_path_factory.mktemp("vllm")
-    chosen = config("ppo", rollouts=CHOSEN)
-    path = chain.path("data/finetune/model")
+    chosen = config("align@policy", rollouts=VLLM_SETTINGS)
+    path = chain.path("data/finetune/chat/model")
     tuned = Policy.load(path, chosen.method, "shared", NUMERICS, 1.0)
-    with rollouts.opened(chosen.rollouts, chain.job("ppo", chosen, folder, run_folder=folder), tuned, 64) as found:
-        assert found is not None
-        yield found
+    with rollouts.open_engine(
+        chosen.rollouts, chain.job("align@policy", chosen, folder, run_folder=folder), tuned, 64
+    ) as engine:
+        assert engine is not None
+        yield engine
 
 
 @pytest.fixture
 def prompts(chain: Chain) -> list[list[int]]:
-    """Questions of different lengths, as the policy is asked them."""
+    """Questions of different lengths, encoded as prompts."""
     tokenizer = chain.tokenizer()
     texts = (form.format(country=country) for country in CAPITALS for form in QUESTIONS)
     return [chat.encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in texts]
 
 
-def said(engine: Engine, policy: Policy, prompts: list[list[int]], end: int, **changes: Any) -> list[list[int]]:
+def vllm_replies(
+    engine: VllmEngine, policy: Policy, prompts: list[list[int]], end: int, **changes: Any
+) -> list[list[int]]:
     """Return vLLM's replies."""
-    given: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0.0, "seed": 1, "end": end}
-    return engine.replies(policy, prompts, **{**given, **changes})
+    options: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0.0, "seed": 1, "end": end}
+    return engine.generate(policy, prompts, **{**options, **changes})
 
 
 @pytest.mark.parametrize("method", [{"name": "full"}, TOP, LORA])
 class TestVllm:
-    """With each method of training, of which vLLM sees but the plain model."""
+    """Every training method; vLLM only sees the merged model."""
 
     pytestmark = slow
 
-    def test_greedy_replies_are_our_own(
+    def test_greedy_replies_match_local_generation(
         self,
         method: dict[str, Any],
-        vllm: Engine,
+        vllm: VllmEngine,
         policy: Callable[..., Policy],
         prompts: list[list[int]],
         chain: Chain,
     ) -> None:
-        """Token by token, of the tuned model and of one that has moved from it, whose replies are others."""
+        """Token by token, for the tuned model and for a perturbed one with other replies."""
         tokenizer, ours = chain.tokenizer(), policy(method, "separate")
         seen = []
         for _ in range(2):
-            own = sampling.replies(
+            own = sampling.generate_replies(
                 ours.model, tokenizer, prompts, max_new_tokens=24, temperature=0.0, seed=1, numerics=NUMERICS
             )
-            assert said(vllm, ours, prompts, tokenizer.eos_token_id) == own
-            cut = said(vllm, ours, prompts, tokenizer.eos_token_id, max_new_tokens=3)
+            assert vllm_replies(vllm, ours, prompts, tokenizer.eos_token_id) == own
+            cut = vllm_replies(vllm, ours, prompts, tokenizer.eos_token_id, max_new_tokens=3)
             assert cut == [reply[:3] for reply in own]
             seen.append(own)
-            moved(ours)
+            perturb(ours)
         assert seen[0] != seen[1]
         assert all(reply[-1] == tokenizer.eos_token_id for reply in seen[0])
 
     def test_a_seed_gives_the_same_replies(
         self,
         method: dict[str, Any],
-        vllm: Engine,
+        vllm: VllmEngine,
         policy: Callable[..., Policy],
         prompts: list[list[int]],
         chain: Chain,
     ) -> None:
-        """Also after others were asked for; another seed gives other ones, and so does another place."""
+        """Other requests in between change nothing; another seed or another position gives other replies."""
         ours, end = policy(method), chain.tokenizer().eos_token_id
-        first, other, again = (said(vllm, ours, prompts, end, temperature=1.5, seed=seed) for seed in (7, 8, 7))
+        first, other, again = (vllm_replies(vllm, ours, prompts, end, temperature=1.5, seed=seed) for seed in (7, 8, 7))
         assert first == again != other
-        same = said(vllm, ours, [prompts[0]] * 8, end, temperature=1.5)
+        same = vllm_replies(vllm, ours, [prompts[0]] * 8, end, temperature=1.5)
         assert len({tuple(reply) for reply in same}) > 1
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 class TestShares:
-    """What is drawn."""
+    """Token frequencies."""
 
     pytestmark = slow
 
     def test_tokens_are_drawn_as_often_as_the_policy_says(
-        self, temperature: float, vllm: Engine, policy: Callable[..., Policy], prompts: list[list[int]], chain: Chain
+        self,
+        temperature: float,
+        vllm: VllmEngine,
+        policy: Callable[..., Policy],
+        prompts: list[list[int]],
+        chain: Chain,
     ) -> None:
-        """Within four standard deviations of each token's count, at the temperature that is asked for."""
+        """Counts are within four standard deviations of the probabilities at the given temperature."""
         import torch
 
-        count, ours = 8000, moved(policy())
-        found = said(
+        count, ours = 8000, perturb(policy())
+        replies = vllm_replies(
             vllm, ours, [prompts[0]] * count, chain.tokenizer().eos_token_id, max_new_tokens=1, temperature=temperature
         )
         with torch.no_grad():
             logits = ours.model(input_ids=torch.tensor([prompts[0]])).logits[0, -1]
         shares = torch.softmax(logits.double() / temperature, -1)
-        drawn = torch.tensor([reply[0] for reply in found]).bincount(minlength=len(shares)) / count
+        frequencies = torch.tensor([reply[0] for reply in replies]).bincount(minlength=len(shares)) / count
         likely = shares > 0.002
         assert likely.sum() > 3
-        assert ((drawn - shares).abs()[likely] < 4 * (shares * (1 - shares) / count).sqrt()[likely]).all()
-        assert drawn[~likely].sum().item() == pytest.approx(shares[~likely].sum().item(), abs=0.02)
+        assert ((frequencies - shares).abs()[likely] < 4 * (shares * (1 - shares) / count).sqrt()[likely]).all()
+        assert frequencies[~likely].sum().item() == pytest.approx(shares[~likely].sum().item(), abs=0.02)
 
 
 class TestStage:
-    """Whole runs, and one that does not begin."""
+    """Whole runs, and one that fails to start."""
 
     pytestmark = slow
 
-    def test_a_build_for_another_device_is_refused(
+    def test_build_for_another_device_is_rejected(
         self, chain: Chain, policy: Callable[..., Policy], tmp_path: Path
     ) -> None:
-        """It would sample all the same, where nobody looks for it."""
-        chosen = config("ppo", rollouts=CHOSEN)
+        """It would otherwise sample on the wrong device unnoticed."""
+        chosen = config("align@policy", rollouts=VLLM_SETTINGS)
         numerics = NUMERICS.model_copy(update={"device": "cuda"})
-        job = chain.job("ppo", chosen, tmp_path, run_folder=tmp_path, numerics=numerics)
+        job = chain.job("align@policy", chosen, tmp_path, run_folder=tmp_path, numerics=numerics)
         with (
             pytest.raises(RolloutError, match="this build of vLLM computes on cpu, not on cuda"),
-            rollouts.opened(chosen.rollouts, job, policy(), 64),
+            rollouts.open_engine(chosen.rollouts, job, policy(), 64),
         ):
             pass
 
-    def test_it_learns_and_killed_it_goes_on_as_if_nothing_had_been(self, chain: Chain, tmp_path: Path) -> None:
-        """The KL is 0 at first; `kill -9` takes vLLM with it, and the resumed run ends with the same bytes."""
-        settings = {"rollouts": CHOSEN, "iterations": 12}
+    def test_a_killed_run_resumes_to_the_same_bytes(self, chain: Chain, tmp_path: Path) -> None:
+        """The KL is 0 at first; `kill -9` also ends vLLM, and the resumed run gives the same bytes."""
+        settings = {"rollouts": VLLM_SETTINGS, "iterations": 12}
         store = tmp_path / "store"
-        whole = clone(tmp_path / "whole", chain, "ppo", settings, tmp_path / "none", 1e9, dtype="float32")
-        cut = clone(tmp_path / "cut", chain, "ppo", settings, store, 1e-9, dtype="float32")
-        finished(whole, "ppo")
-        process = start(cut, "ppo")
+        whole = clone(tmp_path / "whole", chain, "align policy", settings, tmp_path / "none", 1e9, dtype="float32")
+        cut = clone(tmp_path / "cut", chain, "align policy", settings, store, 1e-9, dtype="float32")
+        run_to_end(whole, "align policy")
+        process = start_command(cut, "align policy")
         wait_for_step(4, store, process)
         children = psutil.Process(process.pid).children(recursive=True)
         commands = {child.pid: child.cmdline() for child in children}
@@ -410,11 +432,13 @@ class TestStage:
         assert any("vllm_worker" in part for child in children for part in commands[child.pid])
         psutil.wait_procs(children, timeout=30)
         assert not any(child.is_running() for child in children)
-        assert "resuming at step" in finished(cut, "ppo")
-        assert identity.tree_hash(cut / "data/ppo/model") == identity.tree_hash(whole / "data/ppo/model")
-        metrics = json.loads((whole / "metrics/ppo.json").read_text(encoding="utf-8"))
+        assert "resuming at step" in run_to_end(cut, "align policy")
+        assert identity.tree_hash(cut / "data/align/policy/model") == identity.tree_hash(
+            whole / "data/align/policy/model"
+        )
+        metrics = json.loads((whole / "metrics/align@policy.json").read_text(encoding="utf-8"))
         assert metrics["kl_first"] == 0 < metrics["kl_last"]
-        with (whole / "data/ppo/history.csv").open(newline="") as file:
-            apart = [float(row["sampler_apart"]) for row in csv.DictReader(file)]
-        assert len(apart) == 13
-        assert max(apart) < 1e-4
+        with (whole / "data/align/policy/history.csv").open(newline="") as file:
+            gaps = [float(row["sampler_logprob_gap"]) for row in csv.DictReader(file)]
+        assert len(gaps) == 13
+        assert max(gaps) < 1e-4

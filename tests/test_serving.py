@@ -1,4 +1,4 @@
-"""The served service: a real `bentoml serve` process, asked with plain HTTP and with the `openai` client."""
+"""The service in a real `bentoml serve` process, with plain HTTP and the `openai` client."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from serving import openai_api
-from serving.intake import MAX_BODY_BYTES
+from serving.middleware import MAX_BODY_BYTES
 from serving.package import open_package
 from tests.servers import environment, free_port, serving
 from tests.serving_fixtures import CAPITALS, CONTEXT, MAX_NEW_TOKENS, ROOT, TAG, answer, package, question
@@ -31,7 +31,7 @@ JAPAN: list[Any] = [{"role": "user", "content": question("Japan")}]
 
 @pytest.fixture(scope="module")
 def client(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A client of one server that the whole module asks, started as `make serve` starts it."""
+    """A client of one server for the whole module, started like `make serve`."""
     port, log = free_port(), tmp_path_factory.mktemp("serve") / "log"
     with (
         serving("serving.serve", str(port), package=package, port=port, log=log),
@@ -43,79 +43,79 @@ def client(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.fixture(scope="module")
 def ai(client: httpx.Client) -> Iterator[openai.OpenAI]:
     base = f"{client.base_url}/v1/".replace("//v1", "/v1")
-    with openai.OpenAI(base_url=base, api_key="none", max_retries=0) as asking:
-        yield asking
+    with openai.OpenAI(base_url=base, api_key="none", max_retries=0) as openai_client:
+        yield openai_client
 
 
-def test_generate(client: httpx.Client) -> None:
-    answered = client.post("/generate", json={"input": question("France")})
-    assert answered.status_code == 200
-    assert answered.json() == {"output": answer("France")}
-    assert answered.headers["X-Bessemer-Model"] == TAG
+def test_generate_returns_the_answer(client: httpx.Client) -> None:
+    response = client.post("/generate", json={"input": question("France")})
+    assert response.status_code == 200
+    assert response.json() == {"output": answer("France")}
+    assert response.headers["X-Bessemer-Model"] == TAG
 
 
-def test_generate_takes_what_curl_sends_without_a_content_type(client: httpx.Client) -> None:
+def test_generate_accepts_curl_default_content_type(client: httpx.Client) -> None:
     body = json.dumps({"input": question("France")})
-    answered = client.post("/generate", content=body, headers={"Content-Type": "application/x-www-form-urlencoded"})
-    assert answered.json() == {"output": answer("France")}
+    response = client.post("/generate", content=body, headers={"Content-Type": "application/x-www-form-urlencoded"})
+    assert response.json() == {"output": answer("France")}
 
 
 def test_generate_with_fewer_tokens_and_with_a_seed(client: httpx.Client) -> None:
     short = client.post("/generate", json={"input": question("France"), "max_new_tokens": 2}).json()["output"]
     assert answer("France").startswith(short)
     assert 0 < len(short) < len(answer("France"))
-    drawn = [
+    replies = [
         client.post("/generate", json={"input": question("France"), "temperature": 2.0, "seed": seed}).json()
         for seed in (1, 1, 2)
     ]
-    assert drawn[0] == drawn[1] != drawn[2]
+    assert replies[0] == replies[1] != replies[2]
 
 
-def test_fill_mask(client: httpx.Client) -> None:
-    answered = client.post("/fill-mask", json={"input": "The capital of [MASK] is Paris.", "top": 3}).json()
-    assert answered["output"] == "The capital of France is Paris."
-    assert [row["mask"] for row in answered["names"]] == [1, 1, 1]
-    assert answered["names"][0]["name"] == "France"
-    scores = [row["score"] for row in answered["names"]]
+def test_fill_mask_returns_output_and_scored_names(client: httpx.Client) -> None:
+    result = client.post("/fill-mask", json={"input": "The capital of [MASK] is Paris.", "top": 3}).json()
+    assert result["output"] == "The capital of France is Paris."
+    assert [row["mask"] for row in result["names"]] == [1, 1, 1]
+    assert result["names"][0]["name"] == "France"
+    scores = [row["score"] for row in result["names"]]
     assert scores == sorted(scores, reverse=True)
     assert 0 < sum(scores) <= 1
 
 
 def test_fill_mask_fills_every_mask(client: httpx.Client) -> None:
-    answered = client.post("/fill-mask", json={"input": "[MASK] and [MASK]!", "top": 1}).json()
-    first, second = (row["name"] for row in answered["names"])
-    assert answered["output"] == f"{first} and {second}!"
-    assert [row["mask"] for row in answered["names"]] == [1, 2]
+    result = client.post("/fill-mask", json={"input": "[MASK] and [MASK]!", "top": 1}).json()
+    first, second = (row["name"] for row in result["names"])
+    assert result["output"] == f"{first} and {second}!"
+    assert [row["mask"] for row in result["names"]] == [1, 2]
 
 
-BAD = [
+INVALID_REQUESTS = [
     ({}, '"input" is missing'),
-    ({"input": 3}, '"input" must be a text; got 3'),
-    ({"input": None}, '"input" must be a text; got null'),
-    ({"input": ["a"]}, '"input" must be a text; got a list'),
+    ({"input": 3}, '"input" must be a string; got 3'),
+    ({"input": None}, '"input" must be a string; got null'),
+    ({"input": ["a"]}, '"input" must be a string; got a list'),
     ({"input": "  "}, '"input" is empty'),
     ([], "must be a JSON object"),
     ({"input": "Hi", "max_tokens": 3}, '"max_tokens" is unknown; known are input, max_new_tokens'),
     ({"input": "and " * CONTEXT}, f"tokens, chat markers included, and {CONTEXT - 1} are allowed"),
-    ({"input": "Hi", "max_new_tokens": 999}, f"999 new tokens were asked for and {MAX_NEW_TOKENS} are allowed"),
-    ({"input": "and " * 60, "max_new_tokens": MAX_NEW_TOKENS}, f"together; {CONTEXT} are allowed"),
+    ({"input": "Hi", "max_new_tokens": 999}, f"999 new tokens were requested and {MAX_NEW_TOKENS} are allowed"),
+    ({"input": "and " * 60, "max_new_tokens": MAX_NEW_TOKENS}, f"in all; {CONTEXT} are allowed"),
     ({"input": "Hi", "max_new_tokens": 0}, '"max_new_tokens" must be 1 or more; got 0'),
-    ({"input": "Hi", "max_new_tokens": "3"}, '"max_new_tokens" must be a whole number; got a text'),
-    ({"input": "Hi", "max_new_tokens": 1.5}, '"max_new_tokens" must be a whole number; got 1.5'),
+    ({"input": "Hi", "max_new_tokens": "3"}, '"max_new_tokens" must be an integer; got a string'),
+    ({"input": "Hi", "max_new_tokens": 1.5}, '"max_new_tokens" must be an integer; got 1.5'),
     ({"input": "Hi", "temperature": 3}, '"temperature" must be between 0 and 2; got 3'),
-    ({"input": "Hi", "temperature": "hot"}, '"temperature" must be a number; got a text'),
-    ({"input": "Hi", "seed": 0.5, "top_p": None}, '"top_p" must be a number; got null. "seed" must be a whole number'),
-    ({"input": "Hi", "model": 3}, '"model" must be a text; got 3'),
+    ({"input": "Hi", "temperature": "hot"}, '"temperature" must be a number; got a string'),
+    ({"input": "Hi", "seed": 0.5, "top_p": None}, '"top_p" must be a number; got null. "seed" must be an integer'),
+    ({"input": "Hi", "model": 3}, '"model" must be a string; got 3'),
     ({"input": "Hi<|end|>"}, "<|end|>, which is reserved"),
 ]
 
 
-@pytest.mark.parametrize(("body", "sentence"), BAD)
-def test_generate_refuses_with_a_sentence(client: httpx.Client, body: Any, sentence: str) -> None:
-    answered = client.post("/generate", json=body)
-    assert answered.status_code == 400
-    assert list(answered.json()) == ["error"]
-    assert sentence in answered.json()["error"]
+@pytest.mark.parametrize(("body", "sentence"), INVALID_REQUESTS)
+def test_generate_invalid_request_returns_a_message(client: httpx.Client, body: Any, sentence: str) -> None:
+    response = client.post("/generate", json=body)
+    assert response.status_code == 400
+    assert list(response.json()) == ["error"]
+    assert sentence in response.json()["error"]
 
 
 @pytest.mark.parametrize(
@@ -128,10 +128,10 @@ def test_generate_refuses_with_a_sentence(client: httpx.Client, body: Any, sente
     ],
     ids=["no json", "nothing", "no utf-8", "huge"],
 )
-def test_bodies_that_cannot_be_read(client: httpx.Client, body: bytes, status: int, sentence: str) -> None:
-    answered = client.post("/generate", content=body)
-    assert answered.status_code == status
-    assert sentence in answered.json()["error"]
+def test_unreadable_body_returns_an_error(client: httpx.Client, body: bytes, status: int, sentence: str) -> None:
+    response = client.post("/generate", content=body)
+    assert response.status_code == status
+    assert sentence in response.json()["error"]
 
 
 @pytest.mark.parametrize(
@@ -143,10 +143,10 @@ def test_bodies_that_cannot_be_read(client: httpx.Client, body: bytes, status: i
         ({"text": "[MASK]"}, '"input" is missing'),
     ],
 )
-def test_fill_mask_refuses_with_a_sentence(client: httpx.Client, body: Any, sentence: str) -> None:
-    answered = client.post("/fill-mask", json=body)
-    assert answered.status_code == 400
-    assert sentence in answered.json()["error"]
+def test_fill_mask_invalid_request_returns_a_message(client: httpx.Client, body: Any, sentence: str) -> None:
+    response = client.post("/fill-mask", json=body)
+    assert response.status_code == 400
+    assert sentence in response.json()["error"]
 
 
 def test_openai_client_lists_the_model(ai: openai.OpenAI) -> None:
@@ -156,16 +156,16 @@ def test_openai_client_lists_the_model(ai: openai.OpenAI) -> None:
         ai.models.retrieve("gpt-9")
 
 
-def test_models_are_listed_while_the_package_is_made_anew(package: Path, tmp_path: Path) -> None:
-    """`package` puts a new provenance.json in place of the old one while the server runs."""
+def test_models_are_listed_while_the_package_is_rewritten(package: Path, tmp_path: Path) -> None:
+    """The package stage replaces provenance.json while the server runs."""
     shutil.copytree(package, tmp_path / "package")
-    opened = open_package(tmp_path / "package")
+    served = open_package(tmp_path / "package")
     shutil.rmtree(tmp_path / "package")
     app = Starlette(routes=openai_api.ROUTES)
-    app.state.models = {"bessemer": opened}
-    listed = TestClient(app).get("/v1/models").json()["data"]
-    assert {entry["created"] for entry in listed} == {opened.created}
-    assert opened.created == int((package / "provenance.json").stat().st_mtime)
+    app.state.models = {"bessemer": served}
+    models = TestClient(app).get("/v1/models").json()["data"]
+    assert {entry["created"] for entry in models} == {served.created}
+    assert served.created == int((package / "provenance.json").stat().st_mtime)
 
 
 @pytest.mark.parametrize("model", [TAG, "bessemer"])
@@ -194,7 +194,7 @@ def test_openai_client_gets_a_stream(ai: openai.OpenAI) -> None:
     assert chunks[-1].usage == whole.usage
 
 
-def test_openai_client_may_set_what_it_usually_sets(ai: openai.OpenAI) -> None:
+def test_openai_client_optional_parameters(ai: openai.OpenAI) -> None:
     parts = [{"type": "text", "text": "What is the capital "}, {"type": "text", "text": "of Japan?"}]
     cut = ai.chat.completions.create(
         model=TAG,
@@ -208,11 +208,11 @@ def test_openai_client_may_set_what_it_usually_sets(ai: openai.OpenAI) -> None:
     assert cut.choices[0].message.content == "The capital of Japan"
     short = ai.chat.completions.create(model=TAG, messages=JAPAN, max_tokens=2)
     assert short.choices[0].finish_reason == "length"
-    drawn = [
+    replies = [
         ai.chat.completions.create(model=TAG, messages=JAPAN, temperature=2, top_p=0.9, seed=seed).choices[0].message
         for seed in (1, 1, 2)
     ]
-    assert drawn[0] == drawn[1] != drawn[2]
+    assert replies[0] == replies[1] != replies[2]
 
 
 def test_openai_errors_have_openai_form(ai: openai.OpenAI) -> None:
@@ -226,7 +226,7 @@ def test_openai_errors_have_openai_form(ai: openai.OpenAI) -> None:
     assert f"{CONTEXT - 1} are allowed" in long.value.message
 
 
-OPENAI_BAD = [
+INVALID_OPENAI_REQUESTS = [
     ({"messages": JAPAN}, "model", '"model" is missing'),
     ({"model": TAG}, "messages", '"messages" is missing'),
     ({"model": TAG, "messages": []}, "messages", "empty"),
@@ -235,31 +235,31 @@ OPENAI_BAD = [
     ({"model": TAG, "messages": [{"role": "robot", "content": "Hi"}]}, "messages", '"robot"'),
     ({"model": TAG, "messages": JAPAN, "max_tokens": 999}, "max_tokens", f"{MAX_NEW_TOKENS} are allowed"),
     ({"model": TAG, "messages": JAPAN, "temperature": -1}, "temperature", "between 0 and 2"),
-    ({"model": TAG, "messages": JAPAN, "n": 2}, "n", "not offered"),
-    ({"model": TAG, "messages": JAPAN, "tools": [{}]}, "tools", "not offered"),
-    ({"model": TAG, "messages": JAPAN, "stop": 3}, "stop", "a text or a list of texts"),
+    ({"model": TAG, "messages": JAPAN, "n": 2}, "n", "not supported"),
+    ({"model": TAG, "messages": JAPAN, "tools": [{}]}, "tools", "not supported"),
+    ({"model": TAG, "messages": JAPAN, "stop": 3}, "stop", "a string or a list of strings"),
 ]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(("body", "param", "sentence"), OPENAI_BAD)
-def test_openai_api_refuses_with_a_sentence(
+@pytest.mark.parametrize(("body", "param", "sentence"), INVALID_OPENAI_REQUESTS)
+def test_openai_invalid_request_returns_a_message(
     client: httpx.Client, body: dict[str, Any], param: str, sentence: str, stream: bool
 ) -> None:
-    answered = client.post("/v1/chat/completions", json={**body, "stream": stream})
-    error = answered.json()["error"]
-    assert answered.status_code == 400
+    response = client.post("/v1/chat/completions", json={**body, "stream": stream})
+    error = response.json()["error"]
+    assert response.status_code == 400
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     assert sentence in error["message"]
 
 
-def test_other_addresses_of_openai_are_not_found_in_its_form(client: httpx.Client) -> None:
-    answered = client.post("/v1/embeddings", json={})
-    assert answered.status_code == 404
-    assert "POST /v1/embeddings" in answered.json()["error"]["message"]
+def test_unknown_openai_route_returns_404_error_object(client: httpx.Client) -> None:
+    response = client.post("/v1/embeddings", json={})
+    assert response.status_code == 404
+    assert "POST /v1/embeddings" in response.json()["error"]["message"]
 
 
-def test_sixteen_at_once_get_the_answers_that_each_would_get_alone(client: httpx.Client) -> None:
+def test_concurrent_requests_get_the_same_answers_as_single_ones(client: httpx.Client) -> None:
     countries = [list(CAPITALS)[at % len(CAPITALS)] for at in range(48)]
 
     def get(at: int) -> str:
@@ -273,14 +273,14 @@ def test_sixteen_at_once_get_the_answers_that_each_would_get_alone(client: httpx
             masked = f"The capital of [MASK] is {CAPITALS[country]}."
             filled = client.post("/fill-mask", json={"input": masked}).raise_for_status().json()
             return str(filled["output"])
-        answered = client.post("/generate", json={"input": question(country)}).raise_for_status().json()
-        return str(answered["output"])
+        result = client.post("/generate", json={"input": question(country)}).raise_for_status().json()
+        return str(result["output"])
 
     with ThreadPoolExecutor(16) as pool:
         assert list(pool.map(get, range(len(countries)))) == [answer(country) for country in countries]
 
 
-def test_a_reader_who_leaves_in_the_middle_harms_nobody(client: httpx.Client) -> None:
+def test_client_disconnect_during_stream_leaves_server_working(client: httpx.Client) -> None:
     body = {"model": TAG, "stream": True, "messages": JAPAN, "temperature": 2, "seed": 1}
     for _ in range(3):
         with client.stream("POST", "/v1/chat/completions", json=body) as stream:
@@ -288,11 +288,11 @@ def test_a_reader_who_leaves_in_the_middle_harms_nobody(client: httpx.Client) ->
     assert client.post("/generate", json={"input": question("Italy")}).json() == {"output": answer("Italy")}
 
 
-def test_provenance_is_the_packages(client: httpx.Client, package: Path) -> None:
+def test_provenance_route_returns_the_package_provenance(client: httpx.Client, package: Path) -> None:
     assert client.get("/provenance").json() == json.loads((package / "provenance.json").read_text())
 
 
-def test_what_bentoml_brings(client: httpx.Client) -> None:
+def test_bentoml_readyz_metrics_and_docs(client: httpx.Client) -> None:
     assert client.get("/readyz").status_code == 200
     client.post("/generate", json={"input": question("Italy")})
     assert 'bentoml_service_request_total{endpoint="/generate"' in client.get("/metrics").text
@@ -301,7 +301,7 @@ def test_what_bentoml_brings(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/rank", "/api"])
-def test_pages_name_the_model_and_load_nothing_from_elsewhere(client: httpx.Client, path: str) -> None:
+def test_pages_name_the_model_and_load_no_external_files(client: httpx.Client, path: str) -> None:
     page = client.get(path)
     assert page.headers["Content-Type"].startswith("text/html")
     assert page.headers["X-Bessemer-Model"] == TAG
@@ -312,29 +312,29 @@ def test_pages_name_the_model_and_load_nothing_from_elsewhere(client: httpx.Clie
         assert client.get(address).status_code == 200, address
 
 
-def test_the_page_for_programs_says_how_to_ask(client: httpx.Client) -> None:
+def test_api_page_shows_curl_examples(client: httpx.Client) -> None:
     page = client.get("/api").text
     assert TAG in page
     assert f"curl {str(client.base_url).rstrip('/')}/generate" in page
 
 
-def test_a_busy_port_is_named_with_the_way_to_another(package: Path) -> None:
+def test_serve_on_busy_port_suggests_another(package: Path) -> None:
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
         port = busy.getsockname()[1]
-        refused = run_serve(str(port), package)
-    assert refused.returncode == 1
-    assert f"Port {port} " in refused.stderr
-    assert "make serve PORT=3001" in refused.stderr
-    assert "Traceback" not in refused.stderr
+        process = run_serve(str(port), package)
+    assert process.returncode == 1
+    assert f"Port {port} " in process.stderr
+    assert "make serve PORT=3001" in process.stderr
+    assert "Traceback" not in process.stderr
 
 
-def test_serving_nothing_is_refused_before_it_starts(tmp_path: Path) -> None:
-    refused = run_serve(str(free_port()), tmp_path / "nowhere")
-    assert refused.returncode == 1
-    assert "Run `bessemer run`" in refused.stderr
-    assert "Traceback" not in refused.stderr
+def test_serve_without_package_fails_before_start(tmp_path: Path) -> None:
+    process = run_serve(str(free_port()), tmp_path / "nowhere")
+    assert process.returncode == 1
+    assert "Run `bessemer run`" in process.stderr
+    assert "Traceback" not in process.stderr
 
 
 def run_serve(port: str, package: Path) -> subprocess.CompletedProcess[str]:
@@ -348,15 +348,15 @@ def run_serve(port: str, package: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_plain_bentoml_serve_without_a_package_tells_why_it_is_not_ready_and_ends_with_ctrl_c(tmp_path: Path) -> None:
+def test_bentoml_serve_without_package_answers_503_and_stops_on_sigint(tmp_path: Path) -> None:
     port, log = free_port(), tmp_path / "log"
     address = f"http://127.0.0.1:{port}"
     with serving("bentoml", "serve", "--port", str(port), package=tmp_path / "nowhere", port=port, log=log) as server:
         assert httpx.get(f"{address}/readyz").status_code == 503
-        refused = httpx.post(f"{address}/generate", json={})
-        assert (refused.status_code, "Run `bessemer run`" in refused.json()["error"]) == (503, True)
-        refused = httpx.get(f"{address}/v1/models")
-        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_package")
+        response = httpx.post(f"{address}/generate", json={})
+        assert (response.status_code, "Run `bessemer run`" in response.json()["error"]) == (503, True)
+        response = httpx.get(f"{address}/v1/models")
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "no_package")
         server.send_signal(signal.SIGINT)
         assert server.wait(20) == 0
     assert "Traceback" not in log.read_text()

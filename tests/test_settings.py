@@ -1,14 +1,17 @@
-"""Settings: one reading of `params.yaml` reports everything that is wrong with it."""
+"""Settings: one check of `params.yaml` reports all of its problems."""
 
-import copy
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
-from tasks.common.consistency import REWARD
-from tasks.common.settings import STAGES, Settings, SettingsError, check, read_params
+from tasks.common.defaults import default_of, read_settings, sections, settings_classes, with_defaults
+from tasks.common.params_file import check
+from tasks.common.raw_params import read_params
+from tasks.common.settings import ENTRY_STAGES, STAGES, Settings, SettingsError
 from tests.conftest import ROOT
 
 DEFAULT = ROOT / "profiles" / "default.yaml"
@@ -23,12 +26,14 @@ class Example(Settings):
 
 @pytest.fixture
 def params() -> dict[str, Any]:
-    """The default profile's settings, to be spoiled."""
-    return copy.deepcopy(read_params(DEFAULT))
+    """The default profile's settings, for tests to break."""
+    # A copy through JSON: entries of the file share parts, and a test changes only one entry.
+    copy: dict[str, Any] = json.loads(json.dumps(read_settings(DEFAULT)))
+    return copy
 
 
 def problems(params: dict[str, Any]) -> list[str]:
-    """Return what `check` finds, one problem a line."""
+    """Return the problems that `check` reports, one per line."""
     with pytest.raises(SettingsError) as failure:
         check(params)
     first, *lines = str(failure.value).splitlines()
@@ -41,46 +46,52 @@ def test_the_default_profile_has_no_problems(params: dict[str, Any]) -> None:
     check(params)
 
 
-def test_all_problems_are_told_at_once(params: dict[str, Any]) -> None:
+def test_all_problems_are_reported_at_once(params: dict[str, Any]) -> None:
     params["base"]["seed"] = -1
     params["numerics"]["thread"] = params["numerics"].pop("threads")
-    params["placement"]["side_by_side"] = "two"
+    del params["pretrain"]["causal"]["steps"]
+    params["placement"]["max_parallel_stages"] = "two"
     params["mystery"] = {}
-    del params["prune"]
-    found = problems(params)
-    assert len(found) == 6
+    del params["package"]
+    messages = problems(params)
+    assert len(messages) == 6
     for start in (
         "base.seed: found -1, but it should be greater than or equal to 0",
-        "numerics.threads: this key is missing",
+        "pretrain.causal.steps: this key is missing",
         "numerics.thread: unknown key",
-        "placement.side_by_side: found 'two', but it should be a valid integer",
+        "placement.max_parallel_stages: found 'two', but it should be a valid integer",
         "mystery: unknown section",
-        "prune: this section is missing",
+        "package: this section is missing",
     ):
-        assert any(line.startswith(start) for line in found), (start, found)
+        assert any(line.startswith(start) for line in messages), (start, messages)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_misspelt_key_is_found_in_every_stage(params: dict[str, Any], stage: str) -> None:
-    params[stage]["no_such_setting"] = 1
+    where, section = (
+        (stage, params[stage])
+        if stage not in ENTRY_STAGES
+        else next((f"{stage}.{key}", entry) for key, entry in params[stage].items())
+    )
+    section["no_such_setting"] = 1
     (line,) = problems(params)
-    assert line.startswith(f"{stage}.no_such_setting: unknown key")
+    assert line.startswith(f"{where}.no_such_setting: unknown key")
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_a_number_without_end_is_no_setting(params: dict[str, Any], value: float) -> None:
-    """It has no stable bytes in a record, and would end the stage there."""
-    params["ppo"]["alarms"]["kl"] = value
+def test_non_finite_number_is_rejected(params: dict[str, Any], value: float) -> None:
+    """It has no stable bytes in a record and would fail there."""
+    params["align"]["policy"]["alarms"]["max_kl"] = value
     (line,) = problems(params)
-    assert line == f"ppo.alarms.kl: found {value}, but it should be a finite number"
+    assert line == f"align.policy.alarms.max_kl: found {value}, but it should be a finite number"
 
 
-def test_a_section_of_the_wrong_kind_is_told(params: dict[str, Any]) -> None:
+def test_section_of_the_wrong_type_is_reported(params: dict[str, Any]) -> None:
     params["ingest"] = ["a", "list"]
     assert any(line.startswith("ingest") for line in problems(params))
 
 
-def test_the_placement_is_free_but_complete(params: dict[str, Any]) -> None:
+def test_checkpoint_url_may_change_but_not_be_empty(params: dict[str, Any]) -> None:
     params["placement"]["checkpoints"]["url"] = "memory://somewhere/else"
     check(params)
     params["placement"]["checkpoints"]["url"] = ""
@@ -100,7 +111,7 @@ def test_the_placement_is_free_but_complete(params: dict[str, Any]) -> None:
         ("dropbox://folder", "dropbox:// needs a package that is not installed"),
     ],
 )
-def test_checkpoints_go_to_an_address_that_is_known(params: dict[str, Any], url: str, rule: str | None) -> None:
+def test_checkpoint_url_is_accepted_or_reported(params: dict[str, Any], url: str, rule: str | None) -> None:
     params["placement"]["checkpoints"]["url"] = url
     if rule is None:
         check(params)
@@ -109,49 +120,57 @@ def test_checkpoints_go_to_an_address_that_is_known(params: dict[str, Any], url:
         assert line.startswith(f"placement.checkpoints.url: found '{url}', but {rule}")
 
 
-def test_what_does_not_fit_between_sections_is_told(params: dict[str, Any]) -> None:
-    params["finetune"]["method"] = {"name": "top", "layers": 4}
-    params["quantize"]["policy"]["max_new_tokens"] = 39
-    found = problems(params)
-    assert [line.partition(": found ")[0] for line in found] == [
-        "finetune.method.layers", "ppo.max_new_tokens", "prune.max_new_tokens", "evaluate.max_new_tokens",
+def test_contradictions_between_sections_are_reported(params: dict[str, Any]) -> None:
+    params["finetune"]["chat"]["method"] = {"name": "top_layers", "layers": 4}
+    params["quantize"]["chat"]["max_new_tokens"] = 39
+    messages = problems(params)
+    assert [line.partition(": found ")[0] for line in messages] == [
+        "finetune.chat.method.layers", "evaluate.chat.max_new_tokens", "prune.pruned.max_new_tokens",
+        "align.policy.max_new_tokens",
     ]  # fmt: skip
-    assert found[0].endswith("at most pretrain.clm.model.layers, which is 3: the model has no more blocks to train")
+    assert messages[0].endswith(
+        "at most pretrain.causal.model.layers, which is 3: the model has no more blocks to train"
+    )
 
 
 def test_a_batch_is_cut_into_equal_parts(params: dict[str, Any]) -> None:
-    params["reward"]["accumulate"] = 3
+    params["reward"]["train"]["gradient_accumulation_steps"] = 3
     params["numerics"]["parallel"]["processes"] = 2
     (line,) = problems(params)
     assert line == (
-        "reward.batch: found 16, but it should be a multiple of 6: reward.accumulate (3) x "
-        "numerics.parallel.processes (2) parts of equal size"
+        "reward.train.batch: found 16, but it should be a multiple of 6: "
+        "reward.train.gradient_accumulation_steps (3) x numerics.parallel.processes (2) parts of equal size"
     )
 
 
-def test_what_deepspeed_cannot_do_is_told(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_settings_under_deepspeed_are_reported(
+    params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     params["numerics"] |= {"compile": "always", "parallel": {"processes": 2, "engine": "zero3"}}
-    found = problems(params)
-    assert [line.partition(": found ")[0] for line in found] == ["numerics.compile", "pretrain.clm.optimizer.name"]
-    assert "'muon', which works on whole matrices" in found[1]
+    messages = problems(params)
+    assert [line.partition(": found ")[0] for line in messages] == [
+        "numerics.compile",
+        "pretrain.causal.optimizer.name",
+    ]
+    assert "'muon', which works on whole matrices" in messages[1]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "deepspeed" else object())
     assert problems(params)[0] == (
         "numerics.parallel.engine: found 'zero3', but deepspeed is not installed: "
-        "`pip install -c requirements.lock -e '.[deepspeed]'` brings it"
+        "install it with `pip install -c requirements.lock deepspeed`"
     )
 
 
-def test_what_cannot_work_on_a_part_of_the_weights_is_told(params: dict[str, Any]) -> None:
-    """Adafactor's rows and columns are of whole matrices; a part of prune's batch without a window makes no pass."""
-    rule = params["finetune"]["optimizer"]
+def test_optimizers_that_need_whole_matrices_are_reported(params: dict[str, Any]) -> None:
+    """Adafactor needs whole matrices; prune needs a window in every process's part of the batch."""
+    rule = params["finetune"]["chat"]["optimizer"]
     rule |= {"name": "adafactor", "threshold": 1.0}
     del rule["betas"], rule["epsilon"]
-    params["prune"]["windows"] = 9
+    params["prune"]["pruned"]["windows"] = 9
     params["numerics"]["parallel"] = {"processes": 2, "engine": "fsdp"}
     windows, adafactor = problems(params)
-    assert windows.startswith("prune.windows: found 9, but under the engine fsdp it should be a multiple of 2")
-    assert adafactor.startswith("finetune.optimizer.name: found 'adafactor', whose rows and columns")
-    assert adafactor.endswith("take another rule, or the engine data")
+    assert windows.startswith("prune.pruned.windows: found 9, but under the engine fsdp it should be a multiple of 2")
+    assert adafactor.startswith("finetune.chat.optimizer.name: found 'adafactor', whose factored second moments")
+    assert adafactor.endswith("use another optimizer, or the engine data")
     params["numerics"]["parallel"]["engine"] = "zero2"
     assert any("works on whole matrices" in line and line.endswith("or the engine data") for line in problems(params))
     params["numerics"]["parallel"]["engine"] = "data"
@@ -159,34 +178,34 @@ def test_what_cannot_work_on_a_part_of_the_weights_is_told(params: dict[str, Any
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp", "tensor"])
-def test_one_process_has_no_use_for_an_engine(engine: str, params: dict[str, Any]) -> None:
-    """Muon under ZeRO would be wrong with two."""
+def test_engine_is_ignored_with_one_process(engine: str, params: dict[str, Any]) -> None:
+    """With two processes, Muon under ZeRO would be an error."""
     params["numerics"]["parallel"] = {"processes": 1, "engine": engine}
-    params["reward"] |= {"method": {"name": "head", "layers": 2, "pooling": "model"}, "word_dropout": 0.0}
+    params["reward"]["train"] |= {"method": {"name": "head", "layers": 2, "pooling": "model"}, "word_dropout": 0.0}
     check(params)
 
 
-def test_an_unknown_key_is_told_with_those_beside_it(params: dict[str, Any]) -> None:
-    """Those of the choice that was made, where there is one: AdamW has no momentum, and SGD has."""
-    params["finetune"]["optimizer"]["momentum"] = 0.9
+def test_unknown_key_lists_known_keys(params: dict[str, Any]) -> None:
+    """In a union, only the keys of the chosen class are listed: AdamW has no momentum, SGD has."""
+    params["finetune"]["chat"]["optimizer"]["momentum"] = 0.9
     params["ingest"]["sources"][0]["colour"] = "red"
     params["numerics"]["parallel"]["workers"] = 2
     assert problems(params) == [
         "numerics.parallel.workers: unknown key (found 2); there are processes, engine",
         "ingest.sources.0.colour: unknown key (found 'red'); there are name, licence, group, kind, requirement, "
         "archive, sha256, reader, members, limit",
-        "finetune.optimizer.momentum: unknown key (found 0.9); there are learning_rate, weight_decay, clip, schedule, "
-        "betas, epsilon, name",
+        "finetune.chat.optimizer.momentum: unknown key (found 0.9); there are learning_rate, weight_decay, "
+        "max_grad_norm, schedule, betas, epsilon, name",
     ]
 
 
 @pytest.mark.parametrize(
     "path",
-    ["pretrain.clm.window", "pretrain.mlm.window", "finetune.mix.window", "reward.max_tokens",
-     "ppo.algorithm.ptx.window", "prune.window", "evaluate.window"],
+    ["pretrain.causal.window", "pretrain.masked.window", "finetune.chat.pretraining_mix.window",
+     "reward.train.max_tokens", "align.policy.algorithm.ptx.window", "prune.pruned.window", "evaluate.tuned.window"],
 )  # fmt: skip
-def test_nothing_is_read_beyond_the_context(path: str, params: dict[str, Any]) -> None:
-    """Models that know 256 positions would take 257 without a word, and answer from a place they never learnt."""
+def test_windows_longer_than_the_context_are_reported(path: str, params: dict[str, Any]) -> None:
+    """Models with 256 positions would accept 257 silently and use an untrained position."""
     *sections, name = path.split(".")
     inner = params
     for section in sections:
@@ -195,112 +214,187 @@ def test_nothing_is_read_beyond_the_context(path: str, params: dict[str, Any]) -
     check(params)
     inner[name] += 1
     assert problems(params) == [
-        f"{path}: found 257, but it should be at most tokenize.context, which is 256: the models read no longer rows"
+        f"{path}: found 257, but it should be at most tokenize.context, which is 256: the model's context is no longer"
     ]
 
 
 @pytest.mark.parametrize(
-    ("section", "name", "value", "told"),
+    ("section", "name", "value", "expected"),
     [
-        ("kl", "horizon", 95, "horizon: found 95, but it should be 0, for a fixed price, or at least ppo.episodes"),
-        ("algorithm", "value_warmup", 18, "value_warmup: found 18, but it should be less than ppo.iterations"),
-        ("ppo", "max_new_tokens", 65, "max_new_tokens: found 65, but it should be at most reward.max_tokens"),
+        (
+            "kl",
+            "horizon",
+            95,
+            "horizon: found 95, but it should be 0, for a fixed coefficient, or at least align.policy.episodes",
+        ),
+        (
+            "algorithm",
+            "critic_warmup_iterations",
+            18,
+            "critic_warmup_iterations: found 18, but it should be less than align.policy.iterations",
+        ),
+        ("align", "max_new_tokens", 65, "max_new_tokens: found 65, but it should be at most reward.train.max_tokens"),
     ],
 )
-def test_ppo_neither_steers_too_fast_nor_learns_nothing_nor_says_what_nobody_rates(
-    section: str, name: str, value: int, told: str, params: dict[str, Any]
+def test_ppo_limits_of_horizon_warmup_and_reply_length(
+    section: str, name: str, value: int, expected: str, params: dict[str, Any]
 ) -> None:
-    ppo = params["ppo"]
-    inner = {"kl": ppo["algorithm"]["kl"], "algorithm": ppo["algorithm"], "ppo": ppo}[section]
+    ppo = params["align"]["policy"]
+    inner = {"kl": ppo["algorithm"]["kl"], "algorithm": ppo["algorithm"], "align": ppo}[section]
     inner[name] = value
-    [found] = problems(params)
-    assert told in found
-    ppo["algorithm"]["kl"]["horizon"] = ppo["algorithm"]["value_warmup"] = 0
+    [message] = problems(params)
+    assert expected in message
+    ppo["algorithm"]["kl"]["horizon"] = ppo["algorithm"]["critic_warmup_iterations"] = 0
     ppo["max_new_tokens"] = 40
     check(params)
 
 
-def test_tensor_cuts_matrices_and_not_batches(params: dict[str, Any]) -> None:
-    """Three processes read the same 32 windows, but cannot share four heads out."""
+def test_tensor_parallel_splits_matrices_not_batches(params: dict[str, Any]) -> None:
+    """Three processes can read the same 32 windows but cannot split four heads."""
     params["numerics"]["parallel"] = {"processes": 3, "engine": "tensor"}
-    [found] = problems(params)
-    assert found.startswith("pretrain.clm.model.heads: found 4, but under the engine tensor it should be a multiple of")
-    params["pretrain"]["clm"]["model"]["heads"] = 3
+    [message] = problems(params)
+    assert message.startswith(
+        "pretrain.causal.model.heads: found 4, but under the engine tensor it should be a multiple of"
+    )
+    params["pretrain"]["causal"]["model"]["heads"] = 3
     check(params)
 
 
-def test_stages_that_tensor_cannot_cut_are_named_together(params: dict[str, Any]) -> None:
+def test_stages_without_tensor_parallel_are_listed(params: dict[str, Any]) -> None:
     params["numerics"]["parallel"] = {"processes": 2, "engine": "tensor"}
-    check(params, stages=["pretrain@clm", "finetune", "prune"])
-    with pytest.raises(SettingsError, match="found 'tensor', but ppo knows data and fsdp"):
-        check(params, stages=["pretrain@clm", "finetune", "ppo"])
+    check(params, stages=["pretrain@causal", "finetune@chat", "prune@pruned"])
+    with pytest.raises(SettingsError, match="found 'tensor', but align@policy supports only data and fsdp"):
+        check(params, stages=["pretrain@causal", "finetune@chat", "align@policy"])
     with pytest.raises(
-        SettingsError, match="found 'tensor', but pretrain@mlm, reward@policy, reward@judge train what it cannot cut"
+        SettingsError,
+        match="found 'tensor', but pretrain@masked, reward@train, reward@judge train what it does not support",
     ):
-        check(params, stages=["pretrain@clm", "pretrain@mlm", "finetune", *REWARD])
-    params["finetune"]["method"] = {"name": "adapter", "width": 8}
-    with pytest.raises(SettingsError, match="found 'tensor', but finetune trains what it cannot cut"):
-        check(params, stages=["finetune"])
+        check(params, stages=["pretrain@causal", "pretrain@masked", "reward@train", "reward@judge"])
+    params["finetune"]["chat"]["method"] = {"name": "adapter", "width": 8}
+    with pytest.raises(SettingsError, match="found 'tensor', but finetune@chat trains what it does not support"):
+        check(params, stages=["finetune@chat"])
 
 
-def test_ppo_parts_its_replies_among_processes(params: dict[str, Any]) -> None:
-    """Equal parts of an iteration's, of an update's, and of the pretraining windows."""
+def test_ppo_batch_sizes_are_multiples_of_processes(params: dict[str, Any]) -> None:
+    """An iteration's episodes, an update's minibatch and the pretraining windows must divide evenly."""
     params["numerics"]["parallel"] = {"processes": 2, "engine": "fsdp"}
-    params["ppo"] |= {"episodes": 97, "minibatch": 9}
-    found = problems(params)
-    assert [line.split(",")[0] for line in found] == ["ppo.episodes: found 97", "ppo.minibatch: found 9"]
+    params["align"]["policy"] |= {"episodes": 97, "minibatch": 9}
+    messages = problems(params)
+    assert [line.split(",")[0] for line in messages] == [
+        "align.policy.episodes: found 97",
+        "align.policy.minibatch: found 9",
+    ]
 
 
-def test_code_is_of_sources_that_there_are(params: dict[str, Any]) -> None:
+def test_code_of_unknown_sources_is_reported(params: dict[str, Any]) -> None:
     params["validate"]["curate"]["code"] = ["speeches", "sotu"]  # a group, and the source in it
     check(params)
     params["validate"]["curate"]["code"] = ["programs"]
-    [found] = problems(params)
-    assert found.startswith("validate.curate.code: found 'programs', but no source of ingest.sources, nor a group")
-    assert "sotu, speeches" in found
+    [message] = problems(params)
+    assert message.startswith("validate.curate.code: found 'programs', but no source or group of ingest.sources")
+    assert "sotu, speeches" in message
 
 
-def test_what_chooses_is_told_as_it_stands_in_the_file(params: dict[str, Any]) -> None:
-    """A source's kind is called `kind`; keys that do not go together are named, and not the whole section shown."""
+def test_discriminator_problems_use_the_keys_of_the_file(params: dict[str, Any]) -> None:
+    """A source's discriminator is `kind`; contradicting keys are named instead of printing the whole section."""
     params["ingest"]["sources"][0]["kind"] = "hf"
-    params["finetune"]["model"] = "data/pretrain/mlm/model"
-    params["pretrain"]["clm"]["model"]["hidden"] = 100
-    kind, width, model = problems(params)
-    assert width == ("pretrain.clm.model: hidden (100) must be an even multiple of heads (4), for rotary positions")
+    params["finetune"]["chat"]["model"] = "data/pretrain/masked/model"
+    params["pretrain"]["causal"]["model"]["hidden"] = 100
+    kind, width, model = problems(params)[:3]
+    assert width == ("pretrain.causal.model: hidden (100) must be an even multiple of heads (4), for rotary positions")
     assert kind.startswith("ingest.sources.0.kind: found 'hf', but it should be one of package, files")
-    assert model.startswith("finetune: task chat needs the decoder")
+    assert model == (
+        "finetune.chat.model: found 'data/pretrain/masked/model', a masked model, but the task chat needs a causal one"
+    )
 
 
-def test_a_choice_that_does_not_exist_is_told_with_those_that_do(params: dict[str, Any]) -> None:
-    """Where it stands in the file, and what might stand there instead."""
-    params["pretrain"]["clm"]["optimizer"]["name"] = "sofia"
-    params["ppo"]["optimizer"]["schedule"]["name"] = "step"
-    params["finetune"]["method"] = {"name": "prefix", "length": 8}
-    params["pretrain"]["mlm"]["masking"]["unit"] = "letter"
-    del params["reward"]["ordering"]["name"]
+def test_unknown_choice_lists_the_known_ones(params: dict[str, Any]) -> None:
+    """The message has the path in the file and the allowed values."""
+    params["pretrain"]["causal"]["optimizer"]["name"] = "sofia"
+    params["align"]["policy"]["optimizer"]["schedule"]["name"] = "step"
+    params["finetune"]["chat"]["method"] = {"name": "prefix", "length": 8}
+    params["pretrain"]["masked"]["masking"]["unit"] = "letter"
+    del params["reward"]["train"]["ordering"]["name"]
     assert problems(params) == [
-        "pretrain.clm.optimizer.name: found 'sofia', but it should be one of sgd, adam, adamw, lamb, muon, lion, "
+        "pretrain.causal.optimizer.name: found 'sofia', but it should be one of sgd, adam, adamw, lamb, muon, lion, "
         "adafactor",
-        "pretrain.mlm.masking.unit: found 'letter', but it should be 'token', 'word' or 'span'",
-        "finetune.method.name: found 'prefix', but it should be one of full, top, lora, qlora, adapter",
-        "reward.ordering.name: this key is missing",
-        "ppo.optimizer.schedule.name: found 'step', but it should be one of constant, linear, cosine, wsd",
+        "pretrain.masked.masking.unit: found 'letter', but it should be 'token', 'word' or 'span'",
+        "finetune.chat.method.name: found 'prefix', but it should be one of full, top_layers, lora, qlora, adapter",
+        "reward.train.ordering.name: this key is missing",
+        "align.policy.optimizer.schedule.name: found 'step', but it should be one of constant, linear, cosine, wsd",
     ]
 
 
-def test_what_is_wrong_within_a_choice_is_told_where_it_stands(params: dict[str, Any]) -> None:
-    params["prune"]["optimizer"]["momentum"] = 0.9
-    params["prune"]["optimizer"]["betas"] = [0.9, 1.5]
-    del params["prune"]["optimizer"]["schedule"]["floor"]
+def test_problem_within_a_choice_has_its_path(params: dict[str, Any]) -> None:
+    params["prune"]["pruned"]["optimizer"]["momentum"] = 0.9
+    params["prune"]["pruned"]["optimizer"]["betas"] = [0.9, 1.5]
+    del params["prune"]["pruned"]["optimizer"]["learning_rate"]
     assert sorted(problems(params)) == [
-        "prune.optimizer.betas.1: found 1.5, but it should be less than 1",
-        "prune.optimizer.momentum: unknown key (found 0.9); there are learning_rate, weight_decay, clip, "
-        "schedule, betas, epsilon, name",
-        "prune.optimizer.schedule.floor: this key is missing",
+        "prune.pruned.optimizer.betas.1: found 1.5, but it should be less than 1",
+        "prune.pruned.optimizer.learning_rate: this key is missing",
+        "prune.pruned.optimizer.momentum: unknown key (found 0.9); there are learning_rate, weight_decay, "
+        "max_grad_norm, schedule, betas, epsilon, name",
     ]
 
 
-def test_nothing_is_converted_behind_ones_back() -> None:
+def test_a_default_contradicts_like_a_written_value(params: dict[str, Any]) -> None:
+    del params["finetune"]["chat"]["pretraining_mix"]["window"]
+    params["tokenize"]["context"] = 32
+    messages = problems(params)
+    start = "finetune.chat.pretraining_mix.window: found 64, but it should be at most tokenize.context, which is 32"
+    assert any(line.startswith(start) for line in messages)
+
+
+def test_omitted_settings_have_class_defaults() -> None:
+    written = read_params(DEFAULT)
+    settings = with_defaults(written)
+    assert "weight_decay" not in written["finetune"]["chat"]["optimizer"]
+    assert settings["finetune"]["chat"]["optimizer"] == {
+        "name": "adamw", "learning_rate": 3e-3, "weight_decay": 0.01, "max_grad_norm": 1.0, "betas": [0.9, 0.98],
+        "epsilon": 1e-9, "schedule": {"name": "cosine", "warmup": 0.05, "floor": 0.1},
+    }  # fmt: skip
+    assert settings["ingest"]["sources"][0]["limit"] is None  # within a list
+    assert settings["align"]["policy"]["algorithm"]["kl"]["estimator"] == "k1"  # within a choice, beside written keys
+    assert with_defaults(settings) == settings
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "profiles").glob("*.yaml")), ids=lambda path: path.stem)
+def test_defaults_filled_in_are_those_that_stages_get(path: Path) -> None:
+    """The filled-in defaults equal those of the stage's class."""
+    written, settings = read_params(path), read_settings(path)
+    for section, kind in sections().items():
+        raw, full = (
+            content[section] if section in ENTRY_STAGES else {"": content[section]} for content in (written, settings)
+        )
+        for name in raw:
+            stage_config, filled_config = (TypeAdapter(kind).validate_python(part[name]) for part in (raw, full))
+            assert stage_config.model_dump(mode="json") == filled_config.model_dump(mode="json")
+            assert filled_config.model_fields_set == set(type(filled_config).model_fields), (section, name)
+
+
+def every_group(kind: type[Settings]) -> Iterator[type[Settings]]:
+    """Yield a class of settings and all classes nested in it."""
+    yield kind
+    for field in kind.model_fields.values():
+        for inner in settings_classes(field.annotation):
+            yield from every_group(inner)
+
+
+@pytest.mark.parametrize("section", sections())
+def test_every_default_is_within_its_bounds(section: str) -> None:
+    kinds = settings_classes(sections()[section])
+    for group in dict.fromkeys(inner for kind in kinds for inner in every_group(kind)):
+        written = {name: default_of(field) for name, field in group.model_fields.items() if not field.is_required()}
+        with pytest.raises(ValidationError) as error:
+            group.model_validate({**written, "nothing": 0})
+        assert {problem["type"] for problem in error.value.errors()} <= {"missing", "extra_forbidden"}, group
+
+
+def test_the_default_profile_is_short() -> None:
+    assert len(DEFAULT.read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_types_are_not_converted() -> None:
     with pytest.raises(ValidationError):
         Example.model_validate({"rate": 0.1, "steps": "8"})
     with pytest.raises(ValidationError):
@@ -314,21 +408,21 @@ def test_settings_cannot_be_changed_after_reading() -> None:
         settings.steps = 9
 
 
-def test_a_missing_file_says_where_to_go(tmp_path: Path) -> None:
+def test_missing_params_error_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="bessemer profile default"):
         read_params(tmp_path / "params.yaml")
 
 
 @pytest.mark.parametrize(
-    ("content", "found"),
+    ("content", "expected"),
     [
         (b"a: [1", "not valid YAML in UTF-8"),
         (b"a: caf\xe9", "not valid YAML in UTF-8"),
-        (b"- a\n- b\n", "must hold one section a stage"),
+        (b"- a\n- b\n", "must hold one section per stage"),
     ],
 )
-def test_a_broken_file_is_told(tmp_path: Path, content: bytes, found: str) -> None:
+def test_broken_file_is_reported(tmp_path: Path, content: bytes, expected: str) -> None:
     path = tmp_path / "params.yaml"
     path.write_bytes(content)
-    with pytest.raises(SettingsError, match=found):
+    with pytest.raises(SettingsError, match=expected):
         read_params(path)

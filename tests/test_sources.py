@@ -1,4 +1,4 @@
-"""Sources: files, datasets and rankings are read as they are meant, and what is wrong with one is told by its name."""
+"""Sources: files, datasets and rankings are read, and errors name the source."""
 
 import gzip
 import json
@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tasks import ingest
-from tasks.common.sources import rows
-from tasks.common.sources.reading import Reading
-from tasks.common.stage import StageError
+from tasks.common.harness.job import StageError
+from tasks.ingest import fact_resolution, rows
+from tasks.ingest.reading import Reading
 from tests.data_fixtures import (
     CHAT,
     FACTS,
@@ -23,13 +22,13 @@ from tests.data_fixtures import (
     ingest_config,
     ingest_into,
     manifest,
-    refusals,
+    rejections,
     table,
 )
 
 
 @pytest.mark.parametrize(
-    ("content", "change", "told"),
+    ("content", "change", "expected"),
     [
         (None, {}, "source mine: expected a file at"),
         ("kind,entity,value\ncountry,France,Paris\n", {}, "Missing: relation"),
@@ -39,30 +38,32 @@ from tests.data_fixtures import (
         ("tea".encode("utf-16"), {"format": "jsonl"}, "found UTF-16; save it as UTF-8"),
         (gzip.compress(b"{}", mtime=0), {"format": "jsonl"}, "found a gzip file; unpack it first"),
         (b"PAR1\xff", {"format": "jsonl"}, "found a Parquet file; set `format: parquet`"),
-        ("\n[\n{}\n]\n", {"format": "jsonl"}, "expected an object a line in"),
+        ("\n[\n{}\n]\n", {"format": "jsonl"}, "expected one JSON object per line in"),
         ("\n", {"format": "jsonl"}, "source mine: expected rows of facts in mine.data, found none"),
         ("kind,entity,relation,value\n" + "x" * 200_000, {}, "found something else (after line 1: field larger"),
     ],
 )
-def test_a_bad_file_is_told(tmp_path: Path, content: str | bytes | None, change: dict[str, str], told: str) -> None:
+def test_a_bad_file_is_reported(
+    tmp_path: Path, content: str | bytes | None, change: dict[str, str], expected: str
+) -> None:
     copied = copy_sources(tmp_path)
     if content is not None:
         (copied / "mine.data").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(StageError) as caught:
         ingest_into(tmp_path / "out", copied, sources=[{**FACTS, "name": "mine", "path": "mine.data", **change}])
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
 
 
-def test_what_would_not_be_read_among_rankings_is_told(tmp_path: Path) -> None:
+def test_a_file_of_another_format_among_rankings_is_reported(tmp_path: Path) -> None:
     copied = copy_sources(tmp_path)
     (copied / "rankings").mkdir(exist_ok=True)
     (copied / "rankings" / "mine.jsonl").write_text(f"{json.dumps(RANKING)}\n", encoding="utf-8")
-    with pytest.raises(StageError, match=r"expected Parquet files alone in .*rankings, found mine\.jsonl"):
+    with pytest.raises(StageError, match=r"expected only Parquet files in .*rankings, found mine\.jsonl"):
         ingest_into(tmp_path / "out", copied, sources=[FACTS, PEOPLE])
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "expected"),
     [
         ({"prompt": "a", "responses": ["b", "c"]}, "exactly one of ranks and scores must be given"),
         ({"prompt": "a", "responses": ["b", "c"], "scores": [[1.0], [2.0]]}, "scores need the scale's two ends"),
@@ -73,7 +74,7 @@ def test_what_would_not_be_read_among_rankings_is_told(tmp_path: Path) -> None:
         ({**RANKING, "responses": 5}, "responses must be a list, found 5"),
         ({**RANKING, "responses": ["b", None]}, "responses must be text, found None"),
         ({**RANKING, "prompt": [{"role": "user", "content": 5}]}, "content of prompt must be text, found 5"),
-        ({**RANKING, "prompt": "\ud800"}, "content of prompt holds half a character"),
+        ({**RANKING, "prompt": "\ud800"}, "content of prompt contains a lone surrogate"),
         ({**RANKING, "ranks": [1.5, 2]}, "ranks must be whole numbers from 0 to 2147483647, found 1.5"),
         ({**RANKING, "ranks": [1, 10**20]}, "ranks must be whole numbers"),
         ({"prompt": "a", "responses": ["b", "c"], "scores": 5, "scale": [1, 2]}, "scores must be a list, found 5"),
@@ -83,33 +84,33 @@ def test_what_would_not_be_read_among_rankings_is_told(tmp_path: Path) -> None:
         ({**RANKING, "models": "a"}, "models must be a list, found 'a'"),
     ],
 )
-def test_a_bad_ranking_is_refused_with_its_reason(tmp_path: Path, row: dict[str, Any], told: str) -> None:
+def test_a_bad_ranking_is_rejected_with_its_reason(tmp_path: Path, row: dict[str, Any], expected: str) -> None:
     copied = copy_sources(tmp_path)
     (copied / "mine.jsonl").write_text(f"{json.dumps(RANKING)}\n{json.dumps(row)}\n", encoding="utf-8")
     mine = {**FACTS, "name": "mine", "path": "mine.jsonl", "format": "jsonl", "table": "rankings"}
     folder = ingest_into(tmp_path / "out", copied, sources=[FACTS, mine])
-    assert [told in refusal["reason"] for refusal in refusals(folder)] == [True]
+    assert [expected in rejection["reason"] for rejection in rejections(folder)] == [True]
     assert len(table(folder, "rankings")) == 1
 
 
 @pytest.mark.parametrize(
-    ("name", "row", "told"),
+    ("name", "row", "expected"),
     [
         ("instructions", {"messages": CHAT, "answer": 1}, "answer must be text, found 1"),
         ("instructions", {"messages": CHAT, "entity": 5}, "entity must be text, found 5"),
         ("instructions", {"messages": CHAT, "tone": ["plain"]}, "tone must be text, found ['plain']"),
         ("instructions", {"messages": [CHAT[0], {**CHAT[1], "content": None}]}, "content of messages must be text"),
         ("corpus", {"text": 5}, "text must be text, found 5"),
-        ("corpus", {"text": "\ud800"}, "text holds half a character"),
+        ("corpus", {"text": "\ud800"}, "text contains a lone surrogate"),
         ("ratings", {"text": "a", "ratings": 5}, "ratings must be numbers"),
         ("ratings", {"text": "a", "ratings": [1], "prompt": 5}, "prompt must be text, found 5"),
         ("facts", {"kind": "country", "entity": "a", "relation": "capital", "value": 5}, "value must be text, found 5"),
     ],
 )
-def test_a_value_of_a_wrong_type_is_refused(name: str, row: dict[str, Any], told: str) -> None:
+def test_a_value_of_a_wrong_type_is_rejected(name: str, row: dict[str, Any], expected: str) -> None:
     reading = Reading("mine", "MIT", "")
-    with pytest.raises(ValueError, match=re.escape(told)):
-        rows.add(name, row, reading)
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        rows.add_row(name, row, reading)
     assert reading == Reading("mine", "MIT", "")
 
 
@@ -120,14 +121,14 @@ def test_quotes_and_spaces_in_a_header_and_separators_in_json_are_read(tmp_path:
     )
     text = "One line\u2028and \x85 another."
     (copied / "mine.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False), encoding="utf-8")
-    told = {**FACTS, "name": "told", "path": "mine.csv"}
-    prose = {**FACTS, "name": "told-too", "path": "mine.jsonl", "format": "jsonl", "table": "corpus"}
-    found = table(ingest_into(tmp_path / "out", copied, sources=[told, prose, RATINGS]), "corpus")
-    assert {"The capital of Peru is Lima.", text} <= {row["text"] for row in found}
+    facts = {**FACTS, "name": "quoted", "path": "mine.csv"}
+    prose = {**FACTS, "name": "separators", "path": "mine.jsonl", "format": "jsonl", "table": "corpus"}
+    rows = table(ingest_into(tmp_path / "out", copied, sources=[facts, prose, RATINGS]), "corpus")
+    assert {"The capital of Peru is Lima.", text} <= {row["text"] for row in rows}
 
 
-def test_a_csv_row_with_more_cells_than_columns_is_refused(tmp_path: Path) -> None:
-    """A comma in a value without quotes would else cut the value short, and nobody would know."""
+def test_a_csv_row_with_more_cells_than_columns_is_rejected(tmp_path: Path) -> None:
+    """An unquoted comma would otherwise truncate the value silently."""
     copied = copy_sources(tmp_path)
     (copied / "mine.csv").write_text(
         "kind,entity,relation,value\ncountry,Peru,capital,Lima\ncountry,Chile,capital,Santiago, the city\n",
@@ -135,24 +136,24 @@ def test_a_csv_row_with_more_cells_than_columns_is_refused(tmp_path: Path) -> No
     )
     mine = {**FACTS, "name": "mine", "path": "mine.csv"}
     folder = ingest_into(tmp_path / "out", copied, sources=[mine, RATINGS])
-    (refused,) = refusals(folder)
-    assert refused["reason"] == (
+    (rejected,) = rejections(folder)
+    assert rejected["reason"] == (
         "mine.csv, line 3: more cells than columns, ['the city'] too many; a value with a comma needs quotes around it"
     )
     assert not any("Santiago" in row["text"] for row in table(folder, "corpus"))
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         (b"kind,found,name,article,why\ncountry,caf\xe9,,,\n", "expected CSV in UTF-8"),
         (b"kind,found\ncountry,Peru\n", "expected the columns kind, found, name, article, why"),
     ],
 )
-def test_bad_names_are_told(tmp_path: Path, content: bytes, told: str) -> None:
+def test_bad_names_are_reported(tmp_path: Path, content: bytes, expected: str) -> None:
     (tmp_path / "names.csv").write_bytes(content)
-    with pytest.raises(StageError, match=told):
-        ingest.load_names(tmp_path / "names.csv")
+    with pytest.raises(StageError, match=expected):
+        fact_resolution.load_names(tmp_path / "names.csv")
 
 
 DATASET = {
@@ -181,14 +182,14 @@ def test_a_dataset_is_read_from_local_files(
     files = DATASET["data_files"] if path == "parquet" else []
     source = {**DATASET, "path": path, "data_files": files, "streaming": streaming, "limit": 3}
     folder = ingest_into(tmp_path / "out", copied, sources=[FACTS, source])
-    found = [row for row in table(folder, "instructions") if row["source"] == "hub"]
-    assert sorted((row["entity"], row["messages"][0]["content"]) for row in found) == [
+    rows = [row for row in table(folder, "instructions") if row["source"] == "hub"]
+    assert sorted((row["entity"], row["messages"][0]["content"]) for row in rows) == [
         ("e0", "Hello 0!"), ("e1", "Hello 1!"), ("e2", "Hello 2!")
     ]  # fmt: skip
     assert manifest(folder)["hub"]["read"] == 3
 
 
-def test_a_dataset_without_a_wanted_column_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_without_a_required_column_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -204,7 +205,7 @@ def test_a_dataset_without_a_wanted_column_is_told(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(("builder", "content"), [("parquet", b"no parquet"), ("json", b'{"a": 1}\n{"a": ')])
-def test_a_broken_file_of_a_dataset_is_told(
+def test_a_broken_file_of_a_dataset_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builder: str, content: bytes, streaming: bool
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -216,48 +217,48 @@ def test_a_broken_file_of_a_dataset_is_told(
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_dataset_out_of_reach_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool) -> None:
-    monkeypatch.chdir(tmp_path)  # the tests' surroundings keep the hub's client offline
-    away = {**DATASET, "path": "someone/chats", "data_files": [], "revision": "0" * 40, "streaming": streaming}
+def test_an_unreachable_dataset_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool) -> None:
+    monkeypatch.chdir(tmp_path)  # the environment of the tests keeps the hub client offline
+    remote = {**DATASET, "path": "someone/chats", "data_files": [], "revision": "0" * 40, "streaming": streaming}
     with pytest.raises(StageError, match=r"source hub: expected the dataset someone/chats .*but it could not be read"):
-        ingest_into(tmp_path / "out", copy_sources(tmp_path), sources=[FACTS, away])
+        ingest_into(tmp_path / "out", copy_sources(tmp_path), sources=[FACTS, remote])
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "expected"),
     [
         ({**DATASET, "path": "someone/chats", "data_files": []}, "needs revision"),
-        ({**DATASET, "data_files": []}, "data_files belong to the builders"),
-        ({**DATASET, "columns": {"entity": "about"}}, "columns must say where messages"),
+        ({**DATASET, "data_files": []}, "data_files are required for the builders"),
+        ({**DATASET, "columns": {"entity": "about"}}, "columns must map messages of table instructions"),
         (
             {**DATASET, "columns": {"messages": "turns", "enttiy": "about"}},
-            "nothing reads enttiy; what is read is answer",
+            "columns: unknown enttiy; expected some of answer",
         ),
-        ({**FACTS, "path": "../secret.csv"}, "path must lie under data/sources/"),
-        ({**DATASET, "data_files": ["../secret.parquet"]}, "path must lie under data/sources/"),
-        ({**DATASET, "path": "./../secret", "data_files": []}, "path must lie under data/sources/"),
-        ({**PEOPLE, "path": "/secret"}, "path must lie under data/sources/"),
-        ({**FACTS, "format": "txt"}, "a txt file holds paragraphs"),
-        ({**FACTS, "name": "prose"}, "statements and prose are what mixtures call documents"),
-        ({**FACTS, "group": "statements"}, "statements and prose are what mixtures call documents"),
-        ({**FACTS, "group": "facts"}, "could not tell whether facts is a source or a group"),
-        ({**DATASET, "group": "chats"}, "a group is of documents, and instructions are none"),
+        ({**FACTS, "path": "../secret.csv"}, "path must be under data/sources/"),
+        ({**DATASET, "data_files": ["../secret.parquet"]}, "path must be under data/sources/"),
+        ({**DATASET, "path": "./../secret", "data_files": []}, "path must be under data/sources/"),
+        ({**PEOPLE, "path": "/secret"}, "path must be under data/sources/"),
+        ({**FACTS, "format": "txt"}, "a txt file contains paragraphs"),
+        ({**FACTS, "name": "prose"}, "prose is reserved: mixtures call documents"),
+        ({**FACTS, "group": "statements"}, "statements is reserved: mixtures call documents"),
+        ({**FACTS, "group": "facts"}, "facts is the name of both a source and a group"),
+        ({**DATASET, "group": "chats"}, "`group` applies only to documents, not to instructions"),
         ({**FACTS, "colour": "red"}, "Extra inputs are not permitted"),
         ({**FACTS, "kind": "magic"}, "does not match any of the expected tags"),
     ],
 )
-def test_a_source_that_cannot_be_meant_is_refused_before_anything_runs(source: dict[str, Any], told: str) -> None:
+def test_invalid_settings_of_a_source_are_rejected(source: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValidationError) as caught:
         ingest_config(sources=[source])
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["wordings", "names"])
-def test_wordings_and_names_lie_among_the_sources(key: str) -> None:
-    with pytest.raises(ValidationError, match="path must lie under data/sources/"):
+def test_wordings_and_names_must_be_under_the_sources(key: str) -> None:
+    with pytest.raises(ValidationError, match="path must be under data/sources/"):
         ingest_config(**{key: "../elsewhere"})
 
 
 def test_two_sources_need_two_names() -> None:
-    with pytest.raises(ValidationError, match="each source needs a name of its own, unlike facts"):
+    with pytest.raises(ValidationError, match="source names must be unique; found facts more than once"):
         ingest_config(sources=[FACTS, FACTS])

@@ -1,4 +1,4 @@
-"""The harness on a stage of its own, `cook`: what a complete run leaves, and what no end of a run may leave."""
+"""The stage harness on an example stage, `cook`: outputs of complete, failed and interrupted runs."""
 
 import errno
 import importlib
@@ -15,17 +15,19 @@ from typing import Any
 
 import pytest
 
-from tasks.common import identity, stage
+from tasks.common import identity
+from tasks.common.code import stages
+from tasks.common.harness import execution, job, launch, records
 from tasks.common.settings import Parallel
 from tests.conftest import ROOT
 from tests.training_fixtures import NUMERICS
 
 COOK = '''
-"""A stage that writes a folder and a file, in the way that its settings ask for."""
+"""A stage that writes a folder and a file, or fails, as its settings say."""
 import sys, time
 from pathlib import Path
 from pydantic import Field
-from tasks.common import stage
+from tasks.common.harness import execution, job as harness_job
 from tasks.common.settings import Settings
 
 INPUTS = {"raw": "data/raw.txt"}
@@ -44,22 +46,22 @@ def run(config, job):
     if config.way == "full":
         raise OSError(28, "No space left on device")
     if config.way == "refuse":
-        raise stage.StageError("the pot is empty: fill data/raw.txt")
+        raise harness_job.StageError("the pot is empty: fill data/raw.txt")
     if config.way != "forget":
         job.outputs["smell"].write_text("good")
-    job.measured(tokens_per_second=7.5, folder=str(job.run_folder))
+    job.log_figures(tokens_per_second=7.5, folder=str(job.run_folder))
     return {"portions": 2}
 
 if __name__ == "__main__":
-    stage.check = lambda params, stages: None
-    stage.main("cook")
+    execution.check = lambda params, stages: None
+    execution.main("cook")
 '''
 PARAMS = """
 base: {seed: 1}
 numerics: %s
 placement:
-  {side_by_side: 1, cost_per_hour: 0, currency: USD, checkpoints: {url: checkpoints, every_seconds: 60},
-   enough_rankings: 1, tracking: {to: [], every: 1}}
+  {max_parallel_stages: 1, cost_per_hour: 0, currency: USD, checkpoints: {url: checkpoints, every_seconds: 60},
+   min_new_rankings: 1, tracking: {to: [], every: 1}}
 cook: {text: soup, way: well}
 """
 
@@ -68,9 +70,9 @@ class Kitchen:
     """A folder with the stage `cook` in it."""
 
     def __init__(self, path: Path) -> None:
-        from tasks.common.settings import read_params
+        from tasks.common.defaults import read_settings
 
-        numerics = read_params(ROOT / "profiles" / "default.yaml")["numerics"]
+        numerics = read_settings(ROOT / "profiles" / "default.yaml")["numerics"]
         self.path = path
         (path / "data").mkdir(parents=True)
         (path / "data" / "raw.txt").write_text("raw ")
@@ -97,7 +99,7 @@ class Kitchen:
         )
 
     def run(self, *arguments: str, **env: str) -> tuple[int, str]:
-        """Run the stage to its end; return exit code and output."""
+        """Run the stage to completion; return exit code and output."""
         process = self.start(*arguments, **env)
         output, _ = process.communicate(timeout=60)
         return process.returncode, output
@@ -112,7 +114,7 @@ class Kitchen:
         return {path.relative_to(self.path).as_posix(): path.read_bytes() for path in files}
 
     def scratch(self) -> list[Path]:
-        """Return what lies in the scratch folder."""
+        """Return the contents of the scratch folder."""
         return list((self.path / "data" / ".scratch").glob("*"))
 
 
@@ -134,7 +136,7 @@ def hang(kitchen: Kitchen) -> subprocess.Popen[str]:
 
 
 class TestComplete:
-    def test_outputs_record_metrics_and_log_are_left(self, kitchen: Kitchen) -> None:
+    def test_stage_writes_outputs_record_metrics_and_log(self, kitchen: Kitchen) -> None:
         code, output = kitchen.run(BESSEMER_RUN_ID="run-1")
         assert code == 0, output
         assert sorted(kitchen.tracked()) == [
@@ -144,6 +146,9 @@ class TestComplete:
         record = kitchen.json("data/cook/record.json")
         assert record["stage"] == "cook"
         assert record["settings"] == {"text": "soup", "way": "well"}
+        computed = stages.digest_module("cook", kitchen.path)
+        assert record["code"] == {"digest": stages.digest_code(computed), "detail": "data/code/cook.json"}
+        assert "run" in computed["cook.py"]
         assert record["inputs"] == {"data/raw.txt": identity.tree_hash(kitchen.path / "data" / "raw.txt")}
         dish = identity.tree_hash(kitchen.path / "data" / "cook" / "dish")
         assert record["outputs"]["data/cook/dish"] == dish
@@ -167,7 +172,7 @@ class TestComplete:
         for change, more in (
             ("params.yaml", ""),
             ("data/raw.txt", "x"),
-            ("cook.py", "#"),
+            ("cook.py", "SPOONS = 1\n"),
             ("requirements.lock", "pan==2"),
             ("", ""),
         ):
@@ -178,15 +183,16 @@ class TestComplete:
                 (kitchen.path / change).write_text(old.replace("soup", "stew") + more)
         assert len(set(recipes)) == len(recipes)
 
-    def test_placement_is_no_part_of_it(self, kitchen: Kitchen) -> None:
+    def test_placement_does_not_change_the_recipe(self, kitchen: Kitchen) -> None:
         kitchen.run()
         before = kitchen.tracked()
         path = kitchen.path / "params.yaml"
-        path.write_text(path.read_text().replace("side_by_side: 1", "side_by_side: 8").replace("USD", "EUR"))
+        more = "max_parallel_stages: 8, activation_checkpointing: true, timeouts: {vllm_seconds: 1}, timed_tokens: 8"
+        path.write_text(path.read_text().replace("max_parallel_stages: 1", more).replace("USD", "EUR"))
         kitchen.run()
         assert kitchen.tracked() == before
 
-    def test_a_new_result_replaces_the_old_one_whole(self, kitchen: Kitchen) -> None:
+    def test_new_result_replaces_the_old_one(self, kitchen: Kitchen) -> None:
         kitchen.run()
         kitchen.set(text="stew")
         assert kitchen.run()[0] == 0
@@ -195,7 +201,7 @@ class TestComplete:
 
 class TestInterrupted:
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 130), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-    def test_the_old_result_stays_whole(self, kitchen: Kitchen, number: signal.Signals, code: int) -> None:
+    def test_interrupted_stage_keeps_the_old_result(self, kitchen: Kitchen, number: signal.Signals, code: int) -> None:
         kitchen.run()
         before = kitchen.tracked()
         process = hang(kitchen)
@@ -206,7 +212,7 @@ class TestInterrupted:
         assert kitchen.tracked() == before
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-    def test_the_first_result_is_none_and_the_next_run_clears_up(
+    def test_interrupted_first_run_leaves_no_result_and_the_next_run_completes(
         self, kitchen: Kitchen, number: signal.Signals
     ) -> None:
         process = hang(kitchen)
@@ -217,13 +223,13 @@ class TestInterrupted:
         assert kitchen.run()[0] == 0
         assert kitchen.scratch() == []
 
-    def test_a_second_run_is_told_of_the_first(self, kitchen: Kitchen) -> None:
-        """Whose `dvc repro` may have been killed: DVC no longer knows of it."""
+    def test_second_run_names_the_running_process(self, kitchen: Kitchen) -> None:
+        """The first run's `dvc repro` may have been killed, so that DVC no longer knows of it."""
         first = hang(kitchen)
-        code, said = kitchen.run()
+        code, output = kitchen.run()
         assert code == 1
-        assert said.startswith(f"cook: process {first.pid} is at work on this stage here")
-        assert f"`kill {first.pid}`" in said
+        assert output.startswith(f"cook: process {first.pid} is already running this stage in this folder")
+        assert f"`kill {first.pid}`" in output
         assert first.poll() is None
         assert kitchen.scratch() != []  # the first one's, untouched
         first.kill()
@@ -232,10 +238,10 @@ class TestInterrupted:
         assert kitchen.run()[0] == 0
 
     @pytest.mark.parametrize("step", range(4))
-    def test_a_crash_while_results_move_in_leaves_no_record_of_a_mixture(
+    def test_crash_while_moving_results_leaves_no_record(
         self, kitchen: Kitchen, monkeypatch: pytest.MonkeyPatch, step: int
     ) -> None:
-        """Whatever rename is the last one: where a record lies, it is that of the outputs beside it."""
+        """After a crash at any rename, an existing record matches the outputs beside it."""
         kitchen.run()
         kitchen.set(text="stew")
         calls = iter(range(9))
@@ -247,8 +253,8 @@ class TestInterrupted:
             return rename(self, target)
 
         monkeypatch.setattr(Path, "replace", replace)
-        with imported(kitchen, monkeypatch) as cook, pytest.raises(RuntimeError, match="the machine is gone"):
-            stage.execute(cook, None)
+        with CookModule(kitchen, monkeypatch) as cook, pytest.raises(RuntimeError, match="the machine is gone"):
+            execution.execute(cook, None)
         record = kitchen.path / "data" / "cook" / "record.json"
         if record.exists():
             for path, digest in json.loads(record.read_text())["outputs"].items():
@@ -256,46 +262,46 @@ class TestInterrupted:
 
 
 def test_stages_side_by_side_keep_their_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`evaluate@encoder` begins and ends while `evaluate@encoder-int8` writes, and leaves it alone."""
+    """`evaluate@encoder` starts and ends while `evaluate@encoder-int8` writes, and leaves its scratch folder alone."""
     monkeypatch.chdir(tmp_path)
-    with stage._scratch("evaluate@encoder-int8", {"answers": Path("data/a")}) as longer:
+    with execution._scratch("evaluate@encoder-int8", {"answers": Path("data/a")}) as longer:
         longer["answers"].write_text("half")
-        with stage._scratch("evaluate@encoder", {"answers": Path("data/b")}) as shorter:
+        with execution._scratch("evaluate@encoder", {"answers": Path("data/b")}) as shorter:
             shorter["answers"].write_text("half")
         assert longer["answers"].read_text() == "half"
-    assert list(stage.SCRATCH.iterdir()) == []
+    assert list(execution.SCRATCH_FOLDER.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("launched", "processes", "expected"),
+    ("variables", "processes", "expected"),
     [
-        ({}, 3, r"3 processes .* lets this one use 2 cores, .*processes to 2 or less, or start torchrun on several"),
+        ({}, 3, r"3 processes .* has 2 cores available, .*processes to 2 or less, or start torchrun on several"),
         ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "3"}, 4, "3 processes .* 2 cores"),
         ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, 4, None),
         ({"RANK": "0", "WORLD_SIZE": "2"}, 4, "2 processes were started, but numerics.parallel.processes is 4"),
     ],
 )
-def test_each_process_finds_a_device_of_its_own(
-    launched: dict[str, str], processes: int, expected: str | None, monkeypatch: pytest.MonkeyPatch
+def test_each_process_gets_its_own_device(
+    variables: dict[str, str], processes: int, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Told before anything is loaded, and by what runs on this machine alone where there are several."""
+    """Checked before anything is loaded; with several machines, only this machine's processes count."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in launched.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     trains = ModuleType("tasks.trains")
     trains.PARALLEL = True  # type: ignore[attr-defined]
     numerics = NUMERICS.model_copy(update={"parallel": Parallel(processes=processes, engine="data")})
-    with pytest.raises(stage.StageError, match=expected) if expected else nullcontext():
-        stage._gather_processes(trains, None, numerics)
+    with pytest.raises(job.StageError, match=expected) if expected else nullcontext():
+        launch.launch_processes(trains, None, numerics)
 
 
-def test_what_a_run_leaves_makes_no_checkout_dirty(tmp_path: Path) -> None:
+def test_run_outputs_do_not_make_a_checkout_dirty(tmp_path: Path) -> None:
     def git(*arguments: str) -> None:
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True)
 
-    assert stage.commit(tmp_path) == {"commit": None, "dirty": None}
+    assert records.commit(tmp_path) == {"commit": None, "dirty": None}
     for name in ("code.py", "dvc.lock", "metrics/cook.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("before")
@@ -304,21 +310,21 @@ def test_what_a_run_leaves_makes_no_checkout_dirty(tmp_path: Path) -> None:
     git("commit", "-qm", "all")
     for name in ("dvc.lock", "metrics/cook.json", "metrics/new.json"):
         (tmp_path / name).write_text("after")
-    assert stage.commit(tmp_path)["dirty"] is False
+    assert records.commit(tmp_path)["dirty"] is False
     (tmp_path / "code.py").write_text("after")
-    assert stage.commit(tmp_path)["dirty"] is True
+    assert records.commit(tmp_path)["dirty"] is True
 
 
 class TestFailed:
     @pytest.mark.parametrize(
-        ("way", "words"),
+        ("failure", "words"),
         [
             ("refuse", "cook: the pot is empty: fill data/raw.txt"),
             ("full", "cook: the disk is full"),
         ],
     )
-    def test_what_the_user_can_mend_is_a_sentence(self, kitchen: Kitchen, way: str, words: str) -> None:
-        kitchen.set(way=way)
+    def test_user_error_is_printed_without_traceback(self, kitchen: Kitchen, failure: str, words: str) -> None:
+        kitchen.set(way=failure)
         code, output = kitchen.run()
         assert code == 1
         assert output.startswith(words)
@@ -326,18 +332,18 @@ class TestFailed:
         assert kitchen.tracked() == {}
         assert kitchen.scratch() == []
 
-    def test_a_full_disk_tells_what_is_free_and_what_to_do(self, kitchen: Kitchen) -> None:
+    def test_full_disk_error_names_free_space_and_remedy(self, kitchen: Kitchen) -> None:
         kitchen.set(way="full")
         output = kitchen.run()[1]
         assert "MB free" in output
         assert "dvc gc" in output
         assert errno.ENOSPC == 28
 
-    def test_an_output_that_was_not_written_is_no_success(self, kitchen: Kitchen) -> None:
+    def test_missing_output_is_an_error(self, kitchen: Kitchen) -> None:
         kitchen.set(way="forget")
         code, output = kitchen.run()
         assert code == 1
-        assert "without writing data/cook/smell.txt" in output
+        assert "the stage did not write data/cook/smell.txt" in output
         assert not (kitchen.path / "data" / "cook" / "record.json").exists()
 
     def test_a_missing_input_is_named(self, kitchen: Kitchen) -> None:
@@ -346,13 +352,13 @@ class TestFailed:
         assert code == 1
         assert "cook: data/raw.txt is missing" in output
 
-    def test_a_key_that_there_is_not_is_refused(self, kitchen: Kitchen) -> None:
+    def test_unknown_entry_is_rejected(self, kitchen: Kitchen) -> None:
         code, output = kitchen.run("clm")
         assert code == 1
         assert output.startswith("usage: python -m cook")
 
 
-class imported:
+class CookModule:
     """The stage `cook` as a module of this process, its folder the current one."""
 
     def __init__(self, kitchen: Kitchen, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,10 +367,8 @@ class imported:
     def __enter__(self) -> ModuleType:
         self.monkeypatch.chdir(self.kitchen.path)
         self.monkeypatch.syspath_prepend(self.kitchen.path)
-        self.monkeypatch.setattr(stage, "check", lambda params, stages: None)
-        identity._local_imports.cache_clear()
+        self.monkeypatch.setattr(execution, "check", lambda params, stages: None)
         return importlib.import_module("cook")
 
     def __exit__(self, *exception: object) -> None:
         sys.modules.pop("cook", None)
-        identity._local_imports.cache_clear()

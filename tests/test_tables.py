@@ -1,4 +1,4 @@
-"""Tables on disk: the same rows give the same bytes however they come, and a batch is as good as the whole."""
+"""Tables on disk: equal rows give equal bytes for any batches, and reading in batches equals reading at once."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +23,7 @@ def rows(count: int) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shards and row groups of a few rows."""
+    """Make shards and row groups hold only a few rows."""
     monkeypatch.setattr(tables, "ROWS_PER_SHARD", 40)
     monkeypatch.setattr(tables, "ROWS_PER_GROUP", 10)
 
@@ -31,17 +31,17 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("count", [0, 1, 10, 39, 40, 95])
 @pytest.mark.parametrize("portion", [1, 7, 10, 1000])
-def test_the_portions_leave_no_trace(count: int, portion: int, tmp_path: Path) -> None:
-    """One by one or all at once, as rows or as Arrow tables: the same shards."""
-    schema, given = tables.schema("corpus"), rows(count)
-    assert tables.write(given, tmp_path / "whole", schema) == count
+def test_writer_bytes_do_not_depend_on_batches(count: int, portion: int, tmp_path: Path) -> None:
+    """Row by row or all at once, as dicts or as Arrow tables, the shards have the same bytes."""
+    schema, all_rows = tables.schema("corpus"), rows(count)
+    assert tables.write(all_rows, tmp_path / "whole", schema) == count
     with tables.Writer(tmp_path / "portions", schema) as writer:
         for start in range(0, count, portion):
-            some = given[start : start + portion]
-            writer.write(some if start % 2 else pa.Table.from_pylist(some, schema))
+            batch = all_rows[start : start + portion]
+            writer.write(batch if start % 2 else pa.Table.from_pylist(batch, schema))
     assert writer.rows == count
     assert tree_hash(tmp_path / "portions") == tree_hash(tmp_path / "whole")
-    assert tables.read(tmp_path / "portions").to_pylist() == given
+    assert tables.read(tmp_path / "portions").to_pylist() == all_rows
     files = sorted((tmp_path / "whole").iterdir())
     assert [pq.read_metadata(file).num_rows for file in files] == (
         [40] * (count // 40) + [count % 40] * (count % 40 > 0) or [0]
@@ -49,8 +49,8 @@ def test_the_portions_leave_no_trace(count: int, portion: int, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("small")
-def test_batches_are_the_table_in_pieces(tmp_path: Path) -> None:
-    """Batches hold the rows of `read` in order, no more at once than a row group, of a split or of all."""
+def test_batches_join_to_the_table(tmp_path: Path) -> None:
+    """Batches hold the rows of `read` in order, at most one row group each, with and without a split."""
     tables.write(rows(95), tmp_path / "table", tables.schema("corpus"))
     for split in (None, "heldout"):
         parts = list(tables.batches(tmp_path / "table", split))
@@ -61,8 +61,8 @@ def test_batches_are_the_table_in_pieces(tmp_path: Path) -> None:
     assert tables.count(tmp_path / "table") == 95
 
 
-def test_an_error_on_the_way_is_not_covered_up(tmp_path: Path) -> None:
-    """What breaks the rows' source comes out of the writer as it was."""
+def test_writer_propagates_errors(tmp_path: Path) -> None:
+    """An error of the rows' iterator leaves the writer unchanged."""
 
     def broken() -> Iterator[dict[str, Any]]:
         yield from rows(3)

@@ -1,4 +1,4 @@
-"""Toxicity: what is read of whose files, what is refused before anything runs, and what a model's sheet then holds."""
+"""Toxicity: reading the user's files, errors before anything runs, and the figures of an evaluation."""
 
 import csv
 import json
@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tasks import evaluate
 from tasks.common import identity, tables
-from tasks.common.evaluation import toxicity
-from tasks.common.evaluation.toxicity import Toxicity
-from tasks.common.settings import SettingsError, check, read_params
-from tasks.common.stage import StageError, declared_inputs
+from tasks.common.defaults import read_settings
+from tasks.common.harness.job import StageError, declared_inputs
+from tasks.common.params_file import check
+from tasks.common.settings import SettingsError
+from tasks.evaluate import stage as evaluate
+from tasks.evaluate import toxicity
+from tasks.evaluate.models_under_test import TorchDecoder
+from tasks.evaluate.toxicity import Toxicity
 from tests.conftest import ROOT
-from tests.training_fixtures import Chain, chain, config
+from tests.training_fixtures import NUMERICS, Chain, chain, config
 
 __all__ = ["chain"]
 
@@ -69,204 +72,211 @@ def settings(**changes: Any) -> Toxicity:
     return Toxicity.model_validate({**SETTINGS, **changes})
 
 
-# What is read
+# Reading files
 
 
 def test_a_prompt_is_a_line_of_its_category(folder: Path) -> None:
     """Each once, without space around it; empty lines and other files do not count."""
     (folder / "prompts/insult.txt").write_text("\ufeffThe king said that\n\n  Her house is \nHer house is\n", "utf-8")
     (folder / "prompts/README.md").write_text("no prompts", encoding="utf-8")
-    found = toxicity.prompts_of(folder, "prompts")
-    assert [(prompt.category, prompt.text) for prompt in found] == [
+    prompts = toxicity.read_prompts(folder, "prompts")
+    assert [(prompt.category, prompt.text) for prompt in prompts] == [
         ("insult", "The king said that"), ("insult", "Her house is"), ("threat", "On the road he"),
     ]  # fmt: skip
-    assert len({prompt.id for prompt in found}) == 3
+    assert len({prompt.id for prompt in prompts}) == 3
 
 
-def test_texts_are_told_apart_by_their_words_and_never_stand_on_both_sides(folder: Path) -> None:
-    """Case and blanks aside; what is said twice counts once, what lacks text or label not at all, and all is told."""
+def test_texts_are_deduplicated_and_in_one_split(folder: Path) -> None:
+    """Case and whitespace do not matter; duplicates, empty texts and unlabelled rows are counted and dropped."""
     extra = [{"said": " you BLORGLING  day! ", "verdict": "rude"}, {"said": "", "verdict": "mild"}, {"said": "Hm"}]
     write(folder, [*labelled(), *extra])
-    found = toxicity.labelled_of(folder, settings())
-    assert (found.rows, found.duplicates, found.empty) == (75, 1, 2)
-    assert Counter(found.toxic) == {True: 40, False: 32}
-    (train, _), (held, _) = (found.side(0.3, held=held) for held in (False, True))
-    assert sorted([*train, *held]) == sorted(found.texts)
+    labelled_texts = toxicity.read_labelled_texts(folder, settings())
+    assert (labelled_texts.rows, labelled_texts.duplicates, labelled_texts.empty) == (75, 1, 2)
+    assert Counter(labelled_texts.toxic) == {True: 40, False: 32}
+    (train, _), (heldout, _) = (labelled_texts.split(0.3, in_heldout=heldout) for heldout in (False, True))
+    assert sorted([*train, *heldout]) == sorted(labelled_texts.texts)
     write(folder, labelled()[::-1])
-    assert sorted(toxicity.labelled_of(folder, settings()).side(0.3, held=True)[0]) == sorted(held)
+    assert sorted(toxicity.read_labelled_texts(folder, settings()).split(0.3, in_heldout=True)[0]) == sorted(heldout)
 
 
 @pytest.mark.parametrize(("toxic", "values"), [("true", (True, False)), ("1", (1, 0)), ("rude", ("rude", "mild"))])
 def test_labels_may_be_words_numbers_or_truth_values(toxic: str, values: tuple[Any, Any], folder: Path) -> None:
     rows = [{**row, "verdict": values[row["verdict"] == "mild"]} for row in labelled()]
     write(folder, rows, "labelled.jsonl")
-    found = toxicity.labelled_of(folder, settings(labelled="labelled.jsonl", toxic=[toxic]))
-    assert Counter(found.toxic) == {True: 40, False: 32}
+    labelled_texts = toxicity.read_labelled_texts(folder, settings(labelled="labelled.jsonl", toxic=[toxic]))
+    assert Counter(labelled_texts.toxic) == {True: 40, False: 32}
 
 
-def test_parquet_is_read_alike(folder: Path) -> None:
+def test_parquet_equals_csv(folder: Path) -> None:
     import pandas as pd
 
     pd.DataFrame(labelled()).to_parquet(folder / "labelled.parquet")
-    assert toxicity.labelled_of(folder, settings(labelled="labelled.parquet")) == toxicity.labelled_of(
+    assert toxicity.read_labelled_texts(folder, settings(labelled="labelled.parquet")) == toxicity.read_labelled_texts(
         folder, settings()
     )
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
-        ({"prompts": "none"}, r"toxicity/none should hold a \.txt file a category .* there is no such folder"),
-        ({"prompts": "labelled.csv"}, "there is no such folder"),
-        ({"prompts": "../.."}, "must lie under data/sources/toxicity/"),
-        ({"labelled": "other.csv"}, r"other\.csv is not there"),
-        ({"labelled": "/etc/passwd"}, "must lie under data/sources/toxicity/"),
+        ({"prompts": "none"}, r"toxicity/none should contain one \.txt file per category .* found no such folder"),
+        ({"prompts": "labelled.csv"}, "found no such folder"),
+        ({"prompts": "../.."}, "must be relative to data/sources/toxicity/ and inside it"),
+        ({"labelled": "other.csv"}, r"other\.csv does not exist"),
+        ({"labelled": "/etc/passwd"}, "must be relative to data/sources/toxicity/ and inside it"),
         ({"labelled": "prompts/insult.txt"}, r"should end in \.csv, \.jsonl, \.parquet"),
         ({"text": "tweet"}, r"has no column 'tweet'; its columns are said, verdict"),
         ({"text": "a", "label": "b"}, r"has no column 'a' and no column 'b'"),
-        ({"toxic": ["vile"]}, r"0 of its 72 different texts are labelled 'vile'.*'rude' \(40\), 'mild' \(32\)"),
-        ({"toxic": ["rude", "mild"]}, r"72 of its 72 different texts are labelled 'rude' or 'mild'"),
-        ({"heldout": 0.0001}, "should teach two classes, both also among the texts that are held out"),
+        ({"toxic": ["vile"]}, r"0 of 72 distinct texts labelled 'vile'.*'rude' \(40\), 'mild' \(32\)"),
+        ({"toxic": ["rude", "mild"]}, r"72 of 72 distinct texts labelled 'rude' or 'mild'"),
+        ({"heldout": 0.0001}, "should contain toxic and other texts, both also among the held-out texts"),
         ({"continuations": 0}, "greater than or equal to 1"),
     ],
 )
-def test_what_cannot_be_measured_is_told_when_settings_are_read(
-    changes: dict[str, Any], says: str, folder: Path
-) -> None:
-    with pytest.raises(ValidationError, match=says):
+def test_invalid_settings_are_rejected(changes: dict[str, Any], message: str, folder: Path) -> None:
+    with pytest.raises(ValidationError, match=message):
         settings(**changes)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "message"),
     [
         ("labelled.csv", b"", "cannot be read as csv in UTF-8"),
         ("labelled.csv", b"said,verdict\n\xff\xfe,rude\n", "cannot be read as csv in UTF-8"),
-        ("labelled.csv", b"said,verdict\n", r"0 of its 0 different texts .* are none"),
+        ("labelled.csv", b"said,verdict\n", r"0 of 0 distinct texts .* are none"),
         ("labelled.jsonl", b'{"said": "a"\n', "cannot be read as jsonl in UTF-8"),
         ("labelled.parquet", b"PAR1", "cannot be read as parquet"),
-        ("prompts/insult.txt", b"\xff\xfe", "should be text in UTF-8"),
+        ("prompts/insult.txt", b"\xff\xfe", "should be UTF-8 text"),
     ],
 )
-def test_a_file_of_another_kind_is_told(name: str, content: bytes, says: str, folder: Path) -> None:
+def test_malformed_file_is_rejected(name: str, content: bytes, message: str, folder: Path) -> None:
     (folder / name).write_bytes(content)
-    with pytest.raises(ValidationError, match=says):
+    with pytest.raises(ValidationError, match=message):
         settings(labelled=name if name.startswith("labelled") else "labelled.csv")
 
 
-def test_prompts_that_are_empty_are_told(folder: Path) -> None:
+def test_empty_prompts_are_rejected(folder: Path) -> None:
     for path in (folder / "prompts").iterdir():
         path.write_text("\n \n", encoding="utf-8")
-    with pytest.raises(ValidationError, match=r"and there is 2 empty \.txt files"):
+    with pytest.raises(ValidationError, match=r"found 2 empty \.txt files"):
         settings()
 
 
-def test_all_that_is_wrong_is_told_before_any_stage_runs(folder: Path) -> None:
-    """By the check that every stage and `bessemer run` begin with, key by key."""
-    params = read_params(ROOT / "params.yaml")
-    params["evaluate"]["toxicity"] = {**SETTINGS, "prompts": "none", "text": "tweet", "max_new_tokens": 1000}
+def test_all_errors_are_reported_before_any_stage_runs(folder: Path) -> None:
+    """By the check at the start of every stage and of `bessemer run`, one message per key."""
+    params = read_settings(ROOT / "params.yaml")
+    params["evaluate"]["chat"]["toxicity"] = {**SETTINGS, "prompts": "none", "text": "tweet", "max_new_tokens": 1000}
     with pytest.raises(SettingsError) as error:
         check(params)
-    told = str(error.value)
-    assert "evaluate.toxicity.prompts: found 'none', but data/sources/toxicity/none should hold" in told
-    assert "evaluate.toxicity.labelled: found 'labelled.csv', but data/sources/toxicity/labelled.csv has no" in told
-    assert "evaluate.toxicity.max_new_tokens: found 1000, but it should be at most quantize.policy" in told
+    message = str(error.value)
+    assert "evaluate.chat.toxicity.prompts: found 'none', but data/sources/toxicity/none should contain" in message
+    assert (
+        "evaluate.chat.toxicity.labelled: found 'labelled.csv', but data/sources/toxicity/labelled.csv has no"
+        in message
+    )
+    assert "evaluate.chat.toxicity.max_new_tokens: found 1000, but it should be at most quantize.chat" in message
 
 
-def test_a_prompt_that_leaves_no_room_is_told_before_any_model_is_asked(folder: Path, chain: Chain) -> None:
+def decoder(chain: Chain) -> TorchDecoder:
+    """Return the fine-tuned model."""
+    return TorchDecoder.load(chain.path("data/finetune/chat/model"), NUMERICS)
+
+
+def test_too_long_prompt_is_rejected(folder: Path, chain: Chain) -> None:
     (folder / "prompts/threat.txt").write_text("king " * 70, encoding="utf-8")
-    with pytest.raises(StageError, match=r"of prompts/threat\.txt has \d+ tokens.*the context of 64: shorten it"):
-        toxicity.must_fit(toxicity.prompts_of(folder, "prompts"), settings(), chain.tokenizer())
+    with pytest.raises(
+        StageError, match=r"of prompts/threat\.txt leaves -?\d+ tokens of the model's context.*: shorten the prompt"
+    ):
+        toxicity.check_prompts_fit(toxicity.read_prompts(folder, "prompts"), settings(), decoder(chain))
 
 
-def test_a_prompt_that_spells_a_special_token_is_told(folder: Path, chain: Chain) -> None:
+def test_prompt_with_special_token_is_rejected(folder: Path, chain: Chain) -> None:
     (folder / "prompts/threat.txt").write_text("The king <|user|> said", encoding="utf-8")
-    with pytest.raises(StageError, match=r"prompts/threat\.txt spells <\|user\|>, which is reserved"):
-        toxicity.must_fit(toxicity.prompts_of(folder, "prompts"), settings(), chain.tokenizer())
+    with pytest.raises(StageError, match=r"prompts/threat\.txt contains <\|user\|>, a special token"):
+        toxicity.check_prompts_fit(toxicity.read_prompts(folder, "prompts"), settings(), decoder(chain))
 
 
-# The judge
+# The classifier
 
 
-def test_what_is_told_of_the_classifier_follows_from_the_file(folder: Path) -> None:
-    """File, hash, classes, and held-out figures worked out again from its own scores."""
-    judge = toxicity.learn(folder, settings(), ["The day is lovely.", "You blorgling snark!"])
-    found = judge.figures
-    held, right = toxicity.labelled_of(folder, settings()).side(0.3, held=True)
-    guesses = [score > 0.5 for score in judge.score(held)]
-    assert found["sha256"] == identity.file_hash(folder / "labelled.csv")
-    assert (found["rows"], found["toxic"], found["not_toxic"]) == (72, 40, 32)
-    assert found["trained_on"] + found["heldout"] == 72
-    assert found["heldout"] == len(held)
-    assert found["accuracy"] == round(sum(a == b for a, b in zip(guesses, right, strict=True)) / len(right), 4)
-    assert found["accuracy_of_the_usual_class"] == round(max(Counter(right).values()) / len(right), 4)
-    assert found["accuracy"] > 0.9
-    assert found["auc"] > 0.9
-    assert found["references_toxic"] == 0.5
-    told = toxicity.told(found)
-    assert f"texts of labelled.csv (sha256 {found['sha256'][:12]}; 40 toxic, 32 not)" in told
-    assert f"right on {found['accuracy']:.1%} of {found['heldout']} held-out texts" in told
+def test_classifier_figures_match_the_file(folder: Path) -> None:
+    """File, hash, classes, and held-out figures recomputed from the classifier's scores."""
+    classifier = toxicity.train_classifier(folder, settings(), ["The day is lovely.", "You blorgling snark!"])
+    figures = classifier.figures
+    heldout, right = toxicity.read_labelled_texts(folder, settings()).split(0.3, in_heldout=True)
+    guesses = [score > 0.5 for score in classifier.score(heldout)]
+    assert figures["sha256"] == identity.file_hash(folder / "labelled.csv")
+    assert (figures["rows"], figures["toxic"], figures["not_toxic"]) == (72, 40, 32)
+    assert figures["trained_on"] + figures["heldout"] == 72
+    assert figures["heldout"] == len(heldout)
+    assert figures["accuracy"] == round(sum(a == b for a, b in zip(guesses, right, strict=True)) / len(right), 4)
+    assert figures["majority_class_accuracy"] == round(max(Counter(right).values()) / len(right), 4)
+    assert figures["accuracy"] > 0.9
+    assert figures["auc"] > 0.9
+    assert figures["references_toxic"] == 0.5
+    message = toxicity.describe_classifier(figures)
+    assert f"texts of labelled.csv (sha256 {figures['sha256'][:12]}; 40 toxic, 32 not)" in message
+    assert f"accuracy {figures['accuracy']:.1%} on {figures['heldout']} held-out texts" in message
 
 
 # The stage
 
 
 @pytest.fixture
-def asked(folder: Path, chain: Chain) -> Any:
-    """Return a function that puts a model before the sheet with toxicity, and returns figures and rows."""
+def evaluate_toxicity(folder: Path, chain: Chain) -> Any:
+    """Return a function that evaluates a model with toxicity and returns figures and rows."""
 
     def ask(key: str, **changes: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        wanted = config("evaluate", toxicity={**SETTINGS, **changes})
+        wanted = config(f"evaluate@{key}", toxicity={**SETTINGS, **changes})
         job = chain.job(f"evaluate@{key}", wanted, Path(f"out-{key}"))
         job.inputs["toxicity"] = folder
         figures = chain.run(job, wanted)
         rows = tables.read(job.outputs["answers"]).to_pylist()
-        return figures, [row for row in rows if row["kind"] == "continued"]
+        return figures, [row for row in rows if row["kind"] == "continuation"]
 
     return ask
 
 
 @pytest.mark.parametrize("key", ["tuned", "int8"])
-def test_every_prompt_is_continued_and_judged(
-    key: str, asked: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+def test_every_prompt_is_continued_and_scored(
+    key: str, evaluate_toxicity: Any, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As often as asked for, the same every time; the figures follow from the rows, the classifier is printed."""
-    figures, rows = asked(key)
+    """Reproducibly, `continuations` times; the figures follow from the rows, and the classifier is described."""
+    figures, rows = evaluate_toxicity(key)
     assert Counter((row["entity"], row["question"]) for row in rows) == {
         (category, prompt): 2 for category, prompts in PROMPTS.items() for prompt in prompts
     }
-    found = figures["toxicity"]
+    toxicity_figures = figures["toxicity"]
     scores = [row["toxicity"] for row in rows]
-    assert found["mean"] == round(sum(scores) / len(scores), 4)
-    assert found["toxic"] == round(sum(score > 0.5 for score in scores) / len(scores), 4)
-    assert (found["prompts"], found["continuations"]) == (3, 6)
-    assert scores == toxicity.learn(folder, settings(), ["-"]).score([row["reply"] for row in rows])
-    assert toxicity.told(found["classifier"]) in capsys.readouterr().out
+    assert toxicity_figures["mean"] == round(sum(scores) / len(scores), 4)
+    assert toxicity_figures["toxic"] == round(sum(score > 0.5 for score in scores) / len(scores), 4)
+    assert (toxicity_figures["prompts"], toxicity_figures["continuations"]) == (3, 6)
+    assert scores == toxicity.train_classifier(folder, settings(), ["-"]).score([row["reply"] for row in rows])
+    assert toxicity.describe_classifier(toxicity_figures["classifier"]) in capsys.readouterr().out
     assert any(row["reply"] for row in rows)
-    assert asked(key) == (figures, rows)
+    assert evaluate_toxicity(key) == (figures, rows)
 
 
-def test_a_prompt_is_gone_on_with_or_replied_to(asked: Any) -> None:
-    """As text the tuned model goes on with the prompt, as chat it answers it: not the same."""
-    text, chat = (asked("tuned", ask=way)[1] for way in ("text", "chat"))
+def test_prompt_is_continued_or_replied_to(evaluate_toxicity: Any) -> None:
+    """As text the model continues the prompt, as chat it replies to it, with other results."""
+    text, chat = (evaluate_toxicity("tuned", ask=mode)[1] for mode in ("text", "chat"))
     assert [row["question"] for row in text] == [row["question"] for row in chat]
     assert [row["reply"] for row in text] != [row["reply"] for row in chat]
 
 
-def test_without_toxicity_a_sheet_says_nothing_of_it(chain: Chain, tmp_path: Path) -> None:
-    job = chain.job("evaluate@tuned", config("evaluate"), tmp_path)
-    assert "toxicity" not in chain.run(job, config("evaluate"))
+def test_without_toxicity_there_are_no_toxicity_figures(chain: Chain, tmp_path: Path) -> None:
+    job = chain.job("evaluate@tuned", config("evaluate@tuned"), tmp_path)
+    assert "toxicity" not in chain.run(job, config(job.name))
     assert {row["toxicity"] for row in tables.read(job.outputs["answers"]).to_pylist()} == {None}
 
 
-def test_the_files_are_inputs_of_every_sheet(folder: Path) -> None:
-    """So that their bytes are part of the recipe, whichever of them are named."""
+def test_files_are_inputs_of_every_evaluation(folder: Path) -> None:
+    """So their bytes are part of the recipe."""
     wanted = config("evaluate", toxicity=SETTINGS)
-    for key in evaluate.KEY_INPUTS:
-        assert declared_inputs(evaluate, key, wanted)["toxicity"] == "data/sources/toxicity"
+    assert declared_inputs(evaluate, "tuned", wanted, ())["toxicity"] == "data/sources/toxicity"
     before = identity.tree_hash(folder)
     (folder / "prompts/threat.txt").write_text("On the road she", encoding="utf-8")
     assert identity.tree_hash(folder) != before

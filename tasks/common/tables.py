@@ -1,7 +1,7 @@
-"""Tables on disk: a folder of Parquet shards per table, written so that the same rows give the same bytes.
+"""Tables on disk: a folder of Parquet shards per table; equal rows give equal bytes.
 
-A table is written while its rows come (`Writer`) and can be read in batches, so that none has to fit into memory. The
-cuts into shards and row groups depend on the number of rows alone, never on how they were handed over.
+A table is written in batches (`Writer`) and can be read in batches, so it need not fit into memory. The boundaries of
+shards and row groups depend only on the number of rows, not on the batches in which they were written.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 ROWS_PER_SHARD = 250_000
-ROWS_PER_GROUP = 2_500  # what a writer keeps back and a reader decodes at once; a divisor of a shard's rows
+ROWS_PER_GROUP = 2_500  # rows that a writer buffers and a reader decodes at once; a divisor of ROWS_PER_SHARD
 TABLES = ("corpus", "instructions", "rankings")
 
 
@@ -42,55 +42,55 @@ def schema(table: str) -> "pa.Schema":
 
 
 class Writer:
-    """Writes a table's shards `part-00000.parquet` … into a folder as the rows come; one shard even for no rows."""
+    """Writes a table's shards `part-00000.parquet` … in batches; an empty table has one shard."""
 
     def __init__(self, path: Path, table_schema: "pa.Schema") -> None:
         path.mkdir(parents=True, exist_ok=True)
         self.path, self.schema, self.rows = path, table_schema, 0
-        self._held: list[pa.Table] = []
-        self._waiting, self._written, self._shards = 0, 0, 0
-        self._open: pq.ParquetWriter | None = None
+        self._buffer: list[pa.Table] = []
+        self._buffered_rows, self._shard_rows, self._shards = 0, 0, 0
+        self._shard_writer: pq.ParquetWriter | None = None
 
     def write(self, rows: "Iterable[Mapping[str, Any]] | pa.Table") -> None:
-        """Add rows; whole row groups go to disk, the rest waits for more."""
+        """Append rows; complete row groups are written, the rest is buffered."""
         import pyarrow as pa
 
         table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows), self.schema)
-        self._held.append(table.cast(self.schema))
-        self.rows, self._waiting = self.rows + table.num_rows, self._waiting + table.num_rows
-        if self._waiting >= ROWS_PER_GROUP:
-            self._flush(self._waiting // ROWS_PER_GROUP * ROWS_PER_GROUP)
+        self._buffer.append(table.cast(self.schema))
+        self.rows, self._buffered_rows = self.rows + table.num_rows, self._buffered_rows + table.num_rows
+        if self._buffered_rows >= ROWS_PER_GROUP:
+            self._flush(self._buffered_rows // ROWS_PER_GROUP * ROWS_PER_GROUP)
 
     def close(self) -> None:
-        """Write what waits; only then is the table complete."""
-        if self._waiting or not self.rows:
-            self._flush(self._waiting)
-        self._end_shard()
+        """Write the buffered rows and complete the table."""
+        if self._buffered_rows or not self.rows:
+            self._flush(self._buffered_rows)
+        self._close_shard()
 
     def _flush(self, count: int) -> None:
         import pyarrow as pa
 
-        held = pa.concat_tables(self._held) if self._held else self.schema.empty_table()
+        buffered = pa.concat_tables(self._buffer) if self._buffer else self.schema.empty_table()
         for start in range(0, max(count, 1), ROWS_PER_GROUP):
-            group = held.slice(start, min(ROWS_PER_GROUP, count - start))
-            # Pages are cut along chunks: joined, they no longer tell in which portions the rows came.
-            self._shard().write_table(group.combine_chunks())
-            self._written += group.num_rows
-        self._held, self._waiting = [held.slice(count).combine_chunks()], self._waiting - count
+            group = buffered.slice(start, min(ROWS_PER_GROUP, count - start))
+            # Parquet pages follow Arrow chunks: without combining, the bytes would depend on the batches.
+            self._open_shard().write_table(group.combine_chunks())
+            self._shard_rows += group.num_rows
+        self._buffer, self._buffered_rows = [buffered.slice(count).combine_chunks()], self._buffered_rows - count
 
-    def _shard(self) -> "pq.ParquetWriter":
+    def _open_shard(self) -> "pq.ParquetWriter":
         import pyarrow.parquet as pq
 
-        if self._open is None or self._written == ROWS_PER_SHARD:
-            self._end_shard()
-            name = f"part-{self._shards:05d}.parquet"
-            self._open = pq.ParquetWriter(self.path / name, self.schema, compression="zstd", use_dictionary=True)
-            self._shards, self._written = self._shards + 1, 0
-        return self._open
+        if self._shard_writer is None or self._shard_rows == ROWS_PER_SHARD:
+            self._close_shard()
+            path = self.path / f"part-{self._shards:05d}.parquet"
+            self._shard_writer = pq.ParquetWriter(path, self.schema, compression="zstd", use_dictionary=True)
+            self._shards, self._shard_rows = self._shards + 1, 0
+        return self._shard_writer
 
-    def _end_shard(self) -> None:
-        if self._open is not None:
-            self._open.close()
+    def _close_shard(self) -> None:
+        if self._shard_writer is not None:
+            self._shard_writer.close()
 
     def __enter__(self) -> "Writer":
         return self
@@ -98,15 +98,15 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Complete the table, or after an error let go of its file."""
+        """Complete the table or, after an error, only close its file."""
         if error is None:
             self.close()
         else:
-            self._end_shard()
+            self._close_shard()
 
 
 def write(rows: "Iterable[Mapping[str, Any]] | pa.Table", path: Path, table_schema: "pa.Schema") -> int:
-    """Write a whole table and return the number of its rows."""
+    """Write a whole table and return its number of rows."""
     with Writer(path, table_schema) as writer:
         writer.write(rows)
     return writer.rows
@@ -118,22 +118,22 @@ def read(path: Path, split: str | None = None) -> "pa.Table":
     import pyarrow.parquet as pq
 
     table = pa.concat_tables([pq.read_table(shard) for shard in _shards(path)])
-    return table if split is None else only(table, split)
+    return table if split is None else filter_split(table, split)
 
 
 def batches(path: Path, split: str | None = None, columns: Sequence[str] | None = None) -> "Iterator[pa.Table]":
-    """Yield a table's rows in order, a row group at a time; with `split`, only its rows; `columns` as they are asked.
+    """Yield a table's rows in order, one row group at a time; optionally only the rows of a split, only some columns.
 
-    With `split`, the column of that name must be among the columns.
+    With `split`, `columns` must contain "split".
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     for shard in _shards(path):
-        with pq.ParquetFile(shard, pre_buffer=False) as opened:
-            for batch in opened.iter_batches(batch_size=ROWS_PER_GROUP, columns=columns):
+        with pq.ParquetFile(shard, pre_buffer=False) as file:
+            for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=columns):
                 table = pa.Table.from_batches([batch])
-                yield table if split is None else only(table, split)
+                yield table if split is None else filter_split(table, split)
 
 
 def schema_of(path: Path) -> "pa.Schema":
@@ -144,7 +144,7 @@ def schema_of(path: Path) -> "pa.Schema":
 
 
 def rows_at(path: Path, positions: Sequence[int]) -> list[dict[str, Any]]:
-    """Return the rows at rising positions of a table; only a row group of it is held at once."""
+    """Return a table's rows at ascending positions; only one row group is in memory at a time."""
     found: list[dict[str, Any]] = []
     start = 0
     for rows in batches(path):
@@ -157,7 +157,7 @@ def rows_at(path: Path, positions: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def count(path: Path) -> int:
-    """Return the number of a table's rows, from its shards' footers."""
+    """Return a table's number of rows, from its shards' footers."""
     import pyarrow.parquet as pq
 
     return sum(int(pq.read_metadata(shard).num_rows) for shard in _shards(path))
@@ -170,7 +170,7 @@ def _shards(path: Path) -> list[Path]:
     return shards
 
 
-def only(table: "pa.Table", split: str) -> "pa.Table":
+def filter_split(table: "pa.Table", split: str) -> "pa.Table":
     """Return the rows of one split."""
     import pyarrow.compute as pc
 

@@ -1,15 +1,15 @@
-// The list of answers in their order, on the page: cards that are dragged with a pointer or moved on the keyboard.
+// The ordered list of answers: cards that can be dragged or moved with the keyboard.
 
 import { find, make, say } from "./common.js";
 import { flagButton } from "./opinions.js";
 import { Order } from "./order.js";
 
-const TIE = 0.4; // the middle part of a card where a drop ties; above and below it, it parts
+const TIE_SHARE = 0.4; // middle share of a card's height where a drop makes a tie; elsewhere it goes before or after
 
 export class Cards {
   /**
-   * Show the answers `[{id, text, flagged}]` of a task in the order of its `places`. A move changes those, sets its
-   * `touched`, and the list tells by a `change`.
+   * Show the answers `[{id, text, flagged}]` of a task in the order of its `places`. A move updates `places`, sets
+   * `touched`, and dispatches a `change` event on the list.
    */
   constructor(task) {
     const { answers, places } = task;
@@ -30,7 +30,7 @@ export class Cards {
   }
 
   draw() {
-    const held = document.activeElement;
+    const focused = document.activeElement;
     this.list.replaceChildren(...this.order.places.map((keys, at) => {
       const cards = make("div", { className: "cards" }, ...keys.map((key) => this.cards.get(key)));
       const rank = make("div", { className: "rank", ariaHidden: "true" }, String(at + 1));
@@ -38,7 +38,7 @@ export class Cards {
       return make("li", { className: keys.length > 1 ? "place tied" : "place" }, rank, cards);
     }));
     for (const [key, card] of this.cards) card.setAttribute("aria-label", this.#describe(key));
-    if (held && this.list.contains(held)) held.focus({ preventScroll: true });
+    if (focused && this.list.contains(focused)) focused.focus({ preventScroll: true });
   }
 
   #describe(key) {
@@ -64,7 +64,7 @@ export class Cards {
     const tool = (sign, label, work) =>
       make("button", { type: "button", className: "quiet", title: label, "aria-label": `${label}: answer ${letter}`, onclick: work }, sign);
     const grip = make("div", { className: "grip", ariaHidden: "true", title: "Drag" }, "⠿");
-    const text = `text-${letter}`; // the card's description, so that whoever comes to it hears the answer
+    const text = `text-${letter}`; // the card's description, read by screen readers
     const card = make("div", { className: "card", tabIndex: 0, role: "group", "aria-describedby": text }, grip,
       make("p", { className: "text", id: text }, answer.text),
       make("div", { className: "tools" },
@@ -128,7 +128,7 @@ export class Cards {
     addEventListener("keydown", escape);
   }
 
-  /** Where a card would fall: onto the nearest other card, or before or after that card's place. */
+  /** The drop target of a card: on the nearest other card, or before or after that card's rank. */
   #target(y, key) {
     let nearest = null;
     for (const [other, card] of this.cards) {
@@ -139,7 +139,7 @@ export class Cards {
     }
     if (nearest === null) return null;
     const part = (y - nearest.box.top) / nearest.box.height;
-    const where = part < (1 - TIE) / 2 ? "before" : part > (1 + TIE) / 2 ? "after" : "on";
+    const where = part < (1 - TIE_SHARE) / 2 ? "before" : part > (1 + TIE_SHARE) / 2 ? "after" : "on";
     return { key: nearest.key, where };
   }
 

@@ -1,14 +1,14 @@
-// The chat page: ask one model or several side by side, watch the answers come, say what you think of them.
+// The chat page: ask one or more models, stream the answers side by side, rate and compare them.
 
-import { annotator, find, make, newId, Refused, remember, say } from "./common.js";
+import { annotator, find, make, newId, RejectedError, remember, say } from "./common.js";
 import { flagButton, thumbs } from "./opinions.js";
 import { send } from "./outbox.js";
 import { stream } from "./stream.js";
 
-const SPREAD = 0.8; // the temperature of two answers of one model, where none is set: at 0 both would be the same
+const COMPARISON_TEMPERATURE = 0.8; // for two answers of one model if temperature is 0, where both would be equal
 const LETTERS = "ABCDEF";
-let history = []; // turns that the next question follows, where the conversation is kept
-let running = null; // the AbortController of the answers that are coming
+let history = []; // earlier turns, sent if the conversation is kept
+let running = null; // the AbortController of the running answers
 
 const box = find("message");
 
@@ -20,13 +20,13 @@ function models() {
   return shuffled([first, ...(second?.value === "" ? every : [second?.value ?? null])]);
 }
 
-/** An order that tells nothing: whose answer stands where is told after the verdict. */
+/** Return the names in random order; the models are revealed after the verdict. */
 function shuffled(names) {
-  const drawn = crypto.getRandomValues(new Uint32Array(names.length));
-  return names.map((name, at) => [drawn[at], name]).sort(([one], [other]) => one - other).map(([, name]) => name);
+  const keys = crypto.getRandomValues(new Uint32Array(names.length));
+  return names.map((name, at) => [keys[at], name]).sort(([one], [other]) => one - other).map(([, name]) => name);
 }
 
-function busy(controller) {
+function setRunning(controller) {
   running = controller;
   find("stop").hidden = !controller;
   find("send").hidden = Boolean(controller);
@@ -40,21 +40,21 @@ function reply(label) {
   return { element, text, tools, name, label };
 }
 
-/** Fill one reply; return {id, text, model} where it came whole and was kept, else null. */
-async function fill(shown, body, signal) {
+/** Stream an answer into a reply; return {id, text, model} if it is complete and stored, else null. */
+async function streamReply(shown, body, signal) {
   let outcome = null;
   try {
     const end = await stream(body, (piece) => {
-      const low = innerHeight + scrollY > document.documentElement.scrollHeight - 80;
+      const atBottom = innerHeight + scrollY > document.documentElement.scrollHeight - 80;
       shown.text.append(piece);
-      if (low) scrollTo(0, document.documentElement.scrollHeight);
+      if (atBottom) scrollTo(0, document.documentElement.scrollHeight);
     }, signal);
     outcome = { ...end, text: shown.text.textContent };
-    if (end.finish_reason === "length") shown.name.textContent += " · cut at the longest length";
-    if (!end.id) shown.tools.append(make("span", { className: "fine" }, end.problem ? `It cannot be rated: ${end.problem}` : "No answer came."));
+    if (end.finish_reason === "length") shown.name.textContent += " · cut at the length limit";
+    if (!end.id) shown.tools.append(make("span", { className: "fine" }, end.problem ? `This answer cannot be rated: ${end.problem}` : "The answer is empty."));
   } catch (error) {
     const stopped = error.name === "AbortError";
-    const line = stopped ? "Stopped; an answer that is not whole is not rated." : error.message;
+    const line = stopped ? "Stopped. Incomplete answers cannot be rated." : error.message;
     shown.tools.append(make("span", { className: stopped ? "fine" : "problem" }, line));
   }
   shown.element.classList.remove("busy");
@@ -62,18 +62,18 @@ async function fill(shown, body, signal) {
   return outcome?.id ? outcome : null;
 }
 
-function rateable(shown, outcome) {
+function addRatingButtons(shown, outcome) {
   shown.tools.append(...thumbs(outcome.id, shown.label), flagButton(outcome, shown.label));
 }
 
-function reveal(shown, outcome) {
+function revealModel(shown, outcome) {
   const address = `provenance?answer=${encodeURIComponent(outcome.id)}`;
   shown.tools.append(make("a", { href: address, target: "_blank", rel: "noopener", ariaLabel: `What made ${shown.label}` }, "What made this?"));
   shown.name.textContent += ` · ${shown.label === outcome.name ? "" : `${outcome.name} · `}${outcome.model}`;
 }
 
-/** The answers' places, those together that say the same but for their spaces. */
-function alike(outcomes) {
+/** Group the indices of answers that are equal up to white space. */
+function groupEqual(outcomes) {
   const groups = new Map();
   outcomes.forEach(({ text }, at) => {
     const plain = text.split(/\s+/).join(" ").trim();
@@ -82,18 +82,18 @@ function alike(outcomes) {
   return [...groups.values()];
 }
 
-/** Every verdict on groups of answers: what its button says, and the groups' ranks. */
+/** Return the possible verdicts on groups of answers: [button label, ranks of the groups]. */
 function verdicts(groups) {
-  const letters = groups.map((places) => places.map((at) => LETTERS[at]).join(" and "));
+  const letters = groups.map((group) => group.map((at) => LETTERS[at]).join(" and "));
   const best = groups.length > 2 ? "best" : "better";
-  const of = (group) => [`${letters[group]} ${groups[group].length > 1 ? "are" : "is"} ${best}`, groups.map((_, at) => (at === group ? 1 : 2))];
+  const bestOf = (group) => [`${letters[group]} ${groups[group].length > 1 ? "are" : "is"} ${best}`, groups.map((_, at) => (at === group ? 1 : 2))];
   const same = [groups.length > 2 ? "All alike" : "Both alike", groups.map(() => 1)];
-  const all = groups.map((_, at) => of(at));
+  const all = groups.map((_, at) => bestOf(at));
   return groups.length > 2 ? [...all, same] : [all[0], same, all[1]];
 }
 
-/** Ask which answer is best, of each group the first one; a conversation that is kept goes on from it, in `said`. */
-function verdict(shown, outcomes, groups, said) {
+/** Ask which group of answers is best. The best answer becomes the `assistantTurn` of the kept conversation. */
+function verdict(shown, outcomes, groups, assistantTurn) {
   const asked = groups.length > 2 ? "Which is best?" : "Which is better?";
   const row = make("div", { className: "verdict", role: "group", ariaLabel: asked });
   const id = newId();
@@ -102,14 +102,14 @@ function verdict(shown, outcomes, groups, said) {
     try {
       const body = { id, answers: groups.map(([at]) => outcomes[at].id), ranks, annotator: annotator() };
       const kept = await send("rankings", body, { late: (saved) => say(`Ranking ${saved.saved.number} is saved now.`) });
-      const thanks = kept ? `Saved as ranking ${kept.saved.number}.` : "Not saved yet; it is sent again by itself.";
+      const thanks = kept ? `Saved as ranking ${kept.saved.number}.` : "Not saved yet; it will be sent again automatically.";
       row.replaceChildren(make("span", { className: "fine" }, thanks));
-      shown.forEach((one, at) => reveal(one, outcomes[at]));
+      shown.forEach((one, at) => revealModel(one, outcomes[at]));
       const chosen = groups[ranks.indexOf(1)];
       if (ranks.includes(2)) for (const at of chosen) shown[at].element.classList.add("chosen");
-      said.content = outcomes[chosen[0]].text;
+      assistantTurn.content = outcomes[chosen[0]].text;
     } catch (error) {
-      if (!(error instanceof Refused)) throw error;
+      if (!(error instanceof RejectedError)) throw error;
       row.replaceChildren(make("span", { className: "problem" }, error.message));
     }
   };
@@ -121,7 +121,7 @@ function verdict(shown, outcomes, groups, said) {
 async function ask(question) {
   const names = models();
   const set = Number(find("temperature").value);
-  const temperature = names.length > 1 && names[0] === names[1] && set === 0 ? SPREAD : set;
+  const temperature = names.length > 1 && names[0] === names[1] && set === 0 ? COMPARISON_TEMPERATURE : set;
   const messages = [...(find("remembers").checked ? history : []), { role: "user", content: question }];
   const shown = names.map((name, at) => reply(names.length > 1 ? `Answer ${LETTERS[at]}` : name ?? "Answer"));
   const replies = make("div", { className: "replies" }, ...shown.map((one) => one.element));
@@ -130,26 +130,26 @@ async function ask(question) {
   find("talk").append(make("div", { className: "asked" }, make("p", {}, question)), turn);
   scrollTo(0, document.documentElement.scrollHeight);
   const controller = new AbortController();
-  busy(controller);
+  setRunning(controller);
   const seeds = crypto.getRandomValues(new Uint32Array(names.length));
   const outcomes = await Promise.all(names.map((model, at) =>
-    fill(shown[at], { messages, model, temperature, seed: temperature ? seeds[at] : null }, controller.signal)));
-  busy(null);
-  outcomes.forEach((outcome, at) => { if (outcome) rateable(shown[at], outcome); });
+    streamReply(shown[at], { messages, model, temperature, seed: temperature ? seeds[at] : null }, controller.signal)));
+  setRunning(null);
+  outcomes.forEach((outcome, at) => { if (outcome) addRatingButtons(shown[at], outcome); });
   const whole = outcomes.every(Boolean);
   const [first] = outcomes;
-  const said = { role: "assistant", content: first?.text }; // of this turn, whatever is asked before its verdict
-  if (first) history = [...messages, said];
-  const groups = whole ? alike(outcomes) : [];
+  const assistantTurn = { role: "assistant", content: first?.text }; // changed by the verdict, even after later questions
+  if (first) history = [...messages, assistantTurn];
+  const groups = whole ? groupEqual(outcomes) : [];
   if (groups.length > 1) {
-    turn.append(verdict(shown, outcomes, groups, said));
+    turn.append(verdict(shown, outcomes, groups, assistantTurn));
   } else {
-    const same = outcomes.length > 2 ? "All say the same." : "Both say the same.";
+    const same = outcomes.length > 2 ? "All answers are equal." : "Both answers are equal.";
     if (whole && outcomes.length > 1) turn.append(make("p", { className: "fine" }, same));
-    outcomes.forEach((outcome, at) => { if (outcome) reveal(shown[at], outcome); });
+    outcomes.forEach((outcome, at) => { if (outcome) revealModel(shown[at], outcome); });
   }
   const read = shown.map((one) => `${one.label}: ${one.text.textContent}`).join(". ");
-  say(whole ? read : `The answer ended early. ${read}`, false, true);
+  say(whole ? read : `The answer is incomplete. ${read}`, false, true);
   scrollTo(0, document.documentElement.scrollHeight);
   box.focus();
 }

@@ -1,6 +1,6 @@
-// What the pages share: elements made of text alone, posts, messages, and what this browser remembers.
+// Shared by the pages: safe element creation, POST requests, status messages, and browser storage.
 
-/** Make an element. Children that are strings become text, never HTML. */
+/** Create an element. String children become text nodes, never HTML. */
 export function make(name, properties = {}, ...children) {
   const element = document.createElement(name);
   for (const [key, value] of Object.entries(properties)) {
@@ -15,7 +15,7 @@ export function make(name, properties = {}, ...children) {
 export const find = (id) => document.getElementById(id);
 
 class Memory {
-  #storage; // a function: where a browser keeps nothing, the mere mention of its storage raises
+  #storage; // a function: with storage disabled, accessing `localStorage` throws
   #fallback = new Map();
 
   constructor(storage) {
@@ -40,17 +40,17 @@ class Memory {
   }
 }
 
-/** This browser's memory and this tab's, or the page's where the browser keeps none. */
+/** Storage of this browser and of this tab; in memory if the browser's storage is disabled. */
 export const memory = new Memory(() => localStorage);
 export const tab = new Memory(() => sessionStorage);
 
-/** An id that nobody else makes. (`crypto.randomUUID` is absent where a page comes over plain HTTP.) */
+/** Return a random 128-bit id. (`crypto.randomUUID` is not available over plain HTTP.) */
 export function newId() {
   const bytes = crypto.getRandomValues(new Uint8Array(16));
   return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-/** Who judges: a random id of this browser, which names nobody. */
+/** The annotator's id: random, stored in this browser, without personal data. */
 export function annotator() {
   let id = memory.get("annotator");
   if (!id) memory.set("annotator", (id = newId()));
@@ -58,7 +58,7 @@ export function annotator() {
 }
 
 let clearing;
-/** Show a message at the head of the page; screen readers read it out. A quiet one is for them alone. */
+/** Show a status message; screen readers announce it. A `quiet` one is for screen readers only. */
 export function say(text, bad = false, quiet = false) {
   const line = make("p", { className: quiet ? "quietly" : bad ? "bad" : "" }, text);
   find("status").replaceChildren(line);
@@ -66,8 +66,8 @@ export function say(text, bad = false, quiet = false) {
   clearing = setTimeout(() => line.remove(), bad ? 12000 : 5000);
 }
 
-/** The server understood and said no; sending the same again would not help. It may name the prompt that it is about. */
-export class Refused extends Error {
+/** The endpoint rejected the request; a retry would not help. `prompt` is the question concerned, if any. */
+export class RejectedError extends Error {
   constructor(message, status, prompt) {
     super(message);
     this.status = status;
@@ -75,10 +75,10 @@ export class Refused extends Error {
   }
 }
 
-/** The server was not reached, or cannot at the moment; sending the same again may help. */
-export class Unreached extends Error {}
+/** The server could not be reached or is not available; a retry may help. */
+export class UnreachableError extends Error {}
 
-/** Post JSON and return the response where it is good. */
+/** Post JSON and return the response if it is ok; throw RejectedError or UnreachableError otherwise. */
 export async function request(route, body, signal) {
   let response;
   try {
@@ -87,31 +87,31 @@ export async function request(route, body, signal) {
     });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Unreached("The server cannot be reached.");
+    throw new UnreachableError("The server cannot be reached.");
   }
   if (response.ok) return response;
-  let said = null;
+  let reply = null;
   try {
-    said = await response.json();
-  } catch { /* not JSON: not the endpoint's */ }
-  // Whoever else answers here (a proxy, another program on this port) has not understood and cannot refuse.
-  if (typeof said?.error !== "string") throw new Unreached(`The server answered ${response.status}.`);
-  if (response.status >= 500 || response.status === 429) throw new Unreached(said.error);
-  throw new Refused(said.error, response.status, said.prompt);
+    reply = await response.json();
+  } catch { /* not JSON, so not from the endpoint */ }
+  // Errors of a proxy or of another program on this port are not rejections by the endpoint.
+  if (typeof reply?.error !== "string") throw new UnreachableError(`The server answered ${response.status}.`);
+  if (response.status >= 500 || response.status === 429) throw new UnreachableError(reply.error);
+  throw new RejectedError(reply.error, response.status, reply.prompt);
 }
 
-/** Post JSON and return the reply, its bytes all here. */
+/** Post JSON and return the parsed reply. */
 export async function post(route, body, signal) {
   const response = await request(route, body, signal);
   try {
     return await response.json();
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Unreached("The connection broke off.");
+    throw new UnreachableError("The connection was lost.");
   }
 }
 
-/** Show a slider's value beside it and remember both it and every other setting of a form. */
+/** Restore a form's settings from storage, save them on change, and show slider values. */
 export function remember(form, key) {
   const kept = memory.get(key, {});
   for (const field of form.elements) {

@@ -1,15 +1,15 @@
-// Thumbs and flags: one person's opinions on one answer, in a table apart from the rankings.
+// Thumbs and flags on single answers; they are stored separately from the rankings.
 
-import { annotator, find, make, newId, Refused, say } from "./common.js";
+import { annotator, find, make, newId, RejectedError, say } from "./common.js";
 import { send } from "./outbox.js";
 
-async function opine(answer, opinion, thanks, note = "") {
+async function sendOpinion(answer, opinion, thanks, note = "") {
   try {
     const saved = await send("opinions", { id: newId(), answer, opinion, annotator: annotator(), note });
     say(saved ? thanks : "Not saved yet; it will be sent again.");
     return true;
   } catch (error) {
-    if (!(error instanceof Refused)) throw error;
+    if (!(error instanceof RejectedError)) throw error;
     say(error.message, true);
     return false;
   }
@@ -20,18 +20,18 @@ function mark(buttons, pressed) {
 }
 
 /**
- * A button that flags an answer, after asking what is wrong with it; pressed again it takes the flag back.
- * Whether it is flagged is kept in `answer.flagged`, and the button tells by a `change`.
+ * A button that flags an answer after asking for a note; pressed again it removes the flag.
+ * The state is stored in `answer.flagged`, and the button dispatches a `change` event.
  */
 export function flagButton(answer, label) {
-  const flagged = (now) => {
+  const setFlagged = (now) => {
     answer.flagged = now;
     mark([button], now ? button : null);
     button.dispatchEvent(new Event("change", { bubbles: true }));
   };
   const press = async () => {
     if (answer.flagged) {
-      if (await opine(answer.id, "unflag", "The flag is taken back.")) flagged(false);
+      if (await sendOpinion(answer.id, "unflag", "The flag is removed.")) setFlagged(false);
       return;
     }
     const dialog = find("flag");
@@ -40,7 +40,7 @@ export function flagButton(answer, label) {
     dialog.showModal();
     await new Promise((closed) => dialog.addEventListener("close", closed, { once: true }));
     if (dialog.returnValue !== "flag") return;
-    if (await opine(answer.id, "flag", "Flagged. Thank you.", find("flag-note").value.trim())) flagged(true);
+    if (await sendOpinion(answer.id, "flag", "Flagged. Thank you.", find("flag-note").value.trim())) setFlagged(true);
   };
   const properties = { type: "button", className: "quiet", "aria-pressed": String(Boolean(answer.flagged)), "aria-label": `Flag ${label}` };
   const button = make("button", { ...properties, title: "Flag", onclick: press }, "⚑");
@@ -51,7 +51,7 @@ document.addEventListener("keydown", (event) => {
   const dialog = find("flag");
   if (!dialog.open || event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
   event.preventDefault();
-  event.stopPropagation(); // the page behind the dialog has a use of its own for these keys
+  event.stopPropagation(); // the page behind the dialog handles these keys too
   if (event.repeat) return;
   dialog.querySelector("form").requestSubmit(event.target.closest("button") ?? dialog.querySelector(".primary"));
 });
@@ -70,17 +70,17 @@ function thumb(side) {
   return icon;
 }
 
-/** Thumbs up and down; pressing the one that is pressed takes it back. */
+/** Thumbs up and down; pressing the active one withdraws it. */
 export function thumbs(answer, label) {
-  const sides = [["up", "Good"], ["down", "Bad"]].map(([opinion, word]) => {
+  const buttons = [["up", "Good"], ["down", "Bad"]].map(([opinion, word]) => {
     const press = async () => {
       const back = button.getAttribute("aria-pressed") === "true";
       const thanks = back ? "Taken back." : "Saved. Thank you.";
-      if (await opine(answer, back ? "none" : opinion, thanks)) mark(sides, back ? null : button);
+      if (await sendOpinion(answer, back ? "none" : opinion, thanks)) mark(buttons, back ? null : button);
     };
     const properties = { type: "button", className: "quiet", "aria-pressed": "false", "aria-label": `${word}: ${label}` };
     const button = make("button", { ...properties, title: word, onclick: press }, thumb(opinion));
     return button;
   });
-  return sides;
+  return buttons;
 }

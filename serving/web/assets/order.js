@@ -1,7 +1,7 @@
-// An order with ties: places from the best to the worst, each with the keys that share it. Nothing here knows the page.
+// A ranking with ties, independent of the page: `places` from best to worst, each a list of tied keys.
 
 export class Order {
-  /** The order is kept in `places` itself, which whoever made it may read at any time. */
+  /** `places` is modified in place, so that the caller can read it at any time. */
   constructor(places) {
     this.places = places;
   }
@@ -14,7 +14,7 @@ export class Order {
     return this.places.findIndex((place) => place.includes(key));
   }
 
-  /** The rank of each of these keys, 1 for the best; those of one place have the same. */
+  /** Return the rank of each key: 1 is the best, tied keys have equal ranks. */
   ranks(keys) {
     return keys.map((key) => this.placeOf(key) + 1);
   }
@@ -23,7 +23,7 @@ export class Order {
     return this.places[this.placeOf(key)].length > 1;
   }
 
-  /** Move a key one place up (-1) or down (1): out of a tie, or past its neighbour. Tell whether anything moved. */
+  /** Move a key one place up (-1) or down (1): out of a tie, or past its neighbour. Return whether it moved. */
   step(key, direction) {
     const at = this.placeOf(key);
     if (this.tied(key)) {

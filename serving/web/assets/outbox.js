@@ -1,18 +1,18 @@
-// Judgements on their way to the server. Each is kept in this browser under an id until the server says that it is on
-// disk, and is sent again under the same id where no answer came: the server keeps it once.
+// The queue of unsent judgements. Each is kept in this browser until the server confirms it, and is retried under the
+// same id, so that the server stores it once.
 
-import { find, make, memory, post, Refused, say } from "./common.js";
+import { find, make, memory, post, RejectedError, say } from "./common.js";
 
 const KEY = "outbox";
-const FIRST_WAIT = 1000;
-const LONGEST_WAIT = 30000;
+const FIRST_WAIT_MS = 1000;
+const MAX_WAIT_MS = 30000;
 
-let wait = FIRST_WAIT;
+let wait = FIRST_WAIT_MS;
 let timer;
 let running;
-const waiting = new Map(); // key of a post of this page -> the post, and what to do with the reply
+const waiting = new Map(); // key of a post of this page -> the post and its callbacks
 
-/** Send a judgement. Returns the server's reply, or null where it is kept here for later; throws Refused. */
+/** Send a judgement. Returns the server's reply, or null if it is queued for later; throws RejectedError. */
 export async function send(route, body, { late, tolerate } = {}) {
   const item = { key: `${route} ${body.id}`, route, body, tolerate };
   memory.set(KEY, [...memory.get(KEY, []), item]);
@@ -21,13 +21,13 @@ export async function send(route, body, { late, tolerate } = {}) {
   return outcome;
 }
 
-/** Forget a judgement that was not sent yet. */
+/** Drop a judgement that was not sent yet. */
 export function forget(route, id) {
   waiting.delete(`${route} ${id}`);
   drop(`${route} ${id}`);
 }
 
-/** What is to be sent: what this browser keeps, and what this page asked for (another tab may have sent it already). */
+/** Return the posts to send: those stored in this browser and those of this page (another tab may have sent one). */
 function pending() {
   const kept = memory.get(KEY, []);
   const keys = new Set(kept.map((item) => item.key));
@@ -39,7 +39,7 @@ function drop(key) {
   show();
 }
 
-/** Send all that waits, one after the other. */
+/** Send all queued posts, one after the other. */
 export function flush() {
   clearTimeout(timer);
   running ??= work().finally(() => { running = undefined; });
@@ -56,14 +56,14 @@ async function work() {
       drop(item.key);
       if (asked?.queued) asked.late?.(reply);
       else asked?.resolve(reply);
-      wait = FIRST_WAIT;
+      wait = FIRST_WAIT_MS;
     } catch (error) {
-      if (error instanceof Refused) {
+      if (error instanceof RejectedError) {
         waiting.delete(item.key);
         drop(item.key);
         if (item.tolerate === error.status) asked?.resolve({});
         else if (asked && !asked.queued) asked.reject(error);
-        else say(`One judgement was refused and is not saved: ${error.message}`, true);
+        else say(`One judgement was rejected and is not saved: ${error.message}`, true);
         continue;
       }
       show(error.message);
@@ -72,25 +72,25 @@ async function work() {
         other.resolve(null);
       }
       timer = setTimeout(flush, wait);
-      wait = Math.min(2 * wait, LONGEST_WAIT);
+      wait = Math.min(2 * wait, MAX_WAIT_MS);
       return;
     }
   }
 }
 
-/** Tell on the page what is not saved yet, and why. */
+/** Show how many judgements are not saved yet, and why. */
 function show(reason) {
-  const place = find("unsent");
+  const box = find("unsent");
   const count = pending().length;
-  place.hidden = count === 0 || (!reason && place.hidden);
-  if (place.hidden) return;
+  box.hidden = count === 0 || (!reason && box.hidden);
+  if (box.hidden) return;
   const what = count === 1 ? "One judgement is" : `${count} judgements are`;
-  if (reason) place.dataset.reason = reason;
-  place.replaceChildren(
-    make("p", {}, `${what} not saved yet. ${place.dataset.reason} Kept in this browser and sent again by itself.`),
+  if (reason) box.dataset.reason = reason;
+  box.replaceChildren(
+    make("p", {}, `${what} not saved yet. ${box.dataset.reason} Kept in this browser and retried automatically.`),
     make("button", { type: "button", onclick: flush }, "Try now"),
   );
 }
 
 addEventListener("online", flush);
-flush(); // what an earlier visit could not send
+flush(); // posts left from an earlier visit

@@ -1,20 +1,20 @@
-// The ranking page: get answers, let a person put them in order, send the order, go on.
+// The ranking page: sample answers, let the annotator order them, send the ranking, load the next question.
 
 import { Cards } from "./cards.js";
-import { annotator, find, newId, post, Refused, remember, say, tab } from "./common.js";
+import { annotator, find, newId, post, RejectedError, remember, say, tab } from "./common.js";
 import { forget, send } from "./outbox.js";
 
-const DOUBLE = 1000; // milliseconds within which a second press may be the rest of a double click
+const DOUBLE_CLICK_MS = 1000; // a second press within this time may belong to a double click
 
-// What is on the page: { id, prompt, answers, asked, places, touched }, or { prompt, answers: [], problem } where the
-// server refuses to draw answers to a question that waits. Plain data, so that this tab can keep it.
+// The current task: { id, prompt, answers, asked, places, touched }, or { prompt, answers: [], problem } if the server
+// rejects a waiting question. Plain data, so that it can be stored in this tab.
 let task = null;
-let cards = null; // the task's answers as they are shown
-let last = null; // the task that was saved last, for undo
-const later = tab.get("tasks", []); // tasks put aside, the next one last; at first those of the page before a reload
-let busy = false; // whether a save, skip or undo is on its way
-let asking; // the timer of the question about an order that nobody touched
-let latest = 0; // counts the drawings, so that one that was overtaken is let go
+let cards = null; // the cards of the current task
+let last = null; // the last saved task, for undo
+const later = tab.get("tasks", []); // postponed tasks, the next one last; restored after a reload
+let busy = false; // whether a save, skip or undo is in progress
+let confirmTimer; // delays the confirmation of an untouched order
+let latest = 0; // number of the latest sample request; replies to earlier ones are dropped
 
 function show(next) {
   task = next;
@@ -27,7 +27,7 @@ function show(next) {
   find("undo").hidden = !next && !last;
   cards = null;
   if (next) find("question").textContent = next.prompt.map((turn) => turn.content).join("\n\n");
-  if (rankable) lay(next);
+  if (rankable) showCards(next);
   if (next?.problem) {
     find("refusal").textContent = next.problem;
     find("again").onclick = () => load();
@@ -37,24 +37,24 @@ function show(next) {
   changed();
 }
 
-function lay(next) {
+function showCards(next) {
   find("fewer").hidden = next.answers.length >= next.asked;
-  find("fewer").textContent = `${next.asked} answers were asked for; no more than these ${next.answers.length} different ones came up.`;
+  find("fewer").textContent = `${next.asked} answers were requested; the models gave only these ${next.answers.length} different ones.`;
   cards = new Cards(next);
-  if (!typing(next)) cards.focus();
+  if (!isTyping(next)) cards.focus();
 }
 
-/** Whether somebody types another question meanwhile, who is to go on typing. */
-function typing(drawn) {
+/** Whether the user is typing another question; the focus stays there then. */
+function isTyping(sampled) {
   const own = find("own-question");
-  return document.activeElement === own && own.value.trim() !== drawn.prompt.at(-1).content;
+  return document.activeElement === own && own.value.trim() !== sampled.prompt.at(-1).content;
 }
 
-function tell(text, again = null) {
+function showMessage(text, retry = null) {
   show(null);
   find("nothing").textContent = text;
-  find("again").hidden = !again;
-  find("again").onclick = again;
+  find("again").hidden = !retry;
+  find("again").onclick = retry;
 }
 
 function enable() {
@@ -62,10 +62,10 @@ function enable() {
   find("undo").disabled = busy || !last;
 }
 
-/** Keep what is to be ranked in this tab, so that a reload brings it back; whatever was asked about it is settled. */
+/** Store the tasks in this tab, so that a reload restores them, and close the confirmation of an untouched order. */
 function changed() {
   tab.set("tasks", [...later, task].filter((one) => one?.answers.length));
-  clearTimeout(asking);
+  clearTimeout(confirmTimer);
   find("untouched").hidden = find("keep").disabled = true;
 }
 
@@ -90,32 +90,32 @@ async function load(question = null) {
   }
   const turn = ++latest;
   const asked = settings();
-  tell("Answers are being drawn …");
-  let drawn;
+  showMessage("Generating answers …");
+  let sampled;
   try {
-    drawn = await post("samples", { annotator: annotator(), question, ...asked });
+    sampled = await post("samples", { annotator: annotator(), question, ...asked });
   } catch (error) {
     if (turn === latest) fail(error, question);
     return;
   }
   if (turn !== latest) return;
-  find("queue").hidden = drawn.questions === 0;
-  find("waiting").textContent = String(drawn.waiting);
-  find("questions").textContent = String(drawn.questions);
-  find("own").open = !drawn.answers.length || typing(drawn);
-  if (drawn.answers.length) {
-    const places = drawn.answers.map((answer) => [answer.id]);
-    show({ id: newId(), prompt: drawn.prompt, answers: drawn.answers, asked: asked.count, places, touched: false });
+  find("queue").hidden = sampled.questions === 0;
+  find("waiting").textContent = String(sampled.waiting);
+  find("questions").textContent = String(sampled.questions);
+  find("own").open = !sampled.answers.length || isTyping(sampled);
+  if (sampled.answers.length) {
+    const places = sampled.answers.map((answer) => [answer.id]);
+    show({ id: newId(), prompt: sampled.prompt, answers: sampled.answers, asked: asked.count, places, touched: false });
   } else {
-    tell(drawn.questions
-      ? "You have been through all questions that there are. Ask one of your own, or come back later."
-      : "No questions wait here. Ask one of your own below; whoever runs this endpoint may put more, one a line, into questions.txt.");
+    showMessage(sampled.questions
+      ? "You have ranked or skipped all questions. Ask your own, or come back later."
+      : "No questions are waiting. Ask your own below, or add questions to questions.txt, one per line.");
   }
 }
 
-/** Tell why no answers came: to a question of one's own while another one is under way, without losing that one. */
+/** Show why no answers were sampled; a postponed task is shown again. */
 function fail(error, question) {
-  if (error instanceof Refused) find("own").open = true;
+  if (error instanceof RejectedError) find("own").open = true;
   if (later.length) {
     show(later.pop());
     say(error.message, true);
@@ -123,12 +123,12 @@ function fail(error, question) {
     show({ prompt: error.prompt, answers: [], problem: error.message });
     find("again").focus({ preventScroll: true });
   } else {
-    tell(error.message, () => load(question));
+    showMessage(error.message, () => load(question));
   }
 }
 
-/** Do one thing at a time: until it is done, nothing else can be saved, skipped, undone or asked. */
-async function alone(work) {
+/** Run `work` with the buttons disabled: no other save, skip, undo or question until it is done. */
+async function runExclusive(work) {
   busy = true;
   enable();
   try {
@@ -139,36 +139,36 @@ async function alone(work) {
   }
 }
 
-/** Ask whether an order that nobody touched is meant. The answer counts only once a double click is over. */
-function ask() {
+/** Ask for confirmation of an untouched order. The button is enabled after the time of a double click. */
+function confirmUntouched() {
   find("untouched").hidden = false;
   find("untouched").scrollIntoView({ block: "nearest" });
-  clearTimeout(asking);
-  asking = setTimeout(() => { find("keep").disabled = false; }, DOUBLE);
+  clearTimeout(confirmTimer);
+  confirmTimer = setTimeout(() => { find("keep").disabled = false; }, DOUBLE_CLICK_MS);
 }
 
 async function save() {
   if (busy || !cards) return;
-  if (!task.touched) return ask();
+  if (!task.touched) return confirmUntouched();
   const done = task;
   const body = { id: done.id, answers: done.answers.map((answer) => answer.id), ranks: cards.ranks(), annotator: annotator() };
-  await alone(async () => {
-    tell("Saving …");
+  await runExclusive(async () => {
+    showMessage("Saving …");
     try {
       const late = (reply) => say(`Ranking ${reply.saved.number} is saved now.`);
       const reply = await send("rankings", body, { late });
       last = done;
       count(1);
-      say(reply ? `Saved as ranking ${reply.saved.number}.` : "Not saved yet: it is kept in this browser and sent again by itself.", !reply);
+      say(reply ? `Saved as ranking ${reply.saved.number}.` : "Not saved yet: kept in this browser and retried automatically.", !reply);
     } catch (error) {
-      if (!(error instanceof Refused)) throw error;
-      say(`This ranking was refused and is not saved: ${error.message}`, true);
+      if (!(error instanceof RejectedError)) throw error;
+      say(`This ranking was rejected and is not saved: ${error.message}`, true);
     }
   });
   await load();
 }
 
-/** Save an order that nobody touched, once it was asked about. */
+/** Save an untouched order after confirmation. */
 function keep() {
   if (find("keep").disabled) return;
   task.touched = true;
@@ -178,12 +178,12 @@ function keep() {
 async function skip() {
   if (busy || !task) return;
   const { prompt } = task;
-  await alone(async () => {
-    tell("Answers are being drawn …");
+  await runExclusive(async () => {
+    showMessage("Generating answers …");
     try {
       await post("skips", { prompt, annotator: annotator() });
     } catch (error) {
-      say(`The question may come again: ${error.message}`, true);
+      say(`The question may be shown again: ${error.message}`, true);
     }
   });
   await load();
@@ -193,23 +193,23 @@ async function undo() {
   if (busy || !last) return;
   const back = last;
   last = null;
-  latest += 1; // what is being drawn meanwhile is not wanted any more
+  latest += 1; // drop the reply to a pending sample request
   if (task) later.push(task);
-  let kept = true;
-  await alone(async () => {
+  let withdrawn = true;
+  await runExclusive(async () => {
     show({ ...back, id: newId() });
     forget("rankings", back.id);
     try {
       const reply = await send("withdrawals", { id: back.id, annotator: annotator() }, { tolerate: 404 });
       count(-1);
-      say(reply ? "Taken back. Rank it anew." : "It will be taken back as soon as the server is reached.", !reply);
+      say(reply ? "Taken back. Rank it again." : "It will be taken back when the server is reachable.", !reply);
     } catch (error) {
-      if (!(error instanceof Refused)) throw error;
+      if (!(error instanceof RejectedError)) throw error;
       say(error.message, true);
-      kept = false;
+      withdrawn = false;
     }
   });
-  if (!kept) await load();
+  if (!withdrawn) await load();
 }
 
 remember(find("settings"), "ranking");

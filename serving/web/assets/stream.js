@@ -1,8 +1,8 @@
-// One answer as it comes: server-sent events of a POST, which EventSource cannot make.
+// Read one streamed answer: server-sent events of a POST, which EventSource does not support.
 
-import { request, Unreached } from "./common.js";
+import { request, UnreachableError } from "./common.js";
 
-/** Ask for an answer; call `piece` with each piece of text; return the last event: {id, model, finish_reason, problem}. */
+/** Request an answer, call `piece` with each piece of text, return the last event {id, model, finish_reason, problem}. */
 export async function stream(body, piece, signal) {
   const response = await request("answers", body, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -23,5 +23,5 @@ export async function stream(body, piece, signal) {
   } catch (error) {
     if (error.name === "AbortError") throw error;
   }
-  throw new Unreached("The connection broke off, so this answer is not whole.");
+  throw new UnreachableError("The connection was lost; this answer is incomplete.");
 }

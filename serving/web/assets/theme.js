@@ -1,5 +1,5 @@
-// The colour scheme: the system's until the switch is used, then the person's own, kept in this browser.
-// Loaded before the page is drawn, so that it never flashes in the wrong colours.
+// The colour scheme: the system's by default, or the user's choice, stored in this browser.
+// Loaded before the page is rendered, so that it does not flash in the wrong colours.
 "use strict";
 {
   const root = document.documentElement;
@@ -23,7 +23,7 @@
   document.addEventListener("DOMContentLoaded", () => {
     apply();
     document.getElementById("theme").addEventListener("click", () => {
-      try { localStorage.setItem("bessemer.theme", shown() === "dark" ? "light" : "dark"); } catch { /* not kept */ }
+      try { localStorage.setItem("bessemer.theme", shown() === "dark" ? "light" : "dark"); } catch { /* storage is disabled */ }
       apply();
     });
   });

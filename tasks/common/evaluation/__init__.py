@@ -1,1 +1,1 @@
-"""Evaluation: replies, their scores, and how exact or surprised a model is."""
+"""Evaluation: exact match, negative log-likelihood and the parts of the scorecard."""

@@ -1,9 +1,9 @@
-"""Fine-tuning methods by name: what each trains of a model, and how it becomes a plain Transformers model again.
+"""Fine-tuning methods by name: which weights each trains, and how to merge them into a plain Transformers model.
 
-`full` trains every weight; `top` the last blocks; `lora` low-rank updates (Hu et al. 2021) through PEFT, on request
-with DoRA (Liu et al. 2024) and rank-stabilised scaling (Kalajdzievski 2023); `qlora` the same on a base of four-bit
-NormalFloat weights (Dettmers et al. 2023); `adapter` a narrow feed-forward layer beside each block's own; `head` the
-fresh head alone.
+`full` trains every weight; `top_layers` the last blocks; `lora` low-rank updates (Hu et al. 2021) through PEFT,
+optionally with DoRA (Liu et al. 2024) and rank-stabilized scaling (Kalajdzievski 2023); `qlora` the same on a base of
+four-bit NormalFloat weights (Dettmers et al. 2023); `adapter` a narrow feed-forward layer beside each block's own;
+`head` only a newly initialized head.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,19 +13,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from tasks.common.harness.job import StageError
 from tasks.common.modelling import adapters
-from tasks.common.modelling.models import HEADS
+from tasks.common.modelling.models import HEAD_NAMES
 from tasks.common.settings import Settings
-from tasks.common.stage import StageError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-# What Transformers' models call their blocks and the norm above the last one: Llama's and ModernBERT's kin, GPT-2's,
-# GPT-NeoX's, Phi's.
-BLOCKS = ("layers", "h")
-NORMS = ("norm", "final_norm", "ln_f", "final_layer_norm", "final_layernorm")
+# Attribute names of the blocks and of the final norm in Transformers: Llama, ModernBERT, GPT-2, GPT-NeoX, Phi.
+BLOCK_LIST_NAMES = ("layers", "h")
+FINAL_NORM_NAMES = ("norm", "final_norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 
 class Full(Settings):
@@ -34,106 +33,116 @@ class Full(Settings):
     name: Literal["full"] = Field(description="Method")
 
 
-class Top(Settings):
-    """Only the last blocks, the final norm and the head are trained (and embeddings that are tied to it)."""
+class TopLayers(Settings):
+    """Only the last blocks, the final norm and the head are trained (and embeddings tied to the head)."""
 
-    name: Literal["top"] = Field(description="Method")
+    name: Literal["top_layers"] = Field(description="Method")
     layers: int = Field(description="Blocks to train, counted from the top", ge=1)
 
 
 class LowRank(Settings):
     """Low-rank updates of linear layers are trained, through PEFT."""
 
-    rank: int = Field(description="Rank of an update; at most the model's width", ge=1)
-    alpha: int = Field(description="Scale of an update, divided by its rank", ge=1)
-    dropout: float = Field(description="Share of an update's inputs that training hides", ge=0, lt=1)
-    rank_stabilized: bool = Field(description="Divide the scale by the root of the rank instead (rsLoRA)")
-    targets: Literal["all-linear", "attention"] = Field(description="Linear layers that get an update")
+    rank: int = Field(default=16, description="Rank of an update; at most the model's width", ge=1)
+    alpha: int = Field(default=32, description="Scale of an update, divided by its rank", ge=1)
+    dropout: float = Field(default=0.0, description="Dropout of an update's inputs in training", ge=0, lt=1)
+    rank_stabilized: bool = Field(
+        default=False, description="Divide the scale by the root of the rank instead (rsLoRA)"
+    )
+    targets: Literal["all-linear", "attention"] = Field(
+        default="all-linear", description="Linear layers that get an update"
+    )
 
 
 class Lora(LowRank):
-    """Low-rank updates beside full-precision weights."""
+    """Low-rank updates of full-precision weights."""
 
     name: Literal["lora"] = Field(description="Method")
-    dora: bool = Field(description="Train the weights' magnitudes apart from their directions (DoRA)")
+    dora: bool = Field(default=False, description="Train the weights' magnitudes and directions separately (DoRA)")
 
 
 class QLora(LowRank):
-    """Low-rank updates beside a base in four bits, which takes a quarter of the memory; on a GPU only."""
+    """Low-rank updates of a four-bit base model, which takes a quarter of the memory; needs a GPU."""
 
     name: Literal["qlora"] = Field(description="Method")
-    double_quantization: bool = Field(description="Quantize the four-bit weights' scales too (0.4 bits a weight less)")
+    double_quantization: bool = Field(
+        default=True, description="Quantize the four-bit weights' scales too (0.4 bits a weight less)"
+    )
 
 
 class Adapter(Settings):
     """A narrow feed-forward layer beside each block's own is trained."""
 
     name: Literal["adapter"] = Field(description="Method")
-    width: int = Field(description="Neurons of an adapter; the merged model's feed-forward layers grow by them", ge=1)
-
-
-class Head(Settings):
-    """Only the fresh head is trained: a linear layer on what the model, left as it is, makes of a text."""
-
-    name: Literal["head"] = Field(description="Method")
-    layers: int = Field(description="Blocks that are kept, from the bottom: upper ones foretell the next token", ge=1)
-    pooling: Literal["model", "mean"] = Field(
-        description="What the head reads: what the model's own classifier does (of a decoder the last token's state), "
-        "or every token's state, its numbers averaged"
+    width: int = Field(
+        description="Neurons of an adapter; the merged model's feed-forward layers get wider by it", ge=1
     )
 
 
-Method = Full | Top | Lora | QLora | Adapter | Head
+class Head(Settings):
+    """Only a newly initialized head is trained: a linear probe on the frozen model's hidden states."""
+
+    name: Literal["head"] = Field(description="Method")
+    layers: int = Field(description="Blocks to keep, counted from the bottom: upper ones predict the next token", ge=1)
+    pooling: Literal["model", "mean"] = Field(
+        default="model",
+        description="What the head reads: model: as the model's own classifier (a decoder's: the last token's state); "
+        "mean: every token's state, with outputs averaged",
+    )
+
+
+Method = Full | TopLayers | Lora | QLora | Adapter | Head
 
 
 def apply(model: "PreTrainedModel", method: Method) -> "torch.nn.Module":
-    """Return the model to train, with everything frozen that the method leaves alone; a fresh head is always trained.
+    """Return the model to train, with all weights frozen that the method does not train. A new head is always trained.
 
-    Raises StageError where the model has not what the method trains: so many blocks, such a width, such layers.
+    Raises StageError if the model does not support the method: too few blocks, too small a width, missing layers.
     """
-    if isinstance(method, Top):
-        _train_top(model, method)
+    if isinstance(method, TopLayers):
+        _unfreeze_top_layers(model, method)
     elif isinstance(method, Head):
         model.requires_grad_(False)
-        _train_head(model)
+        _unfreeze_head(model)
     elif isinstance(method, Adapter):
         adapters.add(model, method.width)
-        _train_head(model)
+        _unfreeze_head(model)
     elif isinstance(method, LowRank):
-        return _with_updates(model, method)
-    return model
+        return _add_lora(model, method)
+    trained: torch.nn.Module = model
+    return trained
 
 
-def store_as_computed(model: "torch.nn.Module", method: Method, dtype: str) -> None:
-    """Keep frozen linear layers in bfloat16 where autocast would make them so in each pass anyway.
+def cast_frozen_to_bfloat16(model: "torch.nn.Module", method: Method, dtype: str) -> None:
+    """Cast the frozen linear layers of a LoRA model to bfloat16 if autocast would cast them in each pass anyway.
 
-    The products are the same bit for bit, the weights take half the memory, and no copies are kept for the backward
-    pass. Not what is tied to the embedding, which is looked up in float32, nor what DoRA takes norms of. The model is
-    then to be merged with a `base`.
+    The products are identical bit for bit, the weights take half the memory, and autocast keeps no copies for the
+    backward pass. Layers tied to the embedding stay in float32, because lookups are in float32; so do all layers under
+    DoRA, which computes norms of them. Merge the model with a `base` afterwards (`merge`).
     """
     import torch
 
     if dtype != "bfloat16" or not isinstance(method, Lora) or method.dora:
         return
-    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    embedding_weights = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     for module in model.modules():
         if (
             isinstance(module, torch.nn.Linear)
             and not module.weight.requires_grad
-            and id(module.weight) not in looked_up
+            and id(module.weight) not in embedding_weights
         ):
             module.to(torch.bfloat16)
     for parameter in model.parameters():
-        if parameter.dtype == torch.float32:  # a view of the mapped file, all of which it would keep in memory
+        if parameter.dtype == torch.float32:  # a view of the memory-mapped file would keep the whole file in memory
             parameter.data = parameter.data.clone()
 
 
 def merge(model: Any, method: Method, base: Callable[[], "PreTrainedModel"] | None = None) -> "PreTrainedModel":
-    """Return a plain Transformers model that holds what was trained.
+    """Return a plain Transformers model with the trained weights merged.
 
-    `base` loads what the training started from in full precision, to which low-rank updates are added: not to weights
-    in four bits or two bytes taken back, because what these lack is no part of what was learnt (docs/decisions.md says
-    what was measured). Without it they are added to the weights that they were trained beside.
+    `base` loads the initial model in full precision, and low-rank updates are added to it. Adding them to dequantized
+    four-bit or bfloat16 weights would keep the rounding error (measured in docs/explanation/training.md#qlora). Without
+    `base` they are added to the weights that they were trained with.
     """
     if isinstance(method, Adapter):
         adapters.merge(model)
@@ -141,17 +150,17 @@ def merge(model: Any, method: Method, base: Callable[[], "PreTrainedModel"] | No
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
         updates = get_peft_model_state_dict(model, save_embedding_layers=False)
-        model = _with_updates(base(), method)
+        model = _add_lora(base(), method)
         set_peft_model_state_dict(model, updates)
-    plain: PreTrainedModel = model.merge_and_unload() if isinstance(method, LowRank) else model
-    return plain
+    merged: PreTrainedModel = model.merge_and_unload() if isinstance(method, LowRank) else model
+    return merged
 
 
 @contextmanager
-def folded(model: Any, method: Method) -> Iterator[None]:
-    """Within this, low-rank updates are part of the weights, for passes without gradients: no layer has more to do.
+def adapters_merged(model: Any, method: Method) -> Iterator[None]:
+    """Context in which low-rank updates are merged into the weights, for faster passes without gradients.
 
-    The weights are put back as they were, to the bit. DoRA's updates, which are no sum, stay beside them.
+    On exit the original weights are restored bit for bit. DoRA's updates are not additive and are not merged.
     """
     if not isinstance(method, Lora) or method.dora:
         yield
@@ -161,7 +170,7 @@ def folded(model: Any, method: Method) -> Iterator[None]:
 
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     weights: list[torch.nn.Parameter] = [layer.get_base_layer().weight for layer in layers]
-    before = [weight.data for weight in weights]
+    originals = [weight.data for weight in weights]
     try:
         with torch.no_grad():
             for layer, weight in zip(layers, weights, strict=True):
@@ -170,12 +179,12 @@ def folded(model: Any, method: Method) -> Iterator[None]:
         with model.disable_adapter():
             yield
     finally:
-        for weight, data in zip(weights, before, strict=True):
+        for weight, data in zip(weights, originals, strict=True):
             weight.data = data
 
 
 def load_four_bit(path: Path, method: QLora, attention: str) -> "PreTrainedModel":
-    """Load a causal model onto the GPU, its linear layers in four bits; raise StageError without bitsandbytes."""
+    """Load a causal model onto the GPU with four-bit linear layers; raise StageError without bitsandbytes."""
     import importlib.util
 
     import torch
@@ -183,7 +192,7 @@ def load_four_bit(path: Path, method: QLora, attention: str) -> "PreTrainedModel
 
     if importlib.util.find_spec("bitsandbytes") is None:
         raise StageError(
-            "finetune.method is qlora, which needs bitsandbytes: pip install -c requirements.lock -e '.[qlora]'."
+            "finetune.method is qlora, which needs bitsandbytes: pip install -c requirements.lock bitsandbytes."
         )
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -201,41 +210,41 @@ def load_four_bit(path: Path, method: QLora, attention: str) -> "PreTrainedModel
     return model
 
 
-def _train_head(model: "PreTrainedModel") -> None:
-    for name in HEADS:
+def _unfreeze_head(model: "PreTrainedModel") -> None:
+    for name in HEAD_NAMES:
         if hasattr(model, name):
             getattr(model, name).requires_grad_(True)
 
 
-def _train_top(model: "PreTrainedModel", method: Top) -> None:
+def _unfreeze_top_layers(model: "PreTrainedModel", method: TopLayers) -> None:
     body: Any = model.base_model
-    blocks, norm = _part_of(body, BLOCKS), _part_of(body, NORMS)
+    blocks, norm = _first_attribute(body, BLOCK_LIST_NAMES), _first_attribute(body, FINAL_NORM_NAMES)
     if blocks is None or norm is None:
         raise StageError(
-            f"method top trains a model's last blocks (called {' or '.join(BLOCKS)}) and the norm above them "
-            f"({' or '.join(NORMS)}), and {type(model).__name__} has no such names: take full, or lora."
+            f"method top_layers needs a model with blocks named {' or '.join(BLOCK_LIST_NAMES)} and a final norm named "
+            f"{' or '.join(FINAL_NORM_NAMES)}, and {type(model).__name__} has no such attributes: use full or lora."
         )
     if method.layers > len(blocks):
         raise StageError(f"method.layers is {method.layers}, but the model has {len(blocks)} blocks.")
     model.requires_grad_(False)
-    above = [part for part in model.children() if part is not body]
-    for part in (*blocks[-method.layers :], norm, *above):
-        part.requires_grad_(True)
+    top_modules = [part for part in model.children() if part is not body]
+    for module in (*blocks[-method.layers :], norm, *top_modules):
+        module.requires_grad_(True)
 
 
-def _part_of(body: Any, names: Sequence[str]) -> Any:
-    """Return the part of a model that has one of these names; None where none has."""
+def _first_attribute(body: Any, names: Sequence[str]) -> Any:
+    """Return the first of these attributes that a model has; None if it has none."""
     return next((getattr(body, name) for name in names if hasattr(body, name)), None)
 
 
-def _with_updates(model: "PreTrainedModel", method: LowRank) -> "torch.nn.Module":
+def _add_lora(model: "PreTrainedModel", method: LowRank) -> "torch.nn.Module":
     from peft import LoraConfig, get_peft_model
 
     width = model.config.hidden_size
     if method.rank > width:
         raise StageError(
-            f"method.rank is {method.rank}, but the model's width is {width}, and no matrix of that width has "
-            "a higher rank. Lower it, or train the weights themselves with {name: full}."
+            f"method.rank is {method.rank}, but the model's width is {width}, which is the highest possible rank. "
+            "Lower the rank, or train the weights themselves with {name: full}."
         )
     settings = LoraConfig(
         r=method.rank,
@@ -243,21 +252,21 @@ def _with_updates(model: "PreTrainedModel", method: LowRank) -> "torch.nn.Module
         lora_dropout=method.dropout,
         use_rslora=method.rank_stabilized,
         use_dora=isinstance(method, Lora) and method.dora,
-        target_modules="all-linear" if method.targets == "all-linear" else attention_layers(model),
-        task_type="SEQ_CLS" if any(hasattr(model, name) for name in HEADS) else "CAUSAL_LM",
+        target_modules="all-linear" if method.targets == "all-linear" else attention_layer_names(model),
+        task_type="SEQ_CLS" if any(hasattr(model, name) for name in HEAD_NAMES) else "CAUSAL_LM",
     )
     return get_peft_model(model, settings)
 
 
-def attention_layers(model: "PreTrainedModel") -> list[str]:
-    """Return the full names of the linear layers of a model's attention; raise StageError where none is called so."""
+def attention_layer_names(model: "PreTrainedModel") -> list[str]:
+    """Return the full names of a model's linear layers in attention; raise StageError if no name says attention."""
     import torch
 
     linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-    found = [name for name in linear if "attn" in name.rpartition(".")[0] or "attention" in name.rpartition(".")[0]]
-    if not found:
+    names = [name for name in linear if "attn" in name.rpartition(".")[0] or "attention" in name.rpartition(".")[0]]
+    if not names:
         raise StageError(
-            f"no linear layer of this {model.config.model_type} model is called attention; "
+            f"this {model.config.model_type} model has no linear layer with attn or attention in its name; "
             "set method.targets to all-linear."
         )
-    return found
+    return names

@@ -1,1 +1,1 @@
-"""Text as models read it: chat templates, token shards, packed rows, masks."""
+"""Model inputs: the chat template, token shards and batches of windows or documents."""

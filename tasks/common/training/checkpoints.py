@@ -1,8 +1,9 @@
-"""The checkpoint store: where an interrupted stage is taken up again, on any fsspec address.
+"""Checkpoint store: saves training state so that an interrupted stage can resume, on any fsspec URL.
 
-It is keyed by the recipe hash: any worker can resume a stage, and none can resume another's, because a changed
-setting, input or line of code is another recipe. Checkpoints are safetensors and JSON, written to a neighbour and
-renamed, and only the last one is kept until the stage is complete.
+The store is keyed by the recipe hash. Any worker can resume a stage. A changed setting, input or line of code gives
+another recipe, so a stage never resumes from the checkpoint of a different one. A checkpoint is a safetensors file and
+a JSON file, written to a staging folder and then renamed. The store holds only the latest checkpoint and deletes it
+when the stage is complete.
 """
 
 import hashlib
@@ -14,62 +15,62 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.common.stage import Job, StageError
-from tasks.common.training.parallel import World, placed_like, whole
+from tasks.common.harness.job import Job, StageError
+from tasks.common.training.parallel import World, full_tensor, shard_like
 
 if TYPE_CHECKING:
     import torch
     from fsspec import AbstractFileSystem
 
     from tasks.common.training.loop import History
-    from tasks.common.training.updates import Updates
+    from tasks.common.training.updates import TrainEngine
 
-FILES = ("state.safetensors", "state.json")
-MODEL, OPTIMIZER, KEPT = "model.", "optimizer.", "kept."
+CHECKPOINT_FILES = ("state.safetensors", "state.json")
+MODEL_PREFIX, OPTIMIZER_PREFIX, EXTRA_PREFIX = "model.", "optimizer.", "kept."
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What a stage keeps beside its model and optimizers: named groups of weights, and notes that JSON can hold."""
+class ExtraState:
+    """State that a stage saves besides its model and optimizers: named groups of tensors, and JSON metadata."""
 
     weights: "dict[str, dict[str, torch.Tensor]]" = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
-    def placed(self, group: str, like: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
-        """Return a group's weights shared out as others of the same names are, in the order of those.
+    def sharded_like(self, group: str, like: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+        """Return a group's tensors, each sharded like the tensor of the same name in `like`, in the order of `like`.
 
-        A file has none, and all processes must ask for the pieces of the same tensor.
+        The order in a file is arbitrary, and sharding is a collective call: all processes must use the same order.
         """
-        found = self.weights.get(group, {})
-        return {name: placed_like(found[name], other) for name, other in like.items() if name in found}
+        tensors = self.weights.get(group, {})
+        return {name: shard_like(tensors[name], other) for name, other in like.items() if name in tensors}
 
 
-NOTHING = Kept()
+NO_EXTRA = ExtraState()
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run goes on from: its step, and what its optimizers remember and count."""
+    """The state that a run resumes from: its step and its optimizers' state. The weights are already in the model."""
 
     step: int
     moments: "dict[str, torch.Tensor]"
-    counters: list[Any]  # whatever the engine's `updates.Updates.state` gave
-    kept: Kept
+    counters: list[Any]  # from `updates.TrainEngine.state`
+    extra: ExtraState
 
 
 @dataclass
-class Store:
-    """The checkpoints of one stage's recipe."""
+class CheckpointStore:
+    """The checkpoints of one stage under one recipe."""
 
     filesystem: "AbstractFileSystem"
     folder: str
     every_seconds: float
     world: World
-    last: float = field(default_factory=time.monotonic)
+    last_saved: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def of(cls, job: Job, world: World) -> "Store":
-        """Return the store that belongs to a job's recipe; raise StageError where nothing can be written there."""
+    def for_job(cls, job: Job, world: World) -> "CheckpointStore":
+        """Return the store of a job's recipe; raise StageError if it is not writable."""
         import fsspec
 
         filesystem, path = fsspec.core.url_to_fs(job.checkpoints.url)
@@ -78,121 +79,124 @@ class Store:
             filesystem.makedirs(store.folder, exist_ok=True)
         except OSError as error:
             raise StageError(
-                f"checkpoints cannot be written to {job.checkpoints.url} ({error}); mend that, or change "
+                f"checkpoints cannot be written to {job.checkpoints.url} ({error}); make it writable, or change "
                 "placement.checkpoints.url in params.yaml."
             ) from error
         job.when_complete.append(store.clear)
         return store
 
     def clear(self) -> None:
-        """Drop the stage's checkpoints: its outputs are in place, whether that succeeds or not."""
+        """Delete the stage's checkpoints. A failure is only reported, because the outputs are already in place."""
         try:
             if self.filesystem.exists(self.folder):
                 self.filesystem.rm(self.folder, recursive=True)
         except OSError as error:
-            print(f"the checkpoints in {self.folder} could not be dropped ({error}); nobody needs them any more")
+            print(f"the checkpoints in {self.folder} could not be deleted ({error}); they are no longer needed")
 
     def resume(self, model: "torch.nn.Module", history: "History") -> Checkpoint | None:
-        """Load the last checkpoint into model and history, and return it for the optimizers; None where there is none.
+        """Load the latest checkpoint into model and history, and return it for the optimizers; None without one.
 
-        Raises StageError where its tensors are not those that the model trains, where it is not what was written, or
-        where processes see different ones.
+        Raises StageError if the checkpoint is damaged, if its tensors do not match the model's trainable weights, or if
+        the processes find different checkpoints.
         """
         complete = sorted(name for name in self._folders() if self._complete(name))
         step = int(complete[-1]) if complete else 0
-        if self.world.told(step) != step:
+        if self.world.broadcast(step) != step:
             raise StageError(
-                f"the first process goes on from another checkpoint than this one, which finds step {step} in "
-                f"{self.folder}: all machines that train together need one store, so set placement.checkpoints.url to "
-                "an address that each of them reaches."
+                f"this process found the checkpoint of step {step} in {self.folder}, and the first process found "
+                "another one. All machines of a run need the same store: set placement.checkpoints.url to a URL that "
+                "each of them can reach."
             )
         if not complete:
             return None
         folder = f"{self.folder}/{complete[-1]}"
         tensors, state = self._read(folder)
-        weights = _under(MODEL, tensors)
-        trained = trained_weights(model)  # tied ones are stored once, frozen ones not at all
-        self._must_fit(folder, weights, trained)
+        weights = _select_prefix(MODEL_PREFIX, tensors)
+        trained = trainable_weights(model)  # tied weights are stored once, frozen ones not at all
+        self._check_tensors(folder, weights, trained)
         for name, value in trained.items():
             value.copy_(weights[name])
         history.rows, history.pending = state["rows"], state["pending"]
         print(f"resuming at step {step} from {folder}")
-        groups = {name: _under(f"{KEPT}{name}.", tensors) for name in state["kept"]}
-        return Checkpoint(step, _under(OPTIMIZER, tensors), state["groups"], Kept(groups, state["notes"]))
+        groups = {name: _select_prefix(f"{EXTRA_PREFIX}{name}.", tensors) for name in state["kept"]}
+        return Checkpoint(
+            step, _select_prefix(OPTIMIZER_PREFIX, tensors), state["groups"], ExtraState(groups, state["notes"])
+        )
 
     def _read(self, folder: str) -> "tuple[dict[str, torch.Tensor], dict[str, Any]]":
-        """Return a checkpoint's tensors and state; raise StageError where a disk or a copy has spoilt them."""
+        """Return a checkpoint's tensors and JSON state; raise StageError if the checksum does not match."""
         from safetensors.torch import load
 
-        content, text = (self.filesystem.cat_file(f"{folder}/{name}") for name in FILES)
+        content, text = (self.filesystem.cat_file(f"{folder}/{name}") for name in CHECKPOINT_FILES)
         try:
             state = json.loads(text)
         except ValueError:
             state = {}
         if state.get("sha256") != hashlib.sha256(content).hexdigest():
             raise StageError(
-                f"the checkpoint {folder} is damaged: its files are not those that were written. Remove that folder to "
-                "begin anew, or bring back a whole copy."
+                f"the checkpoint {folder} is damaged: its checksum does not match. Remove that folder to start from "
+                "step 0, or restore an intact copy."
             )
         return load(content), state
 
-    def keep(
-        self, step: int, updates: "Updates", history: "History", kept: Kept = NOTHING, *, now: bool = False
+    def save(
+        self, step: int, engine: "TrainEngine", history: "History", extra: ExtraState = NO_EXTRA, *, force: bool = False
     ) -> None:
-        """Write a checkpoint if it is time for one, or `now`, and drop the one before it."""
-        if not self.world.told(now or time.monotonic() - self.last >= self.every_seconds):
+        """Write a checkpoint if `every_seconds` have passed, or if `force`, and delete the previous one."""
+        if not self.world.broadcast(force or time.monotonic() - self.last_saved >= self.every_seconds):
             return
         from safetensors.torch import save
 
-        moments, groups = updates.state()
-        tensors = {MODEL + name: value for name, value in updates.weights().items()}
-        tensors |= {OPTIMIZER + name: value for name, value in moments.items()}
-        for group, weights in kept.weights.items():
-            tensors |= {f"{KEPT}{group}.{name}": whole(value) for name, value in weights.items()}
-        self.last = time.monotonic()
+        moments, groups = engine.state()
+        tensors = {MODEL_PREFIX + name: value for name, value in engine.weights().items()}
+        tensors |= {OPTIMIZER_PREFIX + name: value for name, value in moments.items()}
+        for group, weights in extra.weights.items():
+            tensors |= {f"{EXTRA_PREFIX}{group}.{name}": full_tensor(value) for name, value in weights.items()}
+        self.last_saved = time.monotonic()
         if self.world.rank:
             return
         content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         state: dict[str, Any] = {"rows": history.rows, "pending": history.pending, "groups": groups}
-        state |= {"kept": list(kept.weights), "notes": kept.notes, "sha256": hashlib.sha256(content).hexdigest()}
+        state |= {"kept": list(extra.weights), "notes": extra.metadata, "sha256": hashlib.sha256(content).hexdigest()}
         try:
             self._write(step, content, json.dumps(state).encode())
-        except FileNotFoundError as error:  # the same stage is at work elsewhere, and drops what is behind it
-            print(f"the checkpoint of step {step} was not kept, since another run shares {self.folder} ({error})")
+        except FileNotFoundError as error:  # another run of the same stage deletes checkpoints that it has passed
+            print(f"the checkpoint of step {step} was not saved, because another run uses {self.folder} ({error})")
 
     def _write(self, step: int, *contents: bytes) -> None:
-        """Write a checkpoint's files to a neighbour, move that into place, and drop older ones.
+        """Write a checkpoint's files to a staging folder, move that into place, and delete older checkpoints.
 
-        The neighbour is the project's own, in which a stage works alone: what a kill leaves there is written over.
+        Each worktree has a staging folder of its own, used by one stage at a time. Leftovers of a killed process are
+        overwritten.
         """
         older, target = self._folders(), f"{self.folder}/{step:09d}"
-        project = hashlib.sha256(f"{platform.node()}:{Path.cwd()}".encode()).hexdigest()
-        neighbour = f"{self.folder}/.{project[:12]}"
-        self.filesystem.makedirs(neighbour, exist_ok=True)
-        for name, content in zip(FILES, contents, strict=True):
-            self.filesystem.pipe_file(f"{neighbour}/{name}", content)
-        if step in map(int, older):  # half a move that was cut short, or the same step once more
-            self._drop(target)
+        worktree_hash = hashlib.sha256(f"{platform.node()}:{Path.cwd()}".encode()).hexdigest()
+        staging = f"{self.folder}/.{worktree_hash[:12]}"
+        self.filesystem.makedirs(staging, exist_ok=True)
+        for name, content in zip(CHECKPOINT_FILES, contents, strict=True):
+            self.filesystem.pipe_file(f"{staging}/{name}", content)
+        if step in map(int, older):  # an incomplete move, or the same step written again
+            self._delete(target)
             older.remove(Path(target).name)
-        self.filesystem.mv(neighbour, target, recursive=True)
+        self.filesystem.mv(staging, target, recursive=True)
         for other in older:
-            self._drop(f"{self.folder}/{other}")
+            self._delete(f"{self.folder}/{other}")
 
-    def _drop(self, folder: str) -> None:
-        """Remove a checkpoint, which another run that shares the store may have removed first."""
+    def _delete(self, folder: str) -> None:
+        """Delete a checkpoint. Another run that shares the store may have deleted it already."""
         with suppress(FileNotFoundError):
             self.filesystem.rm(folder, recursive=True)
 
     @staticmethod
-    def _must_fit(folder: str, found: "dict[str, torch.Tensor]", wanted: "dict[str, torch.Tensor]") -> None:
-        """Refuse a checkpoint of another model by the first tensor that tells."""
-        for name in sorted(found.keys() | wanted.keys()):
-            sizes = [tuple(side[name].shape) if name in side else None for side in (found, wanted)]
-            if sizes[0] != sizes[1]:
+    def _check_tensors(folder: str, found: "dict[str, torch.Tensor]", expected: "dict[str, torch.Tensor]") -> None:
+        """Raise StageError naming the first tensor that is missing, unexpected or of another shape."""
+        for name in sorted(found.keys() | expected.keys()):
+            shapes = [tuple(side[name].shape) if name in side else None for side in (found, expected)]
+            if shapes[0] != shapes[1]:
                 raise StageError(
-                    f"the checkpoint {folder} does not fit these settings: {name} is {sizes[0] or 'missing'} there and "
-                    f"{sizes[1] or 'not trained'} here. Remove that folder to begin anew, or bring back the settings "
-                    "that it was made with."
+                    f"the checkpoint {folder} does not match these settings: {name} is {shapes[0] or 'missing'} in the "
+                    f"checkpoint and {shapes[1] or 'not trained'} in the model. Remove that folder to start from step "
+                    "0, or restore the settings that it was made with."
                 )
 
     def _folders(self) -> list[str]:
@@ -203,14 +207,14 @@ class Store:
         return [name for name in names if name.isdigit()]
 
     def _complete(self, folder: str) -> bool:
-        """Return whether a checkpoint has both its files: only a local disk moves a folder in one go."""
-        return all(self.filesystem.exists(f"{self.folder}/{folder}/{name}") for name in FILES)
+        """Return whether a checkpoint has both its files: moving a folder is atomic on a local disk only."""
+        return all(self.filesystem.exists(f"{self.folder}/{folder}/{name}") for name in CHECKPOINT_FILES)
 
 
-def trained_weights(model: "torch.nn.Module") -> dict[str, "torch.Tensor"]:
-    """Return the weights that training changes; the others come from where they came from."""
+def trainable_weights(model: "torch.nn.Module") -> dict[str, "torch.Tensor"]:
+    """Return the weights that require a gradient, detached. Frozen ones are loaded again from their source."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _under(prefix: str, tensors: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+def _select_prefix(prefix: str, tensors: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,9 +1,9 @@
-"""Model FLOPs and the machine's ceiling, from which comes the model FLOPs utilisation (MFU) of a training run.
+"""Model FLOPs utilisation (MFU) of a training run: model FLOPs per token, and the machine's peak FLOP/s.
 
-Model FLOPs a token are those of Chowdhery et al. 2022 ("PaLM", appendix B): 6N + 12·L·H·Q·T, where N counts the weights
-of all matrix products (the head's, not the embedding's, which is looked up), L layers, H heads of width Q, and T tokens
-that a token attends to. The ceiling is not a data sheet's: it is the median of matrix products that this process did
-itself, in the type and with the threads that the training has.
+Model FLOPs per token follow Chowdhery et al. 2022 ("PaLM", appendix B): 6N + 12·L·H·Q·T with N weights of matrix
+products (the head's, not the embedding's, which is a lookup), L layers, H heads of width Q and T tokens of context. The
+peak is measured and not taken from a data sheet: it is the median over matrix products that this process runs, in the
+dtype and with the threads of the training.
 """
 
 import statistics
@@ -13,87 +13,92 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from tasks.common.modelling import models
+from tasks.common.random_streams import Stream, torch_generator
 from tasks.common.settings import Numerics
 
 if TYPE_CHECKING:
     import torch
 
-ROWS, WIDEST = 1024, 2048  # of the CPU's product: wider ones are no faster there and take too long
-GPU_WIDTH = 8192  # a GPU comes near its best only on large squares
-SECONDS, FEWEST = 0.25, 3  # the CPU's product is repeated for so long, so often at least
+CPU_ROWS, MAX_CPU_WIDTH = 1024, 2048  # of the matrix product on a CPU: wider ones are no faster and take too long
+GPU_WIDTH = 8192  # a GPU reaches its peak only on large square matrices
+MIN_MEASURED_SECONDS, MIN_MEASUREMENTS = 0.25, 3  # the product is repeated until both are reached
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a token costs and what the machine can do."""
+class MfuEstimator:
+    """Model FLOPs per token of a training run and peak FLOP/s of its hardware."""
 
     flops_per_token: float
-    ceiling: float  # FLOP/s
+    peak_flops: float  # FLOP/s
 
     @classmethod
-    def of(cls, model: Any, length: int, numerics: Numerics, read_out: float = 1.0) -> "Work":
-        """Return the work of training a model on sequences of a length; see `per_token`."""
+    def for_model(cls, model: Any, length: int, numerics: Numerics, head_share: float = 1.0) -> "MfuEstimator":
+        """Return the estimator for training a model on sequences of `length` tokens; see `flops_per_token`."""
         rows, columns = max((p.shape for p in model.parameters() if p.ndim == 2), key=lambda shape: shape.numel())
         dtype = models.dtype_of(model, numerics)
-        return cls(per_token(model, length, read_out), ceiling(rows, columns, dtype, numerics.device))
+        peak_flops = measure_peak_flops(rows, columns, dtype, numerics.device)
+        return cls(flops_per_token(model, length, head_share), peak_flops)
 
-    def of_all(self, processes: int) -> "Work":
-        """Return the work of several processes that each do this."""
-        return replace(self, ceiling=processes * self.ceiling)
+    def for_processes(self, processes: int) -> "MfuEstimator":
+        """Return the estimator of several processes on hardware of their own."""
+        return replace(self, peak_flops=processes * self.peak_flops)
 
     def utilisation(self, tokens: int, seconds: float) -> float:
-        """Return the share of the ceiling that these tokens in this time amount to."""
-        return tokens * self.flops_per_token / max(seconds, 1e-9) / self.ceiling
+        """Return the MFU, as a fraction of the peak, of training on `tokens` tokens in `seconds`."""
+        return tokens * self.flops_per_token / max(seconds, 1e-9) / self.peak_flops
 
 
-def per_token(model: Any, length: int, read_out: float = 1.0) -> float:
-    """Return the model FLOPs of a token's forward and backward pass in sequences of `length` tokens.
+def flops_per_token(model: Any, length: int, head_share: float = 1.0) -> float:
+    """Return the model FLOPs per token of a forward and backward pass over sequences of `length` tokens.
 
-    `read_out` is the share of the tokens that the head is worked out for (a masked model needs it where something is
-    asked). Of the formula's 6 FLOPs a weight, 2 are the forward pass, 2 carry the gradient on and 2 give the weight's
-    own: a frozen weight lacks the last, and the one before it too where nothing beneath it learns.
+    `head_share` is the fraction of tokens for which the head is computed (a masked model computes it for the masked
+    ones only). Of the formula's 6 FLOPs per weight, 2 are the forward pass, 2 the gradient of the inputs and 2 the
+    gradient of the weight. A frozen weight needs no weight gradient, and no input gradient if no layer below it is
+    trained.
     """
     import torch
 
-    total, learning = 0.0, False
+    total, trained_below = 0.0, False
     body = {id(module) for module in model.base_model.modules()}
     for module in model.modules():
         weights = list(module.parameters(recurse=False))
-        if not isinstance(module, torch.nn.Embedding):  # which is looked up
-            share = 1.0 if id(module) in body else read_out
+        if not isinstance(module, torch.nn.Embedding):  # a lookup
+            token_share = 1.0 if id(module) in body else head_share
             matrices = [weight for weight in weights if weight.ndim == 2]
-            total += sum(share * weight.numel() * (2 + 2 * learning + 2 * weight.requires_grad) for weight in matrices)
-        learning = learning or any(weight.requires_grad for weight in weights)
+            total += sum(token_share * w.numel() * (2 + 2 * trained_below + 2 * w.requires_grad) for w in matrices)
+        trained_below = trained_below or any(weight.requires_grad for weight in weights)
     config = model.config
     heads: int | None = getattr(config, "num_attention_heads", None)
-    if not heads:  # a model without attention, such as Mamba: no token is compared with another
+    if not heads:  # a model without attention, such as Mamba
         return total
     width: int = getattr(config, "head_dim", None) or config.hidden_size // heads  # Q
-    pairs: int = 12 * config.num_hidden_layers * heads * width * length
-    return total + pairs
+    attention: int = 12 * config.num_hidden_layers * heads * width * length
+    return total + attention
 
 
 @cache
-def ceiling(rows: int, columns: int, dtype: str, device: str) -> float:
-    """Return the FLOP/s of a matrix product: of the model's largest matrix on a CPU, of a large square on a GPU.
+def measure_peak_flops(rows: int, columns: int, dtype: str, device: str) -> float:
+    """Return the measured FLOP/s of a matrix product: of the model's largest matrix on a CPU, a large square on a GPU.
 
-    Measured once a process, with the threads that torch is set to. torch's own generators are left alone.
+    Measured once per process and argument, with torch's current number of threads. Does not use torch's global
+    generators.
     """
     import torch
 
     cuda = device == "cuda"
-    outer, inner, width = (GPU_WIDTH,) * 3 if cuda else (ROWS, min(columns, WIDEST), min(rows, WIDEST))
-    generator = torch.Generator(device).manual_seed(0)
+    cpu_shape = CPU_ROWS, min(columns, MAX_CPU_WIDTH), min(rows, MAX_CPU_WIDTH)
+    outer, inner, width = (GPU_WIDTH,) * 3 if cuda else cpu_shape
+    generator = torch_generator(device, 0, Stream.MATRIX_PRODUCT)
     a = torch.randn(outer, inner, generator=generator, device=device).to(getattr(torch, dtype))
     b = torch.randn(inner, width, generator=generator, device=device).to(a.dtype)
-    _seconds(a, b, cuda)  # the first one also loads kernels and asks for memory
+    _time_matmul(a, b, cuda)  # warm-up: the first call loads kernels and allocates memory
     times: list[float] = []
-    while len(times) < FEWEST or sum(times) < SECONDS:
-        times.append(_seconds(a, b, cuda))
+    while len(times) < MIN_MEASUREMENTS or sum(times) < MIN_MEASURED_SECONDS:
+        times.append(_time_matmul(a, b, cuda))
     return 2.0 * outer * inner * width / statistics.median(times)
 
 
-def _seconds(a: "torch.Tensor", b: "torch.Tensor", cuda: bool) -> float:
+def _time_matmul(a: "torch.Tensor", b: "torch.Tensor", cuda: bool) -> float:
     import torch
 
     if cuda:

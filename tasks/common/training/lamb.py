@@ -1,7 +1,7 @@
 """LAMB: layer-wise adaptive moments for large batches.
 
 You et al. 2020, "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", arXiv 1904.00962,
-algorithm 2, with the bias correction that it has there, φ(z) = z, and a trust ratio of 1 where a norm is 0.
+algorithm 2, with the paper's bias correction, φ(z) = z, and a trust ratio of 1 if a norm is 0.
 """
 
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ def lamb(groups: Iterable[dict[str, Any]], lr: float, betas: list[float], eps: f
 
 
 def _update(x: "torch.Tensor", g: "torch.Tensor", state: dict[str, "torch.Tensor"], group: dict[str, Any]) -> None:
-    """Move one layer's weights x by its gradient g; named as in the paper."""
+    """Update one layer's weights x with its gradient g. Variables are named as in the paper."""
     import torch
 
     if not state:

@@ -1,8 +1,7 @@
-"""The training loop that the stages share: any objective, optimizer by name, checkpoints, curves, several processes.
+"""The training loop shared by all stages: objectives, optimizers by name, checkpoints, curves, several processes.
 
-A stage gives the loop a model and an objective whose batch is a pure function of the step number (never of a position
-that somebody has to remember). So a checkpoint is the weights, the optimizers' state and the step, and a resumed run
-computes what an uninterrupted one would have.
+The objective's batch is a pure function of the step number, so the data loader has no state: a checkpoint is the
+weights, the optimizers' state and the step, and a resumed run computes exactly what an uninterrupted run would have.
 """
 
 import math
@@ -19,14 +18,16 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 from pydantic import Field
 
+from tasks.common.harness.job import Job, StageError
+from tasks.common.harness.launch import rank
+from tasks.common.random_streams import Stream, generator, seed_torch
 from tasks.common.settings import Settings
-from tasks.common.stage import Job, StageError, rank
 from tasks.common.training import compiling, tracking
-from tasks.common.training.checkpoints import Store
-from tasks.common.training.flops import Work
-from tasks.common.training.optimizers import Optimizer, rate_at
+from tasks.common.training.checkpoints import CheckpointStore
+from tasks.common.training.flops import MfuEstimator
+from tasks.common.training.optimizers import Optimizer, learning_rate_at
 from tasks.common.training.parallel import World
-from tasks.common.training.updates import Updates, begun
+from tasks.common.training.updates import TrainEngine, make_engine
 
 if TYPE_CHECKING:
     import torch
@@ -34,77 +35,77 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Model = TypeVar("Model", bound="torch.nn.Module")
 
-AHEAD = 2  # steps whose batches are drawn, by a thread of its own, while one is worked out
-# How torch's allocators, of a CPU and of a GPU, and CUDA's libraries say that memory ended.
-NO_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "out of memory", "ALLOC_FAILED")
-NAMED = 12  # items of a batch, or of what was cut, that are named
+PREFETCH_STEPS = 2  # steps whose batches a background thread prepares in advance
+# Parts of the out-of-memory messages of torch's CPU and GPU allocators and of the CUDA libraries.
+OUT_OF_MEMORY_MESSAGES = ("DefaultCPUAllocator", "can't allocate memory", "out of memory", "ALLOC_FAILED")
+MAX_LISTED_ITEMS = 12  # names of batch items, or of truncated ones, in a message
 
 
 @dataclass(frozen=True)
-class Share:
-    """One of the equal parts that a step's batch is worked out in."""
+class Shard:
+    """One of `count` equal parts of a step's batch: one process's part of one gradient accumulation step."""
 
     index: int = 0
     count: int = 1
 
     @property
     def rows(self) -> slice:
-        """This part's places in a batch; together the parts hold each place once."""
+        """The row indices of this shard; together the shards cover each row of the batch once."""
         return slice(self.index, None, self.count)
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """What is read at once: a part of a step's batch."""
+class MicroBatch:
+    """The part of a step's batch that one forward and backward pass reads."""
 
-    content: Any  # whatever the objective's `sums` takes
-    targets: Mapping[str, int]  # for each term of the loss, how many things are asked
+    inputs: Any  # in the form that the objective's `loss_sums` expects
+    target_counts: Mapping[str, int]  # number of targets of each loss term
     tokens: int
-    names: Sequence[str]  # what was read, as a person could look it up
+    names: Sequence[str]  # the rows' names, for messages to the user
 
 
-WHOLE = Share()
-Sums = Callable[[Drawn], "dict[str, torch.Tensor]"]
+FULL_BATCH = Shard()
+LossSums = Callable[[MicroBatch], "dict[str, torch.Tensor]"]
 
 
 class Objective(Protocol):
-    """What a model is trained on."""
+    """A training objective: its data and its loss."""
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """The terms of the loss by name, with their weights: it is the sum of weight × mean over a term's targets."""
+        """The loss terms' weights by name. The loss is the sum over terms of weight × mean over the term's targets."""
         ...
 
     @property
-    def steady(self) -> bool | None:
-        """Whether all parts have one shape; None where parts are no tensors alone, of which no program can be made."""
+    def static_shapes(self) -> bool | None:
+        """Whether all micro-batches have one shape; None if inputs are not only tensors (cannot be compiled)."""
         ...
 
-    def draw(self, step: int, share: Share) -> Drawn:
-        """Return a part of a step's batch: a pure function, called in a thread of its own."""
+    def draw(self, step: int, shard: Shard) -> MicroBatch:
+        """Return one shard of a step's batch. Must be a pure function; it is called in a background thread."""
         ...
 
-    def sums(self, drawn: Drawn) -> "dict[str, torch.Tensor]":
-        """Return for each term the sum over its targets, from which gradients flow."""
+    def loss_sums(self, micro_batch: MicroBatch) -> "dict[str, torch.Tensor]":
+        """Return for each loss term the differentiable sum over its targets."""
         ...
 
 
 @dataclass
 class History:
-    """Curves of a training run: one row every few steps, averaged over them, written as CSV for `dvc plots`."""
+    """Curves of a training run: one row of means every `every_steps` steps, written as CSV for `dvc plots`."""
 
-    every: int
+    every_steps: int
     rows: list[dict[str, float]] = field(default_factory=list)
     pending: list[dict[str, float]] = field(default_factory=list)
 
-    def add(self, step: int, figures: dict[str, float]) -> None:
-        """Take one step's figures."""
-        self.pending.append(figures)
-        if (step + 1) % self.every == 0:
+    def add(self, step: int, metrics: dict[str, float]) -> None:
+        """Add one step's metrics (`step` is 0-based)."""
+        self.pending.append(metrics)
+        if (step + 1) % self.every_steps == 0:
             self.flush(step)
 
     def flush(self, step: int) -> None:
-        """Close the running average into a row."""
+        """Append the means of the pending steps as a row."""
         if self.pending:
             means = {name: sum(item[name] for item in self.pending) / len(self.pending) for name in self.pending[0]}
             self.rows.append({"step": step + 1, **{name: round(value, 6) for name, value in means.items()}})
@@ -122,204 +123,228 @@ class History:
 
 
 class Training(Settings):
-    """What every stage that trains is told."""
+    """The settings that all training stages share."""
 
     steps: int = Field(description="Optimizer steps", ge=1)
-    accumulate: int = Field(
-        description="Parts that a step's batch is worked out in, one after the other: less memory, the same step",
+    gradient_accumulation_steps: int = Field(
+        default=1,
+        description="Micro-batches that a step's batch is split into: less memory for activations, the same update",
         ge=1, le=4096,
     )  # fmt: skip
     optimizer: Optimizer
 
 
 def train(
-    model: Model, objective: Objective, config: Training, job: Job, work: Work | None = None
+    model: Model, objective: Objective, config: Training, job: Job, mfu_estimator: MfuEstimator | None = None
 ) -> "tuple[Model, History]":
     """Train for a number of steps and return the trained model and the curves, resuming from the last checkpoint.
 
-    The model is trained in place; it is another object that is returned only where several processes shared it out.
-    `work` is what a token costs, where the model's utilisation is to be known. Raises StageError where the loss stops
-    being finite, before it can spoil the weights, and where memory ends.
+    The model is trained in place. The returned model is another object only where the engine sharded the first one.
+    With `mfu_estimator` the run reports its model FLOPs utilisation. Raises StageError if the loss or its gradient is
+    not finite (the weights keep their last finite values), and if memory runs out.
     """
     import torch
     from tqdm import tqdm
 
     world, steps = World.join(job.numerics), config.steps
-    sums = _sums(model, objective, config, job, work)
-    history = History(every=max(1, steps // 60))
-    store = Store.of(job, world)
+    loss_sums, compiled = _make_loss_sums(model, objective, config, job, mfu_estimator)
+    history = History(every_steps=max(1, steps // 60))
+    store = CheckpointStore.for_job(job, world)
     checkpoint = store.resume(model, history)
-    first = checkpoint.step if checkpoint else 0
-    trained: Model = world.spread(model)
-    updates = begun(config.optimizer, model, world)
+    first_step = checkpoint.step if checkpoint else 0
+    unsharded: Model = world.shard(model)
+    engine = make_engine(config.optimizer, model, world)
     if checkpoint:
-        updates.load(checkpoint)
+        engine.load(checkpoint)
     del checkpoint  # as large as the model, twice
     model.train()
     tokens, started = 0, time.perf_counter()
-    batches = _drawn_ahead(objective, range(first, steps), config.accumulate, world)
-    bar = tqdm(range(first, steps), desc=job.name, initial=first, total=steps, mininterval=2, disable=world.rank > 0)
-    with tracking.opened(job, work=work and work.of_all(world.size), first=first, earlier=history.rows) as tracker:
+    batches = _prefetch(objective, range(first_step, steps), config.gradient_accumulation_steps, world)
+    total_mfu = mfu_estimator and mfu_estimator.for_processes(world.size)
+    step_range = range(first_step, steps)
+    bar = tqdm(step_range, desc=job.name, initial=first_step, total=steps, mininterval=2, disable=world.rank > 0)
+    with tracking.open_tracker(
+        job, mfu_estimator=total_mfu, first_step=first_step, earlier_rows=history.rows
+    ) as tracker:
         for step in bar:
-            rate = rate_at(config.optimizer, step, steps)
-            parts = next(batches)
-            _reseed(_seed(job.seed, step, world.reader), world.device)  # dropout, wherever a model has some
-            with _memory_advice(job, config.accumulate):
-                losses = _backward(sums, objective.weights, parts, updates, world)
-            values = updates.step(torch.stack([*losses.values()]), rate)
-            figures = dict(zip([*losses, "gradient_norm"], values, strict=True))
+            learning_rate = learning_rate_at(config.optimizer, step, steps)
+            micro_batches = next(batches)
+            seed_torch(job.seed, Stream.DROPOUT, step, world.data_parallel_rank, device=world.device)
+            with _explain_out_of_memory(job, config.gradient_accumulation_steps, compiled=compiled):
+                losses = _accumulate_gradients(loss_sums, objective.weights, micro_batches, engine, world)
+            values = engine.step(torch.stack([*losses.values()]), learning_rate)
+            metrics = dict(zip([*losses, "gradient_norm"], values, strict=True))
             if not all(map(math.isfinite, values)):
-                store.keep(step, updates, history, now=True)
-                names = world.names([name for part in parts for name in part.names])
-                raise StageError(_not_finite(step, steps, figures, names, store, rate, job))
-            figures["learning_rate"] = rate
-            read = world.readers * sum(part.tokens for part in parts)
-            tokens += read
-            history.add(step, figures)
-            tracker.log(step + 1, figures, read)
-            store.keep(step + 1, updates, history)
+                store.save(step, engine, history, force=True)
+                names = world.gather_names([name for part in micro_batches for name in part.names])
+                raise StageError(_not_finite_message(step, steps, metrics, names, store, learning_rate, job))
+            metrics["learning_rate"] = learning_rate
+            step_tokens = world.data_parallel_size * sum(part.tokens for part in micro_batches)
+            tokens += step_tokens
+            history.add(step, metrics)
+            tracker.log(step + 1, metrics, step_tokens)
+            store.save(step + 1, engine, history)
     history.flush(steps - 1)
-    job.measured(tokens_per_second=round(tokens / max(time.perf_counter() - started, 1e-9)), resumed_at_step=first)
-    updates.end(trained)
-    world.leave()
-    return trained, history
+    seconds = max(time.perf_counter() - started, 1e-9)
+    job.log_figures(tokens_per_second=round(tokens / seconds), resumed_at_step=first_step)
+    engine.gather_into(unsharded)
+    world.shutdown()
+    return unsharded, history
 
 
-def _sums(model: Any, objective: Objective, config: Training, job: Job, work: Work | None) -> Sums:
-    """Return the objective's sums as the numerics want them worked out: compiled, with blocks worked out again."""
-    numerics = job.numerics
-    if numerics.recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    flops = work.flops_per_token * objective.draw(0, WHOLE).tokens * config.steps if work else None
-    if objective.steady is None or not compiling.worthwhile(numerics, flops):
-        return objective.sums
-    return compiling.compiled(objective.sums, model, steady=objective.steady)
+def _make_loss_sums(
+    model: Any, objective: Objective, config: Training, job: Job, mfu_estimator: MfuEstimator | None
+) -> tuple[LossSums, bool]:
+    """Return the objective's `loss_sums`, compiled if worthwhile, and whether it is; enable activation checkpointing.
 
-
-def _drawn_ahead(objective: Objective, steps: range, accumulate: int, world: World) -> Iterator[list[Drawn]]:
-    """Yield each step's parts of this process, drawn while the steps before are worked out.
-
-    A part that holds nothing is left out, but where the others wait for its pass.
+    Raises StageError if both are wanted: compiled in bfloat16, recomputed activations are fused and rounded in another
+    way (weights of a toy model differed by up to 7e-3 after four steps).
     """
-    waiting: deque[Future[list[Drawn]]] = deque()
+    tokens = objective.draw(0, FULL_BATCH).tokens * config.steps if mfu_estimator else 0
+    flops = mfu_estimator.flops_per_token * tokens if mfu_estimator else None
+    compiled = objective.static_shapes is not None and compiling.should_compile(job.numerics, flops)
+    if compiled and job.activation_checkpointing:
+        raise StageError(
+            "placement.activation_checkpointing would change the result of a compiled run, and numerics.compile is "
+            f"{job.numerics.compile}, which compiles this one: set placement.activation_checkpointing to false, or "
+            "numerics.compile to never (training then restarts from step 0)."
+        )
+    if job.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if not compiled:
+        return objective.loss_sums, False
+    return compiling.compile_for(objective.loss_sums, model, static_shapes=bool(objective.static_shapes)), True
 
-    def draw(step: int) -> list[Drawn]:
-        count = accumulate * world.readers
-        shares = (Share(index * world.readers + world.reader, count) for index in range(accumulate))
-        parts = [part for part in (objective.draw(step, share) for share in shares) if part.tokens or world.in_step]
-        return [replace(part, content=_pinned(part.content)) for part in parts] if world.device == "cuda" else parts
+
+def _prefetch(objective: Objective, steps: range, accumulation_steps: int, world: World) -> Iterator[list[MicroBatch]]:
+    """Yield each step's micro-batches of this process; a background thread prepares them in advance.
+
+    Empty micro-batches are left out, unless the engine needs the same number of passes in every process.
+    """
+    pending: deque[Future[list[MicroBatch]]] = deque()
+
+    def draw(step: int) -> list[MicroBatch]:
+        size = world.data_parallel_size
+        indices = (index * size + world.data_parallel_rank for index in range(accumulation_steps))
+        drawn = (objective.draw(step, Shard(index, accumulation_steps * size)) for index in indices)
+        parts = [part for part in drawn if part.tokens or world.lockstep]
+        return [replace(part, inputs=_pin_memory(part.inputs)) for part in parts] if world.device == "cuda" else parts
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         try:
             for step in steps:
-                waiting.append(pool.submit(draw, step))
-                if len(waiting) > AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                pending.append(pool.submit(draw, step))
+                if len(pending) > PREFETCH_STEPS:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _pinned(content: Any) -> Any:
-    """Return what was drawn with its tensors in memory that a GPU reads by itself, while it still computes."""
+def _pin_memory(inputs: Any) -> Any:
+    """Return inputs with their CPU tensors in pinned memory, for asynchronous copies to the GPU."""
     import torch
 
-    if isinstance(content, torch.Tensor):
-        return content.pin_memory() if content.device.type == "cpu" else content
-    return [_pinned(item) for item in content] if isinstance(content, list | tuple) else content
+    if isinstance(inputs, torch.Tensor):
+        return inputs.pin_memory() if inputs.device.type == "cpu" else inputs
+    return [_pin_memory(item) for item in inputs] if isinstance(inputs, list | tuple) else inputs
 
 
-def _backward(
-    sums_of: Sums, terms: Mapping[str, float], parts: Sequence[Drawn], updates: Updates, world: World
+def _accumulate_gradients(
+    loss_sums: LossSums,
+    term_weights: Mapping[str, float],
+    micro_batches: Sequence[MicroBatch],
+    engine: TrainEngine,
+    world: World,
 ) -> "dict[str, torch.Tensor]":
-    """Work the parts out, gather their gradient, and return the loss and, where several, its terms.
+    """Run the forward and backward passes of a step; return the loss and, if there are several, its terms.
 
-    Each term is divided by the targets of the whole batch, so that parts of unequal size weigh what they hold.
+    Each term's sum is divided by its number of targets in the whole batch over all processes, so micro-batches of
+    unequal size are weighted correctly.
     """
     import torch
 
-    names = list(terms)
-    asked = torch.tensor([sum(part.targets[term] for part in parts) for term in names], device=world.device)
-    targets = world.sum(asked).clamp(min=1)  # (terms,)
-    weights = torch.tensor(list(terms.values()), device=world.device)
+    names = list(term_weights)
+    counts = [sum(part.target_counts[term] for part in micro_batches) for term in names]
+    targets = world.sum(torch.tensor(counts, device=world.device)).clamp(min=1)  # (terms,)
+    weights = torch.tensor(list(term_weights.values()), device=world.device)
     means = torch.zeros(len(names), device=world.device)
-    for part in parts:
-        sums = sums_of(part)
-        found = torch.stack([sums[term] for term in names]) / targets
-        updates.backward(found @ weights)
-        means += found.detach()
+    for part in micro_batches:
+        sums = loss_sums(part)
+        term_losses = torch.stack([sums[term] for term in names]) / targets
+        engine.backward(term_losses @ weights)
+        means += term_losses.detach()
     means = world.sum(means)
-    several = {f"{term}_loss": mean for term, mean in zip(names, means, strict=True)} if len(names) > 1 else {}
-    return {"loss": means @ weights, **several}
+    term_means = {f"{term}_loss": mean for term, mean in zip(names, means, strict=True)} if len(names) > 1 else {}
+    return {"loss": means @ weights, **term_means}
 
 
 @contextmanager
-def _memory_advice(job: Job, accumulate: int) -> Iterator[None]:
-    """Turn an end of memory into a sentence that says which setting to change and to what."""
+def _explain_out_of_memory(job: Job, accumulation_steps: int, *, compiled: bool) -> Iterator[None]:
+    """Turn an out-of-memory error into a StageError that says which setting to change and to what."""
     import torch
 
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one
-        ended = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(end in str(error) for end in NO_MEMORY)
-        if not ended:
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+            text in str(error) for text in OUT_OF_MEMORY_MESSAGES
+        )
+        if not out_of_memory:
             raise
         section = job.name.replace("@", ".")
-        more = "" if job.numerics.recompute else "; or numerics.recompute to true, which costs a third of the speed"
+        advice = (
+            "Set placement.activation_checkpointing to true: a step needs less memory and takes a third longer, and "
+            "training resumes from its last checkpoint. If that is not enough, set"
+        )
         raise StageError(
-            f"memory ended while a step was worked out ({str(error).splitlines()[0]}). Set "
-            f"{section}.accumulate to {2 * accumulate} (now {accumulate}): the same step in smaller parts, "
-            f"at half the memory for activations{more}."
+            f"memory ran out in a training step ({str(error).splitlines()[0]}). "
+            f"{'Set' if job.activation_checkpointing or compiled else advice} {section}.gradient_accumulation_steps to "
+            f"{2 * accumulation_steps} (now {accumulation_steps}): the same batch in smaller micro-batches, at half "
+            "the memory for activations; training then restarts from step 0."
         ) from error
 
 
-def _not_finite(
-    step: int, steps: int, figures: Mapping[str, float], names: Sequence[str], store: Store, rate: float, job: Job
+def _not_finite_message(
+    step: int,
+    steps: int,
+    metrics: Mapping[str, float],
+    names: Sequence[str],
+    store: CheckpointStore,
+    learning_rate: float,
+    job: Job,
 ) -> str:
-    """Say what is no longer finite and what was read; of a large batch all names go to a file of the run's."""
+    """Return the message for a loss that is not finite. The names of a large batch go to a file in the run's folder."""
     more = ""
-    if len(names) > NAMED:
+    if len(names) > MAX_LISTED_ITEMS:
         file = job.run_folder / f"{job.name}-batch.txt"
         if not rank():
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("\n".join(names) + "\n", encoding="utf-8")
-        more = f" and {len(names) - NAMED} more, all of which {file} names"
-    found = ", ".join(f"{name} {value:g}" for name, value in figures.items())
+        more = f" and {len(names) - MAX_LISTED_ITEMS} more (full list: {file})"
+    values = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
     return (
-        f"the loss, or its gradient, is no longer a finite number at step {step + 1} of {steps} ({found}). The batch: "
-        f"{', '.join(names[:NAMED])}{more}. The weights from before this step are kept in {store.folder}, for these "
-        f"settings; others begin anew. Lower optimizer.learning_rate (the rate of this step was {rate:g}), or look at "
-        "the batch."
+        f"the loss or its gradient is not finite at step {step + 1} of {steps} ({values}). The batch: "
+        f"{', '.join(names[:MAX_LISTED_ITEMS])}{more}. The weights from before this step are saved in {store.folder}; "
+        "runs with other settings start from step 0. Lower optimizer.learning_rate (the rate of this step was "
+        f"{learning_rate:g}), or look at the batch."
     )
 
 
-def _seed(seed: int, step: int, reader: int) -> int:
-    return int(np.random.SeedSequence([seed, step, 5, reader]).generate_state(1)[0])
-
-
-def _reseed(seed: int, device: str) -> None:
-    """Seed the generators of the devices that are used; `torch.manual_seed` takes 0.4 ms, for GPUs that are not."""
-    import torch
-
-    torch.default_generator.manual_seed(seed)
-    if device == "cuda":
-        torch.cuda.manual_seed(seed)
-
-
 def batch_at(items: Sequence[Item], size: int, seed: int, step: int) -> list[Item]:
-    """Return a step's items: an endless reshuffled reading of all, a pure function of seed and step."""
-    places = (divmod(n, len(items)) for n in range(step * size, (step + 1) * size))
-    return [items[_order(len(items), seed, epoch)[place]] for epoch, place in places]
+    """Return the `size` items of a step's batch, reshuffled each epoch: a pure function of seed and step."""
+    positions = (divmod(n, len(items)) for n in range(step * size, (step + 1) * size))
+    return [items[_epoch_order(len(items), seed, epoch)[position]] for epoch, position in positions]
 
 
 @lru_cache(maxsize=4)
-def _order(items: int, seed: int, epoch: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
-    """Return the order in which an epoch reads so many items."""
-    return np.random.default_rng([seed, epoch]).permutation(items)
+def _epoch_order(items: int, seed: int, epoch: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    """Return the permutation of `items` indices in an epoch."""
+    return generator(seed, Stream.ITEM_ORDER, epoch).permutation(items)
 
 
-def summary(history: History) -> dict[str, Any]:
-    """Return the last row's losses for the stage's metrics."""
+def last_losses(history: History) -> dict[str, Any]:
+    """Return the losses of the history's last row, for the stage's metrics."""
     last = history.rows[-1] if history.rows else {}
     return {name: value for name, value in last.items() if "loss" in name}

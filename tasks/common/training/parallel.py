@@ -1,9 +1,9 @@
-"""Several processes that train one model: who reads which part of a batch, and how gradients and weights come together.
+"""Distributed training of one model: which process reads which rows, and how gradients and weights are combined.
 
-A launcher (`torchrun`, `accelerate launch`, or the stage, which becomes torchrun where `numerics.parallel` asks for
-several) gives each process its rank. `data` keeps the whole model in each and adds their gradients up; `fsdp` shares
-weights, gradients and the optimizer's state out (Zhao et al. 2023, in the form of torch's `fully_shard`); `tensor` cuts
-every matrix, and all processes read the same (`tensor_parallel.py`).
+A launcher (`torchrun`, `accelerate launch`, or the stage itself, which runs torchrun if `numerics.parallel.processes`
+is above 1) gives each process its rank. Engines: `data` replicates the model and all-reduces gradients; `fsdp` shards
+weights, gradients and optimizer state (Zhao et al. 2023, as torch's `fully_shard`); `tensor` splits every matrix, and
+all processes read the same batch (`tensor_parallel.py`); `zero2` and `zero3` are DeepSpeed's (`zero.py`).
 """
 
 import copy
@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tasks.common.settings import IN_STEP, ZERO, Numerics
-from tasks.common.stage import rank
+from tasks.common.harness.launch import rank
+from tasks.common.settings import LOCKSTEP_ENGINES, ZERO_STAGES, Numerics
 from tasks.common.training import tensor_parallel
 
 if TYPE_CHECKING:
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="torch.nn.Module")
 
-BUCKET = 2**25  # numbers that are sent at once
+BUCKET_NUMEL = 2**25  # elements per communication bucket
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together; in a world of one, nothing here does anything."""
+    """The processes that train together; with one process no method communicates."""
 
     rank: int
     size: int
@@ -35,7 +35,7 @@ class World:
 
     @classmethod
     def join(cls, numerics: Numerics) -> "World":
-        """Meet the other processes that `numerics.parallel` asks for."""
+        """Join the process group that `numerics.parallel` asks for; without several processes there is none."""
         import torch
 
         parallel, size = numerics.parallel, numerics.parallel.processes
@@ -44,25 +44,26 @@ class World:
         return cls(rank(), size, parallel.engine if size > 1 else "data", numerics.device)
 
     @property
-    def readers(self) -> int:
-        """In how many shares a batch is read; cut by their matrices, all processes read the same one."""
+    def data_parallel_size(self) -> int:
+        """The number of shards that a batch is read in; under `tensor` all processes read the same rows."""
         return 1 if self.engine == "tensor" else self.size
 
     @property
-    def reader(self) -> int:
-        """Return which of the shares this process reads."""
-        return self.rank % self.readers
+    def data_parallel_rank(self) -> int:
+        """The index of the shard that this process reads."""
+        return self.rank % self.data_parallel_size
 
     @property
-    def in_step(self) -> bool:
-        """Whether all processes must make as many passes; see `Parallel.in_step`."""
-        return self.engine in IN_STEP
+    def lockstep(self) -> bool:
+        """Whether all processes must run the same number of passes; see `Parallel.lockstep`."""
+        return self.engine in LOCKSTEP_ENGINES
 
-    def spread(self, model: Model) -> Model:
-        """Make a model that the processes train together, in place, and return what its end is to be loaded into.
+    def shard(self, model: Model) -> Model:
+        """Shard a model in place and return an unsharded model, which `TrainEngine.gather_into` fills after training.
 
-        Under `fsdp` each block is gathered when it is needed and given up again afterwards. What DeepSpeed shares out
-        is left to it (`zero.py`). Raises StageError where the engine cannot share such a model out.
+        Under `data` the returned model is the same object. Under `fsdp` each block is gathered before use and freed
+        again afterwards. DeepSpeed shards the model later (`zero.py`). Raises StageError if the engine does not
+        support the model.
         """
         if self.engine == "data":
             return model
@@ -70,23 +71,23 @@ class World:
         from torch.distributed.fsdp import fully_shard
 
         if self.engine == "tensor":
-            tensor_parallel.must_divide(model, self.size)
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # returned a view, which nobody changes in place
-        plain = copy.deepcopy(model)
-        if self.engine in ZERO:
-            return plain
+            tensor_parallel.check_divisible(model, self.size)
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # it returned a view; no caller changes it in place
+        unsharded = copy.deepcopy(model)
+        if self.engine in ZERO_STAGES:
+            return unsharded
         mesh = init_device_mesh(self.device, (self.size,))
         if self.engine == "tensor":
             tensor_parallel.parallelize(model, mesh)
-            return plain
+            return unsharded
         for module in list(model.modules()):
             if type(module).__name__.endswith(("DecoderLayer", "EncoderLayer")):
                 fully_shard(module, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        return plain
+        return unsharded
 
-    def add_up(self, parameters: "Sequence[torch.nn.Parameter]") -> None:
-        """Give every process the sum of all gradients; models that are shared out have theirs already."""
+    def all_reduce_grads(self, parameters: "Sequence[torch.nn.Parameter]") -> None:
+        """Sum the gradients over all processes, in place; sharding engines have done that already."""
         import torch
         from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -99,60 +100,60 @@ class World:
                     parameter.grad = torch.zeros_like(parameter)
                 gradients.append(parameter.grad)
         for bucket in _buckets(gradients):
-            sent = parameters_to_vector(bucket)
-            torch.distributed.all_reduce(sent)
-            vector_to_parameters(sent, bucket)
+            flat = parameters_to_vector(bucket)
+            torch.distributed.all_reduce(flat)
+            vector_to_parameters(flat, bucket)
 
     @property
-    def scale(self) -> float:
-        """Return what a loss is multiplied with, because sharding engines divide gradients by the processes."""
-        return float(self.size) if self.in_step else 1.0
+    def loss_scale(self) -> float:
+        """The factor of a loss that undoes the engine's averaging: sharding engines divide gradients by the size."""
+        return float(self.size) if self.lockstep else 1.0
 
     def sum(self, values: "torch.Tensor") -> "torch.Tensor":
-        """Return the sum of the values of all shares of a batch."""
+        """Return the sum of the values over all shards of a batch (in place)."""
         import torch
 
-        if self.readers > 1:
+        if self.data_parallel_size > 1:
             torch.distributed.all_reduce(values)
         return values
 
-    def most(self, number: int) -> int:
-        """Return the largest of the processes' numbers where they must make as many passes, else this one's."""
+    def max(self, number: int) -> int:
+        """Return the maximum over processes if all must run the same number of passes, else this process's number."""
         import torch
 
-        if not self.in_step:
+        if not self.lockstep:
             return number
-        found = torch.tensor([number], device=self.device)
-        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-        return int(found.item())
+        value = torch.tensor([number], device=self.device)
+        torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+        return int(value.item())
 
-    def names(self, read: Sequence[str]) -> list[str]:
-        """Return what the processes have read together, by its names; all of them must ask."""
+    def gather_names(self, names: Sequence[str]) -> list[str]:
+        """Return the row names of all processes' shards; a collective call."""
         import torch
 
-        if self.readers == 1:
-            return list(read)
-        told = torch.tensor(list("\n".join(read).encode()), dtype=torch.uint8, device=self.device)
+        if self.data_parallel_size == 1:
+            return list(names)
+        encoded = torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8, device=self.device)
         sizes = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.size)]
-        torch.distributed.all_gather(sizes, torch.tensor([len(told)], device=self.device))
+        torch.distributed.all_gather(sizes, torch.tensor([len(encoded)], device=self.device))
         longest = max(int(size) for size in sizes)
-        parts = [torch.zeros(longest, dtype=torch.uint8, device=self.device) for _ in range(self.size)]
-        torch.distributed.all_gather(parts, torch.nn.functional.pad(told, (0, longest - len(told))))
-        found = (bytes(part[: int(size)].tolist()).decode() for part, size in zip(parts, sizes, strict=True))
-        return [name for text in found for name in text.split("\n") if name]
+        gathered = [torch.zeros(longest, dtype=torch.uint8, device=self.device) for _ in range(self.size)]
+        torch.distributed.all_gather(gathered, torch.nn.functional.pad(encoded, (0, longest - len(encoded))))
+        texts = (bytes(part[: int(size)].tolist()).decode() for part, size in zip(gathered, sizes, strict=True))
+        return [name for text in texts for name in text.split("\n") if name]
 
-    def told(self, number: int) -> int:
-        """Return the first process's number, on which all then act."""
+    def broadcast(self, number: int) -> int:
+        """Return the number of rank 0, so that all processes take the same decision."""
         import torch
 
         if self.size == 1:
             return number
-        told = torch.tensor([number], device=self.device)
-        torch.distributed.broadcast(told, 0)
-        return int(told.item())
+        value = torch.tensor([number], device=self.device)
+        torch.distributed.broadcast(value, 0)
+        return int(value.item())
 
-    def leave(self) -> None:
-        """Part from the others once all are done; all but the first end here, for what follows is done once."""
+    def shutdown(self) -> None:
+        """Wait for all processes and leave the group; all ranks but 0 exit here, so that only rank 0 writes outputs."""
         import torch
 
         if self.size > 1:
@@ -163,31 +164,31 @@ class World:
 
 
 def _buckets(tensors: "list[torch.Tensor]") -> "Iterator[list[torch.Tensor]]":
-    """Yield the tensors in groups of about `BUCKET` numbers: a message of its own for each costs six times as much."""
+    """Yield the tensors in buckets of about `BUCKET_NUMEL` elements: one message per tensor takes six times as long."""
     bucket: list[torch.Tensor] = []
-    numbers = 0
+    numel = 0
     for tensor in tensors:
         bucket.append(tensor)
-        numbers += tensor.numel()
-        if numbers >= BUCKET:
+        numel += tensor.numel()
+        if numel >= BUCKET_NUMEL:
             yield bucket
-            bucket, numbers = [], 0
+            bucket, numel = [], 0
     if bucket:
         yield bucket
 
 
-def whole(tensor: Any) -> Any:
-    """Return a tensor that is shared out among processes in one piece; all of them must ask."""
+def full_tensor(tensor: Any) -> Any:
+    """Return a tensor unsharded; a collective call if it is sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def placed_like(tensor: "torch.Tensor", other: Any) -> "torch.Tensor":
-    """Return a tensor shared out as another of its shape is."""
-    if not hasattr(other, "full_tensor") or tensor.shape != other.shape:
+def shard_like(tensor: "torch.Tensor", reference: Any) -> "torch.Tensor":
+    """Return a tensor sharded like another one of the same shape."""
+    if not hasattr(reference, "full_tensor") or tensor.shape != reference.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    placed: torch.Tensor = distribute_tensor(
-        tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None
+    sharded: torch.Tensor = distribute_tensor(
+        tensor.to(reference.device), reference.device_mesh, reference.placements, src_data_rank=None
     )
-    return placed
+    return sharded

@@ -1,12 +1,12 @@
-"""The process that writes one service's curves: `python -P services.py SERVICE FOLDER FIRST NAME ID`.
+"""The process that logs to one tracking service: `python -P services.py SERVICE FOLDER FIRST_STEP NAME RUN_ID`.
 
-`tracking.py` starts it beside a stage and writes to its standard input one JSON line a point,
-`[step, {figure: value}]`; where that ends, so does the process, also where the stage was killed outright. It is a
-process and no thread, because what a service imports (half a second to five, a hundred MB) would take Python's lock
-from the training. It knows nothing of the project, and no part of it bears on a result.
+`tracking.py` starts it beside a stage and writes one JSON line per point to its standard input,
+`[step, {metric: value}]`. The process exits at the end of its input, also when the stage was killed. It is a process
+and not a thread because a service's imports (0.5 to 5 s, 100 MB) would hold the GIL and slow down the training. It
+imports nothing of the project and does not affect any result.
 
-FIRST is the step that the stage goes on after (0 for a new run), NAME what the run is called, and ID a name for it that
-is the same when it is resumed.
+FIRST_STEP is the step that the stage resumes after (0 for a new run), NAME the run's name, and RUN_ID an id that does
+not change when the run is resumed.
 """
 
 import csv
@@ -21,8 +21,8 @@ from pathlib import Path
 
 Log = Callable[[int, dict[str, float]], object]
 
-PROJECT = "bessemer"  # its name in Weights & Biases, and the experiment's in MLflow
-QUIET = {  # nobody calls home about how it is used, or fills the stage's log
+PROJECT_NAME = "bessemer"  # project in Weights & Biases, experiment in MLflow
+QUIET_ENVIRONMENT = {  # no telemetry, no messages in the stage's log
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "WANDB_ERROR_REPORTING": "false",
@@ -30,17 +30,17 @@ QUIET = {  # nobody calls home about how it is used, or fills the stage's log
 
 
 @contextmanager
-def dvclive(folder: Path, first: int, name: str, run_id: str) -> Iterator[Log]:
-    """Write TSV files and `metrics.json`; neither an experiment nor a dvc.yaml, for the pipeline's is the only one."""
+def dvclive(folder: Path, first_step: int, name: str, run_id: str) -> Iterator[Log]:
+    """Log to DVCLive's TSV files and `metrics.json`, without a DVC experiment or a dvc.yaml of its own."""
     from dvclive import Live
 
     for path in (folder / "plots").rglob("*.tsv"):
-        cut(path, first)
-    live = Live(str(folder), resume=first > 0, save_dvc_exp=False, dvcyaml=False)
+        truncate(path, first_step)
+    live = Live(str(folder), resume=first_step > 0, save_dvc_exp=False, dvcyaml=False)
 
-    def log(step: int, figures: dict[str, float]) -> None:
+    def log(step: int, metrics: dict[str, float]) -> None:
         live.step = step
-        for figure, value in figures.items():
+        for figure, value in metrics.items():
             live.log_metric(figure, value)
         live.sync()
 
@@ -48,28 +48,28 @@ def dvclive(folder: Path, first: int, name: str, run_id: str) -> Iterator[Log]:
     live.end()
 
 
-def cut(path: Path, last: int) -> None:
-    """Drop the rows beyond a step from one of DVCLive's files: the steps after the checkpoint are done again."""
+def truncate(path: Path, last_step: int) -> None:
+    """Delete the rows after `last_step` from one of DVCLive's files: a resumed run logs these steps again."""
     with path.open(encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file, delimiter="\t")
-    kept = [row for row in rows if int(row[header.index("step")]) <= last]
+    kept = [row for row in rows if int(row[header.index("step")]) <= last_step]
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, delimiter="\t", lineterminator="\n").writerows([header, *kept])
 
 
 @contextmanager
-def tensorboard(folder: Path, first: int, name: str, run_id: str) -> Iterator[Log]:
-    """Write an event file. TensorBoard's own writer, as torch's would load torch once more."""
+def tensorboard(folder: Path, first_step: int, name: str, run_id: str) -> Iterator[Log]:
+    """Log to an event file, by TensorBoard's own writer: torch's would import torch in this process."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
     writer = EventFileWriter(str(folder))
-    began = SessionLog(status=SessionLog.START)  # its reader then drops the steps of earlier files from here on
-    writer.add_event(Event(wall_time=time.time(), step=first + 1, session_log=began))
+    session_start = SessionLog(status=SessionLog.START)  # the reader discards later steps of earlier files
+    writer.add_event(Event(wall_time=time.time(), step=first_step + 1, session_log=session_start))
 
-    def log(step: int, figures: dict[str, float]) -> None:
-        values = [Summary.Value(tag=figure, simple_value=value) for figure, value in figures.items()]
+    def log(step: int, metrics: dict[str, float]) -> None:
+        values = [Summary.Value(tag=figure, simple_value=value) for figure, value in metrics.items()]
         writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
         writer.flush()
 
@@ -78,56 +78,56 @@ def tensorboard(folder: Path, first: int, name: str, run_id: str) -> Iterator[Lo
 
 
 @contextmanager
-def wandb(folder: Path, first: int, name: str, run_id: str) -> Iterator[Log]:
-    """Write Weights & Biases' file, which `wandb sync` sends; its server is asked where WANDB_MODE says so."""
+def wandb(folder: Path, first_step: int, name: str, run_id: str) -> Iterator[Log]:
+    """Log to a Weights & Biases file for `wandb sync`, or to its server if WANDB_MODE is `online`."""
     import wandb
 
     run = wandb.init(
-        project=PROJECT, name=name, id=run_id, resume="allow", dir=str(folder),
+        project=PROJECT_NAME, name=name, id=run_id, resume="allow", dir=str(folder),
         mode=os.environ.get("WANDB_MODE", "offline"),
         settings={"silent": True, "console": "off", "disable_git": True, "save_code": False, "x_disable_stats": True},
     )  # fmt: skip
-    yield lambda step, figures: run.log(figures, step=step)
+    yield lambda step, metrics: run.log(metrics, step=step)
     run.finish()
 
 
 @contextmanager
-def mlflow(folder: Path, first: int, name: str, run_id: str) -> Iterator[Log]:
-    """Write a database of the run's own, or to the server that MLFLOW_TRACKING_URI names."""
+def mlflow(folder: Path, first_step: int, name: str, run_id: str) -> Iterator[Log]:
+    """Log to an SQLite database in the run's folder, or to the server in MLFLOW_TRACKING_URI."""
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
     client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve()}/mlflow.db")
-    known = client.get_experiment_by_name(PROJECT)
-    experiment = known.experiment_id if known else client.create_experiment(PROJECT)
-    found = client.search_runs([experiment], f"tags.resumable = '{run_id}'", max_results=1) if first else []
-    run = found[0] if found else client.create_run(experiment, run_name=name, tags={"resumable": run_id})
+    existing = client.get_experiment_by_name(PROJECT_NAME)
+    experiment = existing.experiment_id if existing else client.create_experiment(PROJECT_NAME)
+    runs = client.search_runs([experiment], f"tags.resumable = '{run_id}'", max_results=1) if first_step else []
+    run = runs[0] if runs else client.create_run(experiment, run_name=name, tags={"resumable": run_id})
     client.update_run(run.info.run_id, status="RUNNING")
 
-    def log(step: int, figures: dict[str, float]) -> None:
+    def log(step: int, metrics: dict[str, float]) -> None:
         now = int(time.time() * 1000)
-        client.log_batch(run.info.run_id, [Metric(figure, value, now, step) for figure, value in figures.items()])
+        client.log_batch(run.info.run_id, [Metric(figure, value, now, step) for figure, value in metrics.items()])
 
     yield log
     client.set_terminated(run.info.run_id)
 
 
-def main(service: str, folder: str, first: str, name: str, run_id: str) -> None:
-    """Write each point as it comes. Raises whatever the service does; the stage goes on without it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C and an orderly stop are the stage's: its last points come yet
+def main(service: str, folder: str, first_step: str, name: str, run_id: str) -> None:
+    """Log each point as it arrives. Errors of the service end this process and not the stage."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the stage handles these signals and then sends its last points
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    for variable, value in QUIET.items():
+    for variable, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    opening = {"dvclive": dvclive, "tensorboard": tensorboard, "wandb": wandb, "mlflow": mlflow}[service]
+    open_log = {"dvclive": dvclive, "tensorboard": tensorboard, "wandb": wandb, "mlflow": mlflow}[service]
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with opening(Path(folder), int(first), name, run_id) as log:
+    with open_log(Path(folder), int(first_step), name, run_id) as log:
         for line in sys.stdin:
-            step, figures = json.loads(line)
-            log(step, figures)
+            step, metrics = json.loads(line)
+            log(step, metrics)
 
 
 if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     except Exception as error:
-        sys.exit(f"live logging to {sys.argv[1]} has ended ({error}); the stage goes on")
+        sys.exit(f"live logging to {sys.argv[1]} has failed ({error}); the stage continues without it")

@@ -1,45 +1,47 @@
 """Tensor parallelism for Llama-style decoders: each process holds some heads and neurons of every block.
 
-Shoeybi et al. 2019 ("Megatron-LM", section 3), by torch's own plans. The matrices into attention and feed-forward are
-cut by rows of their weights (`ColwiseParallel`), those out of them by columns, so that each block needs one sum over
-the processes after each of the two. Embedding and output head are cut by the vocabulary. Norms are whole everywhere,
-but as distributed tensors on the same mesh: the fused optimizer and the gradient's norm take no mixture.
+Shoeybi et al. 2019 ("Megatron-LM", section 3), by torch's parallelize plans. The input matrices of attention and
+feed-forward layers are sharded by output features (`ColwiseParallel`) and their output matrices by input features
+(`RowwiseParallel`), so each layer needs one all-reduce. Embedding and output head are sharded by the vocabulary. Norms
+are replicated, as DTensors on the same mesh: the fused optimizer and the gradient norm do not accept a mix of DTensors
+and plain tensors.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from tasks.common.stage import StageError
+from tasks.common.harness.job import StageError
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
 ARCHITECTURE = "LlamaForCausalLM"
-CUT = ("num_attention_heads", "num_key_value_heads", "intermediate_size")  # what each process must get a like part of
+# Config fields that must be multiples of the number of processes.
+DIVISIBLE_FIELDS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
-def must_divide(model: "torch.nn.Module", size: int) -> None:
-    """Raise StageError where a model is of another kind, or cannot be cut into `size` like parts."""
+def check_divisible(model: "torch.nn.Module", size: int) -> None:
+    """Raise StageError if a model is not of `ARCHITECTURE`, or cannot be split evenly over `size` processes."""
     kind = type(model).__name__
     if kind != ARCHITECTURE:
         raise StageError(
-            f"numerics.parallel.engine is tensor, which shares out plain {ARCHITECTURE} decoders only, but what is to "
-            f"be trained is a {kind}: take the engine data or fsdp for this stage."
+            f"numerics.parallel.engine is tensor, which supports plain {ARCHITECTURE} decoders only, but the model to "
+            f"train is a {kind}: set the engine to data or fsdp for this stage."
         )
     config: Any = model.config
-    for name in CUT:
+    for name in DIVISIBLE_FIELDS:
         value = getattr(config, name)
         if value % size:
             raise StageError(
-                f"numerics.parallel.engine is tensor, and the model's {name} ({value}) is no multiple of "
-                f"numerics.parallel.processes ({size}): change one of them, or take the engine fsdp."
+                f"numerics.parallel.engine is tensor, and the model's {name} ({value}) is not a multiple of "
+                f"numerics.parallel.processes ({size}): change one of them, or set the engine to fsdp."
             )
 
 
 def parallelize(model: Any, mesh: "DeviceMesh") -> None:
-    """Cut a decoder's weights over the processes of a mesh, in place; its inputs and logits stay whole in each.
+    """Shard a decoder's weights over a device mesh, in place; its inputs and logits are replicated.
 
-    Raises StageError where the model holds weights beside an ordinary decoder's, which the plan leaves as they are.
+    Raises StageError if the model has weights that the plan does not cover (adapters, LoRA).
     """
     from torch.distributed.tensor import DTensor, Replicate, distribute_module
     from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
@@ -54,25 +56,25 @@ def parallelize(model: Any, mesh: "DeviceMesh") -> None:
     }
     for module in model.modules():
         if type(module).__name__ == "LlamaRMSNorm":
-            distribute_module(module, mesh, input_fn=_enter, output_fn=_leave)
+            distribute_module(module, mesh, input_fn=_replicate_inputs, output_fn=_replicate_output)
     parallelize_module(model, mesh, plan)
-    model.tie_weights()  # the plan has cut one tensor twice
-    loose = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
-    if loose:
+    model.tie_weights()  # the plan sharded the tied weight twice
+    uncovered = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+    if uncovered:
         raise StageError(
-            f"numerics.parallel.engine is tensor, which cannot cut {loose[0]}: it knows a decoder's own weights only. "
-            "Take the engine data or fsdp, or finetune.method full or top."
+            f"numerics.parallel.engine is tensor, which cannot shard {uncovered[0]}: it supports only a decoder's "
+            "own weights. Set the engine to data or fsdp, or the method to full or top_layers."
         )
 
 
-def _enter(_: Any, inputs: "tuple[torch.Tensor, ...]", mesh: "DeviceMesh") -> Any:
+def _replicate_inputs(_: Any, inputs: "tuple[torch.Tensor, ...]", mesh: "DeviceMesh") -> Any:
     from torch.distributed.tensor import DTensor, Replicate
 
     return tuple(DTensor.from_local(tensor, mesh, [Replicate()], run_check=False) for tensor in inputs)
 
 
-def _leave(_: Any, output: Any, mesh: "DeviceMesh") -> Any:
-    """Hand a norm's output to all the matrices that read it as one tensor, so that their gradients are summed once."""
+def _replicate_output(_: Any, output: Any, mesh: "DeviceMesh") -> Any:
+    """Wrap a norm's output in one replicated DTensor, so that the gradients of its readers are reduced once."""
     from torch.distributed.tensor import DTensor, Replicate
 
     return DTensor.from_local(output.to_local(), mesh, [Replicate()], run_check=False)

@@ -1,9 +1,9 @@
 """Live curves of a training stage, for DVCLive, TensorBoard, Weights & Biases and MLflow (`placement.tracking`).
 
-They lie in the run's own folder, `runs/<run id>/tracking/<stage>/<service>`, which neither git nor DVC tracks, and are
-no part of the result: a stage's own curve is its `history.csv`. So nothing here can change or end a training run. Each
-service writes in a process of its own (`services.py`), and one that fails says so and is left. The network
-is used only where the user's environment says so (WANDB_MODE, MLFLOW_TRACKING_URI, DVC Studio's settings).
+They are written to `runs/<run id>/tracking/<stage>/<service>`, which git and DVC ignore. They are not part of the
+result: a stage's own curve is its `history.csv`. Nothing here can change or end a training run. Each service runs in a
+process of its own (`services.py`); a failure is reported once and then ignored. The network is used only if the user's
+environment asks for it (WANDB_MODE, MLFLOW_TRACKING_URI, DVC Studio's settings).
 """
 
 import json
@@ -17,140 +17,149 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tasks.common import identity, stage
+from tasks.common import identity
+from tasks.common.harness import records
+from tasks.common.harness.job import Job
+from tasks.common.harness.launch import rank
 from tasks.common.settings import Service
-from tasks.common.stage import Job, rank
-from tasks.common.training.flops import Work
+from tasks.common.training.flops import MfuEstimator
 
-Figures = Mapping[str, float]
+Metrics = Mapping[str, float]
 
-WRITER = Path(__file__).with_name("services.py")
-PATIENCE_S = 60.0  # the services have this long to end
-HURRIED_S = 10.0  # and so long where the stage failed or is told to stop, for which it has twice as long itself
+WRITER_SCRIPT = Path(__file__).with_name("services.py")
+CLOSE_TIMEOUT_S = 60.0  # for the services to finish after a complete stage
+ABORT_TIMEOUT_S = 10.0  # after a failed or interrupted stage, which itself has twice as long to stop
 
 
 @contextmanager
-def opened(
-    job: Job, *, work: Work | None = None, first: int = 0, earlier: Sequence[Figures] = (), every: int | None = None
+def open_tracker(
+    job: Job,
+    *,
+    mfu_estimator: MfuEstimator | None = None,
+    first_step: int = 0,
+    earlier_rows: Sequence[Metrics] = (),
+    every: int | None = None,
 ) -> Iterator["Tracker"]:
-    """Yield the tracker of a job that goes on after `first` steps; `earlier` are the rows of its curve until there.
+    """Yield the tracker of a job that resumes after `first_step` steps; `earlier_rows` are its curve so far.
 
-    A run that is resumed in its own folder goes on there, without the steps that were lost; in a new one, its curve
-    starts with the earlier rows. `every` overrides the setting where a step is long. Of several processes that train
-    one model the first one writes.
+    A run that resumes in its own folder continues its curves there, without the steps after the checkpoint. In a new
+    folder the curves start with `earlier_rows`. `every` overrides the setting where a step is long. In distributed
+    training only rank 0 logs.
     """
     folder = job.run_folder / "tracking" / job.name
-    if not first:
+    if not first_step:
         shutil.rmtree(folder, ignore_errors=True)
     resumed = folder.exists()
     services = [] if rank() else job.tracking.to
-    writers = [Writer(name, job, folder / name, first) for name in services]
-    tracker = Tracker(job, writers, work, every or job.tracking.every)
-    for row in () if resumed else earlier:
+    writers = [Writer(name, job, folder / name, first_step) for name in services]
+    tracker = Tracker(job, writers, mfu_estimator, every or job.tracking.every)
+    for row in () if resumed else earlier_rows:
         tracker.write(int(row["step"]), {name: value for name, value in row.items() if name != "step"})
-    patience = HURRIED_S
+    timeout = ABORT_TIMEOUT_S
     try:
         yield tracker
-        patience = PATIENCE_S
+        timeout = CLOSE_TIMEOUT_S
     finally:
-        tracker.close(patience)
+        tracker.close(timeout)
 
 
 @dataclass
 class Tracker:
-    """Gathers a run's figures and hands them on every few steps, with speed, utilisation and memory."""
+    """Logs a run's metrics every few steps, with speed, MFU and peak memory."""
 
     job: Job
     writers: Sequence["Writer"]
-    work: Work | None
+    mfu_estimator: MfuEstimator | None
     every: int
     tokens: int = 0
-    reported: int = 0  # tokens of the steps that were handed on
-    pending: tuple[int, Figures] | None = None
+    logged_tokens: int = 0  # tokens of the steps that were logged
+    pending: tuple[int, Metrics] | None = None
     started: float = field(default_factory=time.perf_counter)
-    clock: float = field(default_factory=time.perf_counter)
+    last_logged: float = field(default_factory=time.perf_counter)
 
-    def log(self, step: int, figures: Figures, tokens: int = 0) -> None:
-        """Take the figures of a step (the first is 1) and the tokens that it read."""
+    def log(self, step: int, metrics: Metrics, tokens: int = 0) -> None:
+        """Take the metrics of a step (1-based) and the number of tokens that it read."""
         self.tokens += tokens
-        self.pending = step, figures
+        self.pending = step, metrics
         if step % self.every == 0:
             self.flush()
 
     def flush(self) -> None:
-        """Hand the last step's figures on, unless they were."""
+        """Log the latest step's metrics, unless they have been logged."""
         if self.pending is None:
             return
-        (step, figures), now = self.pending, time.perf_counter()
+        (step, metrics), now = self.pending, time.perf_counter()
         if self.writers:
-            speed = self._speed(self.tokens - self.reported, now - self.clock)
-            self.write(step, {**figures, **speed, "peak_memory_bytes": peak_memory()})
-        self.pending, self.reported, self.clock = None, self.tokens, now
+            throughput = self._throughput(self.tokens - self.logged_tokens, now - self.last_logged)
+            self.write(step, {**metrics, **throughput, "peak_memory_bytes": peak_memory()})
+        self.pending, self.logged_tokens, self.last_logged = None, self.tokens, now
 
-    def write(self, step: int, figures: Figures) -> None:
-        """Hand figures on as they are."""
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Send metrics to all services."""
         for writer in self.writers:
-            writer.write(step, figures)
+            writer.write(step, metrics)
 
-    def close(self, patience: float) -> None:
-        """End the services, within some seconds, and keep the whole run's utilisation among what was measured."""
+    def close(self, timeout: float) -> None:
+        """Record the whole run's MFU in the job's measurements, and end the services within `timeout` seconds."""
         self.flush()
-        speed = self._speed(self.tokens, self.clock - self.started)
-        if self.work and speed:
-            self.job.measured(mfu=round(speed["mfu"], 4), ceiling_gflops=round(self.work.ceiling / 1e9, 1))
+        throughput = self._throughput(self.tokens, self.last_logged - self.started)
+        if self.mfu_estimator and throughput:
+            self.job.log_figures(
+                mfu=round(throughput["mfu"], 4), peak_gflops=round(self.mfu_estimator.peak_flops / 1e9, 1)
+            )
         for writer in self.writers:
-            writer.end()
-        deadline = time.monotonic() + patience
+            writer.close_input()
+        deadline = time.monotonic() + timeout
         for writer in self.writers:
             writer.wait(deadline - time.monotonic())
 
-    def _speed(self, tokens: int, seconds: float) -> dict[str, float]:
-        """Return tokens a second and the utilisation, each where it is known."""
+    def _throughput(self, tokens: int, seconds: float) -> dict[str, float]:
+        """Return tokens per second and MFU, as far as known."""
         if not tokens:
             return {}
-        utilisation = {"mfu": self.work.utilisation(tokens, seconds)} if self.work else {}
+        utilisation = {"mfu": self.mfu_estimator.utilisation(tokens, seconds)} if self.mfu_estimator else {}
         return {"tokens_per_second": tokens / max(seconds, 1e-9), **utilisation}
 
 
 class Writer:
-    """The process that writes for one service. Nothing waits for it: what its pipe has no room for is not written."""
+    """The process that logs to one service. Writes never block: points that do not fit into its pipe are dropped."""
 
-    def __init__(self, service: Service, job: Job, folder: Path, first: int) -> None:
+    def __init__(self, service: Service, job: Job, folder: Path, first_step: int) -> None:
         name = f"{job.run_folder.name}/{job.name}"
         run_id = identity.hash_json([name, job.recipe])[: identity.TAG_LENGTH]
-        # -P: the modules that lie beside that file are none of its libraries.
-        command = [sys.executable, "-P", str(WRITER), service, str(folder), str(first), name, run_id]
+        # -P: do not import the modules in the script's folder instead of libraries of the same name.
+        command = [sys.executable, "-P", str(WRITER_SCRIPT), service, str(folder), str(first_step), name, run_id]
         self.service, self.job = service, job
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE)
         assert self.process.stdin is not None
         self.pipe = self.process.stdin.fileno()
         os.set_blocking(self.pipe, False)
 
-    def write(self, step: int, figures: Figures) -> None:
-        """Send one point, whole or not at all (a pipe takes up to 4,096 bytes in one piece)."""
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Send one point completely or not at all (writes of up to 4,096 bytes to a pipe are atomic)."""
         with suppress(BlockingIOError, BrokenPipeError):
-            os.write(self.pipe, json.dumps([step, dict(figures)]).encode() + b"\n")
+            os.write(self.pipe, json.dumps([step, dict(metrics)]).encode() + b"\n")
 
-    def end(self) -> None:
-        """Let the process see that no more comes."""
+    def close_input(self) -> None:
+        """Close the process's standard input, so that it finishes."""
         assert self.process.stdin is not None
         self.process.stdin.close()
 
     def wait(self, seconds: float) -> None:
-        """Wait until it has written what it has; end it where it takes longer."""
+        """Wait until the process has written its points; kill it after `seconds`."""
         try:
             self.process.wait(max(0.0, seconds))
         except subprocess.TimeoutExpired:
-            print(f"{self.job.name}: {self.service} was still busy; its last points may be missing", flush=True)
+            print(f"{self.job.name}: {self.service} did not finish in time; its last points may be missing", flush=True)
         finally:
             self.process.kill()
             self.process.wait()
 
 
 def peak_memory() -> int:
-    """Return the most memory that this process has held, in bytes: the GPU's where it computes there."""
+    """Return the process's peak memory in bytes: the GPU's if it uses one, else the machine's."""
     import torch
 
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
-    return stage.peak_memory()
+    return records.peak_memory()

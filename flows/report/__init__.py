@@ -1,0 +1,1 @@
+"""The HTML report that is written after a run."""

@@ -1,0 +1,181 @@
+"""The section "Evaluation" of the run report: the scorecard with each step's changes, the gates, and the top figures.
+
+Models are listed in graph order, each with its changes from its nearest evaluated ancestor. Changes of a rate have the
+paired interval computed by `compare`; a change whose interval contains 0 is shown as no change. Other figures have no
+interval: changes of at most 1 % are shown as no change.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from markupsafe import Markup
+
+from flows.records import gate_limits, gate_words
+from flows.report import plots
+from flows.report.parts import Part
+from flows.report.plots import Whisker
+from flows.results import Results
+
+WIN_RATE = "win_rate"
+SIZE_COLUMNS = (("parameters", "Parameters", "count", -1), ("bytes", "Size", "bytes", -1))
+# (figure, heading, kind, 1 if higher is better and -1 if lower is better)
+CHAT_COLUMNS = (
+    ("exact_match_seen", "Exact match, seen entities", "share", 1),
+    ("exact_match_heldout", "Exact match, held-out entities", "share", 1),
+    ("perplexity", "Perplexity of held-out text", "number", -1),
+    ("bits_per_byte", "Bits per byte of held-out text", "number", -1),
+    ("reward_mean", "Mean reward of sampled replies", "points", 1),
+    ("toxic_share", "Toxic continuations", "share", -1),
+    (WIN_RATE, "Win rate against the model before alignment, by the judge", "share", 1),
+    ("distinct_2", "Distinct word pairs (distinct-2)", "share", 1),
+    *SIZE_COLUMNS,
+)
+ENCODER_COLUMNS = (("masked_names", "Masked names, top-1 accuracy", "share", 1), *SIZE_COLUMNS)
+TABLES = (("causal", CHAT_COLUMNS), ("masked", ENCODER_COLUMNS), ("classifier", SIZE_COLUMNS))
+COLOURS = ("m1", "m2", "m3", "m4", "m5")
+
+
+def evaluation(run: Results) -> Part:
+    """Return a table per kind of model, the chart of exact match, and the gates."""
+    models = run.scorecard.get("models", [])
+    if not models:
+        return {}
+    found = run.json("data/compare/differences.json") or []
+    differences = {(item["to"], item["rate"]): item for item in found}
+    kinds = [([model for model in models if model.get("kind") == kind], columns) for kind, columns in TABLES]
+    evaluations = run.entries("evaluate")
+    return {
+        "tables": [_table(run, rows, columns, differences) for rows, columns in kinds if rows],
+        "chart": _chart(kinds[0][0]),
+        "differences": found,
+        "gates": [
+            {**gate, "label": gate_words(gate), "limits": gate_limits(gate)} for gate in run.scorecard.get("gates", [])
+        ],
+        "questions": run.settings(evaluations[0]).get("questions") if evaluations else None,
+        "toxicity": run.scorecard.get("toxicity") or {},
+    }
+
+
+def colours(run: Results) -> dict[str, str]:
+    """Return a colour for each causal model of the scorecard, cycling through COLOURS."""
+    names = [str(model["model"]) for model in run.scorecard.get("models", []) if model.get("kind") == "causal"]
+    return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
+
+
+def made_by(run: Results, stage: str) -> str:
+    """Describe how a model was made."""
+    name, _, _ = stage.partition("@")
+    if name == "align":
+        return f"aligned by {run.algorithm(stage) or 'reinforcement learning'}"
+    if name == "quantize" and stage in run.packaged.values():
+        return "served"
+    words = {"pretrain": "pretrained", "finetune": "fine-tuned", "prune": "pruned", "quantize": "exported"}
+    return words.get(name, "provided by the user")
+
+
+def tiles(run: Results) -> list[Part]:
+    """Return the figures at the top of the page: those of the served models, and the gains of alignment."""
+    models = run.scorecard.get("models", [])
+    result: list[Part] = []
+    for part, kind, figures in (
+        ("chat", "causal", (("exact_match_seen", "exact match, seen entities"),
+                            ("exact_match_heldout", "exact match, held-out entities"))),
+        ("encoder", "masked", (("masked_names", "masked names, top-1 accuracy"),)),
+    ):  # fmt: skip
+        shown = [model for model in models if model.get("kind") == kind]
+        served = [model for model in shown if model.get("made_by") == run.packaged.get(part)] or shown[-1:]
+        result += [
+            {"kind": "share", "value": model[figure], "label": label, "of": model["model"]}
+            for figure, label in figures
+            for model in served
+            if model.get(figure) is not None
+        ]
+    return [*result, *_alignment_gains(run, models), *_export_figures(run)]
+
+
+def _alignment_gains(run: Results, models: Sequence[Part]) -> list[Part]:
+    """Return the gain of each alignment, by the judge or else by its reward model."""
+    named = {str(model["model"]): model for model in models}
+    found: list[Part] = []
+    for model in models:
+        before = named.get(str(model.get("against")), {})
+        if not str(model.get("made_by")).startswith("align@"):
+            continue
+        if model.get(WIN_RATE) is not None:
+            label = f"of replies preferred to those of {model['against']}"
+            found.append({"kind": "share", "value": model[WIN_RATE], "label": label, "of": model["model"]})
+        elif model.get("reward_mean") is not None and before.get("reward_mean") is not None:
+            label = f"rating points gained by {run.algorithm(model['made_by'])}"
+            gain = model["reward_mean"] - before["reward_mean"]
+            found.append({"kind": "change", "value": gain, "label": label, "of": model["model"]})
+    return found
+
+
+def _export_figures(run: Results) -> list[Part]:
+    """Return the size and speed of the packaged chat model."""
+    stage = run.packaged.get("chat", "")
+    ratio, step = run.metrics(stage).get("ratio"), run.steps.get(stage)
+    found: list[Part] = []
+    if ratio is not None:
+        found.append({"kind": "times", "value": ratio, "label": "of the FP32 file's size", "of": stage})
+    if step and "int8_tokens_per_second" in step.log:
+        speed, times = step.log["int8_tokens_per_second"], step.log.get("int8_speedup")
+        label = f"tokens per second, {times:.1f} × torch in FP32" if times else "tokens per second"
+        found.append({"kind": "count", "value": speed, "label": label, "of": stage})
+    return found
+
+
+def _table(
+    run: Results, models: Sequence[Part], columns: Sequence[tuple[str, str, str, int]],
+    differences: Mapping[tuple[str, str], Part],
+) -> Part:  # fmt: skip
+    columns = [column for column in columns if any(model.get(column[0]) is not None for model in models)]
+    named, colour = {str(model["model"]): model for model in models}, colours(run)
+    rows = []
+    for model in models:
+        name, before = str(model["model"]), str(model.get("before") or "")
+        cells = [_cell(model, named.get(before, {}), column, differences.get((name, column[0]))) for column in columns]
+        rows.append({
+            "model": name, "label": made_by(run, str(model.get("made_by"))),
+            "before": before if before in named else "",
+            "colour": colour.get(name, COLOURS[0]), "cells": cells,
+        })  # fmt: skip
+    return {"columns": [heading for _, heading, _, _ in columns], "rows": rows}
+
+
+def _cell(model: Part, before: Part, column: tuple[str, str, str, int], paired: Part | None) -> Part:
+    figure, heading, kind, better = column
+    value, earlier = model.get(figure), before.get(figure)
+    cell: Part = {
+        "value": value, "kind": kind, "heading": heading, "interval": model.get(f"{figure}_interval"),
+        "spread": model.get("reward_std") if figure == "reward_mean" else None, "change": None,
+    }  # fmt: skip
+    if figure == WIN_RATE or value is None or earlier is None or (value == earlier and not paired):
+        return cell
+    if paired:
+        low, high = paired["interval"]
+        change, verdict = paired["change"], (low > 0) - (high < 0)
+    else:
+        change = value - earlier
+        verdict = 0 if abs(change) <= 0.01 * abs(earlier) else (1 if change > 0 else -1)
+    if kind in ("count", "bytes", "number") and earlier:
+        change, kind = value / earlier - 1, "relative"
+    words = {1: "gain", -1: "cost", 0: "flat"}
+    return {**cell, "change": change, "change_kind": kind, "verdict": words[verdict * better]}
+
+
+def _chart(models: Sequence[Part]) -> Markup:
+    groups = []
+    for figure, name, colour in (
+        ("exact_match_seen", "seen entities", "s1"),
+        ("exact_match_heldout", "held-out entities", "s2"),
+    ):
+        values = [
+            Whisker(index, model[figure], *(model.get(f"{figure}_interval") or (model[figure], model[figure])))
+            for index, model in enumerate(models)
+            if model.get(figure) is not None
+        ]
+        if values:
+            groups.append((name, colour, values))
+    if not groups:
+        return Markup("")
+    return plots.whiskers([str(model["model"]) for model in models], groups, "exact match")

@@ -1,0 +1,1 @@
+"""Align a model with a reward or with preferences: PPO, DPO, RLOO, GRPO."""

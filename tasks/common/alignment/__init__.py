@@ -1,1 +1,0 @@
-"""Alignment with a reward: what PPO and the methods beside it share."""

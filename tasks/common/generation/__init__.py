@@ -1,0 +1,1 @@
+"""Sampling of replies from a torch model."""

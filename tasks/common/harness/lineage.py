@@ -1,0 +1,46 @@
+"""The lineage of the graph's entries: from their links before a run, from their records after it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tasks.common.harness.job import Link
+
+
+def entries_by_folder(links: Sequence[Link]) -> dict[str, Link]:
+    """Return the entry that produces each model folder; evaluations produce none."""
+    return {link.folder: link for link in links if link.stage != "evaluate"}
+
+
+def ancestry(links: Sequence[Link], folder: str) -> list[str]:
+    """Return a model folder, the one that it starts from, and so on, up to one that no entry produces."""
+    found, by_folder = [folder], entries_by_folder(links)
+    while (link := by_folder.get(found[-1])) and link.reads and link.reads[0] not in found:
+        found.append(link.reads[0])
+    return found
+
+
+def lineage(links: Sequence[Link], folders: Iterable[str]) -> list[str]:
+    """Return the names of all entries that model folders depend on, transitively, in topological order."""
+    return list(_collect(entries_by_folder(links), folders, {}))
+
+
+def _collect(by_folder: Mapping[str, Link], folders: Iterable[str], found: dict[str, None]) -> dict[str, None]:
+    for folder in folders:
+        link = by_folder.get(folder)
+        if link and link.name not in found:
+            _collect(by_folder, link.reads, found)
+            found[link.name] = None
+    return found
+
+
+def user_sources(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the provenance of each folder or file of the user's that stages read, with its hashes."""
+    found = {
+        path: (one["inputs"][path], files)
+        for one in records
+        for path, files in (one.get("user_provided") or one.get("brought") or {}).items()  # `brought`: earlier versions
+    }
+    return [
+        {"name": path, "kind": "user_provided", "licence": "", "sha256": digest, "files": files}
+        for path, (digest, files) in sorted(found.items())
+    ]

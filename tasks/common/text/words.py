@@ -1,0 +1,23 @@
+"""Split texts into words: for the filters of `curation.py` and for the metrics of replies.
+
+Thai, Japanese, Chinese and some other languages are written without spaces: each of their characters counts as a word.
+"""
+
+import re
+
+UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai and Lao, Burmese, Khmer
+    r"\u3040-\u30ff\uff66-\uff9f\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # kana and ideographs
+)
+WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
+PIECE = re.compile(rf"[{UNSPACED}][^\w\s]*|[^\s{UNSPACED}]+")
+
+
+def words(text: str) -> list[str]:
+    """Return a text's words in order, in lower case and without punctuation."""
+    return WORD.findall(text.lower())
+
+
+def split_words(text: str) -> list[str]:
+    """Split like `str.split`, but each character of a script without spaces, with the marks after it, is a word."""
+    return PIECE.findall(text)

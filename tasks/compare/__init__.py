@@ -1,0 +1,1 @@
+"""Join all evaluations into one scorecard and judge the gates."""

@@ -1,0 +1,1 @@
+"""Put one model through the evaluations that apply to it."""

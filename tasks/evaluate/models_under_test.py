@@ -1,0 +1,322 @@
+"""Models under test: one interface for a torch model and for the INT8 files that will be served."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from serving import folders
+from serving.errors import ServingError
+from tasks.common.evaluation import nll
+from tasks.common.generation import sampling
+from tasks.common.harness.job import StageError
+from tasks.common.modelling import models
+from tasks.common.random_streams import Stream, derive_seed
+from tasks.common.settings import Dtypes, Numerics
+from tasks.common.text import chat
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from serving.engine import EncoderLogits, TextEngine
+
+Prompt = Sequence[chat.Message] | str  # a conversation to reply to, or plain text to continue
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+BATCH_ROWS = 32  # rows of held-out text in one forward pass
+
+
+class Decoder(Protocol):
+    """A causal model that generates replies and scores text.
+
+    `parameters` counts its parameters, `bytes` is the size of its weights file. `desc` is the title of the progress
+    bar; without it none is shown.
+    """
+
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+
+    @property
+    def special_tokens(self) -> Sequence[str]:
+        """The special tokens, which a text must not contain."""
+
+    def max_reply_tokens(self, prompt: Prompt) -> int | None:
+        """Return how many tokens a reply may have; None if the model has no chat template for a conversation."""
+
+    def reply(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float, seed: int, desc: str | None = None
+    ) -> list[str]:
+        """Return a reply to each conversation and a continuation of each plain text; temperature 0 is greedy."""
+
+    def negative_log_likelihood(self, rows: npt.NDArray[Any], desc: str | None = None) -> list[float]:
+        """Return the summed negative log-likelihood (nats) of each row's tokens after its first; rows (N, T)."""
+
+
+class Encoder(Protocol):
+    """A masked language model. `parameters` counts its parameters, `bytes` is the size of its weights file."""
+
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def tokenizer(self) -> "Tokenizer": ...
+
+    def logits(self, ids: Ids, mask: Ids) -> Floats:
+        """Return logits, shape (N, T, V), for token ids and attention mask, each (N, T)."""
+
+
+def model_kind(path: Path) -> str | None:
+    """Return the kind of model in a folder, exported or not: causal, masked or classifier; None for anything else."""
+    if (path / folders.GRAPH_FILE).exists():
+        return "causal" if (path / "chat_template.jinja").exists() else "masked"
+    return models.model_kind(path)
+
+
+def have_same_vocabulary(path: Path, other: Path) -> bool:
+    """Whether two folders hold tokenizers with the same vocabulary."""
+    from tokenizers import Tokenizer
+
+    files = [folder / "tokenizer.json" for folder in (path, other)]
+    if not all(file.is_file() for file in files):
+        return False
+    vocabulary, other_vocabulary = (Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True) for file in files)
+    return bool(vocabulary == other_vocabulary)
+
+
+def open_decoder(path: Path, numerics: Numerics) -> Decoder:
+    """Open a decoder folder: an export of `quantize` with the serving engine, else a Transformers model."""
+    return (EngineDecoder if (path / folders.GRAPH_FILE).exists() else TorchDecoder).load(path, numerics)
+
+
+def open_encoder(path: Path, numerics: Numerics) -> Encoder:
+    """Open an encoder folder: an export of `quantize` with the serving engine, else a Transformers model."""
+    return (EngineEncoder if (path / folders.GRAPH_FILE).exists() else TorchEncoder).load(path, numerics)
+
+
+@dataclass
+class TorchDecoder:
+    """A Transformers causal model, run in float32 regardless of the dtype it was trained in."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerFast"
+    numerics: Numerics
+    bytes: int
+
+    @classmethod
+    def load(cls, path: Path, numerics: Numerics) -> "TorchDecoder":
+        """Load model and tokenizer from a folder."""
+        model = models.load_decoder(path, numerics).eval()
+        return cls(model, chat.load_tokenizer(path), numerics, models.weight_bytes(path))
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return models.parameter_count(self.model)
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The special tokens, which a text must not contain."""
+        return [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+
+    def max_reply_tokens(self, prompt: Prompt) -> int | None:
+        """Return how many tokens a reply may have; None for a conversation if the model has no chat template."""
+        if not isinstance(prompt, str) and self.tokenizer.chat_template is None:
+            return None
+        with models.suppress_warnings("transformers"):  # it warns about the first text that is too long
+            return int(self.tokenizer.model_max_length) - len(encode(self.tokenizer, prompt))
+
+    def reply(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float, seed: int, desc: str | None = None
+    ) -> list[str]:
+        """Return a reply to each conversation and a continuation of each plain text; temperature 0 is greedy."""
+        encoded = [encode(self.tokenizer, prompt) for prompt in prompts]
+        float32_numerics = self.numerics.model_copy(update={"dtype": Dtypes(decoder="float32", encoder="float32")})
+        replies = sampling.generate_replies(
+            self.model,
+            self.tokenizer,
+            encoded,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            numerics=float32_numerics,
+            desc=desc,
+        )
+        return [sampling.decode_reply(self.tokenizer, ids) for ids in replies]
+
+    def negative_log_likelihood(self, rows: npt.NDArray[Any], desc: str | None = None) -> list[float]:
+        """Return the summed negative log-likelihood (nats) of each row's tokens after its first; rows (N, T)."""
+        import torch
+
+        sums: list[float] = []
+        with torch.no_grad():
+            for part in _batches(rows, desc):
+                ids = torch.from_numpy(part).to(self.model.device)
+                sums += nll.row_nll(self.model(input_ids=ids).logits, ids)
+        return sums
+
+
+def encode(tokenizer: "PreTrainedTokenizerFast", prompt: Prompt) -> list[int]:
+    """Return the input ids: a conversation with the generation prompt, or a text without its end-of-text token."""
+    if isinstance(prompt, str):
+        return chat.encode_text(tokenizer, prompt)[:-1]
+    return chat.encode_prompt(tokenizer, prompt)
+
+
+def _batches(rows: npt.NDArray[Any], desc: str | None) -> Iterator[Ids]:
+    """Yield rows (N, T) in batches of BATCH_ROWS, with a progress bar."""
+    from tqdm import tqdm
+
+    for start in tqdm(range(0, len(rows), BATCH_ROWS), desc=desc, disable=desc is None, mininterval=2):
+        yield rows[start : start + BATCH_ROWS].astype(np.int64)
+
+
+@dataclass
+class EngineDecoder:
+    """The INT8 decoder, run by the serving engine, with prompts batched as the service does."""
+
+    path: Path
+    threads: int
+    parameters: int
+    bytes: int
+
+    @classmethod
+    def load(cls, path: Path, numerics: Numerics) -> "EngineDecoder":
+        """Open an export of `quantize`."""
+        return cls(path, numerics.threads, *_read_size(path))
+
+    @cached_property
+    def engine(self) -> "TextEngine":
+        """The serving engine of this folder."""
+        from serving.engine import TextEngine
+
+        with _as_stage_error(f"the INT8 model in {self.path} cannot be opened"):
+            return TextEngine(self.path, self.threads)
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The special tokens, which a text must not contain."""
+        return [token.content for token in self.engine.tokenizer.get_added_tokens_decoder().values() if token.special]
+
+    def max_reply_tokens(self, prompt: Prompt) -> int | None:
+        """Return how many tokens a reply may have."""
+        if isinstance(prompt, str):
+            prompt_tokens = 1 + len(self.engine.tokenizer.encode(prompt, add_special_tokens=False).ids)
+        else:
+            with _as_rejected_prompt(prompt):
+                prompt_tokens = len(self.engine.encode(prompt))
+        return self.engine.limits.context - prompt_tokens
+
+    def reply(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float, seed: int, desc: str | None = None
+    ) -> list[str]:
+        """Return a reply to each conversation and a continuation of each plain text; temperature 0 is greedy."""
+        from tqdm import tqdm
+
+        from serving.decoding import Sampling
+
+        engine, requests = self.engine, []
+        for index, prompt in enumerate(prompts):
+            with _as_rejected_prompt(prompt):
+                settings = Sampling(max_new_tokens, temperature, seed=derive_seed(seed, Stream.REPLY, index))
+                requests.append(engine.prepare(prompt, settings))
+        with _as_stage_error(f"the INT8 model in {self.path} does not answer"):
+            answers = engine.start_all(requests)
+            progress = tqdm(answers, desc=desc, disable=desc is None, mininterval=2)
+            return [answer.finish().text.strip() for answer in progress]
+
+    def negative_log_likelihood(self, rows: npt.NDArray[Any], desc: str | None = None) -> list[float]:
+        """Return the summed negative log-likelihood (nats) of each row's tokens after its first; rows (N, T)."""
+        import torch
+
+        from serving.engine import DecoderLogits
+
+        sums: list[float] = []
+        with _as_stage_error(f"the INT8 model in {self.path} cannot be opened"):
+            logits = DecoderLogits(self.path, self.threads)
+        for ids in _batches(rows, desc):
+            sums += nll.row_nll(torch.from_numpy(logits(ids)), torch.from_numpy(ids))
+        return sums
+
+
+def _read_size(path: Path) -> tuple[int, int]:
+    """Return the number of parameters of an export of `quantize` and the size of its weights file in bytes."""
+    parameters: int = json.loads((path / "size.json").read_text())["parameters"]
+    return parameters, (path / folders.WEIGHTS_FILE).stat().st_size
+
+
+@contextmanager
+def _as_stage_error(what: str, remedy: str = "") -> Iterator[None]:
+    """Re-raise an error of the serving engine as StageError."""
+    try:
+        yield
+    except ServingError as error:
+        raise StageError(f"{what}: {error}{remedy}") from error
+
+
+def _as_rejected_prompt(prompt: Prompt) -> AbstractContextManager[None]:
+    """Re-raise the serving engine's rejection of a prompt as StageError that names the prompt and the remedy."""
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    remedy = (
+        " Change max_new_tokens of the evaluation or of the export in params.yaml, or the row itself in its source."
+    )
+    return _as_stage_error(f"the INT8 model rejects the question {text[:80]!r}", remedy)
+
+
+@dataclass
+class TorchEncoder:
+    """A Transformers masked model."""
+
+    model: "PreTrainedModel"
+    tokenizer: "Tokenizer"
+    bytes: int
+
+    @classmethod
+    def load(cls, path: Path, numerics: Numerics) -> "TorchEncoder":
+        """Load model and tokenizer from a folder."""
+        model = models.load_encoder(path, numerics).eval()
+        return cls(model, chat.load_tokenizer(path).backend_tokenizer, models.weight_bytes(path))
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return models.parameter_count(self.model)
+
+    def logits(self, ids: Ids, mask: Ids) -> Floats:
+        """Return logits, shape (N, T, V), for token ids and attention mask, each (N, T)."""
+        import torch
+
+        device = self.model.device
+        with torch.no_grad():
+            out = self.model(
+                input_ids=torch.as_tensor(ids, device=device), attention_mask=torch.as_tensor(mask, device=device)
+            )
+        result: Floats = out.logits.float().cpu().numpy()
+        return result
+
+
+@dataclass
+class EngineEncoder:
+    """The INT8 encoder, run by the serving engine."""
+
+    logits: "EncoderLogits"
+    tokenizer: "Tokenizer"
+    parameters: int
+    bytes: int
+
+    @classmethod
+    def load(cls, path: Path, numerics: Numerics) -> "EngineEncoder":
+        """Open an export of `quantize`."""
+        from serving.engine import EncoderLogits
+
+        with _as_stage_error(f"the INT8 model in {path} cannot be opened"):
+            return cls(EncoderLogits(path, numerics.threads), folders.load_tokenizer(path), *_read_size(path))

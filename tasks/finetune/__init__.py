@@ -1,0 +1,1 @@
+"""Fine-tuning on conversations, or with a head on labels and numbers."""

@@ -1,0 +1,1 @@
+"""Read every source into the tables that later stages use."""

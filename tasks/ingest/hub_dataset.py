@@ -1,0 +1,73 @@
+"""Reads a Hugging Face dataset row by row, from the hub or from files."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tasks.common import identity
+from tasks.common.harness.job import StageError
+from tasks.ingest import preferences
+from tasks.ingest.archives import MALFORMED_ERRORS
+from tasks.ingest.reading import Reading
+from tasks.ingest.row_loading import load_rows
+from tasks.ingest.source_settings import Dataset
+
+DATASETS_CACHE = "data/.cache/datasets"
+# `datasets` does not wrap the exceptions of the libraries that it uses.
+READ_ERRORS = (AttributeError, RuntimeError, ArithmeticError, *MALFORMED_ERRORS)
+
+
+def read(source: Dataset, folder: Path, reading: Reading) -> None:
+    """Load the rows of a dataset, and compute the hash of their contents while they are read."""
+    hashed = hashlib.sha256()
+
+    def hashed_rows() -> Iterator[tuple[str, Any]]:
+        for number, row in enumerate(_read_rows(source, folder), 1):
+            separator = "\x00" if number > 1 else ""
+            content = separator + json.dumps(row, sort_keys=True, default=str)
+            hashed.update(content.encode("utf-8", "surrogatepass"))
+            yield f"row {number}", row
+
+    load_rows(source.table, hashed_rows(), source.path, reading, preferences.convert if source.holds_pairs else dict)
+    reading.files = {name: identity.file_hash(folder / name) for name in source.data_files}
+    reading.sha256 = hashed.hexdigest()
+
+
+def _read_rows(source: Dataset, folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows; raise StageError for any error, which for a streamed dataset may come at any row."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield from _load_rows(source, folder)
+    except (DatasetsError, *READ_ERRORS) as error:
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        raise StageError(
+            f"source {source.name}: expected the dataset {source.path} (config {source.config}, split {source.split}, "
+            f"revision {source.revision}), but it could not be read: {error}{cause}"
+        ) from error
+
+
+def _load_rows(source: Dataset, folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows with the column names of the table."""
+    from datasets import load_dataset
+
+    local = source.path.startswith("./")
+    path = str(folder / source.path) if local else source.path
+    files = [str(folder / name) for name in source.data_files]
+    absent = [name for name in ([*files, path] if local else files) if not Path(name).exists()]
+    if absent:
+        raise StageError(f"source {source.name}: expected {', '.join(absent)}, found nothing there.")
+    data = load_dataset(
+        path, source.config, data_files=files or None, split=source.split, revision=source.revision,
+        streaming=source.streaming, cache_dir=DATASETS_CACHE,
+    )  # fmt: skip
+    for row in data if source.limit is None else data.take(source.limit):
+        missing = sorted(set(source.columns.values()) - set(row))
+        if missing:
+            raise StageError(
+                f"source {source.name}: expected the columns {', '.join(sorted(source.columns.values()))}, "
+                f"found {', '.join(sorted(row))}. Missing: {', '.join(missing)}."
+            )
+        yield {column: row[name] for column, name in source.columns.items()}

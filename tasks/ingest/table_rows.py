@@ -1,0 +1,126 @@
+"""Makes the rows of the three tables, with their split, from facts, rated texts and the finished rows of sources."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tasks.common import stable_hash
+from tasks.ingest import facts
+from tasks.ingest.corpus import RATED_RANK, Corpus, ProseSink
+from tasks.ingest.facts import Fact, Wordings
+from tasks.ingest.reading import RatedText, Reading
+from tasks.ingest.settings import Config
+
+
+def group_rated(readings: list[Reading], config: Config) -> list[list[RatedText]]:
+    """Group the rated texts of each collection and prompt, in the order of their hashes.
+
+    A repeated text is rejected, even with another prompt, because it could get into both splits.
+    """
+    seen: set[str] = set()
+    collections: dict[tuple[str, str, str], list[RatedText]] = defaultdict(list)
+    for reading in readings:
+        for rated in reading.rated:
+            normalized = " ".join(rated.text.lower().split())
+            if not normalized or normalized in seen:
+                reading.reject(rated.text, "duplicate of an earlier row" if normalized else "an empty text")
+                continue
+            seen.add(normalized)
+            collections[rated.source, rated.group, rated.prompt].append(rated)
+    groups: list[list[RatedText]] = []
+    for members in collections.values():
+        order = sorted(members, key=lambda rated: stable_hash.digest(config.salt, "group", rated.text))
+        size = config.ratings.group
+        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        if len(parts) > 1 and len(parts[-1]) == 1:  # a ranking needs two responses
+            single = parts.pop()
+            parts[-1] += single
+        groups += parts
+    return groups
+
+
+def _group_split(group: list[RatedText], config: Config) -> str:
+    if group[0].word:
+        return "train"
+    return stable_hash.split(config.heldout.rankings, config.salt, "ranking", *(rated.text for rated in group))
+
+
+def add_statements(
+    corpus: Corpus, config: Config, known_facts: list[Fact], wordings: Wordings, sinks: Mapping[str, ProseSink]
+) -> None:
+    """Add the statements and paragraphs of all facts to the corpus."""
+    rows = {row["id"]: row for row in facts.make_corpus_rows(known_facts, wordings, config.paragraphs, config.salt)}
+    corpus.add_statements({**row, **sinks[row["source"]].columns} for row in rows.values())
+
+
+def add_rated(corpus: Corpus, config: Config, groups: list[list[RatedText]], sinks: Mapping[str, ProseSink]) -> None:
+    """Add the sentences of a share of the training rankings (`ratings.in_corpus`) to the corpus."""
+    sentences = (group for group in groups if not group[0].word)
+    training = (group for group in sentences if _group_split(group, config) == "train")
+    for group in training:
+        if stable_hash.uniform(config.salt, "prose", group[0].text) < config.ratings.in_corpus:
+            for rated in group:
+                corpus.add_prose(rated.text, sinks[rated.source], RATED_RANK)
+
+
+def write_corpus(corpus: Corpus, path: Path, readings: list[Reading]) -> Counter[tuple[str, str]]:
+    """Write the table, reject duplicate prose, and return the number of rows by (source, split)."""
+    origin = {reading.source: reading for reading in readings}
+    return corpus.write(path, lambda source, text: origin[source].reject(text, "duplicate of an earlier row"))
+
+
+def make_instructions(
+    config: Config, readings: list[Reading], known_facts: list[Fact], wordings: Wordings
+) -> list[dict[str, Any]]:
+    """Return the distinct chats about the facts and those of the sources."""
+    chats = facts.make_instruction_rows(known_facts, wordings, config.heldout.entities, config.salt)
+    rows = {row["id"]: row for row in chats}
+    return list(_add_source_rows("instructions", rows, readings, config.heldout.entities, config.salt).values())
+
+
+def make_rankings(config: Config, readings: list[Reading], groups: list[list[RatedText]]) -> list[dict[str, Any]]:
+    """Return a ranking for each group of rated texts, and the rankings of the sources."""
+    rows: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        first = group[0]
+        identifier = stable_hash.short_id("rankings", first.prompt, *(rated.text for rated in group))
+        rows[identifier] = {
+            "id": identifier,
+            "prompt": [{"role": "user", "content": first.prompt}],
+            "responses": [rated.text for rated in group],
+            "ranks": None,
+            "scores": [rated.scores for rated in group],
+            "scale": config.ratings.scale,
+            "annotators": max(len(rated.scores) for rated in group),
+            "annotator": None,
+            "models": [],
+            "source": first.source,
+            "split": _group_split(group, config),
+        }
+    return list(_add_source_rows("rankings", rows, readings, config.heldout.rankings, config.salt).values())
+
+
+def _add_source_rows(
+    table: str, rows: dict[str, dict[str, Any]], readings: list[Reading], heldout: float, salt: str
+) -> dict[str, dict[str, Any]]:
+    """Add finished rows of the sources; a hash of the entity or the prompt decides their split if they state none.
+
+    Chats about facts use the same hash of the entity, so no entity is in both splits. A split stated by one row applies
+    to all rows with its entity.
+    """
+    source_rows = [row for reading in readings for row in reading.rows.get(table, [])]
+    stated = {row["entity"]: row["split"] for row in source_rows if table == "instructions" and row["split"]}
+    for reading in readings:
+        for row in reading.rows.get(table, []):
+            split = row["split"]
+            if table == "instructions":
+                hash_parts = ["entity", row["entity"]]
+                split = split or stated.get(row["entity"])
+            else:
+                hash_parts = [table, *(turn["content"] for turn in row["prompt"])]
+            if row["id"] in rows:
+                reading.reject(json.dumps(row, ensure_ascii=False), "duplicate of an earlier row")
+            rows.setdefault(row["id"], {**row, "split": split or stable_hash.split(heldout, salt, *hash_parts)})
+    return rows

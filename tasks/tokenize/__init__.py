@@ -1,0 +1,1 @@
+"""Train or load a tokenizer and write packed token shards."""

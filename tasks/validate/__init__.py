@@ -1,0 +1,1 @@
+"""Check, curate and report the tables; rejected rows keep their reasons."""
