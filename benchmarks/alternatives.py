@@ -26,7 +26,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {  # differences from the profile's alig
         "name": "dpo", "epochs": 4, "generations": 4, "loss": {"name": "sigmoid"},
         "beta": 0.1,
     },
-    "rloo": {"name": "rloo", **GROUP_SETTINGS, "beta": 0.15, "normalise": True},
+    "rloo": {"name": "rloo", **GROUP_SETTINGS, "beta": 0.15, "normalize_advantages": True},
     "grpo": {"name": "grpo", **GROUP_SETTINGS, "beta": 0.15, "scale": "group", "loss": "dapo", "ratio": "token"},
 }  # fmt: skip
 COLUMNS = (  # figure, label, unit, whether the tuned model's scorecard has it

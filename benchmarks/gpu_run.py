@@ -17,7 +17,7 @@ from benchmarks.training_run import plain_step
 from tasks.common.harness.job import Job
 from tasks.common.harness.records import write_json
 from tasks.common.identity import file_hash
-from tasks.common.modelling import models
+from tasks.common.modelling import models, torch_setup
 from tasks.common.random_streams import Stream, seed_torch
 from tasks.common.settings import Checkpoints, Numerics
 from tasks.common.text.mixtures import Mixture
@@ -69,7 +69,7 @@ def main() -> None:
     config = pretrain.CausalConfig.model_validate(request["config"])
     ours = request["side"] == "ours"
     if ours:  # only our side promises deterministic algorithms
-        models.prepare_torch(numerics, SEED)
+        torch_setup.prepare_torch(numerics, SEED)
     else:
         seed_torch(SEED, Stream.INITIAL_WEIGHTS)
     ceiling = flops.measure_peak_flops(flops.GPU_WIDTH, flops.GPU_WIDTH, "bfloat16", numerics.device)

@@ -13,7 +13,7 @@ from typing import Any
 from tasks.common import tables
 from tasks.common.generation import sampling
 from tasks.common.harness.records import write_json
-from tasks.common.modelling import models
+from tasks.common.modelling import models, torch_setup
 from tasks.common.settings import Numerics
 from tasks.common.text import chat
 
@@ -67,7 +67,7 @@ def main() -> None:
     """Evaluate both models and write the figures."""
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     numerics = Numerics.model_validate(request["numerics"])
-    models.prepare_torch(numerics, SEED)
+    torch_setup.prepare_torch(numerics, SEED)
     rows = tables.read(Path("data/validate/instructions"), "heldout").to_pylist()
     questions = sorted(rows, key=lambda row: str(row["id"]))[: request["asked"]]
     answers = [row["messages"][-1]["content"] for row in questions]

@@ -19,7 +19,7 @@ from tasks.align.proximal import Kl, Ppo, PpoTrainer
 from tasks.align.ptx import Ptx
 from tasks.common.generation import sampling
 from tasks.common.harness.records import peak_memory, write_json
-from tasks.common.modelling import models
+from tasks.common.modelling import torch_setup
 from tasks.common.modelling.methods import Full, Lora, TopLayers
 from tasks.common.overrides import bfloat16
 from tasks.common.settings import Dtypes, Numerics, Parallel
@@ -50,7 +50,7 @@ def ours(request: dict[str, Any], work: Setup) -> PpoTrainer:
         attention="sdpa", compile="never",
         parallel=Parallel(processes=1, engine="data"),
     )  # fmt: skip
-    models.prepare_torch(numerics, 1)
+    torch_setup.prepare_torch(numerics, 1)
     torch.use_deterministic_algorithms(False)
     config = Ppo(
         name="ppo", epochs=work.epochs, gamma=1.0, gae_lambda=0.95, clip_range=0.2,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks import harness
 from tasks.common.harness.records import write_json
-from tasks.common.modelling import models
+from tasks.common.modelling import torch_setup
 from tasks.common.modelling.models import Shape
 from tasks.common.settings import Numerics
 from tasks.pretrain.pretrained import New
@@ -89,7 +89,7 @@ def products(shape: Shape, vocabulary: int, batch: int, window: int) -> list[Pro
 def main() -> None:
     """Measure all products and write the median rates."""
     request = harness.read_request()
-    models.prepare_torch(Numerics.model_validate(request["numerics"]), seed=1)
+    torch_setup.prepare_torch(Numerics.model_validate(request["numerics"]), seed=1)
     shape = New.model_validate(request["model"])
     step_products = products(shape, request["vocabulary"], request["batch"], request["window"])
     contiguous = [replace(product, left_transposed=False, right_transposed=False) for product in step_products]

@@ -21,7 +21,7 @@ from benchmarks import harness
 from tasks.common.harness.job import Job
 from tasks.common.harness.records import peak_memory, write_json
 from tasks.common.identity import file_hash
-from tasks.common.modelling import models
+from tasks.common.modelling import models, torch_setup
 from tasks.common.random_streams import Stream, seed_torch
 from tasks.common.settings import Checkpoints, Numerics
 from tasks.common.text import chat
@@ -90,7 +90,7 @@ def trainer(run: Run, *, defaults: bool) -> float | None:
     from transformers import Trainer
 
     job, numerics = run.job(), run.numerics
-    models.prepare_torch(numerics, SEED)
+    torch_setup.prepare_torch(numerics, SEED)
     tokenizer = chat.load_tokenizer(job.inputs["tokenizer"])
     splits = {name: Split.open(job.inputs["shards"] / name) for name in ("train", "heldout")}
     model = pretrain.load_start_model(run.config, tokenizer, job)

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks import harness
 from tasks.common.harness.job import Job
 from tasks.common.harness.records import write_json
-from tasks.common.modelling import methods, models
+from tasks.common.modelling import methods, models, torch_setup
 from tasks.common.settings import Checkpoints, Numerics
 from tasks.common.training import tracking
 from tasks.common.training.loop import Training, train
@@ -51,7 +51,7 @@ def tune(request: dict[str, Any]) -> dict[str, Any]:
     config, method = Training.model_validate(request["config"]), METHODS[request["side"]]
     checkpoints = Checkpoints(url=str(scratch / "checkpoints"), every_seconds=1e9)
     job = Job("finetune", None, {}, {}, SEED, numerics, f"benchmark {method.name}", checkpoints)
-    models.prepare_torch(numerics, SEED)
+    torch_setup.prepare_torch(numerics, SEED)
     base = partial(models.load_decoder, Path(request["model"]), numerics)
     if isinstance(method, methods.QLora):
         model = methods.load_four_bit(Path(request["model"]), method, numerics.attention)
@@ -67,7 +67,7 @@ def tune(request: dict[str, Any]) -> dict[str, Any]:
     objective = ChatObjective(trained, [conversation], 1, chat, no_mix, pad_id=0, job=job)
     started = time.perf_counter()
     trained, _ = train(trained, objective, config, job)
-    models.release_freed_memory()
+    torch_setup.release_freed_memory()
     seconds = (time.perf_counter() - started) / config.steps
     methods.merge(trained, method, base).save_pretrained(scratch / "model")
     return {

@@ -158,7 +158,7 @@ def export_settings(params: Mapping[str, Any]) -> dict[str, Any]:
 def _export(source: Path, target: Path, config: Any, numerics: Numerics, seed: int) -> None:
     """Export a model, or copy it if it is exported already, to a scratch folder, and move that to `target`."""
     from tasks import quantize
-    from tasks.common.modelling import models
+    from tasks.common.modelling import torch_setup
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as scratch:
@@ -168,7 +168,7 @@ def _export(source: Path, target: Path, config: Any, numerics: Numerics, seed: i
             shutil.copytree(source, folder / "chat")
         else:
             numerics = quantize.cpu_numerics(numerics)
-            models.prepare_torch(numerics, seed)
+            torch_setup.prepare_torch(numerics, seed)
             quantize.write_folder(config, source, folder / "chat", numerics)
         try:
             folder.replace(target)

@@ -17,7 +17,7 @@ from tasks.common import tables
 from tasks.common.generation import sampling
 from tasks.common.harness import execution
 from tasks.common.harness.job import Job, StageError
-from tasks.common.modelling import models
+from tasks.common.modelling import models, torch_setup
 from tasks.common.modelling.feed_forwards import GATED_MATRICES, feed_forwards
 from tasks.common.random_streams import Stream, derive_seed, generator
 from tasks.common.text import chat
@@ -59,7 +59,7 @@ class Config(Training):
 
 def run(config: Config, job: Job) -> dict[str, Any]:
     """Prune, recover, and return the sizes and the final divergence from the original model."""
-    models.prepare_torch(job.numerics, job.seed)
+    torch_setup.prepare_torch(job.numerics, job.seed)
     tokenizer = chat.load_tokenizer(job.inputs["model"])
     teacher = models.load_decoder(job.inputs["model"], job.numerics).eval()
     check_gated_layers(teacher)

@@ -22,7 +22,7 @@ from pydantic import Field
 from serving import folders
 from tasks.common.harness import execution, records
 from tasks.common.harness.job import Job, StageError
-from tasks.common.modelling import models
+from tasks.common.modelling import models, torch_setup
 from tasks.common.random_streams import Stream, generator
 from tasks.common.settings import Dtypes, Numerics, Settings
 from tasks.common.text import chat
@@ -55,7 +55,7 @@ class Config(Settings):
 def run(config: Config, job: Job) -> dict[str, Any]:
     """Write the INT8 folder of the job's model and return the size of its weights and the ratio to FP32."""
     numerics = cpu_numerics(job.numerics)
-    models.prepare_torch(numerics, job.seed)
+    torch_setup.prepare_torch(numerics, job.seed)
     target = job.outputs["model"]
     model = write_folder(config, job.inputs["model"], target, numerics)
     if models.model_kind(job.inputs["model"]) == "causal":

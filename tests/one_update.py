@@ -17,7 +17,7 @@ from tasks.align.policy import Policy
 from tasks.align.proximal import PpoTrainer, Rollout
 from tasks.align.ptx import PtxTerm
 from tasks.common import tables
-from tasks.common.modelling import models
+from tasks.common.modelling import torch_setup
 from tasks.common.settings import Parallel
 from tasks.common.text import chat
 from tasks.common.text.shards import Split
@@ -32,7 +32,7 @@ def update_policy(folder: Path) -> None:
     parallel = Parallel(processes=request["processes"], engine=request["engine"])
     numerics = NUMERICS.model_copy(update={"parallel": parallel})
     settings = config("align@policy", method=request["method"], optimizer=STABLE_OPTIMIZER)
-    models.prepare_torch(numerics, 1)
+    torch_setup.prepare_torch(numerics, 1)
     path, algorithm = Path(request["data"], "finetune/chat/model"), settings.algorithm
     tokenizer, world = chat.load_tokenizer(path), World.join(numerics)
     split = Split.open(Path(request["data"], "tokenize/shards/train"))

@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed at import, as `models.prepare_torch` sets it
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed at import, as `torch_setup.prepare_torch` sets it
 
 import deepspeed
 import peft

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tasks.common.evaluation.exact_match import Extractor, exact_match, normalise
+from tasks.common.evaluation.exact_match import Extractor, exact_match, normalize
 from tests.training_fixtures import CAPITALS, TONES, instructions
 
 WORDINGS = (
@@ -150,7 +150,7 @@ def test_exact_match_ignores_case_spaces_and_full_stops(reply: str | None, wante
     assert exact_match(reply, wanted) is same
 
 
-def test_normalising_twice_changes_nothing_more() -> None:
-    """Normalisation is idempotent."""
+def test_normalizing_twice_changes_nothing_more() -> None:
+    """Normalization is idempotent."""
     for text in ("  Washington,  D.C. .", "D.C..", "St. John's", ".fr", "İstanbul"):
-        assert normalise(normalise(text)) == normalise(text)
+        assert normalize(normalize(text)) == normalize(text)

@@ -188,12 +188,12 @@ def test_a_reward_model_returns_the_scorers_scores(chain: Chain) -> None:
     path = chain.path("data/reward/train/model")
     scorer, exchanges = Scorer.load(path, NUMERICS), list(zip(PROMPTS, REPLIES, strict=True))
 
-    def model_rewards(normalised: bool, disagreement: float) -> Sequence[float]:
-        reward = Model(name="model", path=str(path), normalised=normalised, disagreement=disagreement)
+    def model_rewards(normalized: bool, disagreement: float) -> Sequence[float]:
+        reward = Model(name="model", path=str(path), normalized=normalized, disagreement=disagreement)
         return rewards.open_reward(reward, path, NUMERICS, 30.0)(PROMPTS, REPLIES)
 
     assert model_rewards(False, 0.0) == scorer.score(exchanges)
-    assert model_rewards(True, 0.0) == scorer.score(exchanges, normalised=True)
+    assert model_rewards(True, 0.0) == scorer.score(exchanges, normalized=True)
     scores, deviations = scorer.score_with_std(exchanges)
     assert model_rewards(False, 2.0) == [
         score - 2 * deviation for score, deviation in zip(scores, deviations, strict=True)

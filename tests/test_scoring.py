@@ -1,4 +1,4 @@
-"""Inputs of a reward model, the split of rankings between roles, ensembles of heads, and normalised rewards."""
+"""Inputs of a reward model, the split of rankings between roles, ensembles of heads, and normalized rewards."""
 
 import math
 import shutil
@@ -244,21 +244,21 @@ def test_ensemble_score_is_the_mean_with_the_std_of_its_heads(chain: Chain, tmp_
     assert single.score_with_std([([], text) for text in texts])[1] == [0.0] * 3
 
 
-# Normalised rewards
+# Normalized rewards
 
 
-def test_normalised_rewards_have_mean_0_and_variance_1_on_the_training_responses(chain: Chain) -> None:
-    """The statistics are saved in the folder; scores are on the raters' scale unless `normalised` is set."""
+def test_normalized_rewards_have_mean_0_and_variance_1_on_the_training_responses(chain: Chain) -> None:
+    """The statistics are saved in the folder; scores are on the raters' scale unless `normalized` is set."""
     scorer = Scorer.load(chain.path("data/reward/train/model"), NUMERICS)
     rows = rows_for_role([row for row in rankings() if row["split"] == "train"], "train", 0.3, "response")
     exchanges: list[chat.Exchange] = [(row["prompt"], text) for row in rows for text in row["responses"]]
-    plain, scaled = scorer.score(exchanges), scorer.score(exchanges, normalised=True)
+    plain, scaled = scorer.score(exchanges), scorer.score(exchanges, normalized=True)
     assert np.mean(scaled) == pytest.approx(0, abs=1e-4)
     assert np.var(scaled) == pytest.approx(1, abs=1e-4)
     mean, deviation = np.mean(plain), np.std(plain)
     assert scaled == pytest.approx([(value - mean) / deviation for value in plain], abs=1e-4)
     ensemble = replace(scorer, score_mean_std=[1.0, 0.5], lexicon=Lexicon(0.0, {}))
-    assert ensemble.score(exchanges[:1], normalised=True)[0] == pytest.approx(
+    assert ensemble.score(exchanges[:1], normalized=True)[0] == pytest.approx(
         (ensemble.score(exchanges[:1])[0] - 1) / 0.5
     )
 
@@ -268,7 +268,7 @@ def test_score_statistics_equal_scores_have_deviation_1(chain: Chain) -> None:
 
     class Same(Scorer):
         def score(
-            self, exchanges: Sequence[chat.Exchange], batch_size: int = 128, *, normalised: bool = False
+            self, exchanges: Sequence[chat.Exchange], batch_size: int = 128, *, normalized: bool = False
         ) -> list[float]:
             return [2.0] * len(exchanges)
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from tasks.common import identity
 from tasks.common.harness.job import Job, StageError
-from tasks.common.modelling import models
+from tasks.common.modelling import models, torch_setup
 from tasks.common.modelling.models import Shape
 from tasks.common.settings import Checkpoints, Dtypes
 from tasks.common.training.checkpoints import CheckpointStore
@@ -492,7 +492,7 @@ def test_missing_gpu_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(StageError, match=r"numerics\.device is cuda"):
-        models.prepare_torch(NUMERICS.model_copy(update={"device": "cuda"}), 1)
+        torch_setup.prepare_torch(NUMERICS.model_copy(update={"device": "cuda"}), 1)
 
 
 def test_batch_at_reshuffles_each_epoch() -> None:

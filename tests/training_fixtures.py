@@ -135,7 +135,7 @@ ALTERNATIVES: dict[str, dict[str, Any]] = {
     },
     "rloo": {
         "name": "rloo", "epochs": 1, "ptx": NO_PTX, "generations": 4, "beta": 0.05, "clip_range": 0.2,
-        "normalise": False,
+        "normalize_advantages": False,
     },
     "grpo": {
         "name": "grpo", "epochs": 1, "ptx": NO_PTX, "generations": 4, "beta": 0.05, "clip_range": 0.2, "scale": "none",
@@ -207,7 +207,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "reward": {
             "name": "model",
             "path": "data/reward/train/model",
-            "normalised": False,
+            "normalized": False,
             "disagreement": 0.0,
         },
         "rollouts": {"name": "local"},

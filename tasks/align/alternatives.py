@@ -74,7 +74,9 @@ class Rloo(_Grouped):
     """Settings of REINFORCE with the mean reward of the prompt's other replies as the baseline."""
 
     name: Literal["rloo"] = Field(description="Algorithm")
-    normalise: bool = Field(default=False, description="Normalize an iteration's advantages to mean 0 and variance 1")
+    normalize_advantages: bool = Field(
+        default=False, description="Normalize an iteration's advantages to mean 0 and variance 1"
+    )
 
 
 class Grpo(_Grouped):

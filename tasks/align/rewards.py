@@ -43,7 +43,7 @@ class Model(Settings):
 
     name: Literal["model"] = Field(description="Kind of reward")
     path: str = Field(description="Folder of the reward model", min_length=1)
-    normalised: bool = Field(
+    normalized: bool = Field(
         default=False,
         description="Normalize to mean 0 and variance 1 on the training responses; else the raters' scale",
     )
@@ -104,7 +104,7 @@ def open_reward(reward: AnyReward, path: Path, numerics: Numerics, seconds: floa
 
         def score(prompts: Prompts, replies: Sequence[str]) -> Sequence[float]:
             exchanges = list(zip(prompts, replies, strict=True))
-            scores, head_deviations = scorer.score_with_std(exchanges, normalised=reward.normalised)
+            scores, head_deviations = scorer.score_with_std(exchanges, normalized=reward.normalized)
             return [
                 score - reward.disagreement * deviation
                 for score, deviation in zip(scores, head_deviations, strict=True)

@@ -24,7 +24,7 @@ from tasks.align.rollouts import Local, Rollouts
 from tasks.common import tables
 from tasks.common.generation import sampling
 from tasks.common.harness.job import Job, StageError
-from tasks.common.modelling import models
+from tasks.common.modelling import models, torch_setup
 from tasks.common.modelling.methods import Full
 from tasks.common.random_streams import Stream, derive_seed
 from tasks.common.settings import Settings
@@ -75,7 +75,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     """Train the policy and return the metrics of its first and last iteration."""
     from tqdm import tqdm
 
-    models.prepare_torch(job.numerics, job.seed)
+    torch_setup.prepare_torch(job.numerics, job.seed)
     world = World.join(job.numerics)
     tokenizer = chat.load_tokenizer(job.inputs["model"])
     history = History(every_steps=1)

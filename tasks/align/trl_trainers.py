@@ -180,4 +180,4 @@ def _trainer_arguments(config: Alternative, sampler: SamplingConfig, numerics: N
             **grouped, "loss_type": config.loss, "scale_rewards": config.scale,
             "importance_sampling_level": config.ratio, "use_bias_correction_kl": config.ratio == "token",
         }  # fmt: skip
-    return {**grouped, "normalize_advantages": config.normalise}
+    return {**grouped, "normalize_advantages": config.normalize_advantages}

@@ -75,13 +75,6 @@ class Encoder(Protocol):
         """Return logits, shape (N, T, V), for token ids and attention mask, each (N, T)."""
 
 
-def model_kind(path: Path) -> str | None:
-    """Return the kind of model in a folder, exported or not: causal, masked or classifier; None for anything else."""
-    if (path / folders.GRAPH_FILE).exists():
-        return "causal" if (path / "chat_template.jinja").exists() else "masked"
-    return models.model_kind(path)
-
-
 def have_same_vocabulary(path: Path, other: Path) -> bool:
     """Whether two folders hold tokenizers with the same vocabulary."""
     from tokenizers import Tokenizer

@@ -27,7 +27,7 @@ from tasks.common.evaluation import scorecard
 from tasks.common.evaluation.exact_match import Extractor, exact_match
 from tasks.common.evaluation.nll import bits_per_byte
 from tasks.common.harness.job import Job, Link, StageError
-from tasks.common.modelling import models
+from tasks.common.modelling import models, torch_setup
 from tasks.common.random_streams import Stream, derive_seed
 from tasks.common.reward.rankings import ROLES
 from tasks.common.reward.scoring import Scorer
@@ -38,7 +38,6 @@ from tasks.evaluate.models_under_test import (
     Decoder,
     Encoder,
     have_same_vocabulary,
-    model_kind,
     open_decoder,
     open_encoder,
 )
@@ -98,9 +97,9 @@ class Config(Settings):
 
 def run(config: Config, job: Job) -> Figures:
     """Evaluate the job's model; return its figures and write every answer as a row."""
-    models.prepare_torch(job.numerics, job.seed)
+    torch_setup.prepare_torch(job.numerics, job.seed)
     path = job.inputs["model"]
-    kind = model_kind(path)
+    kind = models.model_kind(path)
     if kind == "causal":
         rows, figures = _evaluate_decoder(config, job, open_decoder(path, job.numerics))
     elif kind == "masked":

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from tasks.common import tables
 from tasks.common.harness.job import Job, StageError
 from tasks.common.harness.launch import rank
-from tasks.common.modelling import methods, models
+from tasks.common.modelling import methods, models, torch_setup
 from tasks.common.modelling.methods import Adapter, Full, Lora, QLora, TopLayers
 from tasks.common.random_streams import Stream, generator
 from tasks.common.text import chat
@@ -82,7 +82,7 @@ class Config(Training):
 
 def run(config: Config, job: Job) -> dict[str, Any]:
     """Fine-tune the model; return its losses, held-out metrics and the counts of rejected rows."""
-    models.prepare_torch(job.numerics, job.seed)
+    torch_setup.prepare_torch(job.numerics, job.seed)
     tokenizer = chat.load_tokenizer(job.inputs["model"])
     if isinstance(config.task, Chat):
         return tune_chat(config, config.task, tokenizer, job)
@@ -165,7 +165,7 @@ def train_and_save(
 ) -> "tuple[PreTrainedModel, History]":  # fmt: skip
     """Train by the method, save the merged model and the training curves, and return both."""
     trained, history = train(trained, objective, config, job, mfu_estimator)
-    models.release_freed_memory()  # merging may need memory for a second model
+    torch_setup.release_freed_memory()  # merging may need memory for a second model
     tuned = methods.merge(trained, config.method, base)
     models.save(tuned, tokenizer, job.outputs["model"])
     history.write(job.outputs["history"])

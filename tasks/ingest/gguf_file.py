@@ -25,7 +25,9 @@ def convert(path: Path, target: Path, label: str) -> None:
 
     try:
         tokenizer = read_tokenizer(path, label)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+        )
     except READ_ERRORS as error:
         raise StageError(
             f"{label}: expected a causal model in GGUF of an architecture that Transformers reads, found something "

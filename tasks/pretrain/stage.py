@@ -14,7 +14,7 @@ from pydantic import Field
 
 from tasks.common.evaluation.nll import bits_per_byte, model_nll, windows_nll
 from tasks.common.harness.job import Job
-from tasks.common.modelling import models
+from tasks.common.modelling import models, torch_setup
 from tasks.common.random_streams import Stream, generator
 from tasks.common.text import chat
 from tasks.common.text.mixtures import DocumentBatches, Mixture, Weights
@@ -72,7 +72,7 @@ Config = Annotated[CausalConfig | MaskedConfig, Field(discriminator="objective")
 
 def run(config: CausalConfig | MaskedConfig, job: Job) -> dict[str, Any]:
     """Train the entry's model and return its losses on training and held-out text."""
-    models.prepare_torch(job.numerics, job.seed)
+    torch_setup.prepare_torch(job.numerics, job.seed)
     tokenizer = chat.load_tokenizer(job.inputs["tokenizer"])
     train_split, heldout = (Split.open(job.inputs["shards"] / name) for name in ("train", "heldout"))
     evaluation: dict[str, Any] = {}

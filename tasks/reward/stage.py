@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from tasks.common import tables
 from tasks.common.harness.job import Job, StageError
-from tasks.common.modelling import methods, models
+from tasks.common.modelling import methods, models, torch_setup
 from tasks.common.modelling.methods import Full, Head, Lora, TopLayers
 from tasks.common.random_streams import Stream, generator
 from tasks.common.reward import agreement
@@ -40,7 +40,7 @@ INPUTS = {"model": "{config.model}", "rankings": "data/validate/rankings"}
 OUTPUTS = {"model": "data/reward/{key}/model", "history": "data/reward/{key}/history.csv"}
 PARALLEL = True
 
-MAX_NORMALISATION_RESPONSES = 8192  # training responses whose scores give the normalisation
+MAX_NORMALIZATION_RESPONSES = 8192  # training responses whose scores give the normalization
 
 
 class Pairwise(Settings):
@@ -120,7 +120,7 @@ class Config(Training):
 
 def run(config: Config, job: Job) -> dict[str, Any]:
     """Train the reward model; return its pairwise accuracy on held-out rankings and that of bag-of-words baselines."""
-    models.prepare_torch(job.numerics, job.seed)
+    torch_setup.prepare_torch(job.numerics, job.seed)
     tokenizer = chat.load_tokenizer(job.inputs["model"])
     if config.word_dropout and tokenizer.mask_token_id is None:
         raise StageError(
@@ -305,7 +305,7 @@ def bootstrap_counts(rankings: int, heads: int, seed: int) -> list[list[int]]:
 def score_statistics(scorer: Scorer, train_set: Sequence[Ranking]) -> list[float]:
     """Return mean and standard deviation of the training responses' scores, evenly subsampled if there are many."""
     exchanges = [exchange for ranking in train_set for exchange in ranking.exchanges]
-    scores = scorer.score(exchanges[:: -(-len(exchanges) // MAX_NORMALISATION_RESPONSES)])
+    scores = scorer.score(exchanges[:: -(-len(exchanges) // MAX_NORMALIZATION_RESPONSES)])
     return [round(float(np.mean(scores)), 6), round(float(np.std(scores)), 6) or 1.0]
 
 

@@ -110,7 +110,7 @@ class ExampleRows:
                 self.rejected[reason].append(shorten(f"{row['id']}: {text}"))
 
 
-def summarise(
+def summarize(
     table: str, frame: "pd.DataFrame", reasons: Sequence[str | None], examples: ExampleRows, verdicts: Sequence[Verdict]
 ) -> Summary:
     """Count the rows of a table by source and split, its rejections by reason and its marks by kind; add examples."""

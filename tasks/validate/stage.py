@@ -75,7 +75,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         examples = write_tables(table, checked, len(frame), job, statistics)
         share = (len(reasons) - len(frame)) / max(len(reasons), 1)
         verdicts = suites.run(table, frame, share, config) if len(frame) else []
-        summaries[table] = report.summarise(table, frame, reasons, examples, verdicts)
+        summaries[table] = report.summarize(table, frame, reasons, examples, verdicts)
         failures += [describe_failure(verdict, job, reasons) for verdict in verdicts if not verdict.success]
         if reasons and not len(frame):  # a table without any rows is allowed: no stage may need it
             failures.append(describe_empty_table(table, reasons))

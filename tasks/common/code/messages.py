@@ -1,4 +1,4 @@
-"""Recognise messages in a syntax tree: the texts of errors, warnings, logs and progress bars.
+"""Recognize messages in a syntax tree: the texts of errors, warnings, logs and progress bars.
 
 A message ends at the terminal, so it cannot change a result, unless its text becomes data or an expression inside it
 has side effects.

@@ -48,10 +48,10 @@ class Extractor:
             for match in _pattern(template, whole=False).finditer(marked):
                 if not any(start < match.end() and match.start() < end for start, end in taken):
                     taken.append(match.span())
-                    found[normalise(match["answer"])] = match["answer"]
+                    found[normalize(match["answer"])] = match["answer"]
         if not found:
             matches = (_pattern(template, whole=True).fullmatch(marked) for template in self.replies)
-            found = {normalise(match["answer"]): match["answer"] for match in list(filter(None, matches))[:1]}
+            found = {normalize(match["answer"]): match["answer"] for match in list(filter(None, matches))[:1]}
         return next(iter(found.values())).replace(ENTITY_SLOT, entity).strip() if len(found) == 1 else None
 
 
@@ -66,11 +66,11 @@ def _pattern(template: str, whole: bool) -> re.Pattern[str]:
     return re.compile(core if whole else rf"(?:^|(?<=[.!?] )){core}(?=$|(?<=[.!?]) )")
 
 
-def normalise(answer: str) -> str:
+def normalize(answer: str) -> str:
     """Return an answer without case, repeated spaces and final full stops ("Washington, D.C."), for comparison."""
     return " ".join(answer.casefold().split()).rstrip(". ")
 
 
 def exact_match(answer: str | None, expected: str) -> bool:
-    """Return whether an extracted answer equals the expected one after normalisation."""
-    return answer is not None and normalise(answer) == normalise(expected)
+    """Return whether an extracted answer equals the expected one after normalization."""
+    return answer is not None and normalize(answer) == normalize(expected)

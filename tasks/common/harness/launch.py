@@ -94,7 +94,7 @@ def check_device_count(processes: int, device: str) -> None:
     reproduced here.
     """
     if processes == 1:
-        return  # `models.prepare_torch` checks the device of a single process
+        return  # `torch_setup.prepare_torch` checks the device of a single process
     if device == "cuda":
         import torch
 

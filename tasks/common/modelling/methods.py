@@ -206,6 +206,7 @@ def load_four_bit(path: Path, method: QLora, attention: str) -> "PreTrainedModel
         dtype=torch.float32,
         attn_implementation=attention,
         device_map={"": torch.cuda.current_device()},
+        trust_remote_code=False,
     )
     return model
 

@@ -1,4 +1,4 @@
-"""Models: building small decoders and encoders, loading and saving, and setting up torch for a stage."""
+"""Models: building small decoders and encoders, loading and saving."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from tasks.common.overrides import bfloat16, masks, rope_config
-from tasks.common.random_streams import Stream, seed_torch
+from tasks.common.overrides import rope_config
 from tasks.common.settings import Numerics, Settings
 from tasks.common.text import chat
 
@@ -37,62 +36,6 @@ class Shape(Settings):
                 f"hidden ({self.hidden}) must be an even multiple of heads ({self.heads}), for rotary positions"
             )
         return self
-
-
-def prepare_torch(numerics: Numerics, seed: int) -> "torch.device":
-    """Set threads, determinism and seeds of this process and return the device; raise StageError without a GPU."""
-    import os
-
-    import torch
-
-    from tasks.common.harness.job import StageError
-
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs this to be deterministic
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("DS_ACCELERATOR", numerics.device)  # else DeepSpeed guesses and logs its guess
-    _keep_freed_memory()
-    torch.set_num_threads(numerics.threads)
-    torch.use_deterministic_algorithms(True, warn_only=numerics.device == "cuda")
-    # Takes a tenth of a step and serves only to reveal reads of uninitialized memory.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    seed_torch(seed, Stream.INITIAL_WEIGHTS)
-    masks.install()
-    uses_bfloat16 = "bfloat16" in (numerics.dtype.decoder, numerics.dtype.encoder)
-    if numerics.device == "cpu" and uses_bfloat16 and not bfloat16.has_native_bfloat16():
-        bfloat16.install()
-    if numerics.device == "cuda" and not torch.cuda.is_available():
-        raise StageError(
-            "numerics.device is cuda, but torch finds no GPU on this machine; set it to cpu, or use a machine with a "
-            "GPU."
-        )
-    if numerics.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device(numerics.device)
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next tensor instead of returning it to the system.
-
-    Every step frees and allocates the same tensors of some MB. If they are returned, the kernel has to clear fresh
-    pages: 20,000 per step, a tenth of the time with one stage running and up to half with two in parallel.
-    """
-    import ctypes
-
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:  # glibc only
-        trim_threshold, top_pad, mmap_max = -1, -2, -4  # the M_... constants of malloc.h
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(top_pad, 2**26)
-
-
-def release_freed_memory() -> None:
-    """Return the memory kept by `_keep_freed_memory` to the system, after the last step."""
-    import ctypes
-
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:  # glibc only
-        trim(0)
 
 
 def autocast(model: Any, numerics: Numerics) -> "torch.autocast":
@@ -206,7 +149,7 @@ MODEL_KINDS = {  # suffix of a Transformers class name -> kind of model
 
 
 def model_kind(path: Path) -> str | None:
-    """Return the kind of model in a Transformers folder (causal, masked, classifier); None for anything else."""
+    """Return the kind of model in a folder, exported or not: causal, masked or classifier; None for anything else."""
     import json
 
     try:
@@ -247,11 +190,10 @@ def load_scorer(path: Path, numerics: Numerics, heads: int | None = 1) -> "PreTr
 
     Without `heads` the folder's config gives their number.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
     settings = {} if heads is None else {"num_labels": heads}
-    rope_config.install()
-    architectures = AutoConfig.from_pretrained(path).architectures or []
+    architectures = read_config(path).architectures or []
     token_level = any(name.endswith("ForTokenClassification") for name in architectures)
     model_class: Any = AutoModelForTokenClassification if token_level else AutoModelForSequenceClassification
     return _on_device(_load(model_class, path, numerics, **settings), numerics)
@@ -267,10 +209,9 @@ def new_scorer(
     `token_level` the head reads every token. Raises StageError if the model has fewer blocks.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-    rope_config.install()
-    config = AutoConfig.from_pretrained(path, num_labels=heads)
+    config = read_config(path, num_labels=heads)
     if layers is not None:
         _keep_lowest_blocks(config, layers)
     config.classifier_dropout = 0.0  # many token-level models default to 0.1 if their config does not set it
@@ -304,6 +245,14 @@ def load_classifier(path: Path, numerics: Numerics, labels: list[str]) -> "PreTr
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
     loaded = _load(AutoModelForSequenceClassification, path, numerics, num_labels=len(labels), **names)
     return _on_device(loaded, numerics)
+
+
+def read_config(path: Path, **changes: Any) -> Any:
+    """Read the config of a model folder; `changes` replace its settings."""
+    from transformers import AutoConfig
+
+    rope_config.install()
+    return AutoConfig.from_pretrained(path, trust_remote_code=False, **changes)
 
 
 def _load(model_class: Any, path: Path, numerics: Numerics, **settings: Any) -> Any:

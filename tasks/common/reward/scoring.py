@@ -76,15 +76,15 @@ class Scorer:
         models.save(self.model, self.tokenizer, path)
         self.lexicon.save(path / LEXICON_FILE)
 
-    def score(self, exchanges: Sequence[Exchange], batch_size: int = 128, *, normalised: bool = False) -> list[float]:
+    def score(self, exchanges: Sequence[Exchange], batch_size: int = 128, *, normalized: bool = False) -> list[float]:
         """Return the predicted rating of each reply to its prompt, shape (N,).
 
-        With `normalised`, scores are shifted and scaled so that the training responses have mean 0 and variance 1.
+        With `normalized`, scores are shifted and scaled so that the training responses have mean 0 and variance 1.
         """
-        return self.score_with_std(exchanges, batch_size, normalised=normalised)[0]
+        return self.score_with_std(exchanges, batch_size, normalized=normalized)[0]
 
     def score_with_std(
-        self, exchanges: Sequence[Exchange], batch_size: int = 128, *, normalised: bool = False
+        self, exchanges: Sequence[Exchange], batch_size: int = 128, *, normalized: bool = False
     ) -> tuple[list[float], list[float]]:
         """Return each reply's score and the standard deviation of the heads' outputs, in the score's unit.
 
@@ -110,7 +110,7 @@ class Scorer:
         low, high = self.scale or (-math.inf, math.inf)
         bases = self.lexicon.score([reply for _, reply in exchanges])
         sums = (base + value for base, value in zip(bases, heads.mean(1).tolist(), strict=True))
-        mean, deviation = self.score_mean_std if normalised else NO_NORMALIZATION
+        mean, deviation = self.score_mean_std if normalized else NO_NORMALIZATION
         scores = [(min(max(value, low), high) - mean) / deviation for value in sums]
         return scores, (heads.std(1, correction=0) / deviation).tolist()
 
