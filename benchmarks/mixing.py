@@ -74,7 +74,7 @@ def rows(results: dict[float, Figures]) -> list[Row]:
 
 def notes(*, trial: bool) -> list[str]:
     """Return a note on the training."""
-    config = finetune.Config.model_validate(read_settings(PROFILE)["finetune"])
+    config = finetune.Config.model_validate(read_settings(PROFILE)["finetune"]["chat"])
     steps, mix = 20 if trial else config.steps, config.pretraining_mix
     return [
         f"{steps} steps of {config.batch} conversations and {mix.batch} windows of {mix.window} tokens "

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from flows.cli import SAMPLE_QUESTIONS
 from serving.feedback.store import FEEDBACK_VARIABLE, Store
 from tasks.common import identity, stable_hash
 from tasks.common.defaults import read_settings
+from tests import forked_python
 from tests.chain_fixtures import environment, make_venv, run
 from tests.conftest import Project, copy_project
 from tests.servers import free_port, serving, stop_server, wait_until_up
@@ -21,6 +23,13 @@ from tests.servers import free_port, serving, stop_server, wait_until_up
 TABLE_STAGES = ("ingest", "validate")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked_stages(chain: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fork the stages of DVC's reruns. Those of the first run, the chain's, were fresh interpreters."""
+    with forked_python.first_in_path(tmp_path_factory.mktemp("forked")):
+        yield
 
 
 def lock(project: Project) -> dict[str, Any]:

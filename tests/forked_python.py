@@ -1,0 +1,135 @@
+"""A `python` that runs stages in processes forked from one that has imported their libraries.
+
+A stage of the smoke chain spends six of its seven seconds on imports, and DVC starts about forty in the tests of the
+whole chain. `python -m tests.forked_python SOCKET` imports the libraries and listens; the script of `write_client` asks
+it for a process with the script's own folder, environment, arguments and output. It imports nothing of the project:
+stages run the code of the folder that they are started in. Signals to the script do not reach the stage.
+"""
+
+import atexit
+import gc
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+MAX_REQUEST_BYTES = 2**17
+CLIENT = """#!{python} -IS
+import json, os, socket, sys
+
+if sys.argv[1:2] == ["-m"] and sys.argv[2].startswith("tasks."):
+    request = {{"folder": os.getcwd(), "environment": {{**os.environ}}, "module": sys.argv[2], "arguments": sys.argv[3:]}}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.connect({path!r})
+        socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
+        sys.exit(int(connection.recv(16) or 1))
+os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+"""
+
+
+@contextmanager
+def first_in_path(folder: Path) -> Iterator[None]:
+    """Have `python` mean a script in `folder`, which passes what is not a stage to the interpreter of the tests."""
+    script, address = folder / "python", folder / "socket"
+    script.write_text(CLIENT.format(python=sys.executable, path=str(address)), encoding="utf-8")
+    script.chmod(0o755)
+    command = [sys.executable, "-m", __name__, str(address)]
+    with subprocess.Popen(command, cwd=Path(__file__).parent.parent) as server, pytest.MonkeyPatch.context() as patch:
+        while not address.exists():
+            assert server.poll() is None, "the process that stages are forked from has ended"
+            time.sleep(0.05)
+        patch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+        try:
+            yield
+        finally:
+            server.kill()
+
+
+def main(address: str) -> None:
+    """Fork a process for every request."""
+    import_libraries()
+    gc.freeze()  # a collection in a fork would copy the pages of all these objects
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the handlers
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(address)
+    listener.listen()
+    while True:
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            handle(connection)
+            os._exit(0)
+        connection.close()
+
+
+def handle(connection: socket.socket) -> None:
+    """Run the stage in another fork and report its exit code."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    message, descriptors, _, _ = socket.recv_fds(connection, MAX_REQUEST_BYTES, 3)
+    process = os.fork()
+    if process == 0:
+        for number, descriptor in enumerate(descriptors):
+            os.dup2(descriptor, number)
+        end(lambda: run_module(**json.loads(message)))
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    connection.send(str(code).encode())
+
+
+def end(call: Callable[[], None]) -> NoReturn:
+    """Make a call and end the process as an interpreter does, but do not free the objects: that takes seconds."""
+    code: object = 1
+    try:
+        call()
+        code = 0
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        traceback.print_exc()
+    if not isinstance(code, int):
+        print(code or "", file=sys.stderr)
+        code = 0 if code is None else 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run_module(folder: str, environment: dict[str, str], module: str, arguments: list[str]) -> None:
+    """Do what `python -m MODULE ARGUMENTS` does in a folder."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:0] = [folder, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def import_libraries() -> None:
+    """Import what stages spend their first seconds on."""
+    modules: dict[str, Any] = sys.modules
+    modules["openvino_telemetry"] = None  # as `serving.folders.import_openvino` does
+    os.environ |= {"DS_ACCELERATOR": "cpu", "GX_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
+    import datasets  # noqa: F401
+    import great_expectations  # noqa: F401
+    import nncf  # noqa: F401
+    import openvino_genai  # noqa: F401
+    import optimum.intel.openvino.quantization  # noqa: F401
+    import transformers.models.llama.modeling_llama
+    import transformers.models.modernbert.modeling_modernbert  # noqa: F401
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
