@@ -30,10 +30,10 @@ CLIENT = """#!{python} -IS
 import json, os, socket, sys
 
 if sys.argv[1:2] == ["-m"] and sys.argv[2].startswith("tasks."):
-    request = {{"folder": os.getcwd(), "environment": {{**os.environ}}, "module": sys.argv[2], "arguments": sys.argv[3:]}}
+    request = {{"folder": os.getcwd(), "environment": {{**os.environ}}, "module": sys.argv[2]}}
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.connect({path!r})
-        socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
+        socket.send_fds(connection, [json.dumps(request | {{"arguments": sys.argv[3:]}}).encode()], [0, 1, 2])
         sys.exit(int(connection.recv(16) or 1))
 os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 """

@@ -56,6 +56,7 @@ def clone(
     params["numerics"]["dtype"] = {"decoder": dtype, "encoder": "float32"}
     params["numerics"]["parallel"] = {"processes": processes, "engine": engine}
     params["placement"]["checkpoints"] = {"url": str(store), "every_seconds": every}
+    params["placement"]["tracking"] = {"to": []}  # DVCLive has a process of its own, which imports DVC
     with settings.open("w", encoding="utf-8") as file:
         yaml.dump(params, file)
     with chain.lock:  # another worker may be writing to it
