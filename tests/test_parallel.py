@@ -118,9 +118,15 @@ def start_two_processes(chain: Chain, tmp_path: Path) -> "tuple[Path, subprocess
 
 
 def test_killed_process_is_reported(chain: Chain, tmp_path: Path) -> None:
-    """For example, the kernel kills a process when memory runs out, without a message."""
+    """For example, the kernel kills a process when memory runs out, without a message.
+
+    The other process notices it first, because the launcher is stopped for a second.
+    """
     _, process, children = start_two_processes(chain, tmp_path)
+    process.send_signal(signal.SIGSTOP)
     os.kill(int(children[-1]), signal.SIGKILL)
+    time.sleep(1)
+    process.send_signal(signal.SIGCONT)
     output, _ = process.communicate()
     assert process.returncode == 1
     assert re.search(

@@ -68,9 +68,11 @@ def main(module_name: str) -> None:
         execute(module, key)
     except BessemerError as error:
         if int(os.environ.get("LOCAL_RANK", "0")):
-            launch.wait_for_first_rank()
+            launch.wait_for_launcher()
         raise SystemExit(f"{stage_name(stage, key)}: {error}") from error
     except Exception as error:
+        if launch.lost_peer(error):
+            launch.wait_for_launcher()
         if not _disk_full(error):
             raise
         free = shutil.disk_usage(Path()).free / 1e6

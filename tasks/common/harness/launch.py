@@ -13,16 +13,22 @@ from tasks.common.harness.job import StageError, stage_name, stage_of
 from tasks.common.settings import Numerics
 
 LAUNCHER_PID = "BESSEMER_LAUNCHER"  # environment variable with the process id of torchrun, set in its workers
-FIRST_RANK_TIMEOUT_S = 10.0  # seconds for the first rank to report an error that all ranks share
+LAUNCHER_TIMEOUT_S = 10.0  # seconds for the launcher to notice that another process has ended
 
 
-def wait_for_first_rank() -> None:
-    """Wait until the launcher ends this process, so that only the machine's first rank reports a shared error.
+def wait_for_launcher() -> None:
+    """Wait until the launcher ends this process, so that only the process at fault reports an error.
 
-    Returns if the first rank continues: then the error occurred only in this process.
+    Returns if the launcher does not: then the error occurred only in this process.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(FIRST_RANK_TIMEOUT_S)
+    time.sleep(LAUNCHER_TIMEOUT_S)
+
+
+def lost_peer(error: Exception) -> bool:
+    """Return whether an error says that another process of the run has closed its connection, as by its end."""
+    texts = ("by peer", "Broken pipe", "remote process exit")  # of gloo and, the last one, of NCCL
+    return LAUNCHER_PID in os.environ and any(text in str(error) for text in texts)
 
 
 def die_with_launcher(launcher: int) -> None:
