@@ -66,7 +66,7 @@ HEAVY_FIXTURES = {"chain", "smoke", "toy", "committed", "browser", "package"}
 # Most of their tests start interpreters or servers, or compute for seconds.
 HEAVY_FILES = {
     "test_bfloat16", "test_canonical", "test_closure", "test_compiling", "test_models", "test_offline",
-    "test_overrides", "test_serving",
+    "test_overrides", "test_serving", "test_stage",
 }  # fmt: skip
 # These take minutes and start first, so that no worker runs one of them while the others have nothing left. The second
 # worker waits for the chain's first run, which uses all cores; files that compute stand beside files that wait.
