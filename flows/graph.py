@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,7 @@ def _repo(project: Path) -> Iterator[Any]:
     project = project.resolve()
     configure_without_git(project)
     with _DVC_LOCK:
+        _load_settings.cache_clear()
         try:
             with Repo(str(project), _wait_for_lock=True) as repo, repo.lock:
                 yield repo
@@ -252,11 +254,33 @@ def _file_states(dep: Any) -> list[str]:
 
 def _changed_settings(stage: Any) -> Iterator[str]:
     for dep in stage.deps:
-        if not hasattr(dep, "params") or not dep.status():
+        if not hasattr(dep, "params"):
             continue
-        before, now = dep.hash_info.value or {}, dep.read_params()
-        lines = [line for section in dep.params for line in differences(section, before.get(section), now.get(section))]
-        yield f"params: {', '.join(lines)}"
+        before, settings = dep.hash_info.value or {}, _load_settings(dep.fs_path) if dep.exists else {}
+        lines = [
+            line
+            for name in dep.params or dict.fromkeys((*settings, *before))
+            for line in differences(name, before.get(name), _setting(settings, name))
+        ]
+        if lines:
+            yield f"params: {', '.join(lines)}"
+
+
+@cache
+def _load_settings(path: str) -> dict[str, Any]:
+    """Return the contents of a settings file, read once for all stages; DVC would parse it for each of them."""
+    from dvc.fs import localfs
+    from dvc.utils.serialize import load_path
+
+    contents: dict[str, Any] = load_path(path, localfs)
+    return contents
+
+
+def _setting(settings: Any, name: str) -> Any:
+    """Return the value of a dotted name; None if there is none."""
+    for key in name.split("."):
+        settings = settings.get(key) if isinstance(settings, Mapping) else None
+    return settings
 
 
 def differences(name: str, before: Any, now: Any) -> Iterator[str]:

@@ -68,11 +68,9 @@ HEAVY_FILES = {
     "test_bfloat16", "test_canonical", "test_closure", "test_compiling", "test_models", "test_offline",
     "test_overrides", "test_serving", "test_stage",
 }  # fmt: skip
-# These take minutes and start first, so that no worker runs one of them while the others have nothing left. The second
-# worker waits for the chain's first run, which uses all cores; files that compute stand beside files that wait.
-LONGEST_FILES = (
-    "test_chain", "test_worker", "test_parallel", "test_cli", "test_poll", "test_flow", "test_resume", "test_graphs",
-)  # fmt: skip
+# These take minutes and start first, so that no worker runs one of them while the others have nothing left. The chain's
+# first run and `test_parallel` keep all cores busy; most of the others wait for Prefect's server.
+LONGEST_FILES = ("test_chain", "test_parallel", "test_worker", "test_resume", "test_cli", "test_graphs", "test_poll")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
