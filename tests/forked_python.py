@@ -1,9 +1,9 @@
 """A `python` that runs stages in processes forked from one that has imported their libraries.
 
 A stage of the smoke chain spends six of its seven seconds on imports, and DVC starts about forty in the tests of the
-whole chain. `python -m tests.forked_python SOCKET` imports the libraries and listens; the script of `write_client` asks
-it for a process with the script's own folder, environment, arguments and output. It imports nothing of the project:
-stages run the code of the folder that they are started in. Signals to the script do not reach the stage.
+whole chain. `python -m tests.forked_python SOCKET` imports the libraries and listens; a script asks it for a process
+with the script's own folder, environment, arguments and output. It imports nothing of the project: stages run the code
+of the folder that they are started in. Signals to the script do not reach the stage.
 """
 
 import atexit
@@ -15,17 +15,20 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
+ROOT = Path(__file__).resolve().parent.parent  # not from conftest.py, which imports the project
 MAX_REQUEST_BYTES = 2**17
+ORPHAN_CHECK_S = 10.0  # the process ends this long after the tests, if they were killed
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
 
@@ -40,38 +43,43 @@ os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 
 
 @contextmanager
-def first_in_path(folder: Path) -> Iterator[None]:
-    """Have `python` mean a script in `folder`, which passes what is not a stage to the interpreter of the tests."""
-    script, address = folder / "python", folder / "socket"
-    script.write_text(CLIENT.format(python=sys.executable, path=str(address)), encoding="utf-8")
-    script.chmod(0o755)
-    command = [sys.executable, "-m", __name__, str(address)]
-    with subprocess.Popen(command, cwd=Path(__file__).parent.parent) as server, pytest.MonkeyPatch.context() as patch:
-        while not address.exists():
-            assert server.poll() is None, "the process that stages are forked from has ended"
-            time.sleep(0.05)
+def first_in_path() -> Iterator[None]:
+    """Have `python` mean a script that forks stages; it passes other commands to the interpreter of the tests."""
+    # Not in pytest's folder: the path of a Unix socket has at most 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="bessemer-") as folder, pytest.MonkeyPatch.context() as patch:
+        script, address = Path(folder, "python"), Path(folder, "socket")
+        script.write_text(CLIENT.format(python=sys.executable, path=str(address)), encoding="utf-8")
+        script.chmod(0o755)
         patch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-        try:
-            yield
-        finally:
-            server.kill()
+        with subprocess.Popen([sys.executable, "-m", __name__, str(address)], cwd=ROOT) as server:
+            try:
+                while not address.exists():
+                    assert server.poll() is None, "the process that stages are forked from has ended"
+                    time.sleep(0.05)
+                yield
+            finally:
+                server.kill()
 
 
 def main(address: str) -> None:
-    """Fork a process for every request."""
+    """Fork a process for every request, until the tests have ended."""
     import_libraries()
     gc.freeze()  # a collection in a fork would copy the pages of all these objects
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the handlers
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(address)
+    listener.bind(f"{address}.new")
     listener.listen()
-    while True:
-        connection, _ = listener.accept()
-        if os.fork() == 0:
-            listener.close()
-            handle(connection)
-            os._exit(0)
-        connection.close()
+    Path(f"{address}.new").rename(address)  # whoever sees the file can connect
+    listener.settimeout(ORPHAN_CHECK_S)
+    tests = os.getppid()
+    while os.getppid() == tests:
+        with suppress(TimeoutError):
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                handle(connection)
+                os._exit(0)
+            connection.close()
 
 
 def handle(connection: socket.socket) -> None:

@@ -151,7 +151,7 @@ def test_last_complete_run_is_the_latest_with_all_stages(tmp_path: Path) -> None
     stages = [log("ingest", 1, 60, 1), log("left", 2, 120, 2), log("right", 3, 30, 0.5), log("package", 5, 3, 0.25)]
     other = [{**entry, "recipe": "another profile's"} for entry in stages]
     write_run(tmp_path / "runs/run-20260103-120000-cccc", other, build="ran")
-    write_run(tmp_path / "runs/run-20260101-120030-aaaa", stages, build="ran")
+    write_run(tmp_path / "runs/run-20260101-120030-aaaa", stages, code="ran", build="ran")
     write_run(tmp_path / "runs/run-20260102-120000-bbbb", stages[:2], right="up to date", package="ran")
     whole = pipeline.last_complete_run(tmp_path)
     assert whole is not None

@@ -26,9 +26,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def forked_stages(chain: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def forked_stages(chain: Project) -> Iterator[None]:
     """Fork the stages of DVC's reruns. Those of the first run, the chain's, were fresh interpreters."""
-    with forked_python.first_in_path(tmp_path_factory.mktemp("forked")):
+    with forked_python.first_in_path():
         yield
 
 
