@@ -46,11 +46,11 @@ def rank(project: Path, host: str, port: int, others: Sequence[str]) -> None:
 
 def chat(project: Path, questions: Sequence[str], name: str | None, *, show_questions: bool) -> None:
     """Ask the packaged model, or the one called `name`, each question; an empty question starts a chat."""
-    folder = models.prepare_models(project, [name])[name] if name else None
-    if name is None and not open_package().has_chat:
+    package = open_package(models.prepare_models(project, [name])[name] if name else None)
+    if name is None and not package.has_chat:
         print("The package contains only an encoder, which cannot chat: `bessemer serve` serves it at POST /fill-mask.")
         return
     for question in questions:
         if show_questions:
             print(f"> {question}", flush=True)
-        terminal.chat(folder, question or None)
+        terminal.chat(package, question or None)

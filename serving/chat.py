@@ -4,26 +4,21 @@ Each question starts a new conversation, as in training. Answers are streamed.
 """
 
 import sys
-from pathlib import Path
 from typing import TextIO
 
 from serving.decoding import Sampling
 from serving.engine import TextEngine
 from serving.errors import InputError, ServingError
-from serving.package import open_package
+from serving.package import Package, open_package
 
 PROMPT = "you> "
 QUIT = ("/quit", "/exit", "/q")
 
 
 def chat(
-    folder: Path | None = None,
-    question: str | None = None,
-    sampling: Sampling | None = None,
-    out: TextIO | None = None,
+    package: Package, question: str | None = None, sampling: Sampling | None = None, out: TextIO | None = None
 ) -> int:
     """Answer one question, or chat until the user quits; return the exit code."""
-    package = open_package(folder)
     out = out or sys.stdout
     if question is not None:
         print_answer(package.text, question, sampling, out)
@@ -65,7 +60,7 @@ def print_answer(engine: TextEngine, question: str, sampling: Sampling | None, o
 def main(arguments: list[str]) -> int:
     """Chat, or answer the question in `arguments`."""
     try:
-        return chat(question=" ".join(arguments) or None)
+        return chat(open_package(), " ".join(arguments) or None)
     except ServingError as error:
         print(error, file=sys.stderr)
         return 1

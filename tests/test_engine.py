@@ -347,7 +347,7 @@ print(json.dumps([before, sorted({{"torch", "transformers", "dvc", "prefect", "t
 
 
 def test_chat_answers_one_question(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert chat.chat(package, question("Italy")) == 0
+    assert chat.chat(open_package(package), question("Italy")) == 0
     assert capsys.readouterr().out == answer("Italy") + "\n"
 
 
@@ -365,7 +365,7 @@ def test_chat_continues_until_the_user_quits(
         return line
 
     monkeypatch.setattr("builtins.input", read)
-    assert chat.chat(package) == 0
+    assert chat.chat(open_package(package)) == 0
     output = capsys.readouterr().out
     assert output.startswith(TAG)
     assert output.index(answer("Italy")) < output.index("too long") < output.index(answer("Japan"))
@@ -386,7 +386,7 @@ def test_ctrl_c_stops_only_the_answer(
 
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     monkeypatch.setattr(Answer, "__iter__", interrupted)
-    assert chat.chat(package) == 0
+    assert chat.chat(open_package(package)) == 0
     output = capsys.readouterr().out
     assert "stopped" in output
     assert answer("Japan") in output
