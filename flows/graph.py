@@ -6,7 +6,7 @@ a difference; this module only describes the differences.
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -257,12 +257,10 @@ def _changed_settings(stage: Any) -> Iterator[str]:
         if not hasattr(dep, "params"):
             continue
         before, settings = dep.hash_info.value or {}, _load_settings(dep.fs_path) if dep.exists else {}
-        lines = [
-            line
-            for name in dep.params or dict.fromkeys((*settings, *before))
-            for line in differences(name, before.get(name), _setting(settings, name))
-        ]
-        if lines:
+        names = dep.params or list(dict.fromkeys((*settings, *before)))
+        now = _values(settings, names)
+        if now != {name: before[name] for name in names if name in before}:  # DVC's rule; a null is not an absent key
+            lines = [line for name in names for line in differences(name, before.get(name), now.get(name))]
             yield f"params: {', '.join(lines)}"
 
 
@@ -276,11 +274,15 @@ def _load_settings(path: str) -> dict[str, Any]:
     return contents
 
 
-def _setting(settings: Any, name: str) -> Any:
-    """Return the value of a dotted name; None if there is none."""
-    for key in name.split("."):
-        settings = settings.get(key) if isinstance(settings, Mapping) else None
-    return settings
+def _values(settings: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return the values of those dotted names that there are, found as DVC does."""
+    import dpath
+
+    values = {}
+    for name in names:
+        with suppress(KeyError):
+            values[name] = dpath.get(settings, name, separator=".")
+    return values
 
 
 def differences(name: str, before: Any, now: Any) -> Iterator[str]:

@@ -92,6 +92,14 @@ class TestGraph:
         (toy.path / "steps.py").write_text((toy.path / "steps.py").read_text() + "# more\n")
         assert "code: steps.py" in graph.reasons(toy.path, "join")
 
+    def test_a_null_setting_is_a_change_as_for_dvc(self, toy: Project) -> None:
+        for name in NAMES:
+            run_stage(toy, name)
+        toy.settings(left={"note": None})
+        status = subprocess.run(["dvc", "status"], cwd=toy.path, check=True, capture_output=True, text=True).stdout
+        assert "side@left" in status
+        assert [name for name, stage in graph.read(toy.path).items() if stage.dirty] == ["side@left"]
+
     def test_stages_downstream_of_a_change_are_affected(self, toy: Project) -> None:
         for name in NAMES:
             run_stage(toy, name)
