@@ -106,6 +106,26 @@ class Store:
         with self._lock, self._translate_errors():
             return self._connection.execute(query, values).fetchall()
 
+    def _insert_once(self, table: str, columns: Sequence[str], row: Sequence[str]) -> sqlite3.Row:
+        """Insert a row under its id, the first column, unless it is there, and return it.
+
+        Raise InputError if the id is in use with other content.
+        """
+        marks = ", ".join("?" for _ in (*columns, "created"))
+        with self.transaction() as connection:
+            connection.execute(
+                f"INSERT INTO {table} ({', '.join(columns)}, created) VALUES ({marks}) ON CONFLICT (id) DO NOTHING",
+                (*row, now()),
+            )
+            stored: sqlite3.Row
+            [stored] = connection.execute(f"SELECT * FROM {table} WHERE id = ?", (row[0],)).fetchall()
+        if any(stored[column] != value for column, value in zip(columns, row, strict=True)):
+            raise InputError(
+                f'The id "{stored["id"]}" is already in use with other content: send this under a new id.',
+                field="id", code="id_taken", status=409,
+            )  # fmt: skip
+        return stored
+
     def add_answers(
         self, prompt: Sequence[Message], answers: Sequence[tuple[str, str, float, int | None]]
     ) -> list[str]:
@@ -149,14 +169,8 @@ class Store:
             canonical_json([order.index(rank) + 1 for rank in ranks]),
             canonical_json([answer.model for answer in shown]), canonical_json(list(answers)), annotator,
         )  # fmt: skip
-        with self.transaction() as connection:
-            connection.execute(
-                "INSERT INTO rankings (id, prompt, responses, ranks, models, answers, annotator, created)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING", (*row, now()),
-            )  # fmt: skip
-            [stored] = connection.execute("SELECT * FROM rankings WHERE id = ?", (identifier,)).fetchall()
-        _check_same(stored, row, ("id", "prompt", "responses", "ranks", "models", "answers", "annotator"))
-        return _ranking(stored)
+        columns = ("id", "prompt", "responses", "ranks", "models", "answers", "annotator")
+        return _ranking(self._insert_once("rankings", columns, row))
 
     def withdraw(self, identifier: str, annotator: str) -> Ranking:
         """Withdraw an annotator's own ranking and return it; idempotent. Later exports skip it."""
@@ -184,14 +198,8 @@ class Store:
         check_opinion(opinion, note)
         judged = self.answer(answer)
         row = (identifier, answer, canonical_json(judged.prompt), judged.text, judged.model, opinion, note, annotator)
-        with self.transaction() as connection:
-            connection.execute(
-                "INSERT INTO opinions (id, answer, prompt, response, model, opinion, note, annotator, created)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING", (*row, now()),
-            )  # fmt: skip
-            [stored] = connection.execute("SELECT * FROM opinions WHERE id = ?", (identifier,)).fetchall()
-        _check_same(stored, row, ("id", "answer", "prompt", "response", "model", "opinion", "note", "annotator"))
-        return _opinion(stored)
+        columns = ("id", "answer", "prompt", "response", "model", "opinion", "note", "annotator")
+        return _opinion(self._insert_once("opinions", columns, row))
 
     def rankings(self) -> list[Ranking]:
         """Return the rankings that are not withdrawn, by row number."""
@@ -236,15 +244,6 @@ class Store:
 def new_id() -> str:
     """Return an unguessable random id."""
     return secrets.token_urlsafe(16)
-
-
-def _check_same(stored: sqlite3.Row, row: Sequence[str], columns: Sequence[str]) -> None:
-    """Raise InputError if an id is in use with other content."""
-    if any(stored[column] != value for column, value in zip(columns, row, strict=True)):
-        raise InputError(
-            f'The id "{stored["id"]}" is already in use with other content: send this under a new id.',
-            field="id", code="id_taken", status=409,
-        )  # fmt: skip
 
 
 def _ranking(row: sqlite3.Row) -> Ranking:
