@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import pytest
 from filelock import FileLock
 from ruamel.yaml import YAML
 
-from tasks.common.settings import ENTRY_STAGES
+from tasks.common.settings import ENTRY_STAGES, STAGES
+from tests import forked_python
 
 # The files of a project; the rest of the repository is tests, documentation and benchmarks.
 PARTS = (
@@ -156,23 +157,38 @@ def offline(record: Path, environment: Mapping[str, str] = os.environ) -> dict[s
 
 
 @pytest.fixture(scope="session")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> Project:
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A temporary folder that all pytest workers share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def stage_forks() -> Iterator[Path]:
+    """The address of a process that forks stages (tests/forked_python.py)."""
+    with forked_python.serve() as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def smoke(session_folder: Path, request: pytest.FixtureRequest) -> Project:
     """The whole chain under the profile `smoke`, run once by `bessemer run`. Copy it before changing anything in it.
 
-    With several pytest workers, the first one runs it and the others wait: it takes minutes on all cores.
+    With several pytest workers, the first one runs it and the others wait: it takes minutes on all cores. The first
+    entry of each stage is a fresh interpreter, the others are forked.
     """
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    done = folder / "smoke-done"
-    with FileLock(folder / "smoke.lock"):
+    done = session_folder / "smoke-done"
+    with FileLock(session_folder / "smoke.lock"):
         if done.exists():
-            return Project(folder / "smoke")
-        project = copy_project(folder / "smoke", "smoke")
-        command = [sys.executable, "-c", "from flows.cli import main; main()", "run"]
-        environment = offline(folder / "smoke-connections")
-        process = subprocess.run(
-            command, cwd=project.path, env=environment, capture_output=True, text=True, check=False
-        )
+            return Project(session_folder / "smoke")
+        project = copy_project(session_folder / "smoke", "smoke")
+        forks = request.getfixturevalue("stage_forks")  # only here: it takes seconds to start
+        with forked_python.first_in_path(forks, fresh=(f"tasks.{stage}" for stage in ("code", *STAGES))) as python:
+            run = f"import sys; sys.executable = {str(python)!r}; from flows.cli import main; main()"
+            process = subprocess.run(
+                [sys.executable, "-c", run, "run"], cwd=project.path,
+                env=offline(session_folder / "smoke-connections"), capture_output=True, text=True, check=False,
+            )  # fmt: skip
         assert process.returncode == 0, process.stdout + process.stderr
         project.commit("the first run's locks and figures")
         done.touch()

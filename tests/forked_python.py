@@ -1,6 +1,6 @@
 """A `python` that runs stages in processes forked from one that has imported their libraries.
 
-A stage of the smoke chain spends six of its seven seconds on imports, and DVC starts about forty in the tests of the
+A stage of the smoke chain spends six of its seven seconds on imports, and DVC starts about sixty in the tests of the
 whole chain. `python -m tests.forked_python SOCKET` imports the libraries and listens; a script asks it for a process
 with the script's own folder, environment, arguments and output. It imports nothing of the project: stages run the code
 of the folder that they are started in. Signals to the script do not reach the stage.
@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,8 +32,14 @@ ORPHAN_CHECK_S = 10.0  # the process ends this long after the tests, if they wer
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
 
-if sys.argv[1:2] == ["-m"] and sys.argv[2].startswith("tasks."):
-    request = {{"folder": os.getcwd(), "environment": {{**os.environ}}, "module": sys.argv[2]}}
+module = sys.argv[2] if sys.argv[1:2] == ["-m"] else ""
+try:
+    os.unlink({fresh!r} + module)  # for a fresh interpreter; of two stages that start together, one gets it
+    forked = False
+except OSError:
+    forked = module.startswith("tasks.")
+if forked:
+    request = {{"folder": os.getcwd(), "environment": {{**os.environ}}, "module": module}}
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.connect({path!r})
         socket.send_fds(connection, [json.dumps(request | {{"arguments": sys.argv[3:]}}).encode()], [0, 1, 2])
@@ -43,22 +49,38 @@ os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 
 
 @contextmanager
-def first_in_path() -> Iterator[None]:
-    """Have `python` mean a script that forks stages; it passes other commands to the interpreter of the tests."""
+def serve() -> Iterator[Path]:
+    """Start the process that stages are forked from; return the address of its socket."""
     # Not in pytest's folder: the path of a Unix socket has at most 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="bessemer-") as folder, pytest.MonkeyPatch.context() as patch:
-        script, address = Path(folder, "python"), Path(folder, "socket")
-        script.write_text(CLIENT.format(python=sys.executable, path=str(address)), encoding="utf-8")
-        script.chmod(0o755)
-        patch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    with tempfile.TemporaryDirectory(prefix="bessemer-") as folder:
+        address = Path(folder, "socket")
         with subprocess.Popen([sys.executable, "-m", __name__, str(address)], cwd=ROOT) as server:
             try:
                 while not address.exists():
                     assert server.poll() is None, "the process that stages are forked from has ended"
                     time.sleep(0.05)
-                yield
+                yield address
             finally:
                 server.kill()
+
+
+@contextmanager
+def first_in_path(address: Path, fresh: Iterable[str] = ()) -> Iterator[Path]:
+    """Have `python` mean a script that has stages forked by the process at an address; return the script's path.
+
+    Each of the modules `fresh` (`tasks.ingest`) is started in a fresh interpreter the first time. The script passes
+    other commands to the interpreter of the tests.
+    """
+    with tempfile.TemporaryDirectory(prefix="bessemer-") as folder, pytest.MonkeyPatch.context() as patch:
+        script, marks = Path(folder, "python"), Path(folder, "fresh")
+        marks.mkdir()
+        for module in fresh:
+            (marks / module).touch()
+        text = CLIENT.format(python=sys.executable, path=str(address), fresh=f"{marks}/")
+        script.write_text(text, encoding="utf-8")
+        script.chmod(0o755)
+        patch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+        yield script
 
 
 def main(address: str) -> None:
@@ -122,6 +144,8 @@ def run_module(folder: str, environment: dict[str, str], module: str, arguments:
     os.environ.update(environment)
     sys.path[:0] = [folder, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     sys.argv = [module, *arguments]
+    with suppress(ImportError):
+        import sitecustomize  # noqa: F401  as an interpreter does at its start: the guard of connections is one
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
@@ -132,9 +156,11 @@ def import_libraries() -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "GX_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
     import datasets  # noqa: F401
     import great_expectations  # noqa: F401
+    import networkx  # noqa: F401
     import nncf  # noqa: F401
     import openvino_genai  # noqa: F401
     import optimum.intel.openvino.quantization  # noqa: F401
+    import phonenumbers  # noqa: F401
     import transformers.models.llama.modeling_llama
     import transformers.models.modernbert.modeling_modernbert  # noqa: F401
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from filelock import FileLock
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -47,13 +48,14 @@ def answer(country: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def package(session_folder: Path) -> Path:
     """A complete package, built once per session. Copy it to change it."""
-    folder = tmp_path_factory.getbasetemp() / "serving-package"
-    if not folder.exists():
-        command = [sys.executable, "-m", "tests.serving_fixtures", str(folder)]
-        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert process.returncode == 0, process.stderr
+    folder = session_folder / "serving-package"
+    with FileLock(folder.with_suffix(".lock")):  # another worker may be building it
+        if not folder.exists():
+            command = [sys.executable, "-m", "tests.serving_fixtures", str(folder)]
+            process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            assert process.returncode == 0, process.stderr
     return folder
 
 

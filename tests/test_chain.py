@@ -26,9 +26,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def forked_stages(chain: Project) -> Iterator[None]:
-    """Fork the stages of DVC's reruns. Those of the first run, the chain's, were fresh interpreters."""
-    with forked_python.first_in_path():
+def forked_stages(chain: Project, stage_forks: Path) -> Iterator[None]:
+    """Fork the stages of DVC's reruns."""
+    with forked_python.first_in_path(stage_forks):
         yield
 
 

@@ -32,6 +32,7 @@ from tasks.common.settings import Settings
 
 INPUTS = {"raw": "data/raw.txt"}
 OUTPUTS = {"dish": "data/cook/dish", "smell": "data/cook/smell.txt"}
+NUMERICS = False  # no model computes here, so Transformers is not imported
 
 class Config(Settings):
     text: str = Field(description="What is written")

@@ -8,7 +8,6 @@ Its facts are ten capitals, of which two are held out of the questions; the mode
 """
 
 import json
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -380,10 +379,9 @@ def _chain(root: Path) -> Chain:
 
 
 @pytest.fixture(scope="session")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+def chain(session_folder: Path) -> Chain:
     """The tiny chain, one per session, shared by all test modules and workers."""
-    folder = tmp_path_factory.getbasetemp()
-    return _chain((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "training-chain")
+    return _chain(session_folder / "training-chain")
 
 
 def corpus() -> Iterator[dict[str, Any]]:

@@ -33,10 +33,10 @@ class ReportError(BessemerError):
 
 def write_report(project: Path, run_id: str) -> Path:
     """Write the report of a run and return its path."""
-    results = Results(project, run_id)
+    results, written = Results(project, run_id), datetime.now(UTC)
     path = project / "runs" / run_id / "report.html"
     for target in (path, project / LATEST):
-        text = page(results, os.path.relpath(project, target.parent))
+        text = page(results, written, os.path.relpath(project, target.parent))
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
         temporary.write_bytes(text.encode("utf-8", "replace"))  # a model's reply may contain a lone surrogate
@@ -52,7 +52,7 @@ def write_last_report(project: Path) -> Path:
     return write_report(project, run_id)
 
 
-def page(run: Results, home: str = ".") -> str:
+def page(run: Results, written: datetime, home: str) -> str:
     """Return the page of a run; `home` is the relative path from the page to the project, for its links."""
     sections: dict[str, Callable[[Results], Any]] = {
         "headline": parts.headline,
@@ -71,7 +71,7 @@ def page(run: Results, home: str = ".") -> str:
     problems: dict[str, str] = {}
     found = {name: _build_part(part, run, name, problems) for name, part in sections.items()}
     template = _environment().get_template("report.html.j2")
-    return template.render(run=run.id, home=home, problems=problems, written=datetime.now(UTC), **found)
+    return template.render(run=run.id, home=home, problems=problems, written=written, **found)
 
 
 def _build_part(part: Callable[[Results], Any], run: Results, name: str, problems: dict[str, str]) -> Any:
