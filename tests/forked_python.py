@@ -8,6 +8,7 @@ of the folder that they are started in. Signals to the script do not reach the s
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -145,7 +146,7 @@ def run_module(folder: str, environment: dict[str, str], module: str, arguments:
     sys.path[:0] = [folder, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     sys.argv = [module, *arguments]
     with suppress(ImportError):
-        import sitecustomize  # noqa: F401  as an interpreter does at its start: the guard of connections is one
+        importlib.import_module("sitecustomize")  # as an interpreter does at its start: the guard of connections is one
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
