@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM, ModernBertConfig, ModernBertForMaskedLM
 
 from tasks.common.harness.job import StageError
+from tasks.common.overrides import rope_config
 from tasks.common.training.tensor_parallel import check_divisible, parallelize
 
 SHAPE: dict[str, Any] = {"vocab_size": 32, "hidden_size": 24, "num_hidden_layers": 1, "intermediate_size": 48}
@@ -30,6 +31,7 @@ def test_check_divisible_rejects_uneven_parts() -> None:
 
 
 def test_unsupported_architecture_is_rejected() -> None:
+    rope_config.install()  # else Transformers rejects a ModernBERT without local attention
     encoder = ModernBertForMaskedLM(ModernBertConfig(**SHAPE, num_attention_heads=2, pad_token_id=0))
     with pytest.raises(StageError, match=r"LlamaForCausalLM decoders only, but .* is a ModernBertForMaskedLM: set"):
         check_divisible(encoder, 2)
