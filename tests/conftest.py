@@ -18,6 +18,7 @@ import pytest
 from filelock import FileLock
 from ruamel.yaml import YAML
 
+from tasks import code
 from tasks.common.settings import ENTRY_STAGES, STAGES
 from tests import forked_python
 
@@ -183,7 +184,7 @@ def smoke(session_folder: Path, request: pytest.FixtureRequest) -> Project:
             return Project(session_folder / "smoke")
         project = copy_project(session_folder / "smoke", "smoke")
         forks = request.getfixturevalue("stage_forks")  # only here: it takes seconds to start
-        with forked_python.first_in_path(forks, fresh=(f"tasks.{stage}" for stage in ("code", *STAGES))) as python:
+        with forked_python.first_in_path(forks, fresh=(f"tasks.{stage}" for stage in (code.NAME, *STAGES))) as python:
             run = f"import sys; sys.executable = {str(python)!r}; from flows.cli import main; main()"
             process = subprocess.run(
                 [sys.executable, "-c", run, "run"], cwd=project.path,

@@ -1,6 +1,6 @@
 """A `python` that runs stages in processes forked from one that has imported their libraries.
 
-A stage of the smoke chain spends six of its seven seconds on imports, and DVC starts about sixty in the tests of the
+A stage of the smoke chain spends six of its seven seconds on imports, and DVC starts about fifty in the tests of the
 whole chain. `python -m tests.forked_python SOCKET` imports the libraries and listens; a script asks it for a process
 with the script's own folder, environment, arguments and output. It imports nothing of the project: stages run the code
 of the folder that they are started in. Signals to the script do not reach the stage.

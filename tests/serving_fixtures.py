@@ -53,9 +53,11 @@ def package(session_folder: Path) -> Path:
     folder = session_folder / "serving-package"
     with FileLock(folder.with_suffix(".lock")):  # another worker may be building it
         if not folder.exists():
-            command = [sys.executable, "-m", "tests.serving_fixtures", str(folder)]
+            unfinished = folder.with_suffix(".new")  # a build that failed is not taken for a package
+            command = [sys.executable, "-m", "tests.serving_fixtures", str(unfinished)]
             process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
             assert process.returncode == 0, process.stderr
+            unfinished.rename(folder)
     return folder
 
 

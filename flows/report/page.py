@@ -33,10 +33,11 @@ class ReportError(BessemerError):
 
 def write_report(project: Path, run_id: str) -> Path:
     """Write the report of a run and return its path."""
-    results, written = Results(project, run_id), datetime.now(UTC)
+    content = _build_content(Results(project, run_id))
+    template = _environment().get_template("report.html.j2")
     path = project / "runs" / run_id / "report.html"
     for target in (path, project / LATEST):
-        text = page(results, written, os.path.relpath(project, target.parent))
+        text = template.render(home=os.path.relpath(project, target.parent), **content)  # `home` is for its links
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
         temporary.write_bytes(text.encode("utf-8", "replace"))  # a model's reply may contain a lone surrogate
@@ -52,8 +53,8 @@ def write_last_report(project: Path) -> Path:
     return write_report(project, run_id)
 
 
-def page(run: Results, written: datetime, home: str) -> str:
-    """Return the page of a run; `home` is the relative path from the page to the project, for its links."""
+def _build_content(run: Results) -> dict[str, Any]:
+    """Return what the page of a run shows, by the template's names."""
     sections: dict[str, Callable[[Results], Any]] = {
         "headline": parts.headline,
         "tiles": scorecard.tiles,
@@ -70,8 +71,7 @@ def page(run: Results, written: datetime, home: str) -> str:
     }
     problems: dict[str, str] = {}
     found = {name: _build_part(part, run, name, problems) for name, part in sections.items()}
-    template = _environment().get_template("report.html.j2")
-    return template.render(run=run.id, home=home, problems=problems, written=written, **found)
+    return {"run": run.id, "problems": problems, "written": datetime.now(UTC), **found}
 
 
 def _build_part(part: Callable[[Results], Any], run: Results, name: str, problems: dict[str, str]) -> Any:
