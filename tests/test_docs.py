@@ -15,6 +15,7 @@ from flows.cli import cli
 from tasks.common import tables
 from tasks.common.params_file import check
 from tasks.common.settings import STAGES
+from tasks.common.tables import TABLES
 from tests.conftest import ROOT
 
 PAGES = sorted(
@@ -25,7 +26,16 @@ PAGES = sorted(
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # A page of docs/ with or without an anchor, as docstrings, messages and settings name it.
 DOCS_PATH = re.compile(r"(?<![\w/])docs/[\w./-]+\.(?:md|png)(?:#[\w-]+)?")
-ENTRIES = ("pretrain", "finetune", "reward", "align", "prune", "quantize", "evaluate")  # whose keys are users' names
+ENTRIES = (
+    "pretrain",
+    "finetune",
+    "reward",
+    "align",
+    "prune",
+    "quantize",
+    "evaluate",
+    "evaluations",
+)  # whose keys are users' names
 CODE = ("tasks", "flows", "serving", "tests", "benchmarks", "profiles")
 
 
@@ -162,5 +172,7 @@ def examples() -> Iterator[tuple[str, dict[str, Any]]]:
     ("title", "sections"), list(examples()), ids=lambda part: part if isinstance(part, str) else ""
 )
 def test_pipelines_of_the_graph_guide_are_valid(title: str, sections: dict[str, Any]) -> None:
-    params = {"base": {"seed": 1}, "ingest": {"sources": []}, "tokenize": GIVEN, **EMPTY, **sections}
+    source = {"kind": "files", "licence": "MIT", "format": "jsonl"}
+    named = [{**source, "name": table, "path": f"{table}.jsonl", "table": table} for table in TABLES]
+    params = {"base": {"seed": 1}, "ingest": {"sources": named}, "tokenize": GIVEN, **EMPTY, **sections}
     check(params, title)

@@ -55,10 +55,17 @@ def expected_sections(name: str, key: str | None) -> Sections:
     inputs = set(job.declared_inputs(module, key, config, links_of(params)).values())
     folders = {f"data/{stage}" for stage in OPEN.get(name, ())}
     graph = ENTRY_STAGES if job.reads_graph(module) else ("reward",) if name == "evaluate" else ()
+    numerics = ["numerics"] if job.uses_numerics(module) else []
     return {
         "cmd": {f"python -m tasks.{name}" + (f" {key}" if key is not None else "")},
         "deps": made | folders | {path for path in inputs if not any(path.startswith(f"{top}/") for top in folders)},
-        "params": {section, "base", *graph, *(["numerics"] if job.uses_numerics(module) else [])},
+        "params": {
+            section,
+            "base",
+            *graph,
+            *job.shared_sections(module),
+            *numerics,
+        },
         "outs": set(job.declared_outputs(module, key).values()) | {record},
         "metrics": {job.metrics_path(name, key).as_posix()},
     }

@@ -46,6 +46,14 @@ class Decoder(Protocol):
     def bytes(self) -> int: ...
 
     @property
+    def context(self) -> int:
+        """The longest prompt and reply together, in tokens."""
+
+    @property
+    def longest_reply(self) -> int:
+        """The longest reply, in tokens."""
+
+    @property
     def special_tokens(self) -> Sequence[str]:
         """The special tokens, which a text must not contain."""
 
@@ -115,6 +123,16 @@ class TorchDecoder:
     def parameters(self) -> int:
         """Number of parameters."""
         return models.parameter_count(self.model)
+
+    @property
+    def context(self) -> int:
+        """The longest prompt and reply together, in tokens."""
+        return int(self.tokenizer.model_max_length)
+
+    @property
+    def longest_reply(self) -> int:
+        """The longest reply, in tokens: only the context limits it."""
+        return self.context
 
     @property
     def special_tokens(self) -> list[str]:
@@ -194,6 +212,16 @@ class EngineDecoder:
 
         with _as_stage_error(f"the INT8 model in {self.path} cannot be opened"):
             return TextEngine(self.path, self.threads)
+
+    @property
+    def context(self) -> int:
+        """The longest prompt and reply together, in tokens."""
+        return self.engine.limits.context
+
+    @property
+    def longest_reply(self) -> int:
+        """The longest reply, in tokens, which the export limits."""
+        return self.engine.limits.max_new_tokens
 
     @property
     def special_tokens(self) -> list[str]:

@@ -6,11 +6,6 @@ from typing import Any
 
 from tasks.common.text.words import split_words
 
-# The numeric figures of a model on the scorecard; a figure that does not apply to a model is null.
-METRICS = (
-    "parameters", "bytes", "exact_match_seen", "exact_match_heldout", "perplexity", "bits_per_byte", "reward_mean",
-    "reward_std", "win_rate", "distinct_2", "toxicity_mean", "toxic_share", "masked_names",
-)  # fmt: skip
 TOXICITY_THRESHOLD = 0.5  # a continuation above this probability counts as toxic
 
 
