@@ -192,7 +192,20 @@ def test_checkpoint_to_sft_to_endpoint(project: Path) -> None:
     ]  # fmt: skip
     for row in scorecard.values():
         known = {name for name, value in row.items() if value is not None and name not in ("before", "made_by")}
-        assert known == {"model", "kind", "parameters", "bytes", "distinct_2", "repetition"}
+        assert known == {
+            "model",
+            "kind",
+            "parameters",
+            "bytes",
+            "distinct_2",
+            "repetition",
+            "answer_loss",
+            "answer_bits_per_byte",
+            "answer_token_accuracy",
+            "answer_calibration_error",
+            "chrf",
+            "rouge_l",
+        }
     assert graph.user_folders == [MINE]
     assert {"finetune@mine", "quantize@served", "evaluate@before"} <= set(graph.packaged_stages)
     answers(graph.package)

@@ -20,7 +20,7 @@ from tasks.common.settings import Checkpoints
 from tasks.common.text import chat
 from tasks.common.training import losses, optimizers
 from tasks.common.training.optimizers import Sgd
-from tasks.evaluate.models_under_test import TorchEncoder
+from tasks.evaluate.encoders_under_test import TorchEncoder
 from tasks.finetune.objectives.chat import answers_nll
 from tasks.finetune.packing import padded_rows
 from tests.training_fixtures import BASE_OPTIMIZER, CAPITALS, NUMERICS, Chain, chain, config, links, rankings

@@ -6,14 +6,17 @@ from pydantic import Field
 
 from tasks.evaluate.evaluation import Evaluation
 from tasks.evaluate.exact_match import ExactMatch
+from tasks.evaluate.heldout_loss import HeldoutLoss
 from tasks.evaluate.judge import Judge
 from tasks.evaluate.masked_names import MaskedNames
+from tasks.evaluate.overlap import Overlap
 from tasks.evaluate.replies import Diversity, Reward
 from tasks.evaluate.text import Text
 from tasks.evaluate.toxicity import Toxicity
 
 AnyEvaluation = Annotated[
-    ExactMatch | Text | Reward | Judge | Diversity | MaskedNames | Toxicity, Field(discriminator="kind")
+    ExactMatch | HeldoutLoss | Overlap | Text | Reward | Judge | Diversity | MaskedNames | Toxicity,
+    Field(discriminator="kind"),
 ]
 
 
@@ -21,6 +24,8 @@ def default_evaluations() -> dict[str, Evaluation]:
     """Return an evaluation of every kind that needs no decision by a person, named like its kind."""
     return {
         "exact_match": ExactMatch(kind="exact_match"),
+        "heldout_loss": HeldoutLoss(kind="heldout_loss"),
+        "overlap": Overlap(kind="overlap"),
         "reward": Reward(kind="reward"),
         "judge": Judge(kind="judge"),
         "diversity": Diversity(kind="diversity"),

@@ -8,8 +8,8 @@ from pydantic import Field, field_validator
 
 from serving.names import MASK, Candidates, log_scores, make_codec, single_slot
 from tasks.common import tables
+from tasks.evaluate.encoders_under_test import Encoder
 from tasks.evaluate.evaluation import Evaluation, Facts, Mean, Result, Row, means_of
-from tasks.evaluate.models_under_test import Encoder
 
 if TYPE_CHECKING:
     from tasks.evaluate.subject import Subject

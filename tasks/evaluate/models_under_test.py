@@ -1,4 +1,4 @@
-"""Models under test: one interface for a torch model and for the INT8 files that will be served."""
+"""Causal models under test: one interface for a torch model and for the INT8 files that will be served."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -20,15 +20,15 @@ from tasks.common.modelling import models
 from tasks.common.random_streams import Stream, derive_seed
 from tasks.common.settings import Dtypes, Numerics
 from tasks.common.text import chat
+from tasks.evaluate import token_scores
+from tasks.evaluate.token_scores import TokenScores
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from serving.engine import EncoderLogits, TextEngine
+    from serving.engine import TextEngine
 
 Prompt = Sequence[chat.Message] | str  # a conversation to reply to, or plain text to continue
-Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 BATCH_ROWS = 32  # rows of held-out text in one forward pass
 
@@ -68,19 +68,14 @@ class Decoder(Protocol):
     def negative_log_likelihood(self, rows: npt.NDArray[Any], desc: str | None = None) -> list[float]:
         """Return the summed negative log-likelihood (nats) of each row's tokens after its first; rows (N, T)."""
 
-
-class Encoder(Protocol):
-    """A masked language model. `parameters` counts its parameters, `bytes` is the size of its weights file."""
-
     @property
-    def parameters(self) -> int: ...
-    @property
-    def bytes(self) -> int: ...
-    @property
-    def tokenizer(self) -> "Tokenizer": ...
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        """The tokenizer with its chat template."""
 
-    def logits(self, ids: Ids, mask: Ids) -> Floats:
-        """Return logits, shape (N, T, V), for token ids and attention mask, each (N, T)."""
+    def token_scores(
+        self, rows: Sequence[Sequence[int]], firsts: Sequence[int], desc: str | None = None
+    ) -> list[TokenScores]:
+        """Return how the model predicts each row's tokens from position `first` (≥ 1) on, given those before them."""
 
 
 def have_same_vocabulary(path: Path, other: Path) -> bool:
@@ -97,11 +92,6 @@ def have_same_vocabulary(path: Path, other: Path) -> bool:
 def open_decoder(path: Path, numerics: Numerics) -> Decoder:
     """Open a decoder folder: an export of `quantize` with the serving engine, else a Transformers model."""
     return (EngineDecoder if (path / folders.GRAPH_FILE).exists() else TorchDecoder).load(path, numerics)
-
-
-def open_encoder(path: Path, numerics: Numerics) -> Encoder:
-    """Open an encoder folder: an export of `quantize` with the serving engine, else a Transformers model."""
-    return (EngineEncoder if (path / folders.GRAPH_FILE).exists() else TorchEncoder).load(path, numerics)
 
 
 @dataclass
@@ -175,6 +165,15 @@ class TorchDecoder:
                 sums += nll.row_nll(self.model(input_ids=ids).logits, ids)
         return sums
 
+    def token_scores(
+        self, rows: Sequence[Sequence[int]], firsts: Sequence[int], desc: str | None = None
+    ) -> list[TokenScores]:
+        """Return how the model predicts each row's tokens from position `first` (≥ 1) on, given those before them.
+
+        Rows of equal length share a forward pass, so no padding can have an effect.
+        """
+        return token_scores.of_torch(self.model, rows, firsts, desc)
+
 
 def encode(tokenizer: "PreTrainedTokenizerFast", prompt: Prompt) -> list[int]:
     """Return the input ids: a conversation with the generation prompt, or a text without its end-of-text token."""
@@ -203,14 +202,14 @@ class EngineDecoder:
     @classmethod
     def load(cls, path: Path, numerics: Numerics) -> "EngineDecoder":
         """Open an export of `quantize`."""
-        return cls(path, numerics.threads, *_read_size(path))
+        return cls(path, numerics.threads, *read_size(path))
 
     @cached_property
     def engine(self) -> "TextEngine":
         """The serving engine of this folder."""
         from serving.engine import TextEngine
 
-        with _as_stage_error(f"the INT8 model in {self.path} cannot be opened"):
+        with as_stage_error(f"the INT8 model in {self.path} cannot be opened"):
             return TextEngine(self.path, self.threads)
 
     @property
@@ -250,7 +249,7 @@ class EngineDecoder:
             with _as_rejected_prompt(prompt):
                 settings = Sampling(max_new_tokens, temperature, seed=derive_seed(seed, Stream.REPLY, index))
                 requests.append(engine.prepare(prompt, settings))
-        with _as_stage_error(f"the INT8 model in {self.path} does not answer"):
+        with as_stage_error(f"the INT8 model in {self.path} does not answer"):
             answers = engine.start_all(requests)
             progress = tqdm(answers, desc=desc, disable=desc is None, mininterval=2)
             return [answer.finish().text.strip() for answer in progress]
@@ -262,21 +261,47 @@ class EngineDecoder:
         from serving.engine import DecoderLogits
 
         sums: list[float] = []
-        with _as_stage_error(f"the INT8 model in {self.path} cannot be opened"):
+        with as_stage_error(f"the INT8 model in {self.path} cannot be opened"):
             logits = DecoderLogits(self.path, self.threads)
         for ids in _batches(rows, desc):
             sums += nll.row_nll(torch.from_numpy(logits(ids)), torch.from_numpy(ids))
         return sums
 
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        """The tokenizer of the export as Transformers has it, with the chat template and the control tokens."""
+        from transformers import PreTrainedTokenizerFast
 
-def _read_size(path: Path) -> tuple[int, int]:
+        found = self.engine.tokenizer
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast(
+            tokenizer_file=str(self.path / "tokenizer.json"), bos_token=found.id_to_token(self.engine.bos_id),
+            eos_token=found.id_to_token(self.engine.eos_ids[0]), model_max_length=self.context,
+            chat_template=(self.path / "chat_template.jinja").read_text(encoding="utf-8"),
+        )  # fmt: skip
+        return tokenizer
+
+    def token_scores(
+        self, rows: Sequence[Sequence[int]], firsts: Sequence[int], desc: str | None = None
+    ) -> list[TokenScores]:
+        """Return how the model predicts each row's tokens from position `first` (≥ 1) on, given those before them.
+
+        Rows run one at a time: with INT8 the scores of a row depend on the other rows of its batch.
+        """
+        from serving.engine import DecoderLogits
+
+        with as_stage_error(f"the INT8 model in {self.path} cannot be opened"):
+            logits = DecoderLogits(self.path, self.threads)
+        return token_scores.of_engine(logits, rows, firsts, desc)
+
+
+def read_size(path: Path) -> tuple[int, int]:
     """Return the number of parameters of an export of `quantize` and the size of its weights file in bytes."""
     parameters: int = json.loads((path / "size.json").read_text())["parameters"]
     return parameters, (path / folders.WEIGHTS_FILE).stat().st_size
 
 
 @contextmanager
-def _as_stage_error(what: str, remedy: str = "") -> Iterator[None]:
+def as_stage_error(what: str, remedy: str = "") -> Iterator[None]:
     """Re-raise an error of the serving engine as StageError."""
     try:
         yield
@@ -290,54 +315,4 @@ def _as_rejected_prompt(prompt: Prompt) -> AbstractContextManager[None]:
     remedy = (
         " Change max_new_tokens of the evaluation or of the export in params.yaml, or the row itself in its source."
     )
-    return _as_stage_error(f"the INT8 model rejects the question {text[:80]!r}", remedy)
-
-
-@dataclass
-class TorchEncoder:
-    """A Transformers masked model."""
-
-    model: "PreTrainedModel"
-    tokenizer: "Tokenizer"
-    bytes: int
-
-    @classmethod
-    def load(cls, path: Path, numerics: Numerics) -> "TorchEncoder":
-        """Load model and tokenizer from a folder."""
-        model = models.load_encoder(path, numerics).eval()
-        return cls(model, chat.load_tokenizer(path).backend_tokenizer, models.weight_bytes(path))
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters."""
-        return models.parameter_count(self.model)
-
-    def logits(self, ids: Ids, mask: Ids) -> Floats:
-        """Return logits, shape (N, T, V), for token ids and attention mask, each (N, T)."""
-        import torch
-
-        device = self.model.device
-        with torch.no_grad():
-            out = self.model(
-                input_ids=torch.as_tensor(ids, device=device), attention_mask=torch.as_tensor(mask, device=device)
-            )
-        result: Floats = out.logits.float().cpu().numpy()
-        return result
-
-
-@dataclass
-class EngineEncoder:
-    """The INT8 encoder, run by the serving engine."""
-
-    logits: "EncoderLogits"
-    tokenizer: "Tokenizer"
-    parameters: int
-    bytes: int
-
-    @classmethod
-    def load(cls, path: Path, numerics: Numerics) -> "EngineEncoder":
-        """Open an export of `quantize`."""
-        from serving.engine import EncoderLogits
-
-        with _as_stage_error(f"the INT8 model in {path} cannot be opened"):
-            return cls(EncoderLogits(path, numerics.threads), folders.load_tokenizer(path), *_read_size(path))
+    return as_stage_error(f"the INT8 model rejects the question {text[:80]!r}", remedy)

@@ -33,7 +33,9 @@ OUTPUTS = {"answers": "data/evaluate/{key}/answers"}
 SECTIONS = ("evaluations",)
 
 TEXT_COLUMNS = ("id", "entity", "split", "kind", "evaluation", "question", "reply", "extracted", "reference", "overlap")
-NUMBER_COLUMNS = ("reward", "judge_score", "toxicity")
+NUMBER_COLUMNS = (
+    "reward", "judge_score", "toxicity", "chrf", "rouge_l", "nats", "tokens", "text_nats", "bytes", "top",
+)  # fmt: skip
 SAMPLED = "sampled"
 
 

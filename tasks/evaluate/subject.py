@@ -14,8 +14,9 @@ from tasks.common.harness.job import Job
 from tasks.common.modelling import models, torch_setup
 from tasks.common.random_streams import Stream, derive_seed
 from tasks.common.settings import Settings
+from tasks.evaluate.encoders_under_test import Encoder, open_encoder
 from tasks.evaluate.evaluation import Row, Rows
-from tasks.evaluate.models_under_test import Decoder, Encoder, Prompt, open_decoder, open_encoder
+from tasks.evaluate.models_under_test import Decoder, Prompt, open_decoder
 from tasks.evaluate.results import ResultStore
 
 if TYPE_CHECKING:

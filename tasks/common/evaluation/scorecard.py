@@ -29,6 +29,14 @@ def choose_any_questions(
     return list(islice(filter(fits, distinct_questions.values()), count))
 
 
+def choose_conversations(table: Sequence[dict[str, Any]], split: str, count: int) -> list[dict[str, Any]]:
+    """Return up to `count` distinct conversations of a split, ordered by id (a hash)."""
+    distinct: dict[str, dict[str, Any]] = {}
+    for row in sorted((row for row in table if row["split"] == split), key=lambda row: row["id"]):
+        distinct.setdefault(repr(row["messages"]), row)
+    return list(islice(distinct.values(), count))
+
+
 def evenly_spaced(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """Return `count` evenly spaced rows; rows repeat if there are fewer."""
     step = max(len(rows) / count, 1)
