@@ -49,16 +49,23 @@ def main() -> None:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Train a language model from raw text and serve it, reproducibly from data hash to answer.
 
     \b
+    bessemer init      create a project from a checkpoint, texts, conversations, preferences or labels
     bessemer run       train or update the model; only changed stages run
     bessemer chat      chat with it
     bessemer serve     serve it on http://localhost:3000
     bessemer rank      let people rank its answers there, as training data for the next run
     """
+    if context.invoked_subcommand == "init":  # the one command outside a project
+        return
+    from flows.own_code import use_project_code
+
     os.chdir(project_root(Path.cwd()))
+    use_project_code(Path())
 
 
 def project_root(start: Path) -> Path:
@@ -320,3 +327,7 @@ def doctor() -> None:
         mark, colour = ("note", "cyan") if finding.note else ("ok  ", "green") if finding.good else ("fix ", "yellow")
         click.echo(f"{click.style(mark, fg=colour)} {finding.text}")
     sys.exit(0 if all(finding.good for finding in findings) else 1)
+
+
+if __name__ == "__main__":
+    main()

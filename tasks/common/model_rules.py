@@ -16,8 +16,9 @@ SIZE_LIMITS = (
     ("method.rank", "hidden", "the rank of a matrix is at most the model's width"),
 )
 WINDOW_SETTINGS = {  # settings that must not exceed the context length of the entry's model
-    "pretrain": ("window",), "finetune": ("task.packing", "pretraining_mix.window"), "reward": ("max_tokens",),
-    "align": ("algorithm.ptx.window",), "prune": ("window",), "evaluate": ("window",),
+    "pretrain": ("window",), "finetune": ("max_tokens", "task.packing", "pretraining_mix.window"),
+    "reward": ("max_tokens",), "align": ("algorithm.ptx.window",), "prune": ("window",),
+    "evaluate": ("window",),
 }  # fmt: skip
 ACCEPTED_KINDS = {  # the kinds of models that a stage accepts, and their description
     "pretrain": (("causal",), "a causal model"),
