@@ -289,8 +289,10 @@ def test_no_usable_conversation_is_an_error(chain: Chain, tmp_path: Path) -> Non
     settings = config("finetune@chat", steps=1)
     job = chain.job("finetune@chat", settings, tmp_path)
     job.inputs["instructions"] = rewrite_replies(chain, tmp_path / "table", "word " * 200, 48)
+    sentence = (
         r"none of the 48 training conversations .* \(48 too_long\)\. .* "
         r"The limit is 64 tokens \(max_tokens, or the model's context\)"
+    )
     with pytest.raises(StageError, match=sentence):
         chain.run(job, settings)
 
