@@ -33,6 +33,7 @@ WITH_OPTION = click.option(
 def main() -> None:
     """Entry point. An error that the user can fix is one message and exit code 1, without a traceback."""
     try:
+        _use_project_code()
         cli(standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
@@ -46,6 +47,15 @@ def main() -> None:
         click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
         click.echo(str(error), err=True)
         sys.exit(1)
+
+
+def _use_project_code() -> None:
+    """Hand over to the code of the project that this command was called in, if it has its own."""
+    from flows.own_code import use_project_code
+
+    project = nearest_project(Path.cwd())
+    if project and sys.argv[1:2] != ["init"]:
+        use_project_code(project)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -62,20 +72,23 @@ def cli(context: click.Context) -> None:
     """
     if context.invoked_subcommand == "init":  # the one command outside a project
         return
-    from flows.own_code import use_project_code
-
     os.chdir(project_root(Path.cwd()))
-    use_project_code(Path())
 
 
 def project_root(start: Path) -> Path:
-    """Return the project folder: the nearest folder upwards that contains a dvc.yaml."""
-    for folder in (start, *start.parents):
-        if (folder / "dvc.yaml").is_file():
-            return folder
-    raise BessemerError(
-        f"{start} is not inside a project (no dvc.yaml here or above): change to the project folder first."
-    )
+    """Return the project folder around a folder; raise BessemerError if there is none."""
+    project = nearest_project(start)
+    if project is None:
+        raise BessemerError(
+            f"{start} is not inside a project (no dvc.yaml here or above): change to the project folder, or create one "
+            "with `bessemer init`."
+        )
+    return project
+
+
+def nearest_project(start: Path) -> Path | None:
+    """Return the nearest folder upwards that contains a dvc.yaml; None if there is none."""
+    return next((folder for folder in (start, *start.parents) if (folder / "dvc.yaml").is_file()), None)
 
 
 @cli.command()

@@ -5,14 +5,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 
 from flows import graph, terminal
 from flows.start import machine, project
 from flows.start.brought import Brought, Table
-from flows.start.checkpoint import Checkpoint, read_checkpoint
+from flows.start.checkpoint import read_checkpoint
 from flows.start.params_text import render
 from flows.start.pipeline import CHECKPOINT_FOLDER, OPTIONS, Design, design
 from flows.start.tables import read_table
@@ -123,7 +122,9 @@ def _inspect(checkpoint: Path | None, paths: Paths) -> Brought:
 
 def _files(brought: Brought, paths: Paths) -> list[tuple[str, Path]]:
     """Return (path in the project, the user's file or folder) of everything that is copied."""
-    found = [(f"{CHECKPOINT_FOLDER}/{brought.checkpoint.path.name}", brought.checkpoint.path)] if brought.checkpoint else []
+    found = (
+        [(f"{CHECKPOINT_FOLDER}/{brought.checkpoint.path.name}", brought.checkpoint.path)] if brought.checkpoint else []
+    )
     return found + [(f"{project.SOURCES}/{path.name}", path) for option in OPTIONS for path in paths.get(option, ())]
 
 

@@ -48,14 +48,30 @@ def _section(name: str, content: Mapping[str, Any]) -> Iterator[str]:
     if len(whole) + len(comment) <= WIDTH:
         yield whole + comment
         return
+    if all(isinstance(entry, Mapping) and len(entry) == 1 for entry in content.values()):
+        yield from _wrap(whole, INDENT)
+        return
     yield f"{name}:{comment}"
     for key, value in content.items():
+        twin = next((other for other in content if other != key and _differs_little(content[other], value)), None)
         if isinstance(value, list):
             yield f"  {key}:"
             for item in value:
                 yield from _wrap(f"    - {flow(item)}", 7)
-        else:
+        elif twin is None:
             yield from _wrap(f"  {key}: {flow(value)}", INDENT)
+        elif list(content).index(twin) > list(content).index(key):
+            yield from _wrap(f"  {key}: &{name} {flow(value)}", INDENT)
+        else:
+            changed = {setting: value[setting] for setting in value if value[setting] != content[twin][setting]}
+            yield f"  {key}: {{<<: *{name}, {flow(changed).removeprefix('{')}"
+
+
+def _differs_little(first: Any, second: Any) -> bool:
+    """Return whether two entries have the same keys, and most of their values are equal."""
+    if not isinstance(first, Mapping) or not isinstance(second, Mapping) or first.keys() != second.keys():
+        return False
+    return sum(first[key] != second[key] for key in first) * 3 < len(first)
 
 
 def _wrap(text: str, indent: int) -> Iterator[str]:

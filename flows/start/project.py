@@ -73,7 +73,9 @@ def copy_in(project: Path, files: Mapping[str, Path]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             if source.is_dir():
-                shutil.copytree(source, target)
+                shutil.copytree(source, target, copy_function=shutil.copyfile)
+                for folder in (target, *(entry for entry in target.rglob("*") if entry.is_dir())):
+                    folder.chmod(0o755)  # copytree keeps the modes of folders, which may be read-only
             else:
                 shutil.copyfile(source, target)
         except (OSError, shutil.Error) as error:

@@ -1,4 +1,4 @@
-"""Rules between `ingest.sources` and the entries that read its tables: a stage cannot learn from what no source provides.
+"""Rules between `ingest.sources` and the entries that read its tables: what no source provides, no stage can read.
 
 Sources of unknown content (data sets on the hub, whose table is stated but whose rows are not known) count as what they
 state. Missing values are skipped here, because `params_file.check` reports them.
