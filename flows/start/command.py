@@ -13,7 +13,7 @@ from flows.start import machine, project
 from flows.start.brought import Brought, Table
 from flows.start.checkpoint import read_checkpoint
 from flows.start.params_text import render
-from flows.start.pipeline import CHECKPOINT_FOLDER, OPTIONS, Design, design
+from flows.start.pipeline import OPTIONS, Design, design
 from flows.start.tables import read_table
 from tasks.common import params_file
 from tasks.common.raw_params import read_params
@@ -110,6 +110,8 @@ def _ask_how(brought: Brought) -> Brought:
 def _inspect(checkpoint: Path | None, paths: Paths) -> Brought:
     """Read what is brought and print a line about each part."""
     model = read_checkpoint(checkpoint) if checkpoint else None
+    if not checkpoint and not paths.get("text") and (paths.get("conversations") or paths.get("preferences")):
+        model = DEFAULT_CHECKPOINT  # conversations alone teach no language
     if model:
         click.echo(f"{model.path}: {model.describe()}")
     tables: dict[str, Table] = {}
@@ -122,9 +124,8 @@ def _inspect(checkpoint: Path | None, paths: Paths) -> Brought:
 
 def _files(brought: Brought, paths: Paths) -> list[tuple[str, Path]]:
     """Return (path in the project, the user's file or folder) of everything that is copied."""
-    found = (
-        [(f"{CHECKPOINT_FOLDER}/{brought.checkpoint.path.name}", brought.checkpoint.path)] if brought.checkpoint else []
-    )
+    own = [brought.checkpoint] if brought.checkpoint and not brought.checkpoint.archive else []
+    found = [(checkpoint.folder, checkpoint.path) for checkpoint in own]
     return found + [(f"{project.SOURCES}/{path.name}", path) for option in OPTIONS for path in paths.get(option, ())]
 
 

@@ -22,7 +22,6 @@ SHAPES = (  # most characters of the corpus, and the shape of a new model: hidde
     (float("inf"), (384, 8, 6, 16384, 256)),
 )
 MAX_TOKENS = 512  # of a conversation in training, where the checkpoint allows more
-BASE, CHECKPOINT_FOLDER = "data/pretrain/causal/model", "models"
 
 
 @dataclass
@@ -78,7 +77,9 @@ class Designer:
 
     def start_from_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Take the user's checkpoint as the model so far."""
-        folder = f"{CHECKPOINT_FOLDER}/{checkpoint.path.name}"
+        folder = checkpoint.folder
+        if checkpoint.archive:
+            self.design.sections["ingest"] = {"checkpoint": dict(checkpoint.archive)}
         self.parameters, self.context = checkpoint.parameters, checkpoint.context
         if checkpoint.kind == "masked":
             self.encoder = folder
@@ -213,7 +214,7 @@ def _check(brought: Brought) -> None:
         named = ", ".join(f"--{name}" for name in OPTIONS if OPTIONS[name] in tables)
         raise BessemerError(
             f"{named or 'Nothing'} alone gives no model to start from: add --checkpoint (a Transformers folder), or "
-            "--text to train a new model from nothing."
+            "--text to train a new model."
         )
     if checkpoint and checkpoint.kind == "masked" and not {"instructions", "rankings"}.isdisjoint(tables):
         raise BessemerError(
