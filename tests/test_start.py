@@ -27,7 +27,7 @@ def table(rows: int = 400, characters: float = 350.0) -> Table:
 
 
 def checkpoint(kind: str = "causal", parameters: int = 135_000_000, context: int = 8192) -> Checkpoint:
-    return Checkpoint(Path("mine"), kind, parameters, context, "apache-2.0", chat_template=True, mask_token=False)
+    return Checkpoint(Path("mine"), kind, parameters, context, "apache-2.0", chat_template=True)
 
 
 def text() -> str:
