@@ -11,7 +11,7 @@ import click
 from flows import graph, terminal
 from flows.start import machine, project
 from flows.start.brought import Brought, Table
-from flows.start.checkpoint import read_checkpoint
+from flows.start.checkpoint import DEFAULT_CHECKPOINT, read_checkpoint
 from flows.start.params_text import render
 from flows.start.pipeline import OPTIONS, Design, design
 from flows.start.tables import read_table
