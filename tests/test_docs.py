@@ -14,8 +14,7 @@ from flows import cli_reference
 from flows.cli import cli
 from tasks.common import tables
 from tasks.common.params_file import check
-from tasks.common.settings import STAGES
-from tasks.common.tables import TABLES
+from tasks.common.settings import ENTRY_SECTIONS, STAGES
 from tests.conftest import ROOT
 
 PAGES = sorted(
@@ -26,16 +25,7 @@ PAGES = sorted(
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # A page of docs/ with or without an anchor, as docstrings, messages and settings name it.
 DOCS_PATH = re.compile(r"(?<![\w/])docs/[\w./-]+\.(?:md|png)(?:#[\w-]+)?")
-ENTRIES = (
-    "pretrain",
-    "finetune",
-    "reward",
-    "align",
-    "prune",
-    "quantize",
-    "evaluate",
-    "evaluations",
-)  # whose keys are users' names
+ENTRIES = ENTRY_SECTIONS  # whose keys are users' names
 CODE = ("tasks", "flows", "serving", "tests", "benchmarks", "profiles")
 
 
@@ -173,6 +163,6 @@ def examples() -> Iterator[tuple[str, dict[str, Any]]]:
 )
 def test_pipelines_of_the_graph_guide_are_valid(title: str, sections: dict[str, Any]) -> None:
     source = {"kind": "files", "licence": "MIT", "format": "jsonl"}
-    named = [{**source, "name": table, "path": f"{table}.jsonl", "table": table} for table in TABLES]
+    named = [{**source, "name": table, "path": f"{table}.jsonl", "table": table} for table in tables.TABLES]
     params = {"base": {"seed": 1}, "ingest": {"sources": named}, "tokenize": GIVEN, **EMPTY, **sections}
     check(params, title)

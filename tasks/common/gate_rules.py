@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from tasks.common import data_rules
 from tasks.common.harness.job import module_of
 from tasks.common.harness.lineage import evaluations, model_before_alignment
 from tasks.common.model_graph import Params, entries_of, links_of, lookup
@@ -33,9 +34,6 @@ STAGE_FIGURES = {  # patterns of the figures in each stage's metrics, by their f
     "prune": ("parameters*", "removed", "feed_forward", *LOSSES),
     "quantize": ("bytes", "fp32_bytes", "ratio"),
 }  # fmt: skip
-FACT_READERS = ("countries", "elements")
-ANSWERLESS_FORMATS = ("alpaca", "sharegpt", "openai")
-TABLES_OF_ROWS = {"facts": ("corpus", "instructions", "answers"), "ratings": ("corpus",), "rankings": ()}
 
 
 def check_gates(params: Params) -> Iterator[str]:
@@ -117,27 +115,9 @@ def _kind(kinds: ModelKinds, folder: str) -> str | None:
 
 def _tables(params: Params) -> dict[str, bool]:
     """Return which tables, and whether short answers, the sources can give."""
-    sources = lookup(params, "ingest.sources")
-    given: set[str] = set()
-    for source in sources if isinstance(sources, list) else [{}]:
-        given |= set(_given(source))
-    return {name: name in given for name in ("corpus", "instructions", "answers")}
-
-
-def _given(source: Any) -> Sequence[str]:
-    """Return what a source can give: everything, unless its settings say otherwise."""
-    reader, table, kind = (lookup(source, name) for name in ("reader", "table", "kind"))
-    if kind == "rankings":
-        return ()
-    if reader in FACT_READERS:
-        return TABLES_OF_ROWS["facts"]
-    if reader in ("speeches", "ratings"):
-        return ("corpus",)
-    if table == "instructions":
-        return ("instructions",) if lookup(source, "format") in ANSWERLESS_FORMATS else ("instructions", "answers")
-    if table == "corpus":
-        return ("corpus",)
-    return TABLES_OF_ROWS.get(str(table), ("corpus", "instructions", "answers"))
+    provided = data_rules.provided_tables(params)
+    found = {name: name in provided for name in ("corpus", "instructions")}
+    return {**found, "answers": data_rules.gives_answers(params)}
 
 
 def check_evaluations(params: Params) -> Iterator[str]:
