@@ -66,7 +66,8 @@ class Graph:
             (path / part).symlink_to(ROOT / part)
         for stage in ENTRY_STAGES:
             (path / "data" / stage).mkdir(parents=True)
-        (path / "data/sources/toxicity").mkdir(parents=True)
+        for name in ("toxicity", "evaluation"):
+            (path / "data/sources" / name).mkdir(parents=True)
         (path / ".dvc").mkdir()
         (path / ".dvc/config").write_text("[core]\n    no_scm = true\n", encoding="utf-8")
         with (path / "params.yaml").open("w", encoding="utf-8") as file:

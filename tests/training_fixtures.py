@@ -315,7 +315,8 @@ class Chain:
                 self._write_tables()
 
     def _write_tables(self) -> None:
-        (self.root / "data/sources/toxicity").mkdir(parents=True)
+        for name in ("toxicity", "evaluation"):
+            (self.root / "data/sources" / name).mkdir(parents=True)
         for table, rows in (("corpus", corpus()), ("instructions", instructions()), ("rankings", rankings())):
             tables.write(list(rows), self.root / "data/validate" / table, tables.schema(table))
 

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from tasks.evaluate.evaluation import Evaluation
 from tasks.evaluate.exact_match import ExactMatch
+from tasks.evaluate.harness import Harness
 from tasks.evaluate.heldout_loss import HeldoutLoss
 from tasks.evaluate.judge import Judge
 from tasks.evaluate.masked_names import MaskedNames
@@ -15,7 +16,7 @@ from tasks.evaluate.text import Text
 from tasks.evaluate.toxicity import Toxicity
 
 AnyEvaluation = Annotated[
-    ExactMatch | HeldoutLoss | Overlap | Text | Reward | Judge | Diversity | MaskedNames | Toxicity,
+    ExactMatch | HeldoutLoss | Overlap | Text | Reward | Judge | Diversity | MaskedNames | Toxicity | Harness,
     Field(discriminator="kind"),
 ]
 

@@ -15,6 +15,7 @@ from tasks.common.harness.job import Job, Link, StageError
 from tasks.common.modelling import torch_setup
 from tasks.evaluate.evaluation import Evaluation, Facts, Result, Row, Rows, answer_row, model_kind_of
 from tasks.evaluate.evaluations import AnyEvaluation, default_evaluations
+from tasks.evaluate.harness import FOLDER as EVALUATION_FOLDER
 from tasks.evaluate.results import ResultStore
 from tasks.evaluate.subject import Config, Subject
 from tasks.evaluate.toxicity import FOLDER as TOXICITY_FOLDER
@@ -28,6 +29,7 @@ INPUTS = {
     "tokenizer": "data/tokenize/tokenizer",
     "shards": "data/tokenize/shards",
     "toxicity": TOXICITY_FOLDER.as_posix(),
+    "evaluation": EVALUATION_FOLDER.as_posix(),
 }
 OUTPUTS = {"answers": "data/evaluate/{key}/answers"}
 SECTIONS = ("evaluations",)
