@@ -13,10 +13,9 @@ from tasks.common.harness.job import Job, Link
 from tasks.common.harness.lineage import evaluated_ancestor, evaluations, model_before_alignment
 from tasks.common.harness.records import write_json
 from tasks.common.settings import Checkpoints
-from tasks.compare import gates, means
+from tasks.compare import gates, means, preferences
 from tasks.compare import stage as compare
 from tasks.compare.gates import Gate
-from tasks.compare.stage import win_rate
 from tasks.evaluate import stage as evaluate
 from tests import training_fixtures
 from tests.training_fixtures import NUMERICS
@@ -58,7 +57,8 @@ def described(figures: dict[str, Any]) -> dict[str, Any]:
         for name, specs in SPECS.items()
         if specs.keys() & figures.keys()
     }
-    return {**found, "reward": {"kind": "reward", "applies_to": "Models.", "means": {}}}
+    judge = {"judge": {"kind": "judge", "applies_to": "Models.", "means": {}}} if "reward_mean" in figures else {}
+    return {**found, **judge, "reward": {"kind": "reward", "applies_to": "Models.", "means": {}}}
 
 
 def answers(*by_entity: list[bool]) -> Answers:
@@ -177,6 +177,12 @@ def test_figures_are_given_apart_by_seen_text() -> None:
 
 
 # The judge
+
+
+def win_rate(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the win rate of scored replies."""
+    pairs = preferences.pair_replies(before, after)
+    return preferences.win_rate(pairs, preferences.by_score(pairs))
 
 
 def judged_rows(scores: list[float], entities: int = 10**6, **changes: Any) -> list[dict[str, Any]]:
@@ -405,7 +411,8 @@ def make_job(
         write_json(inputs[f"record of {name}"], {"metrics": figures})
     outputs = {name: folder / Path(path).name for name, path in compare.OUTPUTS.items()}
     store = Checkpoints(url="memory://", every_seconds=1e9)
-    return Job("compare", None, inputs, outputs, 1, NUMERICS, "r", store, graph=graph)
+    sections = {"evaluations": training_fixtures.evaluations()}
+    return Job("compare", None, inputs, outputs, 1, NUMERICS, "r", store, graph=graph, sections=sections)
 
 
 def settings(resamples: int = 100) -> compare.Config:

@@ -52,6 +52,8 @@ def check_stages(params: Params, stages: Iterable[str]) -> Iterator[str]:
     """Report settings that prevent some of the given stages from running but are valid for others."""
     wanted = list(stages)
     yield from model_graph.check_user_paths(params, wanted)
+    if "compare" in wanted:
+        yield from gate_rules.check_keys(params)
     if "ingest" in wanted:
         yield from data_rules.check_source_files(params)
     unsupported = [

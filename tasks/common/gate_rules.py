@@ -5,6 +5,7 @@ they need to know of it (its kind, the reward models, the tables that sources ca
 fact that does not follow counts as possible.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -79,6 +80,7 @@ def possible_figures(params: Params) -> dict[str, list[str] | None]:
     found: dict[str, list[str] | None] = {}
     for entry, link in by_key.items():
         facts = stage.Facts(
+            entry=entry,
             kind=_kind(kinds, link.reads[0]) if link.reads else None,
             roles=frozenset(str(lookup(one, "role")) for one in entries_of(params, "reward").values()),
             before=model_before_alignment(link, links) if link.reads else None,
@@ -125,9 +127,24 @@ def check_evaluations(params: Params) -> Iterator[str]:
     listed, kinds = _evaluations(params) or {}, ModelKinds(params)
     evaluated = entries_of(params, "evaluate")
     for name, one in listed.items():
+        against = getattr(one, "against", None)
+        if against is not None and against not in evaluated:
+            names = ", ".join(evaluated) or "none"
+            yield f"evaluations.{name}.against: found {against!r}, but the entries of evaluate are {names}"
         for number, entry in enumerate(one.models or ()):
             where = f"evaluations.{name}.models.{number}"
             if entry not in evaluated:
                 yield f"{where}: found {entry!r}, but the entries of evaluate are {', '.join(evaluated) or 'none'}"
             elif not one.is_for(entry, kind := _kind(kinds, str(lookup(evaluated[entry], "model")))):
                 yield f"{where}: found {entry!r}, a {kind} model, but {one.KIND} applies to: {one.APPLIES_TO}"
+
+
+def check_keys(params: Params) -> Iterator[str]:
+    """Report API keys of judges that are not in the environment of this process."""
+    for name, one in (_evaluations(params) or {}).items():
+        variable = getattr(getattr(one, "by", None), "key_variable", None)
+        if variable and not os.environ.get(variable):
+            yield (
+                f"evaluations.{name}.by.key_variable: found {variable!r}, but this environment variable is not set: "
+                "set it to the API key, or remove the setting if the endpoint needs none"
+            )

@@ -11,21 +11,26 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from pydantic import Field
 
 from tasks.common import tables
+from tasks.common.evaluation.results import ResultStore
 from tasks.common.harness import records
 from tasks.common.harness.job import Job, Link
 from tasks.common.harness.lineage import entries_by_folder, evaluated_ancestor, evaluations, model_before_alignment
 from tasks.common.settings import Settings
-from tasks.compare import continuations, gates, means, samples, wilson
+from tasks.compare import continuations, gates, means, preferences, samples
 from tasks.compare.gates import Gate
+from tasks.compare.language_judge import judge_pairs
 
 NUMERICS = False  # no model computes here
 GRAPH = True
 INPUTS: dict[str, str] = {}
-OUTPUTS = {"differences": "data/compare/differences.json", "samples": "data/compare/samples.html"}
+OUTPUTS = {
+    "differences": "data/compare/differences.json",
+    "judgements": "data/compare/judgements.json",
+    "samples": "data/compare/samples.html",
+}
 
 SECTIONS = ("evaluations",)
 NOT_FIGURES = ("model", "kind", "evaluations")  # in the metrics of an evaluation
@@ -60,13 +65,18 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         if name.startswith("record of ")
     }
     answers = {link.key: tables.read(job.inputs[f"answers of {link.key}"]).to_pylist() for link in evaluated}
+    described = {link.key: found[link.name]["evaluations"] for link in evaluated}
     rows = [_row(link, job, found[link.name], answers, config) for link in evaluated]
+    store = ResultStore.for_job(job, parts=())  # a verdict depends only on what the judge is asked
+    judgements = [
+        _judge(link, row, job, described[link.key], answers, store) for link, row in zip(evaluated, rows, strict=True)
+    ]
+    records.write_json(job.outputs["judgements"], [one for judged in judgements for one in judged])
     for name in dict.fromkeys(
         name for row in rows for name, value in row.items() if not isinstance(value, dict | list)
     ):
         for row in rows:
             row.setdefault(name, None)
-    described = {link.key: found[link.name]["evaluations"] for link in evaluated}
     changes = [change for row in rows for change in _changes(row, described, answers, config, job)]
     records.write_json(job.outputs["differences"], changes)
     toxicity = _toxicity(described, rows, answers, config, job)
@@ -107,9 +117,39 @@ def _row(link: Link, job: Job, metrics: Mapping[str, Any], answers: Mapping[str,
             if parts := means.by_overlap(chosen, spec):
                 row.setdefault("by_overlap", {})[figure if own is row else f"{name}.{figure}"] = parts
     row |= continuations.figures(answers[link.key], config.resamples, job.seed)
-    if other := model_before_alignment(link, job.graph):
-        row |= {"against": other, **win_rate(answers[other], answers[link.key])}
     return row
+
+
+def _judge(
+    link: Link, row: Row, job: Job, described: Mapping[str, Row], answers: Mapping[str, Sequence[Row]],
+    store: ResultStore,
+) -> list[Row]:  # fmt: skip
+    """Add the win rates of a model to its row; return the verdicts of language models."""
+    judgements = []
+    row["against"] = before = model_before_alignment(link, job.graph)
+    for name, one in job.sections["evaluations"].items():
+        other = getattr(one, "against", None) or before
+        if name not in described or described[name]["kind"] != "judge" or other in (None, link.key):
+            continue
+        pairs = preferences.pair_replies(answers[other], answers[link.key], one.pairs)
+        if one.by is None:
+            results = preferences.by_score(pairs)
+        else:
+            found = judge_pairs(one.by, pairs, store)
+            results = [judged["result"] for judged in found]
+            about = {"evaluation": name, "model": link.key, "against": other}
+            judgements += [
+                {**about, "id": pair.id, "number": pair.number, **judged}
+                for pair, judged in zip(pairs, found, strict=True)
+            ]
+        figures = preferences.win_rate(pairs, results)
+        if name == described[name]["kind"]:
+            row.update(figures)
+        else:
+            row[name] = {**row[name], **figures, "against": other}
+        if figures["win_rate"] is None:
+            described[name].setdefault("absent", f"{link.key} and {other} have no judged replies to held-out prompts")
+    return judgements
 
 
 def _changes(
@@ -140,34 +180,3 @@ def _toxicity(
     header = {name: measured[name] for name in ("classifier", "ask", "continuations")}
     aligned = {row["model"]: row["against"] for row in rows if row["against"] and row["made_by"].startswith("align@")}
     return {**header, "categories": continuations.by_category(answers, aligned, config.resamples, job.seed)}
-
-
-def win_rate(before: Sequence[Row], after: Sequence[Row]) -> Row:
-    """Return how often the judge prefers a model's reply to that of the model before alignment, with its interval.
-
-    It compares sampled replies to the same prompts about held-out entities, which alignment has not seen either. A tie
-    counts half. The interval is clustered by entity. Both values are None if there are no such replies.
-    """
-    old, new = _judged_replies(before), _judged_replies(after)
-    by_entity: dict[str, list[float]] = {}
-    for key in old.keys() & new.keys():
-        score, score_before = new[key]["judge_score"], old[key]["judge_score"]
-        by_entity.setdefault(old[key]["entity"], []).append((score > score_before) + 0.5 * (score == score_before))
-    if not by_entity:
-        return {"win_rate": None, "win_rate_interval": None}
-    sums = np.array([[sum(wins), len(wins)] for _, wins in sorted(by_entity.items())], dtype=float)
-    return {
-        "win_rate": round(float(sums[:, 0].sum() / sums[:, 1].sum()), 4),
-        "win_rate_interval": wilson.interval(sums),
-    }
-
-
-def _judged_replies(rows: Sequence[Row]) -> dict[tuple[str, int], Row]:
-    """Return the judged replies about held-out entities by (question id, index of the reply to it)."""
-    found: dict[tuple[str, int], Row] = {}
-    counts: dict[str, int] = {}
-    for row in rows:
-        if row["kind"] == "sampled" and row["split"] == "heldout" and row["judge_score"] is not None:
-            number = counts[row["id"]] = counts.get(row["id"], -1) + 1
-            found[row["id"], number] = row
-    return found

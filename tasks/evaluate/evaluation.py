@@ -24,6 +24,7 @@ CLASSIFIER_KINDS = ("classification", "regression", "classifier")
 class Facts:
     """What settings alone say about an evaluated model; None where they do not say it."""
 
+    entry: str = ""  # of evaluate
     kind: str | None = None  # causal, masked or classifier
     roles: frozenset[str] = frozenset(("train", "judge"))  # of the reward models of the graph
     before: str | None = None  # the entry of evaluate with the model before alignment

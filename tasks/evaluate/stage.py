@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from tasks.common import tables
+from tasks.common.evaluation.results import ResultStore
 from tasks.common.harness.job import Job, Link, StageError
 from tasks.common.modelling import torch_setup
 from tasks.evaluate.evaluation import Evaluation, Facts, Result, Row, Rows, answer_row, model_kind_of
 from tasks.evaluate.evaluations import AnyEvaluation, default_evaluations
 from tasks.evaluate.harness import FOLDER as EVALUATION_FOLDER
-from tasks.evaluate.results import ResultStore
 from tasks.evaluate.subject import Config, Subject
 from tasks.evaluate.toxicity import FOLDER as TOXICITY_FOLDER
 

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from tasks.common import tables
 from tasks.common.evaluation import scorecard
+from tasks.common.evaluation.results import ResultStore
 from tasks.common.harness.job import Job
 from tasks.common.modelling import models, torch_setup
 from tasks.common.random_streams import Stream, derive_seed
@@ -17,7 +18,6 @@ from tasks.common.settings import Settings
 from tasks.evaluate.encoders_under_test import Encoder, open_encoder
 from tasks.evaluate.evaluation import Row, Rows
 from tasks.evaluate.models_under_test import Decoder, Prompt, open_decoder
-from tasks.evaluate.results import ResultStore
 
 if TYPE_CHECKING:
     from tasks.common.reward.scoring import Scorer

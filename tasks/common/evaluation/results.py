@@ -34,14 +34,14 @@ class ResultStore:
     used: set[str] = field(default_factory=set)
 
     @classmethod
-    def for_job(cls, job: Job) -> "ResultStore":
-        """Return the store of a job's entry; raise StageError if it is not writable."""
+    def for_job(cls, job: Job, parts: tuple[str, ...] = ("code", "numerics", "seed", "lock")) -> "ResultStore":
+        """Return the store of a job's entry, keyed by parts of its recipe; raise StageError if it is not writable."""
         if not job.parts:
             return cls({}, {})
         import fsspec
 
         filesystem, path = fsspec.core.url_to_fs(job.checkpoints.url)
-        shared = {name: job.parts[name] for name in ("code", "numerics", "seed", "lock")}
+        shared = {name: job.parts[name] for name in parts}
         hashes = {name: job.parts["inputs"][str(input_path)] for name, input_path in job.inputs.items()}
         store = cls(shared, hashes, filesystem, f"{path.rstrip('/')}/{FOLDER}/{job.name}")
         try:
