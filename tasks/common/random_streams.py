@@ -45,6 +45,7 @@ class Stream(IntEnum):
     SPEED_PROMPT = 24
     MATRIX_PRODUCT = 25
     OVERLAP = 26  # replies of an evaluation
+    ABSTENTION = 27
 
 
 def _sequence(seed: int, stream: Stream, index: tuple[int, ...]) -> np.random.SeedSequence:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from tasks.evaluate.abstention import Abstention
 from tasks.evaluate.evaluation import Evaluation
 from tasks.evaluate.exact_match import ExactMatch
 from tasks.evaluate.harness import Harness
@@ -16,7 +17,17 @@ from tasks.evaluate.text import Text
 from tasks.evaluate.toxicity import Toxicity
 
 AnyEvaluation = Annotated[
-    ExactMatch | HeldoutLoss | Overlap | Text | Reward | Judge | Diversity | MaskedNames | Toxicity | Harness,
+    ExactMatch
+    | HeldoutLoss
+    | Overlap
+    | Text
+    | Reward
+    | Judge
+    | Diversity
+    | MaskedNames
+    | Toxicity
+    | Harness
+    | Abstention,
     Field(discriminator="kind"),
 ]
 
