@@ -169,11 +169,11 @@ def test_difference_of_ratios_is_over_the_items_of_both() -> None:
 
 def test_figures_are_given_apart_by_seen_text() -> None:
     groups = ["seen", "seen", "nearly", "unseen", "unseen", None]
-    table = [{**row, "overlap": group} for row, group in zip(rows([True] * 3 + [False] * 3), groups, strict=True)]
-    assert means.by_overlap(table, spec()) == {
+    table = [{**row, "seen_text": group} for row, group in zip(rows([True] * 3 + [False] * 3), groups, strict=True)]
+    assert means.by_seen_text(table, spec()) == {
         "seen": {"value": 1.0, "items": 2}, "nearly": {"value": 1.0, "items": 1}, "unseen": {"value": 0.0, "items": 2},
     }  # fmt: skip
-    assert means.by_overlap([{**row, "overlap": None} for row in table], spec()) == {}
+    assert means.by_seen_text([{**row, "seen_text": None} for row in table], spec()) == {}
 
 
 # The judge

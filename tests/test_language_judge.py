@@ -146,7 +146,7 @@ def test_unreachable_judge_is_an_error(endpoint: Endpoint) -> None:
 
 
 def test_prompt_without_both_replies_is_a_settings_error(endpoint: Endpoint) -> None:
-    with pytest.raises(ValidationError, match="it lacks {second}"):
+    with pytest.raises(ValidationError, match=r"it lacks \{second\}"):
         endpoint.judge(prompt="{question} {first}")
 
 

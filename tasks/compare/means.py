@@ -14,7 +14,7 @@ from tasks.compare import bootstrap, wilson
 Row = Mapping[str, Any]
 Spec = Mapping[str, Any]
 Cells = dict[tuple[str, str], tuple[float, float]]  # (cluster, row id): numerator, denominator
-OVERLAP_GROUPS = ("seen", "nearly", "unseen")
+SEEN_TEXT_GROUPS = ("seen", "nearly", "unseen")
 
 
 def select(rows: Sequence[Row], spec: Spec, evaluation: str) -> list[Row]:
@@ -64,11 +64,11 @@ def paired_difference(
     }
 
 
-def by_overlap(rows: Sequence[Row], spec: Spec) -> dict[str, dict[str, Any]]:
+def by_seen_text(rows: Sequence[Row], spec: Spec) -> dict[str, dict[str, Any]]:
     """Return a figure and its number of items for items that are seen, nearly seen and unseen; empty if not known."""
     found = {}
-    for group in OVERLAP_GROUPS:
-        cells = _cells([row for row in rows if row["overlap"] == group], spec).values()
+    for group in SEEN_TEXT_GROUPS:
+        cells = _cells([row for row in rows if row["seen_text"] == group], spec).values()
         divisor = sum(below for _, below in cells)
         if divisor:
             value = spec["scale"] * sum(above for above, _ in cells) / divisor

@@ -114,8 +114,8 @@ def _row(link: Link, job: Job, metrics: Mapping[str, Any], answers: Mapping[str,
             chosen = means.select(answers[link.key], spec, name)
             if found := means.interval(chosen, spec, config.resamples, job.seed):
                 own[f"{figure}_interval"] = found
-            if parts := means.by_overlap(chosen, spec):
-                row.setdefault("by_overlap", {})[figure if own is row else f"{name}.{figure}"] = parts
+            if parts := means.by_seen_text(chosen, spec):
+                row.setdefault("by_seen_text", {})[figure if own is row else f"{name}.{figure}"] = parts
     row |= continuations.figures(answers[link.key], config.resamples, job.seed)
     return row
 

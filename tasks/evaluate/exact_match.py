@@ -43,5 +43,6 @@ class ExactMatch(Evaluation):
         for row, reply in zip(questions, replies, strict=True):
             found = extractor.extract(reply, row["entity"])
             rows.append(answer_row(row, "greedy", reply, extracted=found, correct=exact_match(found, row["answer"])))
+        subject.mark_seen_text(rows, questions)
         figures, means = means_of(rows, MEANS)
         return Result(figures, rows, means=means)

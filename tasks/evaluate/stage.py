@@ -34,7 +34,18 @@ INPUTS = {
 OUTPUTS = {"answers": "data/evaluate/{key}/answers"}
 SECTIONS = ("evaluations",)
 
-TEXT_COLUMNS = ("id", "entity", "split", "kind", "evaluation", "question", "reply", "extracted", "reference", "overlap")
+TEXT_COLUMNS = (
+    "id",
+    "entity",
+    "split",
+    "kind",
+    "evaluation",
+    "question",
+    "reply",
+    "extracted",
+    "reference",
+    "seen_text",
+)
 NUMBER_COLUMNS = (
     "reward", "judge_score", "toxicity", "chrf", "rouge_l", "nats", "tokens", "text_nats", "bytes", "top",
 )  # fmt: skip

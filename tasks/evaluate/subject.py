@@ -18,6 +18,7 @@ from tasks.common.settings import Settings
 from tasks.evaluate.encoders_under_test import Encoder, open_encoder
 from tasks.evaluate.evaluation import Row, Rows
 from tasks.evaluate.models_under_test import Decoder, Prompt, open_decoder
+from tasks.evaluate.seen_text import classify
 
 if TYPE_CHECKING:
     from tasks.common.reward.scoring import Scorer
@@ -171,6 +172,14 @@ class Subject:
         prompts = [row["messages"][:-1] for row in chosen]
         texts = self.replies(prompts, self.max_new_tokens, self.config.temperature, Stream.SAMPLES, "samples")
         return Sampled(chosen, texts)
+
+    def mark_seen_text(self, rows: Rows, items: Rows) -> None:
+        """Write into answer rows whether the prompts of their items occur in the training conversations."""
+        prompts = [[dict(turn) for turn in item["messages"][:-1]] for item in items]
+        instructions = self.job.inputs["instructions"]
+        groups = self.store.get({"seen_text": prompts}, ["instructions"], lambda: classify(prompts, instructions))
+        for row, group in zip(rows, groups, strict=True):
+            row["seen_text"] = group
 
     def replies(
         self, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float, stream: Stream, what: str
