@@ -12,6 +12,10 @@ from tasks.ingest import importers, preferences, rows
 NAME_PATTERN = r"^[\w.-]+$"
 RESERVED_NAMES = ("statements", "prose")  # groups of all documents with names of entities, and without
 Table = Literal["corpus", "instructions", "rankings", "facts", "ratings"]
+# What the reader of a package gives.
+READER_TABLES: dict[str, Table] = {
+    "countries": "facts", "elements": "facts", "speeches": "corpus", "ratings": "ratings",
+}  # fmt: skip
 BUILDERS = ("csv", "json", "parquet", "text")
 Format = Literal[
     "txt", "jsonl", "csv", "parquet", "alpaca", "sharegpt", "openai", "preference", "argilla", "label_studio"
