@@ -39,6 +39,7 @@ MAX_PROMPTS = 500  # to rank
 MAX_SAMPLES = 3
 SHORT_CHARACTERS = 200  # a sample is one line on a page
 MASK = "[MASK]"
+MAX_TEXTS = 5_000  # of a split, searched for one to mask
 MAX_WORDS = 5_000  # most frequent words as candidates for the encoder if the corpus has no names
 
 
@@ -196,13 +197,18 @@ def choose_samples(prompts: Sequence[Messages]) -> list[str]:
 
 def find_masked_text(corpus: Path) -> str | None:
     """Return a short text of the corpus, held out if possible, with a mask for a name or else for its last word."""
-    for split in ("heldout", "train"):
-        for row in tables.read(corpus, split).slice(0, MAX_WORDS).select(["names", "text"]).to_pylist():
-            text = str(row["text"])
-            hidden = row["names"] or WORD_PATTERN.findall(text)[1:][-1:]
-            found = re.search(rf"(?<!\w){re.escape(hidden[0])}(?!\w)", text) if hidden else None
-            if found and len(text) <= SHORT_CHARACTERS and MASK not in text:
-                return f"{text[: found.start()]}{MASK}{text[found.end() :]}"
+    columns = ("names", "text")
+    rows = [
+        row
+        for split in ("heldout", "train")
+        for row in tables.read(corpus, split).slice(0, MAX_TEXTS).select(columns).to_pylist()
+        if len(row["text"]) <= SHORT_CHARACTERS and MASK not in row["text"]
+    ]
+    for row in sorted(rows, key=lambda row: not row["names"]):
+        hidden = row["names"] or WORD_PATTERN.findall(row["text"])[1:][-1:]
+        found = re.search(rf"(?<!\w){re.escape(hidden[0])}(?!\w)", row["text"]) if hidden else None
+        if found:
+            return f"{row['text'][: found.start()]}{MASK}{row['text'][found.end() :]}"
     return None
 
 

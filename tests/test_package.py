@@ -245,6 +245,13 @@ def test_masked_text_is_of_the_corpus(
     assert examples(inputs, tmp_path / "chat", encoder=None)["masked"] is None
 
 
+def test_masked_text_has_a_name_where_the_corpus_has_any(inputs: dict[str, Path], tmp_path: Path) -> None:
+    fields = {"names": [], "split": "heldout"}
+    named = {"id": "2", "text": "Rome is old.", "names": ["Rome"], "split": "train"}
+    fill(inputs, "corpus", [{"id": "1", "text": "It rained again.", **fields}, named])
+    assert examples(inputs, tmp_path / "out")["masked"] == "[MASK] is old."
+
+
 def test_failed_gates_are_all_named_and_nothing_is_written(inputs: dict[str, Path], tmp_path: Path) -> None:
     against = {**gate(0.1, "b", min=0.2), "against": "a", "relative": True}
     write_evaluation(inputs, [against, gate(0.95), gate(None, "c", max=0.3, min=0.1)])
