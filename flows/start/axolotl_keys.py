@@ -14,11 +14,11 @@ WITHOUT_EFFECT = (
     "include_tkps", "profiler_", "debug", "strict", "hub_", "hf_use_auth_token", "push_dataset_to_hub", "tf32",
     "gradient_checkpointing_kwargs", "activation_offloading", "layer_offloading", "selective_checkpointing",
     "flash_", "xformers_attention", "sdp_attention", "flex_", "sage_attention", "eager_attention", "attn_",
-    "sdpa_varlen", "fused_attn_kernel", "gemma4_hybrid_attn_impl", "large_head_attention", "s2_attention", "liger_",
+    "sdpa_varlen", "fused_attn_kernel", "gemma4_hybrid_attn_impl", "large_head_attention", "liger_",
     "use_kernels", "kernels_", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel",
     "chunked_cross_entropy", "chunked_cross_entropy_num_chunks", "cut_cross_entropy", "tiled_mlp", "tiled_mlp_",
     "torch_compile", "torch_compile_", "dataset_processes", "dataset_num_proc", "dataset_keep_in_memory",
-    "dataset_shard_num", "dataset_shard_idx", "num_dataset_shards_to_save", "dataloader_", "remove_unused_columns",
+    "num_dataset_shards_to_save", "dataloader_", "remove_unused_columns",
     "pad_to_sequence_len", "pad_to_multiple_of", "sample_packing_", "batch_flattening", "multipack_real_batches",
     "group_by_length", "auto_find_batch_size", "low_cpu_mem_usage", "gpu_memory_limit", "max_memory", "device",
     "device_map", "world_size", "local_rank", "ddp", "ddp_", "gc_steps", "gc_collect_steps", "torch_empty_cache_steps",
@@ -30,7 +30,7 @@ WITHOUT_EFFECT = (
     "qlora_sharded_model_loading",
     "gpu", "gpu_count", "secrets", "gptq_", "streaming", "streaming_multipack_buffer_size", "torchdistx_path",
     "pretrain_multipack_buffer_size", "max_packed_sequence_len", "revision_of_model", "merge_lora", "merge_method",
-    "axolotl_config_path", "is_preprocess", "num_labels", "load_best_model_at_end", "peft_autocast_adapter_dtype",
+    "axolotl_config_path", "is_preprocess", "num_labels", "peft_autocast_adapter_dtype",
 )  # fmt: skip
 # Keys that are read only with an adapter.
 OF_ADAPTERS = ("lora_", "loraplus_", "peft", "peft_", "loftq_", "relora", "relora_", "bnb_config_kwargs")
@@ -121,6 +121,10 @@ UNSUPPORTED: Table = {
     "vllm": ("a sampling engine is set in an align entry", "set align.ENTRY.rollouts"),
     "plugins": ("no code from outside is loaded", "most plugins only save time or memory: leave them out"),
     "trainer_cls": ("no code from outside is loaded", "leave it out"),
+    "load_best_model_at_end": ("the weights of the last step are saved", "set steps"),
+    "dataset_shard_num": ("all rows of a file are used", "make a file of the rows that you want"),
+    "dataset_shard_idx": ("all rows of a file are used", "make a file of the rows that you want"),
+    "s2_attention": ("the model's own attention is used", "leave it out"),
     "deepspeed": _PARALLEL,
     "deepcompile": _PARALLEL,
     "fsdp": _PARALLEL,
