@@ -56,9 +56,11 @@ def prompts_to_rank(package: "Package") -> list[Messages]:
 
 
 def can_answer(package: "Package", prompt: Messages) -> bool:
-    """Return whether a prompt is one for the chat model, and leaves room for an answer."""
+    """Return whether the chat model's template takes a prompt, and whether it leaves room for an answer."""
+    from jinja2 import TemplateError
+
     try:
         package.text.prepare(prompt, Sampling())
-    except InputError:
+    except (InputError, TemplateError):  # a template that fails must not keep the service from starting
         return False
     return True

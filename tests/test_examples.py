@@ -56,6 +56,8 @@ def test_damaged_examples_name_the_file(copied: Path) -> None:
 def test_prompts_to_rank_fit_the_models_context(copied: Path) -> None:
     write(copied, prompts=[user("and " * 999), user(question("France")), user("<|end|>")])
     assert prompts_to_rank(open_package(copied)) == [user(question("France"))]
+    (copied / "chat/chat_template.jinja").write_text("{{ messages[0].absent.name }}", encoding="utf-8")
+    assert prompts_to_rank(open_package(copied)) == []
     shutil.rmtree(copied / "chat")
     assert prompts_to_rank(open_package(copied)) == []
 
