@@ -268,3 +268,26 @@ def test_wordings_and_names_must_be_under_the_sources(key: str) -> None:
 def test_two_sources_need_two_names() -> None:
     with pytest.raises(ValidationError, match="source names must be unique; found facts more than once"):
         ingest_config(sources=[FACTS, FACTS])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_null_column_of_a_dataset_that_turns_to_text_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.chdir(tmp_path)
+    copied = copy_sources(tmp_path)
+    pq.write_table(pa.table({"text": ["a", "b"], "note": pa.nulls(2)}), copied / "one.parquet")
+    pq.write_table(pa.table({"text": ["c", "d"], "note": ["x", "y"]}), copied / "two.parquet")
+    files = ["one.parquet", "two.parquet"]
+    source = {**DATASET, "data_files": files, "streaming": streaming, "table": "corpus", "columns": {}}
+    expected = (
+        r"source hub: the column note of one\.parquet, two\.parquet is null in the first 2 rows and has values after"
+    )
+    with pytest.raises(StageError, match=expected):
+        ingest_into(tmp_path / "out", copied, sources=[FACTS, source])
+    both = {**FACTS, "name": "both", "path": "*.parquet", "format": None, "table": None}
+    rows = table(ingest_into(tmp_path / "other", copied, sources=[FACTS, both]), "corpus")
+    assert {row["text"] for row in rows if row["source"] == "both"} == set("abcd")

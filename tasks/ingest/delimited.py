@@ -26,6 +26,8 @@ def read(file: SourceFile) -> Rows:
             for cells in reader:
                 if lines.ended:  # the reader asked for more lines within this row
                     raise csv.Error("a quoted cell that begins there is never closed")
+                if 0 < len(cells) < len(header) and not lines.last.endswith(("\n", "\r")):
+                    raise csv.Error("the file ends within the row that begins there")
                 last_line = reader.line_num + skipped
                 if not header:
                     header = _parse_header(file, cells)
@@ -47,10 +49,10 @@ def _make_row(header: list[str], cells: list[str]) -> dict[str, Any]:
 
 
 class _Lines:
-    """The lines of a file; `ended` says that one more was asked for than there are."""
+    """The lines of a file. `last` is the last one; `ended` says that one more was asked for than there are."""
 
     def __init__(self, lines: Iterator[str]) -> None:
-        self._lines, self.ended = lines, False
+        self._lines, self.last, self.ended = lines, "", False
 
     def __iter__(self) -> "_Lines":
         return self
@@ -60,6 +62,7 @@ class _Lines:
         if line is None:
             self.ended = True
             raise StopIteration
+        self.last = line
         return line
 
 

@@ -50,10 +50,31 @@ def _read_rows(source: Dataset, folder: Path) -> Iterator[dict[str, Any]]:
         yield from _load_rows(source, folder)
     except (DatasetsError, *READ_ERRORS) as error:
         cause = f" ({error.__cause__})" if error.__cause__ else ""
+        if "to null" in f"{error}{cause}":
+            raise StageError(f"source {source.name}: {_describe_null_column(source, folder)}") from error
         raise StageError(
             f"source {source.name}: expected the dataset {source.path} (config {source.config}, split {source.split}, "
             f"revision {source.revision}), but it could not be read: {error}{cause}"
         ) from error
+
+
+def _describe_null_column(source: Dataset, folder: Path) -> str:
+    """Return which column has no value in the first rows, so that `datasets` takes null for its type."""
+    from datasets.exceptions import DatasetsError
+
+    nulls, count = set[str](), 0
+    try:
+        for count, row in enumerate(_load_rows(source.model_copy(update={"streaming": True}), folder), 1):
+            empty = {name for name, value in row.items() if value is None}
+            nulls = empty if count == 1 else nulls & empty
+    except (DatasetsError, *READ_ERRORS):
+        pass  # the error that is explained here
+    files = ", ".join(source.data_files) or source.path
+    return (
+        f"the column {' or '.join(sorted(nulls)) or 'with values'} of {files} is null in the first {count} rows and "
+        "has values after them, which `datasets` cannot read. List the file as a source of kind files, which reads "
+        "each row by itself."
+    )
 
 
 def _load_rows(source: Dataset, folder: Path) -> Iterator[dict[str, Any]]:

@@ -125,8 +125,17 @@ def _load(detected: Detected, found: Rows, label: str, reading: Reading, convert
 
 
 def _peek(found: Rows, options: RowOptions) -> tuple[Iterator[tuple[str, Any]], Mapping[str, Any]]:
-    """Return the rows, and a row with the columns of the first ones as the source maps them."""
-    first = list(islice(found, SAMPLE_ROWS))
+    """Return the rows, and a row with the columns of the first ones as the source maps them.
+
+    An error after the first row is raised when the rows before it have been loaded.
+    """
+    first: list[tuple[str, Any]] = []
+    try:
+        first.extend(islice(found, SAMPLE_ROWS))
+    except UnreadableFile as error:
+        if not first:
+            raise
+        found = _raise_later(error)
     sample: dict[str, Any] = {}
     for _, row in reversed(first):
         try:
@@ -135,6 +144,11 @@ def _peek(found: Rows, options: RowOptions) -> tuple[Iterator[tuple[str, Any]], 
             continue
         sample |= {name: value for name, value in renamed.items() if value is not None or name not in sample}
     return chain(first, found), sample
+
+
+def _raise_later(error: UnreadableFile) -> Rows:
+    yield from ()
+    raise error
 
 
 def _describe_unknown(sample: Mapping[str, Any], table: str | None) -> str:

@@ -65,7 +65,10 @@ class SourceFile:
         if packing == "gzip":
             import gzip
 
-            return cast(BinaryIO, io.BufferedReader(gzip.GzipFile(fileobj=raw), BUFFER_BYTES))
+            unpacked = gzip.GzipFile(fileobj=raw, mode="rb")
+            # Closed with it; `gzip` does so only with a file that it opened itself.
+            unpacked.myfileobj = raw  # type: ignore[assignment]
+            return cast(BinaryIO, io.BufferedReader(unpacked, BUFFER_BYTES))
         if packing == "zstd":
             import pyarrow as pa
 
