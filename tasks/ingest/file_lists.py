@@ -26,8 +26,9 @@ def find(folder: Path, path: str) -> tuple[list[str], bool]:
 def _walk(folder: Path, target: Path) -> Iterator[str]:
     for parent, folders, files in os.walk(target):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        relative = Path(parent).relative_to(folder).as_posix()
-        yield from (f"{relative}/{name}" for name in files if not name.startswith("."))
+        relative = Path(parent).relative_to(folder)
+        prefix = f"{relative.as_posix()}/" if relative.parts else ""
+        yield from (f"{prefix}{name}" for name in files if not name.startswith("."))
 
 
 def _is_hidden(path: Path, pattern: Path) -> bool:

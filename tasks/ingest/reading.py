@@ -63,6 +63,8 @@ class Reading:
     facts: list[Fact] = field(default_factory=list)
     prose: Sink[str] = field(default_factory=list)
     rated: list[RatedText] = field(default_factory=list)
+    columns: dict[str, None] = field(default_factory=dict)  # of the first rows, as the files call them
+    mapped: dict[str, str] = field(default_factory=dict)  # columns that were taken from others without being told
     rows: Mapping[str, Sink[dict[str, Any]]] = field(  # finished rows by table
         default_factory=lambda: {"instructions": [], "rankings": []}
     )
@@ -88,6 +90,7 @@ class Reading:
 
     def note_format(self, file_format: str, layout: str, columns: Mapping[str, str], label: str) -> None:
         """Note the format that a file was read in, and the columns that were taken for others."""
+        self.mapped |= columns
         self.formats[file_format if layout == "columns" else f"{layout} ({file_format})"] += 1
         if columns:
             taken = ", ".join(f"{name} is {found}" for name, found in sorted(columns.items()))

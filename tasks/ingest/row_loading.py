@@ -56,6 +56,7 @@ def load_file(file: SourceFile, options: RowOptions, reading: Reading) -> str:
         formats.check(file, form)
     by_paragraph = form in options.paragraph_formats
     found, sample = _peek(formats.read(file, form, by_paragraph, options.records, options.row_keys), options)
+    reading.columns |= dict.fromkeys(str(name) for name in sample if name not in options.columns)
     if form in formats.DOCUMENT_FORMATS and options.table is None:
         detected: Detected | None = Detected("corpus", layouts.OWN)
     else:
