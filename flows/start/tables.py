@@ -77,8 +77,9 @@ def _label_columns(path: Path) -> dict[str, str]:
     text = next((name for name in TEXT_COLUMNS if name in columns and name != label), None)
     if not label or not text:
         raise BessemerError(
-            f"--labels: {path} has the columns {', '.join(columns) or 'none'}; expected a text ({', '.join(TEXT_COLUMNS[:4])} "
-            f"...) and its label ({', '.join(LABEL_COLUMNS[:4])} ...). Rename two columns."
+            f"--labels: {path} has the columns {', '.join(columns) or 'none'}; expected a text "
+            f"({', '.join(TEXT_COLUMNS[:4])} ...) and its label ({', '.join(LABEL_COLUMNS[:4])} ...). "
+            "Rename two columns."
         )
     return {"instruction": text, "output": label}
 
