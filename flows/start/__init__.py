@@ -1,1 +1,1 @@
-"""What `bessemer init` makes a project from: files of the user's own, and other tools' configurations."""
+"""`bessemer init`: a project of one's own from a checkpoint, data files, or another tool's configuration."""
