@@ -167,6 +167,7 @@ def chat_entry(amount: Amount, method: dict[str, Any], task: dict[str, Any], too
         "model": CHECKPOINT,
         "method": method,
         "task": {"name": "chat", **task},
+        "max_tokens": max(8, amount.max_length),
         "too_long": too_long,
         **amount.for_training("finetune.chat", draft),
     }
