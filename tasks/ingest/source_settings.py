@@ -16,6 +16,10 @@ from tasks.ingest import columns, formats, importers, layouts
 from tasks.ingest.row_loading import RowOptions
 
 Table = Literal["corpus", "instructions", "rankings", "facts", "ratings"]
+# What the reader of a package gives.
+READER_TABLES: dict[str, Table] = {
+    "countries": "facts", "elements": "facts", "speeches": "corpus", "ratings": "ratings",
+}  # fmt: skip
 BUILDERS = ("csv", "json", "parquet", "text")
 PLACEHOLDER = r"\$\{\w+\}"  # an environment variable in a URL
 UNKNOWN_LICENCE = "unknown"
