@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from flows.start.options import PathsCommand, paths_option
+from flows.start.cli import init
 from serving.errors import ServingError
 from tasks.common.settings import BessemerError
 
@@ -89,31 +89,6 @@ def project_root(start: Path) -> Path:
 def nearest_project(start: Path) -> Path | None:
     """Return the nearest folder upwards that contains a dvc.yaml; None if there is none."""
     return next((folder for folder in (start, *start.parents) if (folder / "dvc.yaml").is_file()), None)
-
-
-@cli.command(cls=PathsCommand)
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option(
-    "--checkpoint", metavar="FOLDER", type=click.Path(path_type=Path), help="A Transformers model to start from."
-)
-@paths_option("text", "Documents: files, folders.")
-@paths_option("conversations", "Questions with their answers, in any common format.")
-@paths_option("preferences", "Pairs or rankings of answers.")
-@paths_option("labels", "Texts with a class each.")
-@click.option("--yes", is_flag=True, help="Ask nothing and take the defaults.")
-def init(folder: Path, checkpoint: Path | None, yes: bool, **paths: tuple[Path, ...]) -> None:
-    """Create a project in DIR from what you have; asks for the rest. Nothing is trained yet.
-
-    \b
-    Examples:
-      bessemer init support --checkpoint ~/models/Qwen3-0.6B --conversations chats.jsonl
-      bessemer init tuned --checkpoint m --conversations chats.jsonl --preferences pairs.jsonl --yes
-      bessemer init handbook --text docs/ --yes         a new model, trained from nothing
-      bessemer init served --checkpoint m --yes         the checkpoint, packaged and served
-    """
-    from flows.start import command
-
-    command.init(folder, checkpoint, paths, yes=yes)
 
 
 @cli.command()
@@ -366,6 +341,8 @@ def doctor() -> None:
         click.echo(f"{click.style(mark, fg=colour)} {finding.text}")
     sys.exit(0 if all(finding.good for finding in findings) else 1)
 
+
+cli.add_command(init)
 
 if __name__ == "__main__":
     main()
