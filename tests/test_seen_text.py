@@ -27,8 +27,8 @@ def instructions(tmp_path: Path) -> Path:
          "answer": None, "tone": None, "source": "s", "split": "train"}
         for number, text in enumerate(TRAINED)
     ]  # fmt: skip
-    rows.append({**rows[0], "messages": [*turns("Only held out, never trained on."), rows[0]["messages"][1]],
-                 "split": "heldout"})  # fmt: skip
+    heldout = [*turns("Only held out, never trained on."), {"role": "assistant", "content": "?"}]
+    rows.append({**rows[0], "messages": heldout, "split": "heldout"})
     tables.write(rows, tmp_path / "instructions", tables.schema("instructions"))
     return tmp_path / "instructions"
 

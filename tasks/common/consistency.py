@@ -11,6 +11,7 @@ from tasks.common import data_rules, gate_rules, model_graph, model_rules
 from tasks.common.model_graph import Params, lookup
 from tasks.common.model_rules import Entry, check_at_most, entries
 from tasks.common.settings import LOCKSTEP_ENGINES, ZERO_STAGES
+from tasks.common.source_names import fill_names
 
 ENGINE_KEY = "numerics.parallel.engine"
 PROCESSES_KEY = "numerics.parallel.processes"
@@ -199,7 +200,7 @@ def _check_ppo(entry: Entry) -> Iterator[str]:
 def _check_code_sources(params: Params) -> Iterator[str]:
     """Report names in `validate.curate.code` that are neither a source nor a group."""
     sources = lookup(params, "ingest.sources")
-    listed = [source for source in sources if isinstance(source, dict)] if isinstance(sources, list) else []
+    listed = [source for source in fill_names(sources) if isinstance(source, dict)] if isinstance(sources, list) else []
     known = {str(source[key]) for source in listed for key in ("name", "group") if source.get(key)}
     names = lookup(params, "validate.curate.code")
     unknown = [name for name in names if name not in known] if isinstance(names, list) else []

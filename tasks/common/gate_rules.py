@@ -74,7 +74,7 @@ def _check_metric(metric: str, model: str, possible: Mapping[str, Sequence[str] 
 def possible_figures(params: Params) -> dict[str, list[str] | None]:
     """Return the figures that each entry of evaluate can have; None where the evaluations are invalid."""
     listed = _evaluations(params)
-    links, kinds = links_of(params), ModelKinds(params)
+    links, kinds, tables = links_of(params), ModelKinds(params), _tables(params)
     stage = module_of("evaluate")
     by_key = {link.key: link for link in evaluations(links)}
     found: dict[str, list[str] | None] = {}
@@ -84,7 +84,7 @@ def possible_figures(params: Params) -> dict[str, list[str] | None]:
             kind=_kind(kinds, link.reads[0]) if link.reads else None,
             roles=frozenset(str(lookup(one, "role")) for one in entries_of(params, "reward").values()),
             before=model_before_alignment(link, links) if link.reads else None,
-            **_tables(params),
+            **tables,
         )
         figures = None if listed is None else [*SIZES]
         for name, one in (listed or {}).items():
