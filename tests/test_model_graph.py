@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ def params() -> Any:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A folder of the user's in the project, with a config.json only."""
+    """A folder of the user's in the project, with a config.json only; the project has the profile's own files."""
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "data/sources/evaluation", tmp_path / "data/sources/evaluation")
     folder = tmp_path / "models" / "mine"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(LLAMA))
