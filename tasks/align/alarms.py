@@ -33,8 +33,8 @@ class Alarms(Settings):
     )
     max_answer_loss_rise: float = Field(
         default=1.0,
-        description="Largest allowed rise of the loss of held-out reference answers (nats per token); measured where no "
-        "held-out conversation has a short answer",
+        description="Largest allowed rise of the loss of held-out reference answers (nats per token); measured where "
+        "no held-out conversation has a short answer",
         gt=0,
     )
     max_kl: float = Field(
@@ -109,8 +109,8 @@ class AlarmMonitor:
     def check(self, iteration: int, figures: dict[str, float], weights: Callable[[], Weights]) -> list[str]:
         """Return the alarms of an iteration's metrics; without any, keep the weights if the reward is the best so far.
 
-        `figures` has `reward`, `kl`, `length`, `distinct_2`, `repetition`, and `exact_match` if there are questions with
-        short answers, or else `answer_loss` if there are held-out conversations.
+        `figures` has `reward`, `kl`, `length`, `distinct_2`, `repetition`, and `exact_match` if there are questions
+        with short answers, or else `answer_loss` if there are held-out conversations.
         """
         self.baseline = self.baseline or dict(figures)
         alarms = self.find_alarms(figures)
