@@ -200,7 +200,8 @@ def test_every_setting_is_read(name: str) -> None:
 
 def configs(name: str) -> list[type[BaseModel]]:
     """Return the config classes of a stage."""
-    return list(settings_classes(module_of(name).Config))
+    module = module_of(name)
+    return [*settings_classes(module.Config), *settings_classes(getattr(module, "AnyEvaluation", None))]
 
 
 def fields(config: type[BaseModel]) -> Iterator[tuple[str, bool]]:
