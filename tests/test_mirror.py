@@ -186,9 +186,9 @@ def test_stages_never_import_each_other(name: str) -> None:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_setting_is_read(name: str) -> None:
-    trees = (
-        ast.parse((ROOT / path).read_text(encoding="utf-8")) for path in closure.files(module_of(name).__name__, ROOT)
-    )
+    sharing = [other for other in STAGES if name == "evaluate" and job.shared_sections(module_of(other))]
+    files = {path for stage in (name, *sharing) for path in closure.files(module_of(stage).__name__, ROOT)}
+    trees = (ast.parse((ROOT / path).read_text(encoding="utf-8")) for path in files)
     nodes = [node for tree in trees for node in ast.walk(tree)]
     names_read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     names_read |= {
