@@ -98,6 +98,10 @@ class Evaluation(Settings):
         """Measure the model."""
         raise NotImplementedError
 
+    def versions(self) -> dict[str, str]:
+        """Return versions of packages that figures depend on and that the lock does not list."""
+        return {}
+
     def is_for(self, entry: str, kind: str | None) -> bool:
         """Return whether it is for an entry of evaluate with a model of this kind; None: unknown."""
         return (self.models is None or entry in self.models) and (kind is None or kind in self.MODELS)

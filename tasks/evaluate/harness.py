@@ -8,7 +8,6 @@ figures are those that `lm_eval --model hf` gives for the same folder.
 import importlib.metadata
 import importlib.util
 import logging
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 FOLDER = Path("data/sources/evaluation")
 PACKAGE = "lm_eval"
 BOOTSTRAP_ITERATIONS = 1000  # for the standard error of figures that are no means
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
 CORRECT = ("acc", "exact_match")  # per-document figures that say whether an answer is right
 
 
@@ -94,6 +92,10 @@ class Harness(Evaluation):
         known = read_task_files(FOLDER / self.include) if self.include is not None else {}
         return tuple(name for task in self.tasks for name in _possible(task, known.get(task)))
 
+    def versions(self) -> dict[str, str]:
+        """Return the version of the optional package."""
+        return {PACKAGE: importlib.metadata.version("lm-eval")}
+
     def measure(self, subject: "Subject") -> Result:
         """Run the tasks."""
         from tasks.evaluate.harness_model import open_model
@@ -104,7 +106,7 @@ class Harness(Evaluation):
         figures = {task: _figures(values) for task, values in found["results"].items()}
         rows = [row for task, samples in found["samples"].items() for row in _rows(task, samples)]
         details = {
-            "versions": {"lm_eval": importlib.metadata.version("lm-eval"), **_plain(found["versions"])},
+            "versions": {**self.versions(), **_plain(found["versions"])},
             "shots": _plain(found["n-shot"]), "limit": self.limit, "chat": self.chat,
         }  # fmt: skip
         return Result(figures, rows, details=details)
@@ -198,14 +200,21 @@ def _plain(values: Mapping[str, Any]) -> Row:
 @contextmanager
 def _offline(download: bool) -> Iterator[None]:
     """Keep the data sets' caches in a temporary folder and, unless tasks may download, forbid connections."""
-    for name, value in {} if download else OFFLINE.items():
-        os.environ.setdefault(name, value)
     import datasets
+    from huggingface_hub import constants
 
-    before = datasets.config.HF_DATASETS_CACHE
+    # Both read the environment when they are imported, which was long ago.
+    wanted: list[tuple[Any, str, Any]] = [
+        (constants, "HF_HUB_OFFLINE", not download),
+        (datasets.config, "HF_HUB_OFFLINE", not download),
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        datasets.config.HF_DATASETS_CACHE = Path(folder)
+        wanted.append((datasets.config, "HF_DATASETS_CACHE", Path(folder)))
+        before = [getattr(owner, name) for owner, name, _ in wanted]
+        for owner, name, value in wanted:
+            setattr(owner, name, value)
         try:
             yield
         finally:
-            datasets.config.HF_DATASETS_CACHE = before
+            for (owner, name, _), value in zip(wanted, before, strict=True):
+                setattr(owner, name, value)

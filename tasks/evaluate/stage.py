@@ -83,6 +83,8 @@ def _measure(name: str, evaluation: Evaluation, subject: Subject) -> Result:
     settings: Row = evaluation.model_dump(mode="json", exclude={"models"})
     if evaluation.USES_REPLIES:
         settings["replies"] = subject.config.model_dump(mode="json", exclude={"model"})
+    if versions := evaluation.versions():
+        settings["versions"] = versions
     inputs = ["model", *evaluation.inputs()]
     stored = subject.store.get({"evaluation": settings}, inputs, lambda: vars(evaluation.measure(subject)))
     result = Result(**stored)
