@@ -23,9 +23,16 @@ def find(path: str, config: Path) -> Path | None:
     """
     given = Path(path).expanduser()
     if given.is_absolute():
-        return given if given.exists() else None
+        return given if _exists(given) else None
     folders = (Path.cwd(), *config.resolve().parents)
-    return next(((folder / given).resolve() for folder in folders if (folder / given).exists()), None)
+    return next(((folder / given).resolve() for folder in folders if _exists(folder / given)), None)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long
+        return False
 
 
 def is_hub_name(path: str) -> bool:
