@@ -9,7 +9,7 @@ from flows.start import machine
 from flows.start.brought import CHARACTERS_PER_TOKEN
 from flows.start.checkpoint import Checkpoint, read_checkpoint
 from flows.start.pipeline import LARGE_MODEL, MAX_TOKENS, Design, ending, shared_sections
-from flows.start.result import CHECKPOINT, Translation
+from flows.start.translation.result import CHECKPOINT, Translation
 from tasks.common.settings import BessemerError
 
 NAMES = {"pretrain": "start", "finetune": "tuned", "align": "policy"}  # stage: the name of its model in the scorecard
