@@ -168,7 +168,6 @@ def chat_entry(amount: Amount, method: dict[str, Any], task: dict[str, Any], too
         "method": method,
         "task": {"name": "chat", **task},
         "max_tokens": max(8, amount.max_length),
-        "max_tokens": amount.max_length,
         "too_long": too_long,
         **amount.for_training("finetune.chat", draft),
     }
