@@ -27,7 +27,7 @@ from tasks.common.evaluation import scorecard
 from tasks.common.evaluation.exact_match import Extractor, exact_match
 from tasks.common.evaluation.nll import bits_per_byte
 from tasks.common.harness.job import Job, Link, StageError
-from tasks.common.modelling import models, torch_setup
+from tasks.common.modelling import head_models, models, torch_setup
 from tasks.common.random_streams import Stream, derive_seed
 from tasks.common.reward.rankings import ROLES
 from tasks.common.reward.scoring import Scorer
@@ -105,7 +105,7 @@ def run(config: Config, job: Job) -> Figures:
     elif kind == "masked":
         rows, figures = _evaluate_encoder(config, job, path)
     elif kind == "classifier":
-        rows, figures = [], _size_figures(models.load_scorer(path, job.numerics, heads=None), path)
+        rows, figures = [], _size_figures(head_models.load_scorer(path, job.numerics, heads=None), path)
     else:
         raise StageError(f"evaluate.{job.key}.model: {path} contains no causal, masked or classifier model.")
     _write_answers(rows, job.outputs["answers"])
