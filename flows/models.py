@@ -23,7 +23,7 @@ from tasks.common.raw_params import read_params
 from tasks.common.settings import Base, BessemerError, Numerics
 
 CACHE = Path("data/.cache/models")
-EXPORTER = "tasks.quantize"
+EXPORTER = "tasks.quantize.stage"
 
 
 def available_models(params: Mapping[str, Any]) -> dict[str, str]:
@@ -115,7 +115,7 @@ def _is_exported(folder: Path) -> bool:
 def _served_folder(
     project: Path, name: str, source: str, record: dict[str, Any], params: dict[str, Any], report: Callable[[str], None]
 ) -> Path:
-    from tasks.quantize import Config
+    from tasks.quantize.stage import Config
 
     config = Config.model_validate({**export_settings(params), "model": source})
     numerics, seed = Numerics.model_validate(params["numerics"]), Base.model_validate(params["base"]).seed
@@ -157,8 +157,8 @@ def export_settings(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def _export(source: Path, target: Path, config: Any, numerics: Numerics, seed: int) -> None:
     """Export a model, or copy it if it is exported already, to a scratch folder, and move that to `target`."""
-    from tasks import quantize
     from tasks.common.modelling import torch_setup
+    from tasks.quantize import stage as quantize
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as scratch:

@@ -99,6 +99,15 @@ def problems(folder: Path) -> Iterator[str]:
         yield from _weight_problems(folder)
 
 
+def export_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why a model cannot be served, from its config.json."""
+    if config.get("attn_logit_softcapping") is not None:
+        yield (
+            f"a {config.get('model_type')} model caps its attention's logits (attn_logit_softcapping), which the "
+            "serving engine's attention cannot: serve another model, for example Gemma 3"
+        )
+
+
 def _adapter_problems(folder: Path) -> Iterator[str]:
     settings, base = read_json(folder / ADAPTER), adapter_base(folder)
     if base is None:

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+from pydantic import Field
 
 from tasks.common import model_folder
 from tasks.common.harness.job import StageError
@@ -21,6 +23,15 @@ CHAT_TEMPLATE = (
 )
 
 MICROBATCH_ROWS = 16  # rows of different lengths that share a forward pass in training
+
+TemplateName = Annotated[
+    str | None,
+    Field(
+        description="Chat template by name, where the model's own is missing or not wanted: one of its own, if it has "
+        f"several, or {', '.join(templates.NAMED)}; null: the model's own",
+        min_length=1,
+    ),
+]
 
 Message = dict[str, str]
 Exchange = tuple[Sequence[Message], str]  # a prompt (the conversation so far) and the reply to it
@@ -101,6 +112,12 @@ def first_and_last(tokenizer: "PreTrainedTokenizerFast") -> tuple[int, int]:
         raise StageError("the model's tokenizer has no end token (eos_token or sep_token): set one and save it again.")
     first = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     return last if first is None else first, last
+
+
+def special_ids(tokenizer: "PreTrainedTokenizerFast") -> dict[str, int | None]:
+    """Return the ids around a text (`first`, `last`) and that of the mask token; None if there is no mask token."""
+    first, last = first_and_last(tokenizer)
+    return {"first": first, "last": last, "mask": tokenizer.mask_token_id}
 
 
 def encode_text(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
