@@ -136,7 +136,8 @@ def _deberta(shape: Shape) -> dict[str, Any]:
 
 DECODERS = {
     "llama": Family("llama", "fallback", LLAMA2, changes=_grouped),
-    "llama3": Family("llama", changes=lambda shape: {**_grouped(shape), "rope_parameters": {
+    "llama3": Family("llama", changes=lambda shape: {
+        **_grouped(shape), "mlp_bias": True, "attention_bias": True, "rope_parameters": {
         "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": shape.positions // 3}}),
     "mistral": Family("mistral", "fallback", LLAMA2, changes=_sliding),

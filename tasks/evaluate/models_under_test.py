@@ -89,9 +89,14 @@ def have_same_vocabulary(path: Path, other: Path) -> bool:
     return bool(vocabulary == other_vocabulary)
 
 
-def open_decoder(path: Path, numerics: Numerics) -> Decoder:
-    """Open a decoder folder: an export of `quantize` with the serving engine, else a Transformers model."""
-    return (EngineDecoder if (path / folders.GRAPH_FILE).exists() else TorchDecoder).load(path, numerics)
+def open_decoder(path: Path, numerics: Numerics, template: str | None = None) -> Decoder:
+    """Open a decoder folder: an export of `quantize` with the serving engine, else a Transformers model.
+
+    `template` names the chat template of a Transformers model (`templates.choose`); an export has its own.
+    """
+    if (path / folders.GRAPH_FILE).exists():
+        return EngineDecoder.load(path, numerics)
+    return TorchDecoder.load(path, numerics, template)
 
 
 def open_encoder(path: Path, numerics: Numerics) -> Encoder:
@@ -109,10 +114,10 @@ class TorchDecoder:
     bytes: int
 
     @classmethod
-    def load(cls, path: Path, numerics: Numerics) -> "TorchDecoder":
+    def load(cls, path: Path, numerics: Numerics, template: str | None = None) -> "TorchDecoder":
         """Load model and tokenizer from a folder."""
         model = models.load_decoder(path, numerics).eval()
-        return cls(model, chat.load_tokenizer(path), numerics, models.weight_bytes(path))
+        return cls(model, chat.load_tokenizer(path, template), numerics, models.weight_bytes(path))
 
     @property
     def parameters(self) -> int:

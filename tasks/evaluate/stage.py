@@ -32,6 +32,7 @@ from tasks.common.random_streams import Stream, derive_seed
 from tasks.common.reward.rankings import ROLES
 from tasks.common.reward.scoring import Scorer
 from tasks.common.settings import Settings
+from tasks.common.text import chat
 from tasks.common.text.shards import Split
 from tasks.evaluate import toxicity
 from tasks.evaluate.models_under_test import (
@@ -70,6 +71,7 @@ class Config(Settings):
     """Settings of an evaluation; settings that do not apply to the model are ignored."""
 
     model: str = Field(description="Folder of the model to evaluate: an entry's, or your own", min_length=1)
+    chat_template: chat.TemplateName = None
     questions: int = Field(
         default=500, description="Maximum number of questions about seen entities, and about held-out entities", ge=1
     )
@@ -101,7 +103,7 @@ def run(config: Config, job: Job) -> Figures:
     path = job.inputs["model"]
     kind = models.model_kind(path)
     if kind == "causal":
-        rows, figures = _evaluate_decoder(config, job, open_decoder(path, job.numerics))
+        rows, figures = _evaluate_decoder(config, job, open_decoder(path, job.numerics, config.chat_template))
     elif kind == "masked":
         rows, figures = _evaluate_encoder(config, job, path)
     elif kind == "classifier":

@@ -48,6 +48,7 @@ class Config(Training):
     """Settings of fine-tuning."""
 
     model: str = Field(description="Folder of the model to start from: an entry's, or your own", min_length=1)
+    chat_template: chat.TemplateName = None
     task: Annotated[Chat | Classification | Regression, Field(discriminator="name", description="Training task")] = (
         Chat(name="chat")
     )
@@ -84,7 +85,7 @@ class Config(Training):
 def run(config: Config, job: Job) -> dict[str, Any]:
     """Fine-tune the model; return its losses, held-out metrics and the counts of rejected rows."""
     torch_setup.prepare_torch(job.numerics, job.seed)
-    tokenizer = chat.load_tokenizer(job.inputs["model"])
+    tokenizer = chat.load_tokenizer(job.inputs["model"], config.chat_template)
     if isinstance(config.task, Chat):
         return tune_chat(config, config.task, tokenizer, job)
     return tune_head(config, config.task, tokenizer, job)

@@ -63,6 +63,7 @@ class Config(Training):
 
     role: Role = Field(description="train: the reward of alignment; judge: measures what alignment gained")
     model: str = Field(description="Folder of the model that the head is put on: an entry's, or your own", min_length=1)
+    chat_template: chat.TemplateName = None
     method: Annotated[
         Full | TopLayers | Lora | Head, Field(discriminator="name", description="Which weights are trained")
     ] = Full(name="full")
@@ -121,7 +122,7 @@ class Config(Training):
 def run(config: Config, job: Job) -> dict[str, Any]:
     """Train the reward model; return its pairwise accuracy on held-out rankings and that of bag-of-words baselines."""
     torch_setup.prepare_torch(job.numerics, job.seed)
-    tokenizer = chat.load_tokenizer(job.inputs["model"])
+    tokenizer = chat.load_tokenizer(job.inputs["model"], config.chat_template)
     if config.word_dropout and tokenizer.mask_token_id is None:
         raise StageError(
             f"reward.word_dropout is {config.word_dropout}, but the model's tokenizer has no mask token; set it to 0."

@@ -6,6 +6,7 @@ four-bit NormalFloat weights (Dettmers et al. 2023); `adapter` a narrow feed-for
 `head` only a newly initialized head.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -264,10 +265,22 @@ def _add_lora(model: "PreTrainedModel", method: LowRank) -> "torch.nn.Module":
         use_rslora=method.rank_stabilized,
         use_dora=isinstance(method, Lora) and method.dora,
         target_modules="all-linear" if method.targets == "all-linear" else attention_layer_names(model),
+        fan_in_fan_out=_has_transposed_layers(model),
         modules_to_save=_new_modules(model) or None,
         task_type="SEQ_CLS" if any(hasattr(model, name) for name in HEAD_NAMES) else "CAUSAL_LM",
     )
-    return get_peft_model(model, settings)
+    with warnings.catch_warnings():
+        # PEFT expects the names of experts' layers that Transformers 4 used. Experts are not linear layers here, and
+        # low-rank updates train the layers beside them.
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        return get_peft_model(model, settings)
+
+
+def _has_transposed_layers(model: "PreTrainedModel") -> bool:
+    """Return whether a model's linear layers hold transposed matrices, as GPT-2's do."""
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(module, Conv1D) for module in model.modules())
 
 
 def _new_modules(model: "PreTrainedModel") -> list[str]:
