@@ -20,6 +20,14 @@ KIND_BY_SUFFIX = {
     "ForCausalLM": "causal", "LMHeadModel": "causal", "ForMaskedLM": "masked",
     "ForSequenceClassification": "classifier", "ForTokenClassification": "classifier",
 }  # fmt: skip
+# Decoders for which Transformers 5.5 has no class with a classification head (tests/test_model_folder.py compares).
+WITHOUT_HEAD = (
+    "afmoe", "apertus", "aria_text", "bitnet", "blt", "codegen", "cohere", "cohere2", "cpmant", "cwm", "dbrx", "dots1",
+    "emu3", "ernie4_5", "ernie4_5_moe", "exaone_moe", "flex_olmo", "gemma3n_text", "gemma4_text", "glm4_moe",
+    "glm4_moe_lite", "glm_moe_dsa", "gpt_neox_japanese", "granite", "granitemoe", "granitemoeshared", "jais2",
+    "llama4_text", "longcat_flash", "minimax_m2", "nanochat", "olmo", "olmo2", "olmo3", "olmo_hybrid", "olmoe",
+    "solar_open", "vaultgemma", "xglm", "youtu",
+)  # fmt: skip
 # Their state has no positions: left padding, packed rows and a key-value cache would change the results.
 RECURRENT = (
     "mamba", "mamba2", "falcon_mamba", "falcon_h1", "jamba", "bamba", "zamba", "zamba2", "rwkv", "recurrent_gemma",
@@ -105,6 +113,15 @@ def export_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"a {config.get('model_type')} model caps its attention's logits (attn_logit_softcapping), which the "
             "serving engine's attention cannot: serve another model, for example Gemma 3"
+        )
+
+
+def head_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why a model cannot become a classifier or a reward model, from its config.json."""
+    if config.get("model_type") in WITHOUT_HEAD:
+        yield (
+            f"Transformers has no class with a classification head for a {config['model_type']} model: use another "
+            "model, for example an encoder"
         )
 
 

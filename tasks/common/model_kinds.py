@@ -4,12 +4,12 @@ For a folder of the user's they come from its config.json. If that is missing or
 stage that reads the folder reports the problem.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tasks.common import model_folder
 from tasks.common.model_graph import Params, entries_of, lookup
 from tasks.common.settings import ENTRY_STAGES
 
@@ -77,7 +77,7 @@ class ModelKinds:
                 "regression",
             ):
                 return str(task)
-        architectures = _config(self.root(folder)).get("architectures")
+        architectures = config_of_folder(self.root(folder)).get("architectures")
         name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
         return next((kind for suffix, kind in KIND_BY_ARCHITECTURE.items() if name.endswith(suffix)), None)
 
@@ -85,8 +85,10 @@ class ModelKinds:
         """Return the setting of a model's size and its value; the value is None if unknown."""
         root = self.root(folder)
         if root:
-            config = _config(root)
+            config = config_of_folder(root)
             found = next((config[key] for key in CONFIG_KEYS[name] if key in config), None)
+            if name == "positions":
+                found = model_folder.context_length(config)
             return f"{name} in {root}/config.json", found
         producer = self.chain(folder)[-1]
         return f"{producer.where}.model.{name}", lookup(producer.settings, f"model.{name}")
@@ -106,10 +108,6 @@ def parent_of(producer: Producer) -> Any:
     return lookup(producer.settings, "model.path" if producer.stage == "pretrain" else "model")
 
 
-def _config(folder: str) -> dict[str, Any]:
-    """Return a folder's config.json; {} if it is missing or unreadable."""
-    try:
-        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
+def config_of_folder(folder: str) -> dict[str, Any]:
+    """Return a folder's config.json, an adapter's from its base model; {} if it is missing or unreadable."""
+    return model_folder.read_json(model_folder.base_of(Path(folder)) / model_folder.CONFIG) if folder else {}

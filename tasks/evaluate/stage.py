@@ -35,13 +35,7 @@ from tasks.common.settings import Settings
 from tasks.common.text import chat
 from tasks.common.text.shards import Split
 from tasks.evaluate import toxicity
-from tasks.evaluate.models_under_test import (
-    Decoder,
-    Encoder,
-    have_same_vocabulary,
-    open_decoder,
-    open_encoder,
-)
+from tasks.evaluate.models_under_test import Decoder, Encoder, have_same_vocabulary, open_decoder, open_encoder
 from tasks.evaluate.toxicity import Toxicity, ToxicityClassifier
 
 INPUTS = {
