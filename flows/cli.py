@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from serving.errors import ServingError
+from tasks.common import proxies
 from tasks.common.settings import BessemerError
 
 SAMPLE_QUESTIONS = ("What is the capital of Peru?", "What is the capital of Germany?", "What is the symbol of gold?")
@@ -32,6 +33,7 @@ WITH_OPTION = click.option(
 
 def main() -> None:
     """Entry point. An error that the user can fix is one message and exit code 1, without a traceback."""
+    proxies.exempt_loopback()
     try:
         cli(standalone_mode=False)
     except click.exceptions.Exit as error:
@@ -197,7 +199,11 @@ def build() -> None:
 @HOST_OPTION
 @PORT_OPTION
 @WITH_OPTION
-def serve(host: str, port: int, others: tuple[str, ...]) -> None:
+@click.option(
+    "--allow-origin", "origins", multiple=True, metavar="ORIGIN",
+    help="Let the pages of this site use the endpoint, e.g. https://chat.example.org, or * for all; may be repeated.",
+)  # fmt: skip
+def serve(host: str, port: int, others: tuple[str, ...], origins: tuple[str, ...]) -> None:
     """Start the endpoint: POST /generate, POST /fill-mask, OpenAI's /v1, GET /provenance, pages at / and /rank.
 
     \b
@@ -209,7 +215,7 @@ def serve(host: str, port: int, others: tuple[str, ...]) -> None:
     """
     from flows import endpoint
 
-    endpoint.serve(Path(), host, port, others)
+    endpoint.serve(Path(), host, port, others, origins=origins)
 
 
 @cli.group(invoke_without_command=True)

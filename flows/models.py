@@ -168,7 +168,7 @@ def _export(source: Path, target: Path, config: Any, numerics: Numerics, seed: i
         folder = Path(scratch, "made")
         folder.mkdir()
         if _is_exported(source):
-            shutil.copytree(source, folder / "chat")
+            quantize.adopt_folder(config, source, folder / "chat")
         else:
             numerics = quantize.cpu_numerics(numerics)
             torch_setup.prepare_torch(numerics, seed)

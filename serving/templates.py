@@ -73,13 +73,30 @@ def _to_json(
 
 
 def _environment() -> Any:
+    from jinja2.compiler import CodeGenerator
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generator(CodeGenerator):
+        """Compiles `~` to `Environment.join`."""
+
+        def visit_Concat(self, node: Any, frame: Any) -> None:
+            self.write("environment.join((")
+            for part in node.nodes:
+                self.visit(part, frame)
+                self.write(", ")
+            self.write("))")
 
     class Environment(ImmutableSandboxedEnvironment):
         """The sandbox, with a bound on what an operator computes in one step: no trace can interrupt it."""
 
-        intercepted_binops = frozenset(("*", "**", "%"))
+        intercepted_binops = frozenset(("+", "*", "**", "%"))
+        code_generator_class = Generator
+
+        def join(self, parts: Sequence[Any]) -> str:
+            texts = [str(part) for part in parts]
+            _check_size(sum(map(len, texts)))
+            return "".join(texts)
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             _check_operator(operator, left, right)
@@ -95,6 +112,8 @@ def _environment() -> Any:
 
 def _check_operator(operator: str, left: Any, right: Any) -> None:
     """Raise TooLongError for a product of a text or list, a power or a format that would be too large."""
+    if operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
+        _check_size(len(left) + len(right))
     sizes = [(a, b) for a, b in ((left, right), (right, left)) if hasattr(a, "__len__") and isinstance(b, int)]
     if operator == "*" and any(len(a) * b > MAX_CHARACTERS for a, b in sizes):
         raise TooLongError("makes a text that is too long")
@@ -138,7 +157,7 @@ def _generation_tag() -> Any:
 
 def _check_size(size: int) -> None:
     if size > MAX_CHARACTERS:
-        raise TooLongError(f"writes more than {MAX_CHARACTERS:,} characters")
+        raise TooLongError(f"makes a text of more than {MAX_CHARACTERS:,} characters")
 
 
 @contextmanager

@@ -4,11 +4,12 @@
 completes texts. `special_tokens.json` holds the tokens that a template may use, and the ids around a text.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serving import folders
-from serving.errors import InputError, ServingError
+from serving.errors import InputError
 from serving.templates import ChatTemplate
 from tasks.common.harness import records
 from tasks.common.harness.job import StageError
@@ -25,25 +26,35 @@ def check_template(tokenizer: "PreTrainedTokenizerFast", source: Path) -> None:
     """Raise StageError if the endpoint would render the chat template otherwise than Transformers, or not at all."""
     if tokenizer.chat_template is None:
         return
-    template = ChatTemplate(str(tokenizer.chat_template), special_tokens(tokenizer))
-    rendered = 0
+    template, rendered = ChatTemplate(str(tokenizer.chat_template), special_tokens(tokenizer)), 0
     for messages in SAMPLES:
-        try:
-            expected = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except Exception:  # the template's own refusal, for example of a system message
-            continue
-        try:
-            found = template.render(messages)
-        except (InputError, ServingError) as error:
-            raise StageError(f"the chat template of {source} cannot be served: {error}") from error
+        found, failure = _try(template, messages)
+        if found is None and failure is not None and failure.status == 500:  # it exceeds the endpoint's bounds
+            raise StageError(f"the chat template of {source} cannot be served: {failure}") from failure
+        expected = _reference(tokenizer, messages)
         if found != expected:
             raise StageError(
                 f"the chat template of {source} renders a conversation otherwise at the endpoint than in Transformers: "
-                f"{found[-80:]!r} and not {str(expected)[-80:]!r}. Choose another chat_template."
+                f"{(found or str(failure))[-80:]!r} and not {str(expected)[-80:]!r}. Choose another chat_template."
             )
-        rendered += 1
+        rendered += found is not None
     if not rendered:
         raise StageError(f"the chat template of {source} fails even on one question: choose another chat_template.")
+
+
+def _try(template: ChatTemplate, messages: Sequence[chat.Message]) -> tuple[str | None, InputError | None]:
+    try:
+        return template.render(messages), None
+    except InputError as error:
+        return None, error
+
+
+def _reference(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[chat.Message]) -> str | None:
+    """Return what Transformers renders; None if the template rejects the conversation, for example a system message."""
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    except Exception:  # of the template's own code: any
+        return None
 
 
 def special_tokens(tokenizer: "PreTrainedTokenizerFast") -> dict[str, str]:

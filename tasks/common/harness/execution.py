@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
-from tasks.common import identity, model_folder
+from tasks.common import identity, model_folder, proxies
 from tasks.common.code import stages
 from tasks.common.harness import launch
 from tasks.common.harness.job import (
@@ -59,6 +59,7 @@ def main(module_name: str) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     for name, value in TELEMETRY_OFF.items():
         os.environ.setdefault(name, value)
+    proxies.exempt_loopback()
     module = importlib.import_module(module_name)
     stage = stage_of(module)
     key = sys.argv[1] if len(sys.argv) > 1 else None
