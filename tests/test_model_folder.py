@@ -63,3 +63,14 @@ def test_families_without_a_head_are_those_of_transformers() -> None:
     assert set(model_folder.WITHOUT_HEAD).isdisjoint(WITH_HEAD)
     for family in DECODERS.values():
         assert (family.model_type in model_folder.WITHOUT_HEAD) != (family.model_type in WITH_HEAD)
+
+
+def test_families_without_gated_layers_are_reported() -> None:
+    """The matrix's page says which families cannot be pruned or packed; the settings check agrees with it."""
+    from tests.family_fixtures import DECODERS
+    from tests.test_architectures import documented
+
+    for name, family in DECODERS.items():
+        config = {"model_type": family.model_type}
+        assert bool(list(model_folder.layer_problems(config))) == (documented()[name, "prune"] == "no")
+        assert bool(list(model_folder.packing_problems(config))) == (documented()[name, "packing"] == "no")

@@ -28,6 +28,13 @@ WITHOUT_HEAD = (
     "llama4_text", "longcat_flash", "minimax_m2", "nanochat", "olmo", "olmo2", "olmo3", "olmo_hybrid", "olmoe",
     "solar_open", "vaultgemma", "xglm", "youtu",
 )  # fmt: skip
+# Decoders whose feed-forward layers are not gated ones with Llama's three matrices, as pruning and adapters need.
+WITHOUT_GATED_LAYERS = (
+    "gpt2", "gpt_neo", "gpt_neox", "gpt_bigcode", "gptj", "opt", "falcon", "bloom", "codegen", "biogpt", "xglm", "mpt",
+    "phi", "phi3", "phimoe", "glm", "glm4", "starcoder2", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe",
+    "jetmoe", "dbrx", "gpt_oss", "persimmon", "nemotron",
+)  # fmt: skip
+WITHOUT_PACKING = ("opt", "falcon")  # they make their own attention mask, which does not separate conversations
 # Their state has no positions: left padding, packed rows and a key-value cache would change the results.
 RECURRENT = (
     "mamba", "mamba2", "falcon_mamba", "falcon_h1", "jamba", "bamba", "zamba", "zamba2", "rwkv", "recurrent_gemma",
@@ -123,6 +130,21 @@ def head_problems(config: Mapping[str, Any]) -> Iterator[str]:
             f"Transformers has no class with a classification head for a {config['model_type']} model: use another "
             "model, for example an encoder"
         )
+
+
+def layer_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why a model cannot be pruned or get adapters, from its config.json."""
+    if config.get("model_type") in WITHOUT_GATED_LAYERS:
+        yield (
+            f"the feed-forward layers of a {config['model_type']} model are not gated ones with gate_proj, up_proj and "
+            "down_proj, which pruning and the method adapter need: use a model with Llama's layers"
+        )
+
+
+def packing_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why conversations cannot be packed for a model, from its config.json."""
+    if config.get("model_type") in WITHOUT_PACKING:
+        yield f"a {config['model_type']} model cannot tell packed conversations apart: set task.packing to null"
 
 
 def _adapter_problems(folder: Path) -> Iterator[str]:

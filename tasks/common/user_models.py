@@ -45,3 +45,7 @@ def _family_problems(stage: str, entry: Any, kinds: ModelKinds, path: str) -> It
         yield from model_folder.export_problems(config)
     if stage == "reward" or (stage == "finetune" and lookup(entry, "task.name") in ("classification", "regression")):
         yield from model_folder.head_problems(config)
+    if stage == "prune" or lookup(entry, "method.name") == "adapter":
+        yield from model_folder.layer_problems(config)
+    if stage == "finetune" and lookup(entry, "task.packing") is not None:
+        yield from model_folder.packing_problems(config)
