@@ -239,6 +239,20 @@ def test_every_end_token_of_the_generation_config_ends_a_reply(copy: Path) -> No
     assert all(token not in chat.end_ids(model, tokenizer) for reply in replies for token in reply[:-1])
 
 
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.6, "top_p": 0.9}, {"do_sample": True, "top_k": 20}, {"early_stopping": True}]
+)
+def test_sampling_settings_of_a_folder_do_not_stop_its_saving(
+    settings: dict[str, Any], copy: Path, tmp_path: Path
+) -> None:
+    """Transformers raises an error for some of them when it saves a model, after all training."""
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0], **settings}))
+    models.save(models.load_decoder(copy, NUMERICS), chat.load_tokenizer(copy), tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved/generation_config.json").read_text())
+    assert saved["eos_token_id"] == [2, 0]
+    assert settings.keys().isdisjoint(saved)
+
+
 def test_template_without_an_end_of_turn_is_refused_before_training(copy: Path) -> None:
     tokenizer = chat.load_tokenizer(copy)
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"

@@ -36,7 +36,7 @@ def test_long_run_of_bytes_is_not_held_back_for_ever(tokenizer: Tokenizer) -> No
     ids = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in "가".encode()] * 60
     pieces = stream(tokenizer, ids)
     assert "".join(pieces) == "가" * 60
-    assert sum(map(bool, pieces)) > 10
+    assert sum(map(bool, pieces)) >= 3
 
 
 class Source:

@@ -146,12 +146,18 @@ def load_encoder(path: Path, numerics: Numerics) -> "PreTrainedModel":
 def save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", path: Path) -> None:
     """Save weights (safetensors), config and tokenizer so that any Transformers user can load the folder.
 
-    A causal model's generation config lists every token that ends its replies.
+    A causal model's generation config lists every token that ends its replies, and nothing else: a given folder's
+    sampling settings are not those of the trained model, and Transformers refuses to save some of them.
     """
-    generation = model.generation_config if model.can_generate() else None
-    if generation is not None:
+    from transformers import GenerationConfig
+
+    if model.can_generate():
         ends = chat.end_ids(model, tokenizer)
-        generation.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=ends[0] if len(ends) == 1 else list(ends),
+            pad_token_id=tokenizer.pad_token_id,
+        )
     model.save_pretrained(path, safe_serialization=True)
     tokenizer.save_pretrained(path)
 
