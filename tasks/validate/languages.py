@@ -64,7 +64,7 @@ STOP_WORDS = {
     "tr": "ve bir bu için ile de da olarak çok daha gibi ama olan",
     "uk": "що з як до це та від для",
     "vi": "và của là có không các trong được cho một với những để này",
-    "zh": "的 是 在 了 和 有 不 一 与 为 这 以 也 他 我 及 等 之",
+    "zh": "的 是 在 了 和 有 不 一 与 为 这 以 也 他 我 及 等 之 或 对 从 到 可 将 其 于 但 被",
 }
 UNSPACED = frozenset({"ja", "km", "lo", "my", "th", "zh"})  # a word is a character there, so its length says nothing
 UNPUNCTUATED = frozenset({"lo", "th"})  # sentences end with a space there

@@ -45,7 +45,7 @@ class Quality(Settings):
         ge=1,
     )
     min_words_for_ratios: int = Field(
-        default=50, description="Minimum number of words of a document that the rules below apply to", ge=1
+        default=100, description="Minimum number of words of a document that the rules below apply to", ge=1
     )
     min_mean_word_length: float | None = Field(
         default=None,
