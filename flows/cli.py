@@ -33,6 +33,7 @@ WITH_OPTION = click.option(
 def main() -> None:
     """Entry point. An error that the user can fix is one message and exit code 1, without a traceback."""
     try:
+        _use_project_code()
         cli(standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
@@ -48,27 +49,46 @@ def main() -> None:
         sys.exit(1)
 
 
+def _use_project_code() -> None:
+    """Hand over to the code of the project that this command was called in, if it has its own."""
+    from flows.own_code import use_project_code
+
+    project = nearest_project(Path.cwd())
+    if project and sys.argv[1:2] != ["init"]:
+        use_project_code(project)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Train a language model from raw text and serve it, reproducibly from data hash to answer.
 
     \b
+    bessemer init      create a project from a checkpoint, texts, conversations, preferences or labels
     bessemer run       train or update the model; only changed stages run
     bessemer chat      chat with it
     bessemer serve     serve it on http://localhost:3000
     bessemer rank      let people rank its answers there, as training data for the next run
     """
+    if context.invoked_subcommand == "init":  # the one command outside a project
+        return
     os.chdir(project_root(Path.cwd()))
 
 
 def project_root(start: Path) -> Path:
-    """Return the project folder: the nearest folder upwards that contains a dvc.yaml."""
-    for folder in (start, *start.parents):
-        if (folder / "dvc.yaml").is_file():
-            return folder
-    raise BessemerError(
-        f"{start} is not inside a project (no dvc.yaml here or above): change to the project folder first."
-    )
+    """Return the project folder around a folder; raise BessemerError if there is none."""
+    project = nearest_project(start)
+    if project is None:
+        raise BessemerError(
+            f"{start} is not inside a project (no dvc.yaml here or above): change to the project folder, or create one "
+            "with `bessemer init`."
+        )
+    return project
+
+
+def nearest_project(start: Path) -> Path | None:
+    """Return the nearest folder upwards that contains a dvc.yaml; None if there is none."""
+    return next((folder for folder in (start, *start.parents) if (folder / "dvc.yaml").is_file()), None)
 
 
 @cli.command()
@@ -320,3 +340,7 @@ def doctor() -> None:
         mark, colour = ("note", "cyan") if finding.note else ("ok  ", "green") if finding.good else ("fix ", "yellow")
         click.echo(f"{click.style(mark, fg=colour)} {finding.text}")
     sys.exit(0 if all(finding.good for finding in findings) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -258,6 +258,13 @@ def test_conversations_that_are_too_long_are_counted_and_named(chain: Chain, tmp
     assert {(row["reason"], row["used"], row["split"]) for row in rejected_rows(job)} == {("too_long", False, "train")}
 
 
+def test_max_tokens_below_the_context_rejects_longer_conversations(chain: Chain, tmp_path: Path) -> None:
+    settings = config("finetune@chat", steps=1, max_tokens=40)
+    job = chain.job("finetune@chat", settings, tmp_path)
+    job.inputs["instructions"] = rewrite_replies(chain, tmp_path / "table", "word " * 10, 5)
+    assert chain.run(job, settings)["rejected"] == {"too_long": 5}
+
+
 def test_conversations_that_are_cut_are_trained_on_and_named(chain: Chain, tmp_path: Path) -> None:
     settings = config("finetune@chat", steps=1, too_long="truncate")
     job = chain.job("finetune@chat", settings, tmp_path)
@@ -283,7 +290,8 @@ def test_no_usable_conversation_is_an_error(chain: Chain, tmp_path: Path) -> Non
     job = chain.job("finetune@chat", settings, tmp_path)
     job.inputs["instructions"] = rewrite_replies(chain, tmp_path / "table", "word " * 200, 48)
     sentence = (
-        r"none of the 48 training conversations .* \(48 too_long\)\. .* The limit is 64 tokens \(tokenize\.context\)"
+        r"none of the 48 training conversations .* \(48 too_long\)\. .* "
+        r"The limit is 64 tokens \(max_tokens, or the model's context\)"
     )
     with pytest.raises(StageError, match=sentence):
         chain.run(job, settings)

@@ -7,7 +7,7 @@ entries and their models are in `model_rules.py`.
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tasks.common import model_graph, model_rules
+from tasks.common import data_rules, model_graph, model_rules
 from tasks.common.evaluation.scorecard import METRICS
 from tasks.common.model_graph import Params, entries_of, lookup
 from tasks.common.model_rules import Entry, check_at_most, entries
@@ -33,6 +33,7 @@ TRL_ALGORITHMS = ("dpo", "rloo", "grpo")
 def check_settings(params: Params) -> Iterator[str]:
     """Report settings that contradict each other; the graph must have no cycles."""
     yield from model_rules.check_models(params)
+    yield from data_rules.check_data(params)
     for entry in entries(params):
         yield from _check_requirements(entry, params)
     yield from _check_curated_sources(params)
@@ -51,6 +52,8 @@ def check_stages(params: Params, stages: Iterable[str]) -> Iterator[str]:
     """Report settings that prevent some of the given stages from running but are valid for others."""
     wanted = list(stages)
     yield from model_graph.check_user_paths(params, wanted)
+    if "ingest" in wanted:
+        yield from data_rules.check_source_files(params)
     unsupported = [
         f"{stage}@{where.partition('.')[2]}"
         for stage, where, entry in entries(params)

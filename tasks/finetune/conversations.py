@@ -159,7 +159,8 @@ def no_rows_error(count: int, rejected: Sequence[Rejected], max_length: int) -> 
     first = "".join(f" {row.id} ({row.detail})" for row in rejected[:1])
     return StageError(
         f"none of the {count} training conversations can be used ({reasons}).{' The first is' if first else ''}{first}."
-        f" The limit is {max_length} tokens (tokenize.context); docs/guides/fine-tuning.md explains the reasons."
+        f" The limit is {max_length} tokens (max_tokens, or the model's context). "
+        "docs/guides/fine-tuning.md explains the reasons."
     )
 
 

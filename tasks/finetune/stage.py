@@ -56,9 +56,10 @@ class Config(Training):
         Field(discriminator="name", description="Which weights are trained"),
     ] = Full(name="full")
     pretraining_mix: PretrainingMix = PretrainingMix()
-    too_long: Literal["reject", "truncate"] = Field(
-        default="reject", description="Handling of rows longer than the context"
+    max_tokens: int | None = Field(
+        default=None, description="Longest conversation, in tokens; null: the model's context", ge=8
     )
+    too_long: Literal["reject", "truncate"] = Field(default="reject", description="Handling of longer conversations")
     heldout: int = Field(
         default=256, description="Held-out conversations for the loss before and after fine-tuning", ge=0
     )
@@ -91,7 +92,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
 
 def tune_chat(config: Config, task: Chat, tokenizer: "PreTrainedTokenizerFast", job: Job) -> dict[str, Any]:
     """Fine-tune the decoder on conversations, with the loss on their answers."""
-    reader = conversations.Reader(tokenizer, tokenizer.model_max_length, config.too_long, task.answers)
+    reader = conversations.Reader(tokenizer, max_length(config, tokenizer), config.too_long, task.answers)
     rows = read_rows(job)
     (usable, rejected), (heldout, heldout_rejected) = read_splits(reader, rows, job.key)
     heldout_sample, pad_id = sample_conversations(heldout, config.heldout, job.seed), tokenizer.pad_token_id
@@ -131,7 +132,7 @@ def tune_head(
     """Fine-tune the model with a new head on conversations whose last answers are labels or numbers."""
     rows = read_rows(job)
     classes = labels.find_labels(rows["train"], task) if isinstance(task, Classification) else None
-    reader = labels.Reader(tokenizer, tokenizer.model_max_length, config.too_long, classes)
+    reader = labels.Reader(tokenizer, max_length(config, tokenizer), config.too_long, classes)
     (usable, rejected), (heldout, heldout_rejected) = read_splits(reader, rows, job.key)
     if rows["heldout"] and not heldout:
         reasons = conversations.format_counts(conversations.count_reasons(heldout_rejected))
@@ -170,6 +171,12 @@ def train_and_save(
     models.save(tuned, tokenizer, job.outputs["model"])
     history.write(job.outputs["history"])
     return tuned, history
+
+
+def max_length(config: Config, tokenizer: "PreTrainedTokenizerFast") -> int:
+    """Return the longest conversation that is trained on, in tokens."""
+    context = int(tokenizer.model_max_length)
+    return context if config.max_tokens is None else min(config.max_tokens, context)
 
 
 def read_rows(job: Job) -> dict[str, list[dict[str, Any]]]:

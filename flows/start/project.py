@@ -1,0 +1,105 @@
+"""A new project folder: the code at this version, the user's files, `params.yaml`, git and DVC.
+
+The project is complete in itself: whoever clones it can reproduce its models without the installation that made it. It
+is built beside its final place and moved there as a whole, so an interrupted `bessemer init` leaves nothing behind.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from tasks.common.settings import ENTRY_STAGES, BessemerError
+
+INSTALLATION = Path(__file__).resolve().parents[2]
+CODE = ("flows", "serving", "tasks")
+FILES = (
+    ".dvcignore", ".gitignore", ".dvc/.gitignore", ".dvc/config", "LICENSE", "Makefile", "bentofile.yaml", "dvc.yaml",
+    "prefect.yaml", "pyproject.toml", "requirements-dev.lock", "requirements-vllm.lock", "requirements.lock",
+)  # fmt: skip
+SOURCES = Path("data/sources")
+# Folders that dvc.yaml names as inputs, which must exist in a fresh clone even when they are empty.
+KEPT_FOLDERS = (*(f"data/{stage}" for stage in ENTRY_STAGES), f"{SOURCES}/toxicity")
+LARGE_FILE_BYTES = 5_000_000  # larger files go to DVC, because git keeps every version in every clone
+IDENTITY = ("-c", "user.name=bessemer", "-c", "user.email=bessemer@localhost")  # where git has no user
+
+
+def check_target(folder: Path) -> None:
+    """Raise BessemerError if a project cannot be created in the folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BessemerError(f"{folder} exists and is not an empty folder: name another one, or remove it first.")
+    missing = [name for name in (*CODE, *FILES) if not (INSTALLATION / name).exists()]
+    if missing:
+        raise BessemerError(
+            f"This installation of Bessemer has no {', '.join(missing)} in {INSTALLATION}, which every project needs: "
+            "install it from a clone of its repository (`make run` there does)."
+        )
+    if shutil.which("git") is None:
+        raise BessemerError("git is not installed, and every project is a git repository: install git first.")
+
+
+@contextmanager
+def new_project(folder: Path) -> Iterator[Path]:
+    """Yield a folder with the code of this version, which becomes `folder` if the block ends without an exception."""
+    check_target(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        project = Path(scratch, "project")
+        _copy_code(project)
+        yield project
+        if folder.exists():
+            folder.rmdir()
+        project.rename(folder)
+
+
+def _copy_code(project: Path) -> None:
+    for name in CODE:
+        shutil.copytree(INSTALLATION / name, project / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    for name in FILES:
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(INSTALLATION / name, project / name)
+    for name in KEPT_FOLDERS:
+        (project / name).mkdir(parents=True)
+        (project / name / ".gitkeep").touch()
+
+
+def copy_in(project: Path, files: Mapping[str, Path]) -> None:
+    """Copy the user's files and folders to their paths in the project. Raises BessemerError if one cannot be read."""
+    for name, source in files.items():
+        target = project / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if source.is_dir():
+                shutil.copytree(source, target, copy_function=shutil.copyfile)
+                for folder in (target, *(entry for entry in target.rglob("*") if entry.is_dir())):
+                    folder.chmod(0o755)  # copytree keeps the modes of folders, which may be read-only
+            else:
+                shutil.copyfile(source, target)
+        except (OSError, shutil.Error) as error:
+            raise BessemerError(f"{source} could not be copied into the project: {error}") from error
+
+
+def commit(project: Path, names: list[str], message: str) -> None:
+    """Make the project a git repository, add large files among `names` to DVC, and commit everything."""
+    _run(["git", "init", "--quiet", "--initial-branch=main"], project)
+    large = [name for name in names if _is_large(project / name)]
+    if large:
+        _run([sys.executable, "-m", "dvc", "add", "--quiet", *large], project)
+    _run(["git", "add", "--all"], project)
+    known = subprocess.run(["git", "config", "user.email"], cwd=project, capture_output=True, check=False)
+    identity = IDENTITY if known.returncode else ()
+    _run(["git", *identity, "commit", "--quiet", "--no-verify", "--message", message], project)
+
+
+def _is_large(path: Path) -> bool:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files) > LARGE_FILE_BYTES
+
+
+def _run(command: list[str], folder: Path) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BessemerError(f"`{' '.join(command)}` failed: {(done.stderr or done.stdout).strip()}")
