@@ -43,7 +43,8 @@ def redundant(*conversations: list[list[str]]) -> list[int]:
         [*FIRST[:2], message(10), message(10)],  # the same first turns, another continuation
         [*FIRST, message(10), message(10)],  # a longer conversation
         [OPENING, ["yes"]],
-        [message(5), *FIRST[1:3], message(80)],  # another first message, and another answer
+        [message(5), *FIRST[1:]],  # another first message
+        [*FIRST[:2], message(5), REPLY],  # another question with the same answer
     ],
 )
 def test_branch_of_a_conversation_is_kept(branch: list[list[str]]) -> None:

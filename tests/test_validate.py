@@ -170,7 +170,18 @@ def test_ranks_are_checked_against_the_responses(ranks: list[int], expected: str
 
 
 @pytest.mark.parametrize(
-    "text", ["São Tomé", "a page\x0cbreak", "Ångström", "naïve café", "Brasília", "a\nb\tc", "“quotes” – dashes…", "Â"]
+    "text",
+    [
+        "São Tomé",
+        "a page\x0cbreak",
+        "a zero\ufeffwidth space",
+        "Ångström",
+        "naïve café",
+        "Brasília",
+        "a\nb\tc",
+        "“quotes” – dashes…",
+        "Â",
+    ],
 )
 def test_valid_encoding_is_not_damage(text: str) -> None:
     assert not re.search(checks.DAMAGE_PATTERN, text)

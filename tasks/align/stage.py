@@ -7,6 +7,7 @@ uninterrupted one.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from tasks.align import by_trl, pairs, rewards, rollouts
 from tasks.align.alarms import AlarmMonitor, Alarms, Scorecard
 from tasks.align.alternatives import Dpo, Grpo, Rloo
 from tasks.align.learner import Learner, SamplingConfig
+from tasks.align.pairs import Pair, RankedPairs
 from tasks.align.policy import Method, Policy
 from tasks.align.proximal import Ppo, PpoTrainer
 from tasks.align.ptx import PtxTerm
@@ -86,7 +88,9 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     first = checkpoint.step if checkpoint else 0
     trained = world.shard(policy.model)
     table = tables.read(job.inputs["instructions"]).to_pylist()
-    run = Run(config, job, tokenizer, world, make_learner(config, job, tokenizer, policy, world, table), table)
+    ranked = read_ranked_pairs(config, job, tokenizer)
+    learner = make_learner(config, job, tokenizer, policy, world, table, ranked.pairs)
+    run = Run(config, job, tokenizer, world, learner, table)
     if checkpoint:
         run.trainer.train_engine.load(checkpoint)
         run.load(checkpoint.extra)
@@ -116,12 +120,19 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     world.shutdown()
     models.save(policy.merged_model(job.inputs["model"], trained), tokenizer, job.outputs["model"])
     history.write(job.outputs["history"])
-    return summary(history, run)
+    return summary(history, run) | ranked.figures
+
+
+def read_ranked_pairs(config: Config, job: Job, tokenizer: "PreTrainedTokenizerFast") -> RankedPairs:
+    """Return people's pairs if they are the reward, else none."""
+    if not isinstance(config.reward, rewards.Rankings):
+        return RankedPairs()
+    return pairs.from_rankings(tokenizer, tables.read(job.inputs["reward"]).to_pylist(), config.reward)
 
 
 def make_learner(
     config: Config, job: Job, tokenizer: "PreTrainedTokenizerFast", policy: Policy, world: World,
-    table: list[dict[str, Any]],
+    table: list[dict[str, Any]], ranked_pairs: Sequence[Pair],
 ) -> Learner:  # fmt: skip
     """Return the learner of the algorithm, which trains a policy on the training questions."""
     algorithm, split = config.algorithm, Split.open(job.inputs["shards"] / "train")
@@ -133,9 +144,6 @@ def make_learner(
         return PpoTrainer(
             algorithm, sampler, policy, train_engine, tokenizer, reward_fn, reward_name, prompts, ptx_term, world
         )
-    ranked_pairs = []
-    if isinstance(config.reward, rewards.Rankings):
-        ranked_pairs = pairs.from_rankings(tokenizer, tables.read(job.inputs["reward"]).to_pylist(), config.reward)
     return by_trl.TrlLearner(
         algorithm, sampler, policy, train_engine, tokenizer, reward_fn, reward_name, prompts, ptx_term, world,
         ranked_pairs, str(job.outputs["model"]), job.activation_checkpointing,
@@ -178,6 +186,8 @@ class Run:
         self.scorecard = Scorecard.of(self.table, self.config.alarms.questions, self._has_room)
 
     def _has_room(self, row: dict[str, Any]) -> bool:
+        if chat.spells_control_token(chat.control_tokens(self.tokenizer), row["messages"][:-1]):
+            return False
         prompt = chat.encode_prompt(self.tokenizer, row["messages"][:-1])
         return chat.fits_context(self.tokenizer, prompt, self.config.max_new_tokens)
 

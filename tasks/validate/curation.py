@@ -120,37 +120,28 @@ class TableFilter:
         for number, (row, found) in enumerate(zip(rows, features, strict=True)):
             if result[number] is not None:
                 continue
-            text_words = words(found["text"]) if is_natural_text(self.table, row) else []
-            result[number] = self._rejection_reason(start + number, row, found["text"], text_words)
+            parts = split_parts(self.table, row)
+            result[number] = self._rejection_reason(start + number, row, found["text"], parts)
             if result[number] is None:
                 self._record_prompt(start + number, row)
-                if text_words:
-                    compared.append((row, text_words))
+                if parts:
+                    compared.append((parts, row["split"] == "heldout"))
                     self._compared_positions.append(start + number)
-        self._compare_later(compared)
+        if self.table == "corpus":
+            self._duplicates.add([(document, heldout) for (document,), heldout in compared])
+        else:
+            self._duplicates.add_conversations(compared)
         return result
 
-    def _compare_later(self, rows: Sequence[tuple[Row, Sequence[str]]]) -> None:
-        """Add rows and their words to those that are compared at the end. System messages are not compared."""
-        if self.table == "corpus":
-            self._duplicates.add([(text_words, row["split"] == "heldout") for row, text_words in rows])
-            return
-        turns = ([turn for turn in row["messages"] if turn["role"] != "system"] for row, _ in rows)
-        self._duplicates.add_conversations(
-            [
-                ([words(turn["content"]) for turn in messages], row["split"] == "heldout")
-                for messages, (row, _) in zip(turns, rows, strict=True)
-            ]
-        )
-
-    def _rejection_reason(self, position: int, row: Row, text: str, text_words: Sequence[str]) -> str | None:
-        """Return why a row is rejected by itself, or None; `text_words` is empty for rows made from facts."""
+    def _rejection_reason(self, position: int, row: Row, text: str, parts: Sequence[Sequence[str]]) -> str | None:
+        """Return why a row is rejected by itself, or None; `parts` is empty for rows made from facts."""
         settings, code = self.settings, is_code(row, self._code_sources)
         kind = personal.rejected_kind(text, settings.personal) if settings.personal and not code else None
         if kind:
             return f"personal data: {kind}"
-        if self.table != "corpus" or not text_words:
+        if self.table != "corpus" or not parts:
             return None
+        (text_words,) = parts
         reason = None if code else self._prose_rejection_reason(position, row, text, text_words)
         ngrams = self.heldout_ngrams
         if reason is None and ngrams and row["split"] == "train" and ngrams.occur_in(text_words):
@@ -200,8 +191,14 @@ class TableFilter:
         return reasons
 
 
-def is_natural_text(table: str, row: Row) -> bool:
-    """Return whether a row is prose or a conversation of people, and not a statement or chat made from facts."""
+def split_parts(table: str, row: Row) -> list[list[str]]:
+    """Return the words of each part of a row: of a document, or of each message but the system's.
+
+    Rows made from facts have none, nor have rankings, nor documents without a word.
+    """
     if table == "corpus":
-        return not row["names"]
-    return table == "instructions" and row["answer"] is None
+        found = [] if row["names"] else words(row["text"])
+        return [found] if found else []
+    if table == "instructions" and row["answer"] is None:
+        return [words(turn["content"]) for turn in row["messages"] if turn["role"] != "system"]
+    return []

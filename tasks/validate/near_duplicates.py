@@ -5,7 +5,7 @@ never its text. Each band of a signature puts a document into a bucket. Document
 signatures, and similar ones are merged into clusters (connected components). One document of each cluster is kept: a
 held-out one before a training one, because a near copy of held-out text in training is a leak; then the first one.
 
-Two conversations must also differ little after the messages that they share (`branches.py`).
+Two conversations must also be similar message by message (`branches.py`).
 """
 
 from array import array

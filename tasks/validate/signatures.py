@@ -42,6 +42,11 @@ class SignatureFile:
         content = [os.pread(self._file.fileno(), self.width, self.width * number) for number in numbers.tolist()]
         return np.frombuffer(b"".join(content), np.uint32).reshape(-1, self.permutations)
 
+    def read_span(self, start: int, count: int) -> Matrix:
+        """Return `count` rows from row `start` on."""
+        content = os.pread(self._file.fileno(), self.width * count, self.width * start)
+        return np.frombuffer(content, np.uint32).reshape(-1, self.permutations)
+
     def close(self) -> None:
         """Close and delete the file."""
         self._file.close()

@@ -13,12 +13,13 @@ UNSPACED = (
 )
 # `\w` of `re` leaves out combining marks: it would split हिन्दी into three words, and é in two code points into two.
 WORD = regex.compile(rf"[{UNSPACED}]|[\w--[{UNSPACED}]]+", regex.V1)
+ASCII_WORD = re.compile(r"\w+", re.ASCII)  # the same words of an ASCII text, three times as fast
 PIECE = re.compile(rf"[{UNSPACED}][^\w\s]*|[^\s{UNSPACED}]+")
 
 
 def words(text: str) -> list[str]:
     """Return a text's words in order, in lower case and without punctuation."""
-    found: list[str] = WORD.findall(text.lower())
+    found: list[str] = (ASCII_WORD if text.isascii() else WORD).findall(text.lower())
     return found
 
 
