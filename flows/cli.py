@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
+from flows.start.cli import init
 from serving.errors import ServingError
 from tasks.common.settings import BessemerError
 
-SAMPLE_QUESTIONS = ("What is the capital of Peru?", "What is the capital of Germany?", "What is the symbol of gold?")
 PORT_RANGE = click.IntRange(1, 65535)
 STAGES_OPTION = click.option(
     "--stage",
@@ -218,7 +218,7 @@ def serve(host: str, port: int, others: tuple[str, ...]) -> None:
       bessemer serve
       bessemer serve --port 8000
       bessemer serve --with tuned --with base     a request with "model": "base" then uses the base model
-      curl localhost:3000/generate -H 'content-type: application/json' -d '{"input": "What is the capital of Peru?"}'
+      curl localhost:3000/generate -H 'content-type: application/json' -d '{"input": "Hello!"}'
     """
     from flows import endpoint
 
@@ -263,7 +263,7 @@ def export() -> None:
 
 @cli.command()
 @click.argument("question", nargs=-1)
-@click.option("--samples", is_flag=True, help="Ask a few sample questions and exit.")
+@click.option("--samples", is_flag=True, help="Ask a few questions of the project's own data and exit.")
 @click.option(
     "--with", "-w", "name", metavar="NAME",
     help="Chat with another model: an entry of evaluate, or the model of a stage (finetune@chat).",
@@ -274,13 +274,13 @@ def chat(question: tuple[str, ...], samples: bool, name: str | None) -> None:
     \b
     Examples:
       bessemer chat
-      bessemer chat What is the capital of Peru?
+      bessemer chat What can you do?
       bessemer chat --with finetune@chat
       bessemer chat --samples
     """
     from flows import endpoint
 
-    endpoint.chat(Path(), SAMPLE_QUESTIONS if samples else [" ".join(question)], name, show_questions=samples)
+    endpoint.chat(Path(), None if samples else " ".join(question), name)
 
 
 @cli.command()
@@ -341,6 +341,8 @@ def doctor() -> None:
         click.echo(f"{click.style(mark, fg=colour)} {finding.text}")
     sys.exit(0 if all(finding.good for finding in findings) else 1)
 
+
+cli.add_command(init)
 
 if __name__ == "__main__":
     main()

@@ -110,3 +110,12 @@ def test_mask_tokens_are_needed_by_masked_training(params: dict[str, Any], tmp_p
         in (next(line for line in lines if line.startswith("pretrain.masked")) + " ")
     )
     assert any(line.startswith("reward.judge.word_dropout: found 0.1, but the tokenizer of") for line in lines)
+
+
+def test_table_of_a_source_without_one_is_detected(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file has rows of people's ratings."""
+    del params["ingest"]["sources"][3]["table"]
+    del params["ingest"]["sources"][3]["format"]
+    check(params)
+    params["ingest"]["sources"][3]["path"] = "smalltalk.jsonl"
+    assert any(line.startswith("reward.train: it learns from rankings") for line in problems(params))

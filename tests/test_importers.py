@@ -8,8 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from tasks.common.harness.job import StageError
-from tasks.ingest import formats
+from tasks.ingest import formats, json_values
 from tasks.ingest.importers import Layout
+from tasks.ingest.source_files import SourceFile, UnreadableFile
 from tasks.validate import checks
 from tests.data_fixtures import (
     FACTS,
@@ -133,6 +134,10 @@ def test_content_that_is_not_a_text_chat_is_rejected(name: str, kind: str, row: 
     assert expected in str(caught.value)
 
 
+def read_json(path: Path) -> list[tuple[str, Any]]:
+    return list(formats.read(SourceFile(path, path.name), "json", False, None, frozenset()))
+
+
 # Through the stage
 
 
@@ -187,8 +192,8 @@ def test_an_imported_chat_is_validated_like_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ('[\n{"instruction": "a", "output": "b"},\n{"instruction"', "found something else after item 1: "),
-        (b'{"instruction": "caf\xe9"}', "expected UTF-8 text in"),
+        ('[\n{"instruction": "a", "output": "b"},\n{"instruction"', "found something else after item 1, in line 3: "),
+        ("[{'instruction': 'a'}]", "after item 0, in line 1: Expecting property name enclosed in double quotes"),
         ('{"a": 1}\n{"b": 2}\n', "none of the 2 rows of"),
     ],
 )
@@ -205,28 +210,40 @@ def test_an_array_longer_than_the_buffer_gives_all_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffer_bytes: int
 ) -> None:
     """The buffer may end in a text, a number, an escape sequence, or the space between two items."""
-    monkeypatch.setattr(formats, "JSON_BUFFER_BYTES", buffer_bytes)
+    monkeypatch.setattr(json_values, "BUFFER_CHARACTERS", buffer_bytes)
     items = [{"text": "café, [x] \\ {y}" * 9}, 1234567, ["]", [5]], None, {}, 0.1, 10**30]
     path = tmp_path / "mine.json"
     positions = [f"item {number}" for number in range(1, 8)]
     path.write_text("\n [" + ",\n\n".join(map(json.dumps, items)) + " ]\n", encoding="utf-8")
-    assert list(formats.read_objects("mine", path)) == list(zip(positions, items, strict=True))
+    assert read_json(path) == list(zip(positions, items, strict=True))
 
 
-@pytest.mark.parametrize("more", ["[{}]", "\n{}\n", ",", " 1", "]", "[" * 100_000], ids=lambda text: text[:9])
-def test_content_after_an_array_is_an_error(tmp_path: Path, more: str) -> None:
-    """Two arrays in a file, or an array and lines: the rows of the second are never dropped silently."""
+@pytest.mark.parametrize(
+    ("more", "rows"),
+    [("[{}]", [{}]), ("\n{}\n", [{}]), (" 1", [1]), ('\n\n{"b":\n1}[] [2, 3]', [{"b": 1}, 2, 3])],
+)
+def test_content_after_an_array_is_read_too(tmp_path: Path, more: str, rows: list[Any]) -> None:
     path = tmp_path / "mine.json"
     path.write_text('[{"a": 1}, {"a": 2}]' + more, encoding="utf-8")
-    with pytest.raises(StageError, match=r"source mine: expected one JSON array in .* after item 2: "):
-        list(formats.read_objects("mine", path))
+    assert [row for _, row in read_json(path)] == [{"a": 1}, {"a": 2}, *rows]
+
+
+@pytest.mark.parametrize(
+    "more", [",", "]", "}", "[{}", "{", '{"a"', "[" * 100_000, "\n\nnonsense"], ids=lambda text: text[:9]
+)
+def test_other_content_after_an_array_is_an_error_with_its_place(tmp_path: Path, more: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text('[{"a": 1},\n{"a": 2}]' + more, encoding="utf-8")
+    line, item = 2 + more.count("\n"), 2 + (more == "[{}")
+    with pytest.raises(UnreadableFile, match=rf"expected JSON in mine.json, .* after item {item}, in line {line}: "):
+        read_json(path)
 
 
 def test_an_array_nested_too_deep_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text("[1, " + "[" * 100_000, encoding="utf-8")
-    with pytest.raises(StageError, match="found something else after item 1: its values are nested more than 100 deep"):
-        list(formats.read_objects("mine", path))
+    with pytest.raises(UnreadableFile, match=r"after item 1, in line 1: its values are nested too deep"):
+        read_json(path)
 
 
 def test_a_group_for_chats_is_rejected() -> None:

@@ -120,7 +120,7 @@ class TestPage:
             "final held-out loss: 0.750", "reward mean of policy against tuned", "≥ 2", "81.0 %", "84.0 %", "target: 6",
             "held-out reply of int8", "changing reply of policy", "sampled reply of tuned", "[MASK]", "0.250 ×",
             "71.5 %", "65.0 … 78.0", "trained on 21 rankings that the others have", "77.0 %", "52.0 %", "is −0.25",
-            "INT8 is 8.0 times as fast", "0.0050", "EUR", "The ratings are about tone.",
+            "INT8 is 8.0 times as fast", "0.0050", "EUR", "The ratings are of single sentences.",
         ):  # fmt: skip
             assert part in page.text, part
         assert page.tags.count("svg") == 1 + 5 + 1 + 1 + 8  # lineage, losses, exact match, calibration, PPO's
@@ -274,14 +274,14 @@ class TestFigures:
 
     def test_limits_follow_from_the_sources(self, project: Path) -> None:
         page = Page(write_report(project))
-        assert "In stars people rated how pleasant" in page.text
+        assert "In stars people rated sentences by themselves" in page.text
         assert "every entity of countries" in page.text
         assert "A bag of words is more accurate." in page.text
         record = json.loads((project / "data/ingest/record.json").read_text())
         record["settings"] = {"sources": [{"name": "countries", "kind": "datasets", "table": "corpus"}]}
         put(project / "data/ingest/record.json", record)
         page = Page(write_report(project))
-        assert "tone" not in page.text.partition("What these figures do not show")[2].replace("determine the tone", "")
+        assert "single sentences" not in page.text
         assert "held-out documents of countries" in page.text
 
     @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ class TestProject:
         with project.new_project(tmp_path / "new") as path:
             project.copy_in(path, {"data/sources/big.txt": tmp_path / "big.txt"})
             (path / "params.yaml").write_text(text(), encoding="utf-8")
+            graph.read(path)  # would tell DVC that there is no git
             project.commit(path, ["data/sources/big.txt"], "First")
         tracked = subprocess.run(
             ["git", "ls-files", "data/sources"], cwd=tmp_path / "new", capture_output=True, text=True
@@ -190,6 +191,4 @@ class TestParamsText:
     def test_longest_pipeline_fits_forty_lines(self) -> None:
         tables = {name: table() for name in ("corpus", "instructions", "rankings", "labels")}
         planned = design(Brought(checkpoint(), tables), MACHINE)
-        planned.sections["ingest"] = {"sources": [source for one in tables.values() for source in one.sources]}
-        planned.sections["base"] = {"seed": 1}
         assert len(params_text.render("everything", planned.sections).splitlines()) <= params_text.MAX_LINES

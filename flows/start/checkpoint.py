@@ -37,7 +37,7 @@ class Checkpoint:
         """Return one line about the model: `a causal model with 134.5 M parameters and a context of 8,192 tokens`."""
         template = "" if self.kind == "masked" or self.chat_template else ", without a chat template"
         return (
-            f"a {self.kind} model with {self.parameters / 1e6:,.1f} M parameters and a context of {self.context:,} "
+            f"a {self.kind} model with {self.parameters / 1e6:,.3g} M parameters and a context of {self.context:,} "
             f"tokens{template}, licence {self.licence}"
         )
 

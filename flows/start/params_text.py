@@ -10,10 +10,8 @@ from tasks.common.settings import STAGES
 MAX_LINES = 40
 WIDTH = 118
 INDENT = 4
-HEADER = (
-    "# {title}",
-    "# What you decide; `bessemer params` prints every setting with its default, and --markdown describes them all.",
-)
+LISTED_ITEMS = 2  # of a list with a line for each item; longer ones are wrapped
+HEADER = "# {title} (`bessemer params` prints every setting, `--markdown` describes them)"
 COMMENTS = {
     "numerics": "how results are computed, where that changes their bytes",
     "placement": "where they are computed; not part of a model's identity",
@@ -30,7 +28,7 @@ COMMENTS = {
 
 def render(title: str, sections: Mapping[str, Any]) -> str:
     """Return the text of `params.yaml` with these sections; the others are empty."""
-    lines = [HEADER[0].format(title=title), *HEADER[1:]]
+    lines = [HEADER.format(title=title)]
     empty = []
     for name in ("base", "numerics", "placement", *STAGES):
         content = sections.get(name, {})
@@ -54,7 +52,7 @@ def _section(name: str, content: Mapping[str, Any]) -> Iterator[str]:
     yield f"{name}:{comment}"
     for key, value in content.items():
         twin = next((other for other in content if other != key and _differs_little(content[other], value)), None)
-        if isinstance(value, list):
+        if isinstance(value, list) and len(value) <= LISTED_ITEMS:
             yield f"  {key}:"
             for item in value:
                 yield from _wrap(f"    - {flow(item)}", 7)

@@ -79,7 +79,7 @@ class Designer:
         """Take the user's checkpoint as the model so far."""
         folder = checkpoint.folder
         if checkpoint.archive:
-            self.design.sections["ingest"] = {"checkpoint": dict(checkpoint.archive)}
+            self.design.sections["ingest"]["checkpoint"] = dict(checkpoint.archive)
         self.parameters, self.context = checkpoint.parameters, checkpoint.context
         if checkpoint.kind == "masked":
             self.encoder = folder
@@ -184,6 +184,11 @@ def design(brought: Brought, machine: Machine) -> Design:
     """Return the pipeline for what the user brings. Raises BessemerError if nothing can be made of it."""
     _check(brought)
     builder, tables = Designer(brought, machine), brought.tables
+    builder.design.sections |= {
+        "base": {"seed": 1},
+        "numerics": {"device": machine.device, "threads": machine.cores},
+        "ingest": {"sources": [source for table in tables.values() for source in table.sources]},
+    }
     if brought.checkpoint:
         builder.start_from_checkpoint(brought.checkpoint)
     if "corpus" in tables:
@@ -200,10 +205,13 @@ def design(brought: Brought, machine: Machine) -> Design:
         builder.classify(tables["labels"])
     for part, folder in (("chat", builder.model), ("encoder", builder.encoder)):
         if folder:
-            exported = builder.add("quantize", part, {"model": folder})
+            reply = {"max_new_tokens": min(MAX_TOKENS, builder.context // 2)} if part == "chat" else {}
+            exported = builder.add("quantize", part, {"model": folder, **reply})
             builder.design.sections.setdefault("package", {})[part] = exported
             evaluated[part] = exported
-    builder.design.sections["evaluate"] = {name: {"model": folder} for name, folder in evaluated.items()}
+    items = 100 if builder.low_rank else 300  # a large model takes long to answer on a CPU
+    size = {"questions": items, "samples": items, "max_new_tokens": min(64, builder.context // 2)}
+    builder.design.sections["evaluate"] = {name: {"model": folder, **size} for name, folder in evaluated.items()}
     return builder.design
 
 

@@ -49,6 +49,7 @@ def new_project(folder: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         project = Path(scratch, "project")
         _copy_code(project)
+        _run(["git", "init", "--quiet", "--initial-branch=main"], project)  # before DVC looks for it
         yield project
         if folder.exists():
             folder.rmdir()
@@ -83,8 +84,7 @@ def copy_in(project: Path, files: Mapping[str, Path]) -> None:
 
 
 def commit(project: Path, names: list[str], message: str) -> None:
-    """Make the project a git repository, add large files among `names` to DVC, and commit everything."""
-    _run(["git", "init", "--quiet", "--initial-branch=main"], project)
+    """Add large files among `names` to DVC, and commit everything."""
     large = [name for name in names if _is_large(project / name)]
     if large:
         _run([sys.executable, "-m", "dvc", "add", "--quiet", *large], project)

@@ -134,12 +134,17 @@ def make_learner(
     config: Config, job: Job, tokenizer: "PreTrainedTokenizerFast", policy: Policy, world: World,
     table: list[dict[str, Any]], ranked_pairs: Sequence[Pair],
 ) -> Learner:  # fmt: skip
-    """Return the learner of the algorithm, which trains a policy on the training questions."""
+    """Return the learner of the algorithm; its prompts are the training questions, or those of the rankings."""
     algorithm, split = config.algorithm, Split.open(job.inputs["shards"] / "train")
     ptx_term, sampler = PtxTerm.of(algorithm.ptx, split, job.seed, world), make_sampler(config, job.seed)
     train_engine = make_engine(config.optimizer, policy.model, world)
     reward_fn = rewards.open_reward(config.reward, job.inputs["reward"], job.numerics, job.timeouts.reward_seconds)
-    reward_name, prompts = rewards.name_of(config.reward), training_questions(tokenizer, table, config.max_new_tokens)
+    reward_name, ranked_pairs, prompt_rows = rewards.name_of(config.reward), list[pairs.Pair](), table
+    if isinstance(config.reward, rewards.Rankings):
+        rankings = tables.read(job.inputs["reward"]).to_pylist()
+        ranked_pairs = pairs.from_rankings(tokenizer, rankings, config.reward)
+        prompt_rows = [{**row, "messages": [*row["prompt"], {"role": "assistant", "content": ""}]} for row in rankings]
+    prompts = training_questions(tokenizer, prompt_rows, config.max_new_tokens)
     if isinstance(algorithm, Ppo):
         return PpoTrainer(
             algorithm, sampler, policy, train_engine, tokenizer, reward_fn, reward_name, prompts, ptx_term, world

@@ -12,6 +12,7 @@ from tasks.common.evaluation.scorecard import METRICS
 from tasks.common.model_graph import Params, entries_of, lookup
 from tasks.common.model_rules import Entry, check_at_most, entries
 from tasks.common.settings import ENTRY_STAGES, LOCKSTEP_ENGINES, ZERO_STAGES
+from tasks.common.source_names import fill_names
 
 ENGINE_KEY = "numerics.parallel.engine"
 PROCESSES_KEY = "numerics.parallel.processes"
@@ -197,7 +198,7 @@ def _check_ppo(entry: Entry) -> Iterator[str]:
 def _check_curated_sources(params: Params) -> Iterator[str]:
     """Report names in `validate.curate.code` and `languages` that are neither a source nor a group."""
     sources = lookup(params, "ingest.sources")
-    listed = [source for source in sources if isinstance(source, dict)] if isinstance(sources, list) else []
+    listed = [source for source in fill_names(sources) if isinstance(source, dict)] if isinstance(sources, list) else []
     known = {str(source[key]) for source in listed for key in ("name", "group") if source.get(key)}
     for setting in ("code", "languages"):
         names = lookup(params, f"validate.curate.{setting}")

@@ -5,6 +5,7 @@ state. Missing values are skipped here, because `params_file.check` reports them
 """
 
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tasks.common.model_graph import Params, lookup
 from tasks.common.model_rules import Entry, entries
 
 SOURCES = Path("data/sources")
+DETECTION_ROWS = 20  # of each file, read to detect its table
 READER_TABLES = {  # of the readers of package archives
     "countries": {"facts"}, "elements": {"facts", "corpus"}, "speeches": {"corpus"}, "ratings": {"ratings"},
 }  # fmt: skip
@@ -34,11 +36,11 @@ TABLE_NAMES = {
 
 def check_data(params: Params) -> Iterator[str]:
     """Report entries, mixtures and a tokenizer that need rows which no source provides."""
-    sources = _sources(params)
-    provided = set[str]().union(*(_tables(source, params) for source in sources))
+    sources = [(source, _tables(source, params)) for source in _sources(params)]
+    provided = set[str]().union(*(tables for _, tables in sources))
     for entry in entries(params, *NEEDS):
         yield from _check_table(entry, provided)
-        yield from _check_mixture(entry, sources, params)
+        yield from _check_mixture(entry, _kinds_of_text(sources))
     trained = lookup(params, "tokenize.tokenizer.name") == "train"
     if trained and provided.isdisjoint(("corpus", "instructions")):
         yield (
@@ -59,12 +61,25 @@ def _tables(source: Mapping[str, Any], params: Params) -> set[str]:
         return {"rankings"} if any((SOURCES / str(source.get("path"))).glob("*.parquet")) else set()
     if kind == "llamafactory":  # its dataset_info.json states which data sets are rankings
         return {"instructions", "rankings"}
-    found = set(READER_TABLES.get(str(source.get("reader")), ())) if kind == "package" else {str(source.get("table"))}
+    found = set(READER_TABLES.get(str(source.get("reader")), ())) if kind == "package" else _stated(source)
     if "facts" in found:
         found |= {"corpus", "instructions"}
     if "ratings" in found:
         found |= {"rankings"} | ({"corpus"} if lookup(params, "ingest.ratings.in_corpus") else set())
     return found
+
+
+def _stated(source: Mapping[str, Any]) -> set[str]:
+    """Return the table that a source names, or those that its files seem to have; all where that is not known."""
+    if source.get("table"):
+        return {str(source["table"])}
+    path = source.get("path")
+    if source.get("kind") == "files" and isinstance(path, str):
+        # By name, so that the code of `ingest` does not enter the recipe of every stage that checks settings.
+        found = import_module("tasks.ingest.inspection").inspect(SOURCES / path, max_rows=DETECTION_ROWS)
+        if found.tables:
+            return set(found.tables)
+    return set(TABLE_NAMES)
 
 
 def check_source_files(params: Params) -> Iterator[str]:
@@ -86,14 +101,13 @@ def _check_table(entry: Entry, provided: set[str]) -> Iterator[str]:
         yield f"{where}: it learns from {TABLE_NAMES[table]}, but no source in ingest.sources provides any: add one"
 
 
-def _check_mixture(entry: Entry, sources: list[Mapping[str, Any]], params: Params) -> Iterator[str]:
+def _check_mixture(entry: Entry, kinds: list[str]) -> Iterator[str]:
     """Report kinds of text in a mixture that no source provides."""
     stage, where, content = entry
     setting, switch = MIXTURES.get(stage, (None, None))
     mixture = lookup(content, setting) if setting else None
     if not isinstance(mixture, Mapping) or (switch and not lookup(content, switch)):
         return
-    kinds = _kinds_of_text(sources, params)
     for name in mixture:
         if name not in kinds:
             made = " (documents made from facts)" if name == "statements" else ""
@@ -103,12 +117,11 @@ def _check_mixture(entry: Entry, sources: list[Mapping[str, Any]], params: Param
             )
 
 
-def _kinds_of_text(sources: list[Mapping[str, Any]], params: Params) -> list[str]:
+def _kinds_of_text(sources: list[tuple[Mapping[str, Any], set[str]]]) -> list[str]:
     """Return the names that a mixture may use: statements, prose, and the sources and groups of documents."""
-    tables = [(source, _tables(source, params)) for source in sources]
-    made = ["statements"] if any("facts" in found for _, found in tables) else []
-    documents = [source for source, found in tables if "corpus" in found]
-    prose = any("corpus" in found and found != {"facts", "corpus", "instructions"} for _, found in tables)
+    made = ["statements"] if any("facts" in tables for _, tables in sources) else []
+    documents = [source for source, tables in sources if "corpus" in tables]
+    prose = any("corpus" in tables and tables != {"facts", "corpus", "instructions"} for _, tables in sources)
     prose = prose or any(source.get("reader") == "elements" for source in documents)
     names = [str(source[key]) for source in documents for key in ("name", "group") if source.get(key)]
     return list(dict.fromkeys([*made, *(["prose"] if prose else []), *names]))
