@@ -88,8 +88,12 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     first = checkpoint.step if checkpoint else 0
     trained = world.shard(policy.model)
     table = tables.read(job.inputs["instructions"]).to_pylist()
-    ranked = read_ranked_pairs(config, job, tokenizer)
-    learner = make_learner(config, job, tokenizer, policy, world, table, ranked.pairs)
+    ranked, prompt_rows = RankedPairs(), table
+    if isinstance(config.reward, rewards.Rankings):
+        rankings = tables.read(job.inputs["reward"]).to_pylist()
+        ranked = pairs.from_rankings(tokenizer, rankings, config.reward)
+        prompt_rows = [{**row, "messages": [*row["prompt"], {"role": "assistant", "content": ""}]} for row in rankings]
+    learner = make_learner(config, job, tokenizer, policy, world, prompt_rows, ranked.pairs)
     run = Run(config, job, tokenizer, world, learner, table)
     if checkpoint:
         run.trainer.train_engine.load(checkpoint)
@@ -123,28 +127,19 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     return summary(history, run) | ranked.figures
 
 
-def read_ranked_pairs(config: Config, job: Job, tokenizer: "PreTrainedTokenizerFast") -> RankedPairs:
-    """Return people's pairs if they are the reward, else none."""
-    if not isinstance(config.reward, rewards.Rankings):
-        return RankedPairs()
-    return pairs.from_rankings(tokenizer, tables.read(job.inputs["reward"]).to_pylist(), config.reward)
-
-
 def make_learner(
     config: Config, job: Job, tokenizer: "PreTrainedTokenizerFast", policy: Policy, world: World,
-    table: list[dict[str, Any]], ranked_pairs: Sequence[Pair],
+    prompt_rows: list[dict[str, Any]], ranked_pairs: Sequence[Pair],
 ) -> Learner:  # fmt: skip
-    """Return the learner of the algorithm; its prompts are the training questions, or those of the rankings."""
+    """Return the learner of the algorithm; its prompts are the training questions of these rows."""
     algorithm, split = config.algorithm, Split.open(job.inputs["shards"] / "train")
     ptx_term, sampler = PtxTerm.of(algorithm.ptx, split, job.seed, world), make_sampler(config, job.seed)
     train_engine = make_engine(config.optimizer, policy.model, world)
     reward_fn = rewards.open_reward(config.reward, job.inputs["reward"], job.numerics, job.timeouts.reward_seconds)
-    reward_name, ranked_pairs, prompt_rows = rewards.name_of(config.reward), list[pairs.Pair](), table
-    if isinstance(config.reward, rewards.Rankings):
-        rankings = tables.read(job.inputs["reward"]).to_pylist()
-        ranked_pairs = pairs.from_rankings(tokenizer, rankings, config.reward)
-        prompt_rows = [{**row, "messages": [*row["prompt"], {"role": "assistant", "content": ""}]} for row in rankings]
-    prompts = training_questions(tokenizer, prompt_rows, config.max_new_tokens)
+    reward_name, prompts = (
+        rewards.name_of(config.reward),
+        training_questions(tokenizer, prompt_rows, config.max_new_tokens),
+    )
     if isinstance(algorithm, Ppo):
         return PpoTrainer(
             algorithm, sampler, policy, train_engine, tokenizer, reward_fn, reward_name, prompts, ptx_term, world
