@@ -115,6 +115,7 @@ def test_files_are_read_in_the_order_of_their_paths(tmp_path: Path) -> None:
     copied = copy_files(tmp_path, FILES)
     names, is_one = file_lists.find(copied, "docs/**/*.html")
     assert (names, is_one) == (["docs/b/old.html", "docs/b/page.html"], False)
+    assert file_lists.find(copied, "docs/**") == file_lists.find(copied, "docs")
     assert file_lists.find(copied, "docs/a.txt") == (["docs/a.txt"], True)
     assert file_lists.find(copied, "docs")[0] == sorted(name for name in FILES if "/." not in name)
     assert file_lists.find(copied, "docs/*")[0] == [

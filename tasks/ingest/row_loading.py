@@ -162,7 +162,7 @@ def _describe_unknown(sample: Mapping[str, Any], table: str | None) -> str:
 def _check_columns(file: SourceFile, detected: Detected, sample: Mapping[str, Any]) -> None:
     """Raise UnreadableFile if a file whose rows all have the same columns lacks one of the table's."""
     expected = rows.REQUIRED_COLUMNS[detected.table] if detected.format == layouts.OWN else set()
-    missing = expected - sample.keys()
+    missing = expected - sample.keys() - detected.columns.keys()
     if missing:
         wanted, found, lacking = (", ".join(sorted(map(str, names))) or "none" for names in (expected, sample, missing))
         raise UnreadableFile(
