@@ -43,6 +43,8 @@ HANDLED = {
     ("tasks/ingest/row_loading.py", "_peek"): "raised again",
     ("tasks/ingest/source_reading.py", "_read_member"): "the reason of a rejected file: the errors of DATA_ERRORS",
     ("tasks/ingest/sql.py", "_read_rows"): "part of an error",
+    ("tasks/ingest/survey.py", "_survey_files"): "part of an error",
+    ("tasks/ingest/survey.py", "_survey_llamafactory"): "part of an error",
     ("tasks/pretrain/pretrained.py", "_validate_folder"): "a line of an error",
     ("tasks/pretrain/pretrained.py", "_validate_weights"): "a line of an error",
     ("tasks/tokenize/stage.py", "_encode_rows"): "raised again",

@@ -157,7 +157,11 @@ def test_a_template_may_use_the_name_of_the_file(tmp_path: Path) -> None:
         ({}, "source docs: expected a file at .*docs, a folder with files or a pattern of files, found none"),
         (
             {"docs/a.png": b"\x89PNG", "docs/b.png": b"\x89PNG"},
-            "none of the 2 files at docs has a row that can be used; the first: docs/a.png: an image; only text",
+            "source docs: docs/a.png: an image; only text can be read",
+        ),
+        (
+            {"docs/a.jsonl": b'{"text": 5}', "docs/b.jsonl": b'{"text": ["x"]}'},
+            "none of the 2 files at docs has a row that can be used; the first: docs/a.jsonl, line 1: text must be",
         ),
         (
             {"docs/a.txt": b"Text.", "docs/b.json": b'[{"text": "a"}, {"text"'},

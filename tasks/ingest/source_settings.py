@@ -297,6 +297,11 @@ class Sql(RowSettings):
     )  # fmt: skip
     format: Layout | None = Field(default=None, description="Format of its rows; null: detected from their columns")
 
+    @property
+    def sqlite_path(self) -> str | None:
+        """The path of an SQLite file under data/sources; None for a server."""
+        return self.url.removeprefix("sqlite:///") if self.url.startswith("sqlite") else None
+
     @model_validator(mode="after")
     def _check_settings(self) -> "Sql":
         if (self.query is None) == (self.from_table is None):
