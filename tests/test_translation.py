@@ -8,8 +8,8 @@ from typing import Any, cast
 import pytest
 from ruamel.yaml import YAML
 
-from flows.start.result import CHECKPOINT, Translation
-from flows.start.translation import translate
+from flows.start.translation.result import CHECKPOINT, Translation
+from flows.start.translation.translate import translate
 from tasks.common import params_file
 from tasks.common.settings import ENTRY_STAGES, SettingsError
 from tasks.ingest.reading import Reading

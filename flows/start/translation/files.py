@@ -7,8 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from flows.start.keys import Keys
-from flows.start.result import Draft
+from flows.start.translation.keys import Keys
+from flows.start.translation.result import Draft
 
 HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zst")

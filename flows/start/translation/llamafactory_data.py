@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flows.start.documents import ROW_KINDS, document_source, holds_rows, holds_text
-from flows.start.files import find
-from flows.start.keys import Keys
-from flows.start.result import Draft, Source
+from flows.start.translation.documents import ROW_KINDS, document_source, holds_rows, holds_text
+from flows.start.translation.files import find
+from flows.start.translation.keys import Keys
+from flows.start.translation.result import Draft, Source
 
 INFO_NAME = "dataset_info.json"
 DOCUMENT_KEYS = ("file_name", "columns", "formatting")  # of a data set of plain text
