@@ -8,6 +8,8 @@ from typing import Any, cast
 import pytest
 from ruamel.yaml import YAML
 
+from flows.start.translated import amounts
+from flows.start.translation import files
 from flows.start.translation.result import CHECKPOINT, Translation
 from flows.start.translation.translate import translate
 from tasks.common import params_file
@@ -354,6 +356,21 @@ def test_data_folder_of_another_kind_in_the_current_folder_is_passed_over(folder
     (tmp_path / "elsewhere/data").mkdir()
     (source,) = translated(folder, LORA).sources
     assert source.copies["llamafactory/dataset_info.json"] == folder / "data/dataset_info.json"
+
+
+def test_rows_are_counted_whatever_their_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_lines(path, [{"dialogue": [{"who": "customer", "says": f"Question {number:04}"}]} for number in range(5000)])
+    assert files.count_rows(path) == 5000
+    monkeypatch.setattr(files, "ROWS_COUNTED", 2000)
+    assert files.count_rows(path) == pytest.approx(5000, rel=0.2)
+
+
+def test_epochs_are_of_all_rows_whatever_their_columns(folder: Path) -> None:
+    data, rows = CHAT_TYPES[3]
+    write_lines(folder / "rows.jsonl", rows * 80)
+    result = translated(folder, AXOLOTL, datasets=[{"path": "rows.jsonl", **data}])
+    assert amounts(result) == {"finetune.chat": 80}
 
 
 def test_files_in_the_current_folder_come_first(folder: Path, tmp_path: Path) -> None:
