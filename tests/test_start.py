@@ -97,7 +97,7 @@ class TestCheckpoint:
         assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
 
     def test_unusable_folder_is_named(self, tmp_path: Path) -> None:
-        with pytest.raises(BessemerError, match="cannot be used as a model: it contains no config.json"):
+        with pytest.raises(BessemerError, match=r"cannot be used as a model: it contains no config\.json"):
             read_checkpoint(tmp_path)
 
     def test_other_architecture_is_named(self, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ class TestCheckpoint:
 
         base = write_foreign(tmp_path / "base")
         adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM"))
-        adapted.save_pretrained(tmp_path / "adapter")
+        adapted.save_pretrained(str(tmp_path / "adapter"))
         found = read_checkpoint(tmp_path / "adapter")
         assert found.kind == "causal"
         assert found.files == {"models/adapter": tmp_path / "adapter", "models/base": base}
