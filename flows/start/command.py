@@ -53,7 +53,7 @@ def init(folder: Path, checkpoint: Path | None, paths: Paths, *, yes: bool) -> N
     brought = _inspect(checkpoint, paths)
     if not yes:
         brought = _ask_how(brought)
-    create(folder, design(brought, machine.measure()), dict(_files(brought, paths)), _describe(brought))
+    create(folder, design(brought, machine.measure()), _files(brought, paths), _describe(brought))
 
 
 def init_from(folder: Path, file: Path, checkpoint: Path | None) -> None:
@@ -145,11 +145,11 @@ def _inspect(checkpoint: Path | None, paths: Paths) -> Brought:
     return Brought(model, tables, encoder=encoder)
 
 
-def _files(brought: Brought, paths: Paths) -> list[tuple[str, Path]]:
-    """Return (path in the project, the user's file or folder) of everything that is copied."""
-    own = [brought.checkpoint] if brought.checkpoint and not brought.checkpoint.archive else []
-    found = [(checkpoint.folder, checkpoint.path) for checkpoint in own]
-    return found + [(f"{project.SOURCES}/{path.name}", path) for option in OPTIONS for path in paths.get(option, ())]
+def _files(brought: Brought, paths: Paths) -> dict[str, Path]:
+    """Return what is copied: path in the project -> the user's file or folder."""
+    models = brought.checkpoint.files if brought.checkpoint else {}
+    data = {f"{project.SOURCES}/{path.name}": path for option in OPTIONS for path in paths.get(option, ())}
+    return models | data
 
 
 def _describe(brought: Brought) -> str:

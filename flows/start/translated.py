@@ -28,7 +28,9 @@ def show(translation: Translation) -> None:
 
 
 def checkpoint_of(translation: Translation, file: Path) -> Checkpoint:
-    """Return the checkpoint of a translation. Raises BessemerError if the file names none on this machine."""
+    """Return the adapter or the model of a translation. Raises BessemerError if neither is on this machine."""
+    if translation.adapter:
+        return read_checkpoint(translation.adapter)
     if translation.checkpoint is None:
         raise BessemerError(
             f"{file} names no model folder on this machine: download the model, and name its folder with --checkpoint."
@@ -55,7 +57,7 @@ def design(translation: Translation, checkpoint: Checkpoint) -> Design:
 def files(translation: Translation, checkpoint: Checkpoint) -> dict[str, Path]:
     """Return the files to copy: path in the project -> the user's file or folder."""
     copies = {f"data/sources/{name}": path for source in translation.sources for name, path in source.copies.items()}
-    return {checkpoint.folder: checkpoint.path, **copies}
+    return checkpoint.files | copies
 
 
 def amounts(translation: Translation) -> dict[str, int]:
