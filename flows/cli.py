@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
+from flows.start.cli import init
 from serving.errors import ServingError
 from tasks.common import proxies
 from tasks.common.settings import BessemerError
 
-SAMPLE_QUESTIONS = ("What is the capital of Peru?", "What is the capital of Germany?", "What is the symbol of gold?")
 PORT_RANGE = click.IntRange(1, 65535)
 STAGES_OPTION = click.option(
     "--stage",
@@ -35,6 +35,7 @@ def main() -> None:
     """Entry point. An error that the user can fix is one message and exit code 1, without a traceback."""
     proxies.exempt_loopback()
     try:
+        _use_project_code()
         cli(standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
@@ -48,6 +49,15 @@ def main() -> None:
         click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
         click.echo(str(error), err=True)
         sys.exit(1)
+
+
+def _use_project_code() -> None:
+    """Hand over to the code of the project that this command was called in, if it has its own."""
+    from flows.own_code import use_project_code
+
+    project = nearest_project(Path.cwd())
+    if project and sys.argv[1:2] != ["init"]:
+        use_project_code(project)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -64,20 +74,23 @@ def cli(context: click.Context) -> None:
     """
     if context.invoked_subcommand == "init":  # the one command outside a project
         return
-    from flows.own_code import use_project_code
-
     os.chdir(project_root(Path.cwd()))
-    use_project_code(Path())
 
 
 def project_root(start: Path) -> Path:
-    """Return the project folder: the nearest folder upwards that contains a dvc.yaml."""
-    for folder in (start, *start.parents):
-        if (folder / "dvc.yaml").is_file():
-            return folder
-    raise BessemerError(
-        f"{start} is not inside a project (no dvc.yaml here or above): change to the project folder first."
-    )
+    """Return the project folder around a folder; raise BessemerError if there is none."""
+    project = nearest_project(start)
+    if project is None:
+        raise BessemerError(
+            f"{start} is not inside a project (no dvc.yaml here or above): change to the project folder, or create one "
+            "with `bessemer init`."
+        )
+    return project
+
+
+def nearest_project(start: Path) -> Path | None:
+    """Return the nearest folder upwards that contains a dvc.yaml; None if there is none."""
+    return next((folder for folder in (start, *start.parents) if (folder / "dvc.yaml").is_file()), None)
 
 
 @cli.command()
@@ -211,7 +224,7 @@ def serve(host: str, port: int, others: tuple[str, ...], origins: tuple[str, ...
       bessemer serve
       bessemer serve --port 8000
       bessemer serve --with tuned --with base     a request with "model": "base" then uses the base model
-      curl localhost:3000/generate -H 'content-type: application/json' -d '{"input": "What is the capital of Peru?"}'
+      curl localhost:3000/generate -H 'content-type: application/json' -d '{"input": "Hello!"}'
     """
     from flows import endpoint
 
@@ -256,7 +269,7 @@ def export() -> None:
 
 @cli.command()
 @click.argument("question", nargs=-1)
-@click.option("--samples", is_flag=True, help="Ask a few sample questions and exit.")
+@click.option("--samples", is_flag=True, help="Ask a few questions of the project's own data and exit.")
 @click.option(
     "--with", "-w", "name", metavar="NAME",
     help="Chat with another model: an entry of evaluate, or the model of a stage (finetune@chat).",
@@ -267,13 +280,13 @@ def chat(question: tuple[str, ...], samples: bool, name: str | None) -> None:
     \b
     Examples:
       bessemer chat
-      bessemer chat What is the capital of Peru?
+      bessemer chat What can you do?
       bessemer chat --with finetune@chat
       bessemer chat --samples
     """
     from flows import endpoint
 
-    endpoint.chat(Path(), SAMPLE_QUESTIONS if samples else [" ".join(question)], name, show_questions=samples)
+    endpoint.chat(Path(), None if samples else " ".join(question), name)
 
 
 @cli.command()
@@ -334,6 +347,8 @@ def doctor() -> None:
         click.echo(f"{click.style(mark, fg=colour)} {finding.text}")
     sys.exit(0 if all(finding.good for finding in findings) else 1)
 
+
+cli.add_command(init)
 
 if __name__ == "__main__":
     main()

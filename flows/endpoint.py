@@ -1,5 +1,6 @@
 """`bessemer serve`, `rank` and `chat`: the endpoint of this project and its additional models."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -7,7 +8,8 @@ from typing import NoReturn
 from flows import models, rankings
 from serving import chat as terminal
 from serving import serve as endpoint
-from serving.package import open_package
+from serving.examples import NEUTRAL_QUESTION, SHORT_CHARACTERS, can_answer, read_examples
+from serving.package import open_package, package_folder
 from serving.questions import FILE
 from tasks.common.settings import BessemerError
 
@@ -34,8 +36,9 @@ def rank(project: Path, host: str, port: int, others: Sequence[str]) -> None:
     instructions = f"Rank answers at http://{name}:{port}/rank, and then: bessemer rank export"
     served = endpoint.served_models(port, host)
     if served is None:
-        questions = rankings.store_folder(project) / FILE
-        serve(project, host, port, others, f"{instructions}\nQuestions to offer there, one per line: {questions}")
+        file = rankings.store_folder(project) / FILE
+        offered = f"The page offers the questions in {file}, one per line; without any, prompts of the project's data."
+        serve(project, host, port, others, f"{instructions}\n{offered}")
     missing = [name for name in others if name not in served]
     if missing:
         option = f"--port {endpoint.alternative_port(port, endpoint.PORT)}"
@@ -46,13 +49,17 @@ def rank(project: Path, host: str, port: int, others: Sequence[str]) -> None:
     print(f"The endpoint is running. {instructions}")
 
 
-def chat(project: Path, questions: Sequence[str], name: str | None, *, show_questions: bool) -> None:
-    """Ask the packaged model, or the one called `name`, each question; an empty question starts a chat."""
+def chat(project: Path, question: str | None, name: str | None) -> None:
+    """Ask the packaged model, or the one called `name`, a question; an empty one starts a chat, None asks samples."""
     package = open_package(models.prepare_models(project, [name])[name] if name else None)
     if name is None and not package.has_chat:
         print("The package contains only an encoder, which cannot chat: `bessemer serve` serves it at POST /fill-mask.")
         return
-    for question in questions:
-        if show_questions:
-            print(f"> {question}", flush=True)
+    if question is not None:
         terminal.chat(package, question or None)
+        return
+    samples = read_examples(package_folder()).samples  # of this project, also for another of its models
+    usable = [sample for sample in samples if can_answer(package, [{"role": "user", "content": sample}])]
+    for sample in usable or [NEUTRAL_QUESTION]:
+        print(f"> {textwrap.shorten(sample, SHORT_CHARACTERS, placeholder=' …')}", flush=True)
+        terminal.chat(package, sample)

@@ -206,6 +206,9 @@ def _reasons(stage: Any, project: Path, predicted: PredictedDigests) -> Iterator
     if not any(item.hash_info for item in (*stage.deps, *stage.outs)):
         yield "never run"
         return
+    if _has_no_results(stage):  # whatever else has changed, it runs or is restored
+        yield "its results are neither here nor in DVC's cache"
+        return
     if stage.changed_stage():
         yield "its command in dvc.yaml changed"
     yield from _changed_settings(stage)
@@ -222,6 +225,12 @@ def _reasons(stage: Any, project: Path, predicted: PredictedDigests) -> Iterator
     yield from _by_state(
         "output", [(_path(out, project), state) for out in stage.outs for state in out.status().values()]
     )
+
+
+def _has_no_results(stage: Any) -> bool:
+    """Return whether no output of a stage exists, as in a fresh clone; metrics are in git and do not count."""
+    outs = [out for out in stage.outs if out.use_cache]
+    return bool(outs) and not any(out.exists or not out.changed_cache() for out in outs)
 
 
 def _changed_code(stage: Any, project: Path, predicted: PredictedDigests) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """Build the Bento, once per model and service version: `bessemer build`, or `python -m serving.build`.
 
-The version is a hash of the package's provenance (which contains the model tag), of `bentofile.yaml` and of every file
-in `serving/`, including the pinned requirements. An existing Bento of that version is reused. Nothing is downloaded.
+The version is a hash of the package's provenance (which contains the model tag) and examples, of `bentofile.yaml` and
+of every file in `serving/`, including the pinned requirements. An existing Bento of that version is reused. Nothing is
+downloaded.
 
 The models are plain files in the Bento, not entries of BentoML's model store: the service finds them beside its code
 wherever it runs, an exported Bento is complete, and no second store has to match DVC's. The Bento is built from a copy
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,12 +53,13 @@ def build(folder: Path | None = None, root: Path = ROOT) -> BuildResult:
 
 
 def bento_version(package: Package, root: Path = ROOT) -> str:
-    """Return the Bento's version: 16 hex digits of a SHA-256 over provenance, bentofile and service files."""
-    digest = hashlib.sha256(json.dumps(package.provenance, sort_keys=True).encode())
+    """Return the Bento's version: 16 hex digits of a SHA-256 over provenance, examples, bentofile and service files."""
+    content = {"provenance": package.provenance, "examples": asdict(package.examples)}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for path in [root / BENTOFILE, *service_files(root)]:
-        content = path.read_bytes()
-        digest.update(f"\n{path.relative_to(root).as_posix()} {len(content)}\n".encode())
-        digest.update(content)
+        data = path.read_bytes()
+        digest.update(f"\n{path.relative_to(root).as_posix()} {len(data)}\n".encode())
+        digest.update(data)
     return digest.hexdigest()[:16]
 
 

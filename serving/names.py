@@ -104,8 +104,7 @@ def find_slots(text: str, codec: Codec) -> Iterator[Slot]:
     """Yield one slot per [MASK] of a text, in order. The first slot is enough to check the text's length."""
     pieces = text.split(MASK)
     if len(pieces) < 2:
-        example = f"The capital of {MASK} is Paris."
-        raise InputError(f'The input has no {MASK}: write one where the name belongs, as in "{example}"')
+        raise InputError(f"The input has no {MASK}: write one where the name belongs.")
     # The space before a mask belongs to the name's first token, as in running text.
     tokens = [codec.encode(piece.removesuffix(" ")) for piece in pieces[:-1]] + [codec.encode(pieces[-1])]
     for at in range(1, len(pieces)):

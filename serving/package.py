@@ -20,6 +20,7 @@ from serving.errors import InputError, PackageError
 
 if TYPE_CHECKING:
     from serving.engine import MaskEngine, TextEngine
+    from serving.examples import Examples
 
 PACKAGE_VARIABLE = "BESSEMER_PACKAGE"
 MODELS_VARIABLE = "BESSEMER_MODELS"
@@ -68,6 +69,13 @@ class Package(Model):
     def has_encoder(self) -> bool:
         """Whether it has an encoder; a package may contain only a chat model."""
         return "encoder" in self.parts
+
+    @cached_property
+    def examples(self) -> "Examples":
+        """Prompts and texts of the project's own data."""
+        from serving.examples import read_examples
+
+        return read_examples(self.folder)
 
     @cached_property
     def masks(self) -> "MaskEngine":

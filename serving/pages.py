@@ -4,6 +4,8 @@ The pages are the files in `serving/web/`, without a build step or external reso
 allows no other scripts, and trusted types keep the scripts from inserting HTML.
 """
 
+import json
+import shlex
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,23 +69,41 @@ def page(name: str, request: Request, status: int = 200, **values: Any) -> Respo
 
 async def chat(request: Request) -> Response:
     """Render the chat page."""
-    return page("chat.html", request)
+    return page("chat.html", request, hint=_hint(request))
 
 
 async def rank(request: Request) -> Response:
     """Render the ranking page."""
-    return page("rank.html", request, counts=range(MIN_ANSWERS, MAX_ANSWERS + 1))
+    return page("rank.html", request, hint=_hint(request), counts=range(MIN_ANSWERS, MAX_ANSWERS + 1))
+
+
+def _hint(request: Request) -> str:
+    """Return what an empty field for a question shows."""
+    package: Package = request.app.state.package
+    return f"Ask a question, such as: {package.examples.samples[0]}" if package.examples.samples else "Ask a question"
 
 
 async def api(request: Request) -> Response:
     """Render the API help page."""
     package: Package = request.app.state.package
+    question = package.examples.question
+    head, message = _json({"model": package.name, "stream": True})[:-1], _json({"role": "user", "content": question})
+    bodies = {
+        "generate": _json({"input": question}),
+        "masked": _json({"input": package.examples.masked_text}),
+        "chat": f'{head}, "messages": [\n         {message}]}}',
+    }
     return page(
         "api.html",
         request,
+        bodies={name: shlex.quote(body) for name, body in bodies.items()},
         limits=package.text.limits if package.has_chat else None,
         names=len(package.masks.candidates.names) if package.has_encoder else 0,
     )
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 async def provenance(request: Request) -> Response:

@@ -87,10 +87,23 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
+def _with_example(part: str) -> ConfigDict:
+    """Return the settings that add an example of the project's own data to a schema, whenever one is made."""
+
+    def add(schema: dict[str, Any]) -> None:
+        from serving.examples import read_examples
+        from serving.package import package_folder
+
+        schema["properties"]["input"]["examples"] = [getattr(read_examples(package_folder()), part)]
+
+    return ConfigDict(json_schema_extra=add)
+
+
 class GenerateRequest(Body):
     """One question."""
 
-    input: Text = Field(description="The question", examples=["What is the capital of Peru?"])
+    model_config = _with_example("question")
+    input: Text = Field(description="The question")
     max_new_tokens: int | None = Field(None, description="Maximum number of new tokens; default: the model's limit")
     temperature: float = Field(0.0, description="Sampling temperature from 0 (greedy) to 2")
     top_p: float = Field(1.0, description="Nucleus sampling: cumulative probability of the tokens to sample from")
@@ -111,9 +124,8 @@ class GenerateAnswer(BaseModel):
 class MaskRequest(Body):
     """A text with masked names."""
 
-    input: Text = Field(
-        description="Text with [MASK] where a name belongs", examples=["The capital of [MASK] is Paris."]
-    )
+    model_config = _with_example("masked_text")
+    input: Text = Field(description="Text with [MASK] where a name belongs")
     top: int = Field(5, description="How many names to return for each mask", ge=1, le=MAX_NAMES)
 
 

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from serving import folders, names, openai_api, pages
 from serving.browser_access import BrowserAccess
 from serving.errors import InputError, PackageError
+from serving.examples import Messages, prompts_to_rank
 from serving.feedback import api as feedback_api
 from serving.feedback.judgements import FeedbackError
 from serving.feedback.store import Store
@@ -37,6 +38,7 @@ class Bessemer:
 
     def __init__(self) -> None:
         web.state.package, web.state.models, web.state.problem = None, {}, None
+        prompts: list[Messages] = []
         try:
             package = open_package()
             models = open_models(package)
@@ -45,6 +47,7 @@ class Bessemer:
                     load(model)
             if package.has_encoder:
                 logger.info("%s fills in %d names", package.name, len(package.masks.candidates.names))
+            prompts = prompts_to_rank(package)
             web.state.package, web.state.models = package, models
         except PackageError as error:
             # Do not raise: BentoML would restart the worker in a loop.
@@ -53,7 +56,7 @@ class Bessemer:
         web.state.store = web.state.questions = web.state.store_problem = None
         try:
             web.state.store = Store()
-            web.state.questions = Questions(web.state.store)
+            web.state.questions = Questions(web.state.store, prompts)
         except FeedbackError as error:
             logger.error("%s Until then rankings are not available; all other requests are answered.", error)
             web.state.store_problem = str(error)

@@ -3,13 +3,15 @@
 Run as `python -m tasks.package`. It fails if a gate failed. The package is identified by the recipes and content hashes
 of its models; a recipe covers the parents. `provenance.json` holds the records of all stages that led to the models and
 of their evaluations, and the sources: those of the data, and every folder that the user provided, with file hashes.
+`examples.json` holds prompts of the project's own data, which the pages and the command line show and offer.
 """
 
 import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,23 @@ from tasks.common.settings import Settings
 PARTS = ("chat", "encoder")
 DATA_STAGES = ("ingest", "validate", "tokenize")
 NUMERICS = False  # no model computes here
-INPUTS = {"corpus": "data/validate/corpus", "sources": "data/ingest/sources.json"} | {
-    f"record of {name}": f"data/{name}/record.json" for name in (*DATA_STAGES, "compare")
-}
-OUTPUTS = {name: f"data/package/{name}" for name in (*PARTS, "provenance.json")}
+TABLES = ("corpus", "instructions", "rankings")
+INPUTS = (
+    {table: f"data/validate/{table}" for table in TABLES}
+    | {"sources": "data/ingest/sources.json"}
+    | {f"record of {name}": f"data/{name}/record.json" for name in (*DATA_STAGES, "compare")}
+)
+OUTPUTS = {name: f"data/package/{name}" for name in (*PARTS, "examples.json", "provenance.json")}
 WORD_PATTERN = re.compile(r"[^\W\d_]+")
+MAX_PROMPTS = 500  # to rank
+MAX_SAMPLES = 3
+SHORT_CHARACTERS = 200  # a sample is one line on a page
+MASK = "[MASK]"
+MAX_TEXTS = 5_000  # of a split, searched for one to mask
 MAX_WORDS = 5_000  # most frequent words as candidates for the encoder if the corpus has no names
+
+
+Messages = list[dict[str, str]]
 
 
 class Config(Settings):
@@ -91,6 +104,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     names = fill_candidates(job.inputs["corpus"]) if config.encoder else []
     if config.encoder:
         write_json(job.outputs["encoder"] / "names.json", names)
+    write_json(job.outputs["examples.json"], make_examples(config, job.inputs))
     stages = order_records(records)
     sources = json.loads(job.inputs["sources"].read_text(encoding="utf-8"))
     write_json(job.outputs["provenance.json"], {
@@ -121,6 +135,81 @@ def order_records(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             "compare": records["compare"],
         }.values()
     )
+
+
+def make_examples(config: Config, inputs: Mapping[str, Path]) -> dict[str, Any]:
+    """Return prompts to rank, a few of them as samples for people, and a text with a mask; empty without data."""
+    prompts = find_prompts(inputs) if config.chat else []
+    return {
+        "prompts": prompts,
+        "samples": choose_samples(prompts),
+        "masked": find_masked_text(inputs["corpus"]) if config.encoder else None,
+    }
+
+
+def find_prompts(inputs: Mapping[str, Path]) -> list[Messages]:
+    """Return prompts that nothing was trained on, without duplicates, one about each entity before the next one.
+
+    They are those of the held-out conversations. Without any, they are those of the other conversations, and in a
+    project without conversations those of the rankings.
+    """
+    for table in ("instructions", "rankings"):
+        for split in ("heldout", "train"):
+            rows = sorted(tables.read(inputs[table], split).to_pylist(), key=lambda row: str(row["id"]))
+            prompts = list(islice(_distinct(_alternate(rows)), MAX_PROMPTS))
+            if prompts:
+                return prompts
+    return []
+
+
+def _alternate(rows: Iterable[dict[str, Any]]) -> Iterator[Messages]:
+    """Yield the first prompt about every entity, then every second one, and so on."""
+    seen: Counter[str] = Counter()
+    rounds: list[tuple[int, Messages]] = []
+    for row in rows:
+        prompt = row["prompt"] if "prompt" in row else row["messages"][:-1]
+        entity = row.get("entity") or row["id"]
+        if prompt and prompt[-1]["role"] == "user":
+            rounds.append((seen[entity], prompt))
+            seen[entity] += 1
+    yield from (prompt for _, prompt in sorted(rounds, key=lambda item: item[0]))
+
+
+def _distinct(prompts: Iterable[Messages]) -> Iterator[Messages]:
+    seen: set[str] = set()
+    for prompt in prompts:
+        key = json.dumps(prompt)
+        if key not in seen:
+            seen.add(key)
+            yield prompt
+
+
+def choose_samples(prompts: Sequence[Messages]) -> list[str]:
+    """Return a few first questions of a conversation, those without a system message and short ones first."""
+    questions = [
+        (len(prompt) > 1, len(prompt[-1]["content"]) > SHORT_CHARACTERS, prompt[-1]["content"])
+        for prompt in prompts
+        if [turn["role"] for turn in prompt].count("user") == 1
+    ]
+    ordered = sorted(questions, key=lambda item: item[:2])
+    return list(dict.fromkeys(question for *_, question in ordered))[:MAX_SAMPLES]
+
+
+def find_masked_text(corpus: Path) -> str | None:
+    """Return a short text of the corpus, held out if possible, with a mask for a name or else for its last word."""
+    columns = ("names", "text")
+    rows = [
+        row
+        for split in ("heldout", "train")
+        for row in tables.read(corpus, split).slice(0, MAX_TEXTS).select(columns).to_pylist()
+        if len(row["text"]) <= SHORT_CHARACTERS and MASK not in row["text"]
+    ]
+    for row in sorted(rows, key=lambda row: not row["names"]):
+        hidden = row["names"] or WORD_PATTERN.findall(row["text"])[1:][-1:]
+        found = re.search(rf"(?<!\w){re.escape(hidden[0])}(?!\w)", row["text"]) if hidden else None
+        if found:
+            return f"{row['text'][: found.start()]}{MASK}{row['text'][found.end() :]}"
+    return None
 
 
 def fill_candidates(corpus: Path) -> list[str]:

@@ -81,6 +81,9 @@ def make(folder: Path) -> None:
     _write_json(folder / "chat/limits.json", {"context": CONTEXT, "max_new_tokens": MAX_NEW_TOKENS})
     _write_json(folder / "encoder/limits.json", {"context": CONTEXT})
     _write_json(folder / "encoder/names.json", list(CAPITALS))
+    samples = [question("France"), question("Italy")]
+    examples = {"prompts": [], "samples": samples, "masked": "The capital of [MASK] is Rome."}
+    _write_json(folder / "examples.json", examples)
     recipe, content = TAG.split("-")[1:]
     files = {f"{number:06d}.parquet": "0" * 64 for number in range(1, 5)}
     people = {"name": "people", "kind": "rankings", "licence": "MIT", "sha256": "0" * 64, "files": files}

@@ -155,6 +155,9 @@ def test_changed_service_or_model_changes_the_bento_version(package: Path, tmp_p
     provenance = {**served.provenance, "model": "another"}
     (tmp_path / "package/provenance.json").write_text(json.dumps(provenance))
     versions.append(build.bento_version(open_package(tmp_path / "package"), root))
+    examples = json.loads((package / "examples.json").read_text())
+    (tmp_path / "package/examples.json").write_text(json.dumps({**examples, "samples": ["Another?"]}))
+    versions.append(build.bento_version(open_package(tmp_path / "package"), root))
     assert len(set(versions)) == len(versions) - 1
 
 

@@ -11,7 +11,6 @@ import pytest
 from openai import OpenAI
 from ruamel.yaml import YAML
 
-from flows.cli import SAMPLE_QUESTIONS
 from serving.feedback.store import FEEDBACK_VARIABLE, Store
 from tasks.common import identity, stable_hash
 from tasks.common.defaults import read_settings
@@ -64,7 +63,9 @@ def test_make_run_twice_changes_nothing_and_samples_the_model(chain: Project) ->
     before = lock(chain)
     output = run(chain, "make", "run")
     assert "Nothing has changed" in output
-    assert all(question in output for question in SAMPLE_QUESTIONS)
+    examples = json.loads((chain.path / "data/package/examples.json").read_text())
+    assert len(examples["samples"]) == 3
+    assert all(f"> {question}" in output for question in examples["samples"])
     assert "Starting Prefect" not in output
     assert lock(chain) == before
 

@@ -97,6 +97,36 @@ def test_questions_wait_until_they_are_ranked_or_skipped(client: TestClient, sto
     assert samples(client, question=None)["questions"] == 0
 
 
+def test_prompts_of_the_project_wait_while_nobody_has_written_questions(store: Store) -> None:
+    conversation = [
+        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "Who?"},
+    ]  # fmt: skip
+    prompts = [conversation, *([{"role": "user", "content": question(name)}] for name in ("France", "Italy", "France"))]
+    questions, file = Questions(store, prompts), store.path.parent / "questions.txt"
+    for written in (None, "# only a comment\n", "Written?\n", None):
+        if written is None:
+            file.unlink(missing_ok=True)
+        else:
+            file.write_text(written, encoding="utf-8")
+        questions.refresh()
+        assert questions.progress()["questions"] == (1 if written == "Written?\n" else 3)
+    assert questions.next(ANNOTATOR) in prompts
+
+
+def test_first_questions_are_offered_first(store: Store) -> None:
+    prompts = [[{"role": "user", "content": f"Question {number}"}] for number in range(30)]
+    questions = Questions(store, prompts)
+    questions.refresh()
+    offered = []
+    while prompt := questions.next(ANNOTATOR):
+        offered.append(prompts.index(prompt))
+        questions.skip(prompt, ANNOTATOR)
+    assert [sorted(offered[start : start + 10]) for start in (0, 10, 20)] == [
+        list(range(start, start + 10)) for start in (0, 10, 20)
+    ]
+
+
 @pytest.mark.parametrize(("line", "status"), [(question("Japan"), 409), ("and " * 999, 400)])
 def test_unrankable_question_is_returned_and_can_be_skipped(
     client: TestClient, store: Store, line: str, status: int

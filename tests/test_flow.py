@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -91,6 +92,18 @@ class TestGraph:
         assert reasons["join"] == ("input: data/right/out.txt is missing",)
         (toy.path / "steps.py").write_text((toy.path / "steps.py").read_text() + "# more\n")
         assert "code: steps.py" in graph.reasons(toy.path, "join")
+
+    def test_fresh_clone_has_one_reason_per_stage(self, toy: Project) -> None:
+        """So that the plan of a fresh clone fits one screen."""
+        for name in NAMES:
+            run_stage(toy, name)
+        toy.settings(left={"text": "new"})
+        shutil.rmtree(toy.path / ".dvc" / "cache")
+        for stage in graph.read(toy.path).values():
+            for out in stage.outs:
+                (toy.path / out).unlink(missing_ok=True)
+        reasons = {stage.reasons for stage in graph.read(toy.path).values()}
+        assert reasons == {("its results are neither here nor in DVC's cache",)}
 
     def test_a_null_setting_is_a_change_as_for_dvc(self, toy: Project) -> None:
         for name in NAMES:

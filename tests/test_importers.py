@@ -8,8 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from tasks.common.harness.job import StageError
-from tasks.ingest import formats
+from tasks.ingest import formats, json_values
 from tasks.ingest.importers import Layout
+from tasks.ingest.source_files import SourceFile, UnreadableFile
 from tasks.validate import checks
 from tests.data_fixtures import (
     FACTS,
@@ -36,6 +37,8 @@ def turns_of(row: Any) -> list[str]:
 CHATS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("alpaca", ALPACA, ["user:Translate to French.\nGood day", "assistant:Bonjour"]),
     ("alpaca", {"instruction": "Say hello.", "output": "Hello"}, ["user:Say hello.", "assistant:Hello"]),
+    ("alpaca", {"instruction": "Spell.", "input": 0, "output": "zero"}, ["user:Spell.\n0", "assistant:zero"]),
+    ("alpaca", {"instruction": "Negate.", "input": False, "output": "true"}, ["user:Negate.\nfalse", "assistant:true"]),
     (
         "alpaca",
         {**ALPACA, "input": "", "system": "Be brief.", "history": [["Hi", "Hello"], ["Who?", "Me"]]},
@@ -91,6 +94,72 @@ def test_a_preference_is_a_ranking_of_two(name: str, row: dict[str, Any]) -> Non
     assert (converted["responses"], converted["ranks"]) == (["Hello to you!", "What?"], [1, 2])
 
 
+@pytest.mark.parametrize(("name", "row"), PAIRS)
+def test_only_the_rejected_reply_of_a_pair_may_be_empty(name: str, row: dict[str, Any]) -> None:
+    text = json.dumps(row)
+    converted = Layout(name, "rankings").convert(json.loads(text.replace("What?", "")))
+    assert converted["responses"] == ["Hello to you!", ""]
+    with pytest.raises(ValueError, match="an empty answer"):
+        Layout(name, "rankings").convert(json.loads(text.replace("Hello to you!", "")))
+
+
+THOUGHT = "Three and four make seven."
+ASKED = {"role": "user", "content": "3 + 4?"}
+THOUGHTFUL: list[tuple[str, dict[str, Any]]] = [
+    *(
+        (
+            "openai",
+            {"messages": [{"role": "user", "content": "3 + 4?"}, {"role": "assistant", "content": "7.", **more}]},
+        )
+        for more in ({"reasoning_content": THOUGHT}, {"thinking": f"{THOUGHT}\n"}, {"reasoning": THOUGHT})
+    ),
+    (
+        "openai",
+        {
+            "messages": [
+                {"role": "user", "content": "3 + 4?"},
+                {
+                    "role": "assistant",
+                    "content": [{"type": "thinking", "thinking": THOUGHT}, {"type": "text", "text": "7."}],
+                },
+            ]
+        },
+    ),
+    (
+        "sharegpt",
+        {"conversations": [{"from": "human", "value": "3 + 4?"}, {"from": "gpt", "value": "7.", "thinking": THOUGHT}]},
+    ),
+    ("alpaca", {"instruction": "3 + 4?", "output": "7.", "reasoning_content": THOUGHT}),
+]
+
+
+@pytest.mark.parametrize(("name", "row"), THOUGHTFUL)
+def test_reasoning_is_never_dropped_silently(name: str, row: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match=r"set `reasoning: keep` for this source .* or `reasoning: drop` to leave it out"
+    ):
+        Layout(name, "instructions").convert(row)
+    kept = Layout(name, "instructions", reasoning="keep").convert(row)
+    assert turns_of(kept["messages"]) == ["user:3 + 4?", f"assistant:<think>\n{THOUGHT}\n</think>\n\n7."]
+    dropped = Layout(name, "instructions", reasoning="drop").convert(row)
+    assert turns_of(dropped["messages"]) == ["user:3 + 4?", "assistant:7."]
+
+
+@pytest.mark.parametrize("form", [None, "openai"])
+def test_a_source_says_whether_reasoning_is_kept(tmp_path: Path, form: str | None) -> None:
+    """Also of rows with the columns of the table."""
+    copied = copy_sources(tmp_path)
+    rows = [THOUGHTFUL[0][1], {**OPENAI, "answer": "Hello"}]
+    (copied / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    mine = {**FACTS, "name": "mine", "path": "mine.jsonl", "format": form, "table": None}
+    rejecting = ingest_into(tmp_path / "out", copied, sources=[FACTS, mine])
+    assert [row["source"] for row in rejections(rejecting)] == ["mine"]
+    keeping = ingest_into(tmp_path / "other", copied, sources=[FACTS, {**mine, "reasoning": "keep"}])
+    chats = [row for row in table(keeping, "instructions") if row["source"] == "mine"]
+    assert any(row["messages"][-1]["content"].startswith("<think>") for row in chats)
+    assert {row["answer"] for row in chats} == ({None} if form else {None, "Hello"})
+
+
 def reply(**message: Any) -> dict[str, Any]:
     return {"messages": [OPENAI["messages"][0], {"role": "assistant", **message}]}
 
@@ -119,7 +188,20 @@ REJECTED: list[tuple[str, str, dict[str, Any], str]] = [
     ("openai", "instructions", reply(content=None, tool_calls=[{}]), "tool_calls cannot be represented"),
     ("openai", "instructions", reply(content=""), "an empty answer"),
     ("openai", "instructions", reply(content="Hi", weight=0), "a reply of weight 0"),
-    ("openai", "instructions", reply(content=[{"type": "image_url"}]), "only parts of type text"),
+    (
+        "openai",
+        "instructions",
+        reply(content=[{"type": "image_url"}]),
+        "only parts of type text can be represented in a text chat, found an image (type image_url); remove the row",
+    ),
+    (
+        "openai",
+        "instructions",
+        reply(content=["a"]),
+        "only parts of type text can be represented in a text chat, fo",
+    ),
+    ("openai", "instructions", reply(content="Hi", train=False), "a reply of train: false: every reply of a chat is"),
+    ("openai", "rankings", {**PAIRS[2][1], "preferred_output": OPENAI["messages"]}, "must be one message, found 2"),
     ("openai", "instructions", {"messages": [{"role": "tool", "content": "4"}]}, "a tool’s turn cannot be represented"),
     ("openai", "instructions", {"messages": [{"role": "bot", "content": "4"}]}, "expected a role of system"),
     ("openai", "rankings", {"input": {}}, "preferred_output, non_preferred_output missing; expected input"),
@@ -131,6 +213,10 @@ def test_content_that_is_not_a_text_chat_is_rejected(name: str, kind: str, row: 
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is checked below
         Layout(name, kind).convert(row)
     assert expected in str(caught.value)
+
+
+def read_json(path: Path) -> list[tuple[str, Any]]:
+    return list(formats.read(SourceFile(path, path.name), "json", False, None, frozenset()))
 
 
 # Through the stage
@@ -187,8 +273,8 @@ def test_an_imported_chat_is_validated_like_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ('[\n{"instruction": "a", "output": "b"},\n{"instruction"', "found something else after item 1: "),
-        (b'{"instruction": "caf\xe9"}', "expected UTF-8 text in"),
+        ('[\n{"instruction": "a", "output": "b"},\n{"instruction"', "found something else after item 1, in line 3: "),
+        ("[{'instruction': 'a'}]", "after item 0, in line 1: Expecting property name enclosed in double quotes"),
         ('{"a": 1}\n{"b": 2}\n', "none of the 2 rows of"),
     ],
 )
@@ -205,28 +291,40 @@ def test_an_array_longer_than_the_buffer_gives_all_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffer_bytes: int
 ) -> None:
     """The buffer may end in a text, a number, an escape sequence, or the space between two items."""
-    monkeypatch.setattr(formats, "JSON_BUFFER_BYTES", buffer_bytes)
+    monkeypatch.setattr(json_values, "BUFFER_CHARACTERS", buffer_bytes)
     items = [{"text": "café, [x] \\ {y}" * 9}, 1234567, ["]", [5]], None, {}, 0.1, 10**30]
     path = tmp_path / "mine.json"
     positions = [f"item {number}" for number in range(1, 8)]
     path.write_text("\n [" + ",\n\n".join(map(json.dumps, items)) + " ]\n", encoding="utf-8")
-    assert list(formats.read_objects("mine", path)) == list(zip(positions, items, strict=True))
+    assert read_json(path) == list(zip(positions, items, strict=True))
 
 
-@pytest.mark.parametrize("more", ["[{}]", "\n{}\n", ",", " 1", "]", "[" * 100_000], ids=lambda text: text[:9])
-def test_content_after_an_array_is_an_error(tmp_path: Path, more: str) -> None:
-    """Two arrays in a file, or an array and lines: the rows of the second are never dropped silently."""
+@pytest.mark.parametrize(
+    ("more", "rows"),
+    [("[{}]", [{}]), ("\n{}\n", [{}]), (" 1", [1]), ('\n\n{"b":\n1}[] [2, 3]', [{"b": 1}, 2, 3])],
+)
+def test_content_after_an_array_is_read_too(tmp_path: Path, more: str, rows: list[Any]) -> None:
     path = tmp_path / "mine.json"
     path.write_text('[{"a": 1}, {"a": 2}]' + more, encoding="utf-8")
-    with pytest.raises(StageError, match=r"source mine: expected one JSON array in .* after item 2: "):
-        list(formats.read_objects("mine", path))
+    assert [row for _, row in read_json(path)] == [{"a": 1}, {"a": 2}, *rows]
+
+
+@pytest.mark.parametrize(
+    "more", [",", "]", "}", "[{}", "{", '{"a"', "[" * 100_000, "\n\nnonsense"], ids=lambda text: text[:9]
+)
+def test_other_content_after_an_array_is_an_error_with_its_place(tmp_path: Path, more: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text('[{"a": 1},\n{"a": 2}]' + more, encoding="utf-8")
+    line, item = 2 + more.count("\n"), 2 + (more == "[{}")
+    with pytest.raises(UnreadableFile, match=rf"expected JSON in mine.json, .* after item {item}, in line {line}: "):
+        read_json(path)
 
 
 def test_an_array_nested_too_deep_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text("[1, " + "[" * 100_000, encoding="utf-8")
-    with pytest.raises(StageError, match="found something else after item 1: its values are nested more than 100 deep"):
-        list(formats.read_objects("mine", path))
+    with pytest.raises(UnreadableFile, match=r"after item 1, in line 1: its values are nested too deep"):
+        read_json(path)
 
 
 def test_a_group_for_chats_is_rejected() -> None:

@@ -282,10 +282,10 @@ def test_rated_words_are_in_the_train_split_and_not_in_the_corpus(tmp_path: Path
     for word in ("good", "bad", "fine", "poor"):
         reading.add_rated_text(word, [1.0, 2.0], "Write a word.", readers.LEXICON_FILE, word=True)
     groups = table_rows.group_rated([reading], config)
-    assert [row["split"] for row in table_rows.make_rankings(config, [reading], groups)] == ["train"]
+    assert [row["split"] for row in table_rows.make_rankings(config, groups)] == ["train"]
     corpus = Corpus(tmp_path / "spilled", config.salt, config.heldout.prose)
     table_rows.add_rated(corpus, config, groups, {"study": ProseSink(corpus, "study", None, "MIT")})
-    assert not table_rows.write_corpus(corpus, tmp_path / "corpus", [reading])
+    assert not corpus.write(tmp_path / "corpus", reading.reject)
 
 
 def test_figures_are_the_rows_of_the_tables(sources: Path, tmp_path: Path) -> None:

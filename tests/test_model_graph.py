@@ -172,7 +172,12 @@ def test_model_sizes_come_from_the_parent_entry(params: dict[str, Any], checkpoi
         **params["finetune"]["chat"], "model": checkpoint, "method": {**method, "targets": "all-linear"},
         "pretraining_mix": {**params["finetune"]["chat"]["pretraining_mix"], "weight": 0.0},
     }  # fmt: skip
-    params["evaluate"]["legal"] = {**params["evaluate"]["tuned"], "model": "data/finetune/legal/model", "window": 32}
+    params["evaluate"]["legal"] = {
+        **params["evaluate"]["tuned"],
+        "model": "data/finetune/legal/model",
+        "window": 32,
+        "max_new_tokens": 16,
+    }
     assert problems(params) == [
         "finetune.legal.method.rank: found 9, but it should be at most hidden in models/mine/config.json, which is 8: "
         "the rank of a matrix is at most the model's width"

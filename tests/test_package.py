@@ -1,6 +1,7 @@
 """The package stage: contents, provenance, model tag, and failed gates."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ def inputs(tmp_path: Path) -> dict[str, Path]:
     row = {"id": "1", "text": "The capital of France is Paris.", "names": ["France", "Paris"], "split": "train"}
     paths["corpus"] = tmp_path / "in" / "corpus"
     tables.write([row], paths["corpus"], tables.schema("corpus"))
+    for table in ("instructions", "rankings"):
+        paths[table] = tmp_path / "in" / table
+        tables.write([], paths[table], tables.schema(table))
     paths["sources"] = write(tmp_path / "in" / "sources.json", [{"name": "facts"}])
     for name in (name for name in wanted if name.startswith("record of ")):
         stage = name.removeprefix("record of ")
@@ -165,6 +169,87 @@ def test_corpus_without_names_uses_its_words(inputs: dict[str, Path], tmp_path: 
     with pytest.raises(StageError, match="the corpus contains no names and no words"):
         run(inputs, tmp_path / "none")
     assert run(inputs, tmp_path / "chat", encoder=None)["names"] == 0
+
+
+def conversation(number: int, *turns: str, **changes: Any) -> dict[str, Any]:
+    """Return a row of the instructions table, whose turns alternate between user and assistant."""
+    messages = [{"role": ("user", "assistant")[at % 2], "content": turn} for at, turn in enumerate(turns)]
+    return {"id": str(number), "messages": messages, "entity": turns[0], "split": "heldout", **changes}
+
+
+def examples(inputs: dict[str, Path], out: Path, **changes: Any) -> dict[str, Any]:
+    run(inputs, out, **changes)
+    content: dict[str, Any] = json.loads((out / "examples.json").read_text(encoding="utf-8"))
+    return content
+
+
+def fill(inputs: dict[str, Path], table: str, rows: list[dict[str, Any]]) -> None:
+    shutil.rmtree(inputs[table])
+    tables.write(rows, inputs[table], tables.schema(table))
+
+
+def last_turns(prompts: list[list[dict[str, str]]]) -> list[str]:
+    return [prompt[-1]["content"] for prompt in prompts]
+
+
+def test_prompts_are_held_out_distinct_and_alternate_between_entities(inputs: dict[str, Path], tmp_path: Path) -> None:
+    rows = [
+        conversation(1, "Tea?", "Yes.", entity="tea"), conversation(2, "More tea?", "No.", entity="tea"),
+        conversation(3, "Cake?", "Yes."), conversation(4, "Tea?", "Please.", entity="tea"),
+        conversation(5, "Hi", "Hello.", "How are you?", "Fine."), conversation(6, "Rain?", "No.", split="train"),
+    ]  # fmt: skip
+    fill(inputs, "instructions", rows)
+    found = examples(inputs, tmp_path / "out")
+    assert last_turns(found["prompts"]) == ["Tea?", "Cake?", "How are you?", "More tea?"]
+    assert [turn["role"] for turn in found["prompts"][2]] == ["user", "assistant", "user"]
+    assert found["samples"] == ["Tea?", "Cake?", "More tea?"]
+    fill(inputs, "instructions", list(reversed(rows)))
+    assert examples(inputs, tmp_path / "reversed") == found
+
+
+def test_prompts_of_a_project_without_held_out_conversations(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """Those of training conversations come next, then those of rankings; without data there is none."""
+    nothing = examples(inputs, tmp_path / "nothing")
+    assert (nothing["prompts"], nothing["samples"]) == ([], [])
+    prompt = [{"role": "user", "content": "Better?"}]
+    ranking = {"id": "1", "prompt": prompt, "responses": ["A", "B"], "ranks": [1, 2], "split": "train"}
+    fill(inputs, "rankings", [ranking])
+    assert examples(inputs, tmp_path / "rankings")["prompts"] == [prompt]
+    fill(inputs, "instructions", [conversation(1, "Rain?", "No.", split="train")])
+    assert last_turns(examples(inputs, tmp_path / "training")["prompts"]) == ["Rain?"]
+    assert examples(inputs, tmp_path / "encoder", chat=None)["prompts"] == []
+
+
+def test_samples_are_short_questions_without_system_message_first(inputs: dict[str, Path], tmp_path: Path) -> None:
+    long, system = "word " * 50, {"role": "system", "content": "Be brief."}
+    with_system = conversation(1, "Tea?", "Yes.")
+    with_system["messages"].insert(0, system)
+    fill(inputs, "instructions", [with_system, conversation(2, long, "Yes."), conversation(3, "Cake?", "No.")])
+    assert examples(inputs, tmp_path / "out")["samples"] == ["Cake?", long, "Tea?"]
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "masked"),
+    [
+        ("The capital of France is Paris.", ["France"], "The capital of [MASK] is Paris."),
+        ("The Chadian capital of Chad.", ["Chad"], "The Chadian capital of [MASK]."),
+        ("It rained 40 days.", [], "It rained 40 [MASK]."),
+        ("Long " * 50, ["Long"], None),
+    ],
+)
+def test_masked_text_is_of_the_corpus(
+    inputs: dict[str, Path], tmp_path: Path, text: str, names: list[str], masked: str | None
+) -> None:
+    fill(inputs, "corpus", [{"id": "1", "text": text, "names": names, "split": "train"}])
+    assert examples(inputs, tmp_path / "out")["masked"] == masked
+    assert examples(inputs, tmp_path / "chat", encoder=None)["masked"] is None
+
+
+def test_masked_text_has_a_name_where_the_corpus_has_any(inputs: dict[str, Path], tmp_path: Path) -> None:
+    fields = {"names": [], "split": "heldout"}
+    named = {"id": "2", "text": "Rome is old.", "names": ["Rome"], "split": "train"}
+    fill(inputs, "corpus", [{"id": "1", "text": "It rained again.", **fields}, named])
+    assert examples(inputs, tmp_path / "out")["masked"] == "[MASK] is old."
 
 
 def test_failed_gates_are_all_named_and_nothing_is_written(inputs: dict[str, Path], tmp_path: Path) -> None:

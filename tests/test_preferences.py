@@ -86,6 +86,26 @@ def test_a_row_that_is_not_a_pair_is_rejected(row: dict[str, Any], expected: str
     assert expected in str(caught.value)
 
 
+EMPTY_REJECTED: list[dict[str, Any]] = [
+    {"prompt": "Hello", "chosen": "Hi.", "rejected": ""},
+    {"prompt": "Hello", "chosen": "Hi.", "rejected": [{"role": "assistant", "content": ""}]},
+    {"chosen": "\n\nHuman: Hello\n\nAssistant: Hi.", "rejected": "\n\nHuman: Hello\n\nAssistant:"},
+]
+
+
+@pytest.mark.parametrize("row", EMPTY_REJECTED)
+def test_a_rejected_reply_may_be_empty(row: dict[str, Any]) -> None:
+    assert Layout("preference", "rankings").convert(row)["responses"] == ["Hi.", ""]
+
+
+def test_an_empty_response_may_be_ranked_last() -> None:
+    record = argilla_record(["response1", "response2"])
+    record["fields"] = {"prompt": "Tell a joke.", "response1": "Knock.", "response2": ""}
+    assert convert("argilla", record)["responses"] == ["Knock.", ""]
+    pair = task({**PAIR, "answer2": ""}, "pairwise", {"selected": "left"})
+    assert convert("label_studio", pair)["responses"] == ["Knock.", ""]
+
+
 # Argilla
 
 FIELDS = {"prompt": "Tell a joke.", "response1": "Knock.", "response2": "A duck.", "response3": "Two ducks."}
@@ -117,7 +137,7 @@ ARGILLA_RECORDS: list[tuple[dict[str, Any], dict[str, int]]] = [
 
 
 def convert(form: str, record: dict[str, Any]) -> Any:
-    ((_, answer),) = annotations.expand_answers(form, [("row 1", record)])
+    ((_, answer),) = annotations.expand_answers(form, [("row 1", record)], dict)
     return Layout(form, "rankings").convert(answer)
 
 
@@ -132,7 +152,7 @@ def test_unnamed_annotators_keep_their_answers() -> None:
     """Two annotators disagree; each answered both questions."""
     flat = {name: value for name, value in FLAT.items() if "." not in name}
     flat |= {"preference.responses": [ORDER, ORDER[::-1]], "why.responses": ["shorter", "funnier"]}
-    (_, first), (_, second) = annotations.expand_answers("argilla", [("row 1", flat)])
+    (_, first), (_, second) = annotations.expand_answers("argilla", [("row 1", flat)], dict)
     assert (first["annotator"], first["answers"]) == (None, {"preference": ORDER, "why": "shorter"})
     assert (second["annotator"], second["answers"]) == (None, {"preference": ORDER[::-1], "why": "funnier"})
 
@@ -260,19 +280,16 @@ def test_junk_in_a_row_does_not_stop_the_run(junk: Any) -> None:
     for form, valid in VALID_ROWS:
         for row in mangle(valid, junk):
             texts = (
-                annotations.expand_answers(form, [("row 1", row)])
+                annotations.expand_answers(form, [("row 1", row)], row_loading._decode)
                 if form in annotations.ANSWER_SPLITTERS
                 else [("row 1", row)]
             )
             for _, one in texts:
-                reading = Reading("mine", "MIT")
+                found: list[dict[str, Any]] = []
+                reading = Reading("mine", "MIT", rows={"rankings": found})
                 with suppress(ValueError):
                     rows.add_row("rankings", Layout(form, "rankings").convert(row_loading._decode(one)), reading)
-                assert all(
-                    isinstance(text, str)
-                    for ranking in reading.rows.get("rankings", [])
-                    for text in ranking["responses"]
-                )
+                assert all(isinstance(text, str) for ranking in found for text in ranking["responses"])
 
 
 # Through the stage
@@ -356,8 +373,10 @@ def test_a_dataset_of_pairs_names_its_columns(tmp_path: Path) -> None:
         [1, 2],
         ["user:Tell a joke."],
     )
-    with pytest.raises(ValidationError, match="columns must map rejected of table rankings to a column"):
-        ingest_config(sources=[{**mine, "columns": {"chosen": "good"}}])
+    with pytest.raises(
+        StageError, match="source mine: the columns question, good, bad, chosen are no known form of rows"
+    ):
+        ingest_into(tmp_path / "other", copied, sources=[FACTS, {**mine, "columns": {"chosen": "good"}}])
 
 
 def test_a_ranking_format_for_chats_is_rejected() -> None:

@@ -189,6 +189,7 @@ def test_unrankable_question_shows_the_reason_and_can_be_skipped(page: "Page", a
     try:
         page.goto(f"{address}/rank")
         page.locator("#refusal", has_text="too long").wait_for()
+        page.click("text=Show the whole question")
         assert page.inner_text("#question").strip() == long.strip()
         assert page.locator("#save").is_hidden()
         assert page.locator(".card:visible").count() == 0

@@ -83,10 +83,11 @@ def test_ingest_reads_an_exported_file(project: Path, store: Store) -> None:
     rank(store, 1, (2, 1))
     rank(store, 2, (1, 1), BOB)
     assert rankings.export(project)
-    reading = Reading("people", "MIT")
+    found: list[dict[str, Any]] = []
+    reading = Reading("people", "MIT", rows={"rankings": found})
     source = Rankings(kind="rankings", name="people", licence="MIT", path="rankings")
     read_source(source, project / "data/sources", reading)
-    first, second = reading.rows["rankings"]
+    first, second = found
     assert first["prompt"] == PROMPT
     assert first["responses"] == ["It is Lima, answer 1.", "Lima, obviously, answer 1."]
     assert (first["ranks"], second["ranks"]) == ([2, 1], [1, 1])

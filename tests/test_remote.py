@@ -162,9 +162,11 @@ def test_a_missing_file_is_reported(bucket: str) -> None:
         ({"files": [{"url": "s3://a/b"}]}, "sha256"),
         ({"files": [{"url": "pages.parquet", "sha256": "0" * 64}]}, "expected a URL with a scheme"),
         ({"files": [{"url": "magic://a/b", "sha256": "0" * 64}]}, "fsspec knows no scheme 'magic'"),
-        ({"format": "txt"}, "a file of the format txt has no columns to map"),
-        ({"format": "openai", "table": "instructions", "group": None}, "the format openai has no columns to map"),
-        ({"table": "facts", "limit": 5}, "limit counts characters of prose"),
+        ({"format": "openai", "table": "instructions", "group": None}, "unknown text; expected some of messages"),
+        ({"columns": {"text": "{title"}}, "columns.text: the template '{title' is not valid"),
+        ({"columns": {"text": "{}"}}, "columns.text: the template '{}' must contain names of fields in braces"),
+        ({"encoding": "klingon"}, "expected an encoding of text, such as windows-1252 or shift_jis; found klingon"),
+        ({"table": "facts", "columns": {}, "limit": 5}, "limit counts characters of prose"),
     ],
 )
 def test_invalid_settings_are_rejected(changes: dict[str, Any], expected: str) -> None:

@@ -1,5 +1,6 @@
 """The service in a real `bentoml serve` process, with plain HTTP and the `openai` client."""
 
+import html
 import json
 import re
 import shutil
@@ -353,6 +354,18 @@ def test_bentoml_readyz_metrics_and_docs(client: httpx.Client) -> None:
     assert 'bentoml_service_request_total{endpoint="/generate"' in client.get("/metrics").text
     paths = client.get("/docs.json").json()["paths"]
     assert {"/generate", "/fill-mask"} <= set(paths)
+
+
+def test_examples_in_docs_and_pages_are_the_projects_own(client: httpx.Client) -> None:
+    schemas = client.get("/docs.json").json()["components"]["schemas"]
+    inputs = [fields["input"] for one in schemas.values() if "input" in (fields := one.get("properties", {}))]
+    examples = sorted(field["examples"] for field in inputs)
+    assert examples == [["The capital of [MASK] is Rome."], [question("France")]]
+    page = html.unescape(client.get("/api").text)
+    assert f"""-d '{{"input": "{question("France")}"}}'</pre>""" in page
+    assert """-d '{"input": "The capital of [MASK] is Rome."}'</pre>""" in page
+    for path in ("/", "/rank"):
+        assert f'placeholder="Ask a question, such as: {question("France")}"' in client.get(path).text
 
 
 @pytest.mark.parametrize("path", ["/", "/rank", "/api"])

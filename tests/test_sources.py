@@ -1,6 +1,5 @@
 """Sources: files, datasets and rankings are read, and errors name the source."""
 
-import gzip
 import json
 import re
 from pathlib import Path
@@ -33,14 +32,21 @@ from tests.data_fixtures import (
         (None, {}, "source mine: expected a file at"),
         ("kind,entity,value\ncountry,France,Paris\n", {}, "Missing: relation"),
         ("{}\n{}\n", {"format": "jsonl"}, "none of the 2 rows of"),
-        ("not parquet", {"format": "parquet"}, "source mine: expected a Parquet file at"),
-        (b"tea\n\ncaf\xe9\n", {"format": "txt", "table": "corpus"}, "mine.data, found the byte 0xe9 in line 3; save"),
-        ("tea".encode("utf-16"), {"format": "jsonl"}, "found UTF-16; save it as UTF-8"),
-        (gzip.compress(b"{}", mtime=0), {"format": "jsonl"}, "found a gzip file; unpack it first"),
-        (b"PAR1\xff", {"format": "jsonl"}, "found a Parquet file; set `format: parquet`"),
-        ("\n[\n{}\n]\n", {"format": "jsonl"}, "expected one JSON object per line in"),
+        ("not parquet", {"format": "parquet"}, "source mine: expected parquet in mine.data, found something else"),
+        (
+            "чай".encode("koi8-r"),
+            {"format": "txt", "table": "corpus"},
+            "found the byte 0xde in line 1; save it as UTF-8",
+        ),
+        ("tea\nth\u00e9 \u8336".encode() + b"\xff", {"format": "txt", "table": "corpus"}, "the byte 0xff in line 2"),
+        (b"PAR1\xff", {"format": "jsonl"}, "expected jsonl in mine.data, found parquet; correct or remove `format`"),
         ("\n", {"format": "jsonl"}, "source mine: expected rows of facts in mine.data, found none"),
-        ("kind,entity,relation,value\n" + "x" * 200_000, {}, "found something else (after line 1: field larger"),
+        ("", {"format": None, "table": None}, "source mine: mine.data: an empty file."),
+        (b"PK\x03\x04\0", {"format": None}, "a zip file or a document of Word, Excel or PowerPoint; unpack it"),
+        (b"\x80\x04\x95", {"format": "csv"}, "a pickle, which can run code; save it as Parquet or JSON lines"),
+        (b"a\0\1b", {"format": None}, "mine.data: binary data of an unknown kind"),
+        ('kind,entity,relation,value\n"a,b,c,d\n' + "e\n" * 9, {}, "after line 1: a quoted cell that begins there is"),
+        ("kind,kind\na,b\n", {}, "expected one column of each name in line 1, found 'kind' more than once"),
     ],
 )
 def test_a_bad_file_is_reported(
@@ -69,11 +75,11 @@ def test_a_file_of_another_format_among_rankings_is_reported(tmp_path: Path) -> 
         ({"prompt": "a", "responses": ["b", "c"], "scores": [[1.0], [2.0]]}, "scores need the scale's two ends"),
         (
             {"prompt": [{"role": "user"}], "responses": ["b", "c"], "ranks": [1, 2]},
-            "each of prompt needs role and content",
+            "content must be text, found None",
         ),
         ({**RANKING, "responses": 5}, "responses must be a list, found 5"),
         ({**RANKING, "responses": ["b", None]}, "responses must be text, found None"),
-        ({**RANKING, "prompt": [{"role": "user", "content": 5}]}, "content of prompt must be text, found 5"),
+        ({**RANKING, "prompt": [{"role": "user", "content": 5}]}, "content must be text, found 5"),
         ({**RANKING, "prompt": "\ud800"}, "content of prompt contains a lone surrogate"),
         ({**RANKING, "ranks": [1.5, 2]}, "ranks must be whole numbers from 0 to 2147483647, found 1.5"),
         ({**RANKING, "ranks": [1, 10**20]}, "ranks must be whole numbers"),
@@ -138,7 +144,8 @@ def test_a_csv_row_with_more_cells_than_columns_is_rejected(tmp_path: Path) -> N
     folder = ingest_into(tmp_path / "out", copied, sources=[mine, RATINGS])
     (rejected,) = rejections(folder)
     assert rejected["reason"] == (
-        "mine.csv, line 3: more cells than columns, ['the city'] too many; a value with a comma needs quotes around it"
+        "mine.csv, line 3: more cells than columns, ['the city'] too many; "
+        "a value with the delimiter needs quotes around it"
     )
     assert not any("Santiago" in row["text"] for row in table(folder, "corpus"))
 
@@ -199,7 +206,7 @@ def test_a_dataset_without_a_required_column_is_reported(tmp_path: Path, monkeyp
     pq.write_table(pa.table({"other": ["a"]}), copied / "hub/rows.parquet")
     with pytest.raises(StageError, match=r"source hub: expected the columns about, conversation, found other"):
         ingest_into(tmp_path / "out", copied, sources=[FACTS, DATASET])
-    with pytest.raises(StageError, match=r"source hub: expected .*absent\.parquet, found nothing there"):
+    with pytest.raises(StageError, match=r"source hub: expected absent\.parquet in .*, found nothing there"):
         ingest_into(tmp_path / "out2", copied, sources=[FACTS, {**DATASET, "data_files": ["absent.parquet"]}])
 
 
@@ -229,7 +236,6 @@ def test_an_unreachable_dataset_is_reported(tmp_path: Path, monkeypatch: pytest.
     [
         ({**DATASET, "path": "someone/chats", "data_files": []}, "needs revision"),
         ({**DATASET, "data_files": []}, "data_files are required for the builders"),
-        ({**DATASET, "columns": {"entity": "about"}}, "columns must map messages of table instructions"),
         (
             {**DATASET, "columns": {"messages": "turns", "enttiy": "about"}},
             "columns: unknown enttiy; expected some of answer",
@@ -238,7 +244,7 @@ def test_an_unreachable_dataset_is_reported(tmp_path: Path, monkeypatch: pytest.
         ({**DATASET, "data_files": ["../secret.parquet"]}, "path must be under data/sources/"),
         ({**DATASET, "path": "./../secret", "data_files": []}, "path must be under data/sources/"),
         ({**PEOPLE, "path": "/secret"}, "path must be under data/sources/"),
-        ({**FACTS, "format": "txt"}, "a txt file contains paragraphs"),
+        ({**FACTS, "format": "txt"}, "a txt file contains documents"),
         ({**FACTS, "name": "prose"}, "prose is reserved: mixtures call documents"),
         ({**FACTS, "group": "statements"}, "statements is reserved: mixtures call documents"),
         ({**FACTS, "group": "facts"}, "facts is the name of both a source and a group"),
@@ -262,3 +268,26 @@ def test_wordings_and_names_must_be_under_the_sources(key: str) -> None:
 def test_two_sources_need_two_names() -> None:
     with pytest.raises(ValidationError, match="source names must be unique; found facts more than once"):
         ingest_config(sources=[FACTS, FACTS])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_null_column_of_a_dataset_that_turns_to_text_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.chdir(tmp_path)
+    copied = copy_sources(tmp_path)
+    pq.write_table(pa.table({"text": ["a", "b"], "note": pa.nulls(2)}), copied / "one.parquet")
+    pq.write_table(pa.table({"text": ["c", "d"], "note": ["x", "y"]}), copied / "two.parquet")
+    files = ["one.parquet", "two.parquet"]
+    source = {**DATASET, "data_files": files, "streaming": streaming, "table": "corpus", "columns": {}}
+    expected = (
+        r"source hub: the column note of one\.parquet, two\.parquet is null in the first 2 rows and has values after"
+    )
+    with pytest.raises(StageError, match=expected):
+        ingest_into(tmp_path / "out", copied, sources=[FACTS, source])
+    both = {**FACTS, "name": "both", "path": "*.parquet", "format": None, "table": None}
+    rows = table(ingest_into(tmp_path / "other", copied, sources=[FACTS, both]), "corpus")
+    assert {row["text"] for row in rows if row["source"] == "both"} == set("abcd")

@@ -13,7 +13,7 @@ from flows.report.parts import Part
 from flows.report.scorecard import COLOURS, colours
 from flows.results import Results
 
-SPLIT_TITLES = (("About seen entities", "train"), ("About entities held out of the questions", "heldout"))
+SPLIT_TITLES = (("Seen in training", "train"), ("Held-out questions", "heldout"))
 MAX_QUESTIONS = 6  # per split
 MAX_CHANGED_QUESTIONS = 6
 MAX_SAMPLED_REPLIES = 6
@@ -57,7 +57,7 @@ def answers(run: Results) -> Part:
         "sampled": _question_rows(
             sampled, _distinct_entities(sampled, _shared_ids(sampled), MAX_SAMPLED_REPLIES), colour
         ),
-        "masked": _question_rows(masked, _well_known_first(masked)[:MAX_MASKED_STATEMENTS], colour),
+        "masked": _question_rows(masked, _shared_ids(masked)[:MAX_MASKED_STATEMENTS], colour),
         "rewards": [
             {"model": model["model"], "against": model["against"], "svg": svg}
             for model in run.scorecard.get("models", [])
@@ -136,14 +136,6 @@ def _question_rows(
         }
         for name in ids
     ]
-
-
-def _well_known_first(answers_by_model: dict[str, dict[str, Part]]) -> list[str]:
-    """Return the ids of the masked statements, sorted, with the one about Paris first."""
-    return sorted(
-        _shared_ids(answers_by_model),
-        key=lambda name: ("is Paris." not in _first_model(answers_by_model)[name]["question"], name),
-    )
 
 
 def _reward_histograms(sampled: dict[str, dict[str, Part]], names: Sequence[str]) -> Markup:

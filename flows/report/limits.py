@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from flows.results import Results
 from tasks.common.reward.agreement import headline
+from tasks.ingest.source_settings import READER_TABLES
 
 Note = tuple[str, str]  # heading and text
 
@@ -14,18 +15,21 @@ def limits(run: Results) -> list[Note]:
     used = {str(item["name"]): item for item in run.json("data/ingest/sources.json") or []}
     roles: dict[str, list[str]] = {}
     for source in run.settings("ingest").get("sources", []):
-        name, role = str(source.get("name")), str(source.get("reader") or source.get("table") or source.get("kind"))
+        name = str(source.get("name"))
+        rows = used.get(name, {}).get("rows", {})
+        largest = max(rows, key=lambda table: rows[table]) if any(rows.values()) else None
+        table = READER_TABLES.get(str(source.get("reader")), source.get("table"))
+        role = str(table or largest or source.get("kind"))
         if used.get(name, {}).get("used"):
             roles.setdefault(role, []).append(name)
-    rating_sources, fact_sources = roles.get("ratings", []), _joined(roles, "countries", "elements", "facts")
-    prose_sources, ranking_sources = _joined(roles, "speeches", "corpus"), roles.get("rankings", [])
+    rating_sources, fact_sources = roles.get("ratings", []), roles.get("facts", [])
+    prose_sources, ranking_sources = roles.get("corpus", []), roles.get("rankings", [])
     if rating_sources:
         notes.append((
-            "The ratings are about tone.",
-            f"In {_and(rating_sources)} people rated how pleasant a single sentence sounds, not whether it is true or "
-            "useful. Sentences were grouped at random, not as replies to one question. The reward model learns tone, "
-            "so alignment makes replies sound kinder. A higher mean reward does not mean better answers: exact match "
-            "shows the effect on the facts.",
+            "The ratings are of single sentences.",
+            f"In {_and(rating_sources)} people rated sentences by themselves, not as replies to a question. Sentences "
+            "were grouped at random. The reward model learns what these people rated, so a higher mean reward does not "
+            "mean more correct answers: the other figures show what alignment cost.",
         ))  # fmt: skip
     if ranking_sources:
         rows = sum(used[name]["rows"].get("rankings", 0) for name in ranking_sources)
@@ -48,7 +52,7 @@ def limits(run: Results) -> list[Note]:
     if prose_sources:
         notes.append((
             "Perplexity is measured on one kind of text.",
-            f"It is measured on held-out documents of {_and(prose_sources)} and does not carry over to other English.",
+            f"It is measured on held-out documents of {_and(prose_sources)} and does not carry over to other text.",
         ))  # fmt: skip
     notes += _figure_limits(run)
     return notes
@@ -69,7 +73,7 @@ def _figure_limits(run: Results) -> list[Note]:
         notes.append((
             f"A bag of {name} is {'more accurate' if model_accuracy < baseline_accuracies[name] else 'as accurate'}.",
             f"It orders {100 * baseline_accuracies[name]:.1f} % of the held-out pairs like people, the reward model "
-            f"{100 * model_accuracy:.1f} %: for these ratings, words alone determine the tone.",
+            f"{100 * model_accuracy:.1f} %: for these ratings, words alone determine the rating.",
         ))  # fmt: skip
     tokens = (run.metrics("tokenize").get("train") or {}).get("tokens")
     parameters = [model["parameters"] for model in run.scorecard.get("models", []) if model.get("parameters")]
@@ -80,10 +84,6 @@ def _figure_limits(run: Results) -> list[Note]:
             "anything else, it makes up an answer.",
         ))  # fmt: skip
     return notes
-
-
-def _joined(roles: dict[str, list[str]], *names: str) -> list[str]:
-    return [source for name in names for source in roles.get(name, [])]
 
 
 def _and(names: Sequence[str]) -> str:

@@ -49,6 +49,7 @@ def new_project(folder: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         project = Path(scratch, "project")
         _copy_code(project)
+        _run(["git", "init", "--quiet", "--initial-branch=main"], project)  # before DVC looks for it
         yield project
         if folder.exists():
             folder.rmdir()
@@ -73,7 +74,9 @@ def copy_in(project: Path, files: Mapping[str, Path]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             if source.is_dir():
-                shutil.copytree(source, target)
+                shutil.copytree(source, target, copy_function=shutil.copyfile)
+                for folder in (target, *(entry for entry in target.rglob("*") if entry.is_dir())):
+                    folder.chmod(0o755)  # copytree keeps the modes of folders, which may be read-only
             else:
                 shutil.copyfile(source, target)
         except (OSError, shutil.Error) as error:
@@ -81,8 +84,7 @@ def copy_in(project: Path, files: Mapping[str, Path]) -> None:
 
 
 def commit(project: Path, names: list[str], message: str) -> None:
-    """Make the project a git repository, add large files among `names` to DVC, and commit everything."""
-    _run(["git", "init", "--quiet", "--initial-branch=main"], project)
+    """Add large files among `names` to DVC, and commit everything."""
     large = [name for name in names if _is_large(project / name)]
     if large:
         _run([sys.executable, "-m", "dvc", "add", "--quiet", *large], project)

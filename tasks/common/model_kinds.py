@@ -77,9 +77,13 @@ class ModelKinds:
                 "regression",
             ):
                 return str(task)
-        architectures = config_of_folder(self.root(folder)).get("architectures")
-        name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-        return next((kind for suffix, kind in KIND_BY_ARCHITECTURE.items() if name.endswith(suffix)), None)
+        return _kind_of(self.root(folder))
+
+    def is_encoder(self, folder: Any) -> bool:
+        """Return whether a model, exported or not, descends from a masked one, so that it gives no replies."""
+        root = self.root(folder)
+        first = self.chain(folder)[-1:]
+        return (_kind_of(root) if root else lookup(first[0].settings, "objective")) == "masked"
 
     def size(self, folder: Any, name: str) -> tuple[str, Any]:
         """Return the setting of a model's size and its value; the value is None if unknown."""
@@ -92,6 +96,13 @@ class ModelKinds:
             return f"{name} in {root}/config.json", found
         producer = self.chain(folder)[-1]
         return f"{producer.where}.model.{name}", lookup(producer.settings, f"model.{name}")
+
+    def has_mask_token(self, folder: Any) -> bool | None:
+        """Return whether the tokenizer of a model has a mask token; None if unknown."""
+        root = "" if folder == "data/tokenize/tokenizer" else self.root(folder)
+        if not root and lookup(self.params, "tokenize.tokenizer.name") == "train":
+            return True  # the project's own tokenizers have one
+        return _has_mask_token(root or str(lookup(self.params, "tokenize.tokenizer.path")))
 
     def context(self, folder: Any) -> tuple[str, Any]:
         """Return the setting of a model's context length and its value in tokens; the value is None if unknown."""
@@ -106,6 +117,20 @@ class ModelKinds:
 def parent_of(producer: Producer) -> Any:
     """Return the folder that an entry's model starts from."""
     return lookup(producer.settings, "model.path" if producer.stage == "pretrain" else "model")
+
+
+def _kind_of(folder: str) -> str | None:
+    """Return the kind of model in a folder of the user's by its architecture; None if unknown."""
+    architectures = config_of_folder(folder).get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    return next((kind for suffix, kind in KIND_BY_ARCHITECTURE.items() if name.endswith(suffix)), None)
+
+
+def _has_mask_token(folder: str) -> bool | None:
+    """Return whether a folder's tokenizer names a mask token; None without a tokenizer_config.json."""
+    names = ("tokenizer_config.json", "special_tokens_map.json")
+    configs = [model_folder.read_json(Path(folder, name)) for name in names]
+    return any(config.get("mask_token") for config in configs) if configs[0] else None
 
 
 def config_of_folder(folder: str) -> dict[str, Any]:

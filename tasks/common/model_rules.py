@@ -49,6 +49,8 @@ def check_models(params: Params) -> Iterator[str]:
     yield from _check_ranking_splits(params)
     yield from _check_rewards(kinds)
     yield from _check_reply_lengths(kinds)
+    yield from _check_reply_room(kinds)
+    yield from _check_mask_tokens(kinds)
 
 
 def entries(params: Params, *stages: str) -> Iterator[Entry]:
@@ -169,9 +171,9 @@ def _check_reply_lengths(kinds: ModelKinds) -> Iterator[str]:
             limit = f"{producer.where}.max_tokens", lookup(producer.settings, "max_tokens")
             yield from check_at_most(f"{where}.max_new_tokens", lookup(entry, "max_new_tokens"), *limit, truncated)
     for _, where, entry in entries(kinds.params, "evaluate"):
+        if kinds.is_encoder(lookup(entry, "model")):
+            continue  # it gives no replies
         chain = kinds.chain(lookup(entry, "model"))
-        if chain and lookup(chain[-1].settings, "objective") == "masked":
-            continue  # a masked model gives no replies
         for _, judge, settings in entries(kinds.params, "reward"):
             limit = f"{judge}.max_tokens", lookup(settings, "max_tokens")
             yield from check_at_most(f"{where}.max_new_tokens", lookup(entry, "max_new_tokens"), *limit, truncated)
@@ -182,6 +184,36 @@ def _check_reply_lengths(kinds: ModelKinds) -> Iterator[str]:
         for producer in kinds.chain(lookup(entry, "model")):
             if producer.stage in ("align", "prune"):
                 yield from _check_exported_lengths(where, entry, producer.where, producer.settings, ("max_new_tokens",))
+
+
+def _check_reply_room(kinds: ModelKinds) -> Iterator[str]:
+    """Report replies that leave no room for a prompt in the model's context."""
+    for _, where, entry in entries(kinds.params, "align", "prune", "quantize", "evaluate"):
+        model = lookup(entry, "model")
+        if kinds.is_encoder(model):
+            continue
+        limit, context = kinds.context(model)
+        length = lookup(entry, "max_new_tokens")
+        if isinstance(length, int) and isinstance(context, int) and length >= context:
+            yield (
+                f"{where}.max_new_tokens: found {length}, but it should be less than {limit}, which is {context}: the "
+                "prompt and the reply share the model's context"
+            )
+
+
+def _check_mask_tokens(kinds: ModelKinds) -> Iterator[str]:
+    """Report masked training with a tokenizer that has no mask token."""
+    remedy = "use the tokenizer of a masked model, or train one"
+    for _, where, entry in entries(kinds.params, "pretrain"):
+        if lookup(entry, "objective") == "masked" and kinds.has_mask_token(lookup(entry, "model.path")) is False:
+            yield f"{where}.objective: found 'masked', but the tokenizer has no mask token: {remedy}"
+    for _, where, entry in entries(kinds.params, "reward"):
+        dropout = lookup(entry, "word_dropout")
+        if dropout and kinds.has_mask_token(lookup(entry, "model")) is False:
+            yield (
+                f"{where}.word_dropout: found {dropout}, but the tokenizer of {lookup(entry, 'model')} has no mask "
+                "token to replace words with: set it to 0"
+            )
 
 
 def _check_exported_lengths(

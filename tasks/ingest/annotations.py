@@ -10,10 +10,10 @@ https://github.com/argilla-io/argilla). Label Studio: the export "JSON" of a pro
 Neither export lists the texts that were compared, so they are recognized by their names.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice, zip_longest
 from typing import Any
 
@@ -26,21 +26,21 @@ ANSWER_KEYS = {"fields", "annotator", "answers", "status"}  # of one annotator's
 UNSORTED_BUCKET = "_"  # Label Studio's bucket of items that were not moved into any other
 
 
-def expand_answers(format_name: str, found: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Yield (position, row) for each annotator's answer; a row without any answer is yielded unchanged."""
+def expand_answers(
+    format_name: str, found: Iterable[tuple[str, Any]], prepare: Callable[[Any], Any]
+) -> Iterator[tuple[str, Any]]:
+    """Yield (position, row) for each annotator's answer; a row without any answer is yielded unchanged.
+
+    `prepare` decodes a row; of a row for which it raises ValueError, the one who decodes it next reports the reason.
+    """
     for position, row in found:
-        record = _decode(row)
+        record = None
+        with suppress(ValueError):
+            record = prepare(row)
         answers = ANSWER_SPLITTERS[format_name](record) if isinstance(record, Mapping) else []
         if not answers:
             yield position, row
         yield from ((f"{position}, answer {number}", answer) for number, answer in enumerate(answers, 1))
-
-
-def _decode(row: Any) -> Any:
-    try:
-        return json.loads(row) if isinstance(row, str) else row
-    except (ValueError, RecursionError):  # `row_loading` reports it
-        return row
 
 
 # Argilla
@@ -66,9 +66,9 @@ def _split_argilla_record(record: Row) -> list[Row]:
 def _shown_fields(record: Row) -> Row:
     """Return the fields of a record; of a flat row all texts, without the columns that the export adds."""
     if isinstance(record.get("fields"), Mapping):
-        return {name: value for name, value in record["fields"].items() if value not in (None, "", [])}
+        return {name: value for name, value in record["fields"].items() if value not in (None, [])}
     shown = {name: value for name, value in record.items() if name not in ("id", "_server_id", "status", "external_id")}
-    return {name: value for name, value in shown.items() if "." not in name and isinstance(value, str) and value}
+    return {name: value for name, value in shown.items() if "." not in name and isinstance(value, str)}
 
 
 def _iter_argilla_responses(record: Row) -> Iterator[tuple[str, Row]]:
@@ -192,9 +192,13 @@ def _convert_ranker(data: Row, result: Row) -> Row:
     for name, value in data.items():
         items = {str(item.get("id")): item for item in _list_items(value) if isinstance(item, Mapping)}
         if items and set(map(str, ranked)) <= set(items):
-            texts = [items[str(identifier)].get("body") or items[str(identifier)].get("title") for identifier in ranked]
+            texts = [_item_text(items[str(identifier)]) for identifier in ranked]
             return {"prompt": _find_prompt(data, [name]), "responses": texts, "ranks": list(range(1, len(texts) + 1))}
     raise ValueError(f"no list in data contains the ids {', '.join(map(str, ranked))}; data: {', '.join(data)}")
+
+
+def _item_text(item: Row) -> Any:
+    return item.get("body") or item.get("title") or item.get("body")
 
 
 # Both tools
@@ -219,7 +223,8 @@ def _sibling_names(name: str, names: Iterable[str]) -> list[str]:
 
 def _find_prompt(fields: Row, compared: Sequence[str]) -> Any:
     """Return the prompt, a text or messages; a text is followed by the field `context` if there is one."""
-    others = {name: value for name, value in fields.items() if name not in compared and isinstance(value, str | list)}
+    texts = {name: value for name, value in fields.items() if value and isinstance(value, str | list)}
+    others = {name: value for name, value in texts.items() if name not in compared}
     field = next((name for name in PROMPT_FIELDS if others.get(name)), None)
     if field is None and len(others) != 1:
         found = ", ".join(others) or "nothing"

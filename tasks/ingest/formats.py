@@ -1,177 +1,143 @@
-"""Readers of file formats, which stream the rows of a file.
+"""File formats: which one a file has, by its first bytes and its suffix, and the reader of each.
 
-`FORMATS` maps the name of a format to its reader. A reader yields (position, row): a position such as "line 3", and a
-mapping or an undecoded line of JSON. It raises StageError with the name of the source if the file has another format.
-`wanted` are the columns that the file must have.
+A reader yields (position, row): a position such as "line 3", and a mapping or an undecoded line of JSON. It raises
+UnreadableFile with the place if the file is of another format, damaged or truncated.
 """
 
-import csv
-from codecs import BOM_UTF8
-from collections.abc import Callable, Iterator, Set
-from pathlib import Path
-from typing import Any, BinaryIO
+import json
+import re
+from collections.abc import Callable, Set
+from typing import Any
 
-from tasks.common.harness.job import StageError
-from tasks.ingest import readers
+from tasks.ingest import columnar, delimited, documents, json_values
+from tasks.ingest.json_values import Rows
+from tasks.ingest.source_files import PACKED_SIGNATURES, READ_ERRORS, SourceFile, UnreadableFile
 
-Rows = Iterator[tuple[str, Any]]
-PARQUET_BATCH_ROWS = 1000
-JSON_BUFFER_BYTES = 2**16
-MAX_DEPTH = 100  # of the items of a JSON array
-HEAD_BYTES = 4096  # read to detect the format of a file
-# First bytes of files that are often mistaken for text: what was found, and what to do.
-FILE_SIGNATURES = {
-    b"\x1f\x8b": "a gzip file; unpack it first (gunzip)",
-    b"PK\x03\x04": "a zip file; unpack it first",
-    b"\x28\xb5\x2f\xfd": "a zstd file; unpack it first",
-    b"PAR1": "a Parquet file; set `format: parquet`",
-    b"\xff\xfe": "UTF-16; save it as UTF-8",
-    b"\xfe\xff": "UTF-16; save it as UTF-8",
+DOCUMENT_FORMATS = ("txt", "md", "html", "pdf")
+TABULAR_FORMATS = ("csv", "parquet", "arrow")  # all rows have the columns of the first
+FILE_FORMATS = (*DOCUMENT_FORMATS, "json", "jsonl", *TABULAR_FORMATS)
+SUFFIXES = {
+    ".txt": "txt", ".text": "txt", ".md": "md", ".markdown": "md", ".html": "html", ".htm": "html", ".xhtml": "html",
+    ".pdf": "pdf", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".tab": "csv",
+    ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow",
+}  # fmt: skip
+SIGNATURES = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow", b"%PDF-": "pdf"}
+# First bytes of files that are no source of text: what was found, and what to do.
+OTHER_SIGNATURES = {
+    b"PK\x03\x04": "a zip file or a document of Word, Excel or PowerPoint; unpack it, or save it as text, CSV or PDF",
+    b"SQLite format 3": "an SQLite database; read it with a source of `kind: sql`",
+    b"\xd0\xcf\x11\xe0": "an old document of Word or Excel; save it as text, CSV or PDF",
+    b"{\\rtf": "an RTF document; save it as text or PDF",
+    b"FEA1": "Feather version 1; save it as Parquet",
+    b"\x80\x02": "a pickle, which can run code; save it as Parquet or JSON lines",
+    b"\x80\x03": "a pickle, which can run code; save it as Parquet or JSON lines",
+    b"\x80\x04": "a pickle, which can run code; save it as Parquet or JSON lines",
+    b"\x80\x05": "a pickle, which can run code; save it as Parquet or JSON lines",
+    b"BZh": "a bzip2 file; unpack it, or pack it with gzip or zstd",
+    b"\xfd7zXZ": "an xz file; unpack it, or pack it with gzip or zstd",
+    b"7z\xbc\xaf": "a 7z file; unpack it",
+    b"Rar!": "a rar file; unpack it",
+    b"\x89PNG": "an image; only text can be read",
+    b"\xff\xd8\xff": "an image; only text can be read",
+    b"GIF8": "an image; only text can be read",
+    b"\x7fELF": "a program; only text can be read",
+    **dict.fromkeys(PACKED_SIGNATURES, "a file that is packed twice; unpack it once"),
 }
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+HTML_PATTERN = re.compile(rb"\s*(<!--.*?-->\s*|<\?xml[^>]*>\s*)*<(!doctype\s+html|html)\b", re.IGNORECASE | re.DOTALL)
 
 
-def read_text(name: str, path: Path, wanted: Set[str]) -> Rows:
-    """Yield the paragraphs of a text file."""
-    paragraphs = readers.split_paragraphs(_read_lines(name, path))
-    yield from ((f"paragraph {number}", {"text": paragraph}) for number, paragraph in enumerate(paragraphs, 1))
+def detect(file: SourceFile) -> str:
+    """Return the format of a file: of its first bytes, else of its suffix, else JSON, HTML or plain text.
 
-
-def read_json_lines(name: str, path: Path, wanted: Set[str]) -> Rows:
-    """Yield the lines of a file that are not blank; a line that is not valid JSON is rejected later as a row."""
-    filled = ((number, line) for number, line in enumerate(_read_lines(name, path), 1) if line.strip())
-    for count, (number, line) in enumerate(filled):
-        if not count and line.lstrip().startswith("["):
-            raise StageError(
-                f"source {name}: expected one JSON object per line in {path}, found a JSON array; write each item on a "
-                "line of its own."
-            )
-        yield f"line {number}", line
-
-
-def read_csv(name: str, path: Path, wanted: Set[str]) -> Rows:
-    """Yield the rows of a CSV file; quoted values may span several lines."""
-    reader = csv.DictReader(_read_lines(name, path), skipinitialspace=True)
-    try:
-        header = readers.strip_header(reader)
-        _check_columns(name, path, wanted, set(header))
-        for row in reader:
-            yield f"line {reader.line_num}", row
-    except csv.Error as error:
-        raise StageError(
-            f"source {name}: expected CSV in {path}, found something else (after line {reader.line_num}: {error}); "
-            "correct the line."
-        ) from error
-
-
-def read_parquet(name: str, path: Path, wanted: Set[str]) -> Rows:
-    """Yield the rows of a Parquet file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path, pre_buffer=False) as opened:
-            _check_columns(name, path, wanted, set(opened.schema_arrow.names))
-            number = 0
-            for batch in opened.iter_batches(batch_size=PARQUET_BATCH_ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", row
-    except (pa.ArrowException, OSError) as error:
-        raise StageError(f"source {name}: expected a Parquet file at {path}, found something else: {error}") from error
-
-
-def read_objects(name: str, path: Path) -> Rows:
-    """Yield the objects of a Parquet file, a JSON array or JSON lines; the first bytes decide which it is."""
-    with path.open("rb") as file:
-        head = file.read(HEAD_BYTES)
-    if path.suffix == ".parquet" or head.startswith(b"PAR1"):
-        yield from read_parquet(name, path, set())
-    elif head.decode("utf-8-sig", errors="replace").lstrip().startswith("["):
-        yield from _read_json_array(name, path)
-    else:
-        yield from read_json_lines(name, path, set())
-
-
-def _read_json_array(name: str, path: Path) -> Rows:
-    """Yield the items of a file that contains one JSON array; raise StageError for any other content."""
-    import ijson
-
-    number = 0
-    try:
-        with path.open("rb") as file:
-            if file.read(len(BOM_UTF8)) != BOM_UTF8:
-                file.seek(0)
-            for number, item in enumerate(_parse_items(file), 1):
-                yield f"item {number}", item
-    except (ijson.JSONError, ValueError) as error:
-        for _ in _read_lines(name, path):
-            pass  # raises StageError with the line if the file is not UTF-8
-        raise StageError(
-            f"source {name}: expected one JSON array in {path}, found something else after item {number}: {error}; "
-            "correct it there, or write each object on a line of its own."
-        ) from error
-
-
-def _parse_items(file: BinaryIO) -> Iterator[Any]:
-    """Yield the items of a JSON array one by one, reading the file in pieces.
-
-    Uses ijson's Python backend: the C backends read a lone surrogate (`\\ud800`) as a question mark, where the row must
-    be rejected, and reject integers of more than 64 bits. Does not use `ijson.items`: it keeps a prefix for every level
-    of an item, and 100 kB of opening brackets took more memory than the machine had.
+    Raise UnreadableFile for a file that is empty or of a kind that cannot be read.
     """
-    from ijson.backends import python as backend
-    from ijson.common import ObjectBuilder
+    head = file.head()
+    found = next((name for start, name in SIGNATURES.items() if head.startswith(start)), None)
+    if found:
+        return found
+    _check_is_text(file, head)
+    text = head.decode("utf-16" if head.startswith(UTF16_MARKS) else "utf-8-sig", "replace").lstrip()
+    named = SUFFIXES.get(file.suffix)
+    if named in ("json", "jsonl") or (named is None and text[:1] in ("{", "[")):
+        return _json_form(text, named)
+    if named in ("parquet", "arrow", "pdf"):
+        raise UnreadableFile(f"{file.label}: expected a {named} file by its name, found text; correct its name")
+    if HTML_PATTERN.match(head) and named in (None, "csv", "txt"):
+        return "html"
+    if named is None and text.startswith("<?xml"):
+        raise UnreadableFile(f"{file.label}: an XML file; save its text as text, HTML or JSON")
+    return named or "txt"
 
-    events, depth = backend.basic_parse(file, buf_size=JSON_BUFFER_BYTES, use_float=True), 0
-    next(events)  # the opening bracket of the array
-    for event, value in events:
-        is_end = event in ("end_map", "end_array")
-        if not depth:
-            if is_end:  # of the array; the parser raises an error for anything after it
-                continue
-            builder = ObjectBuilder()
-        builder.event(event, value)
-        depth += (event in ("start_map", "start_array")) - is_end
-        if depth > MAX_DEPTH:
-            raise ValueError(f"its values are nested more than {MAX_DEPTH} deep")
-        if not depth:
-            yield builder.value
+
+def check(file: SourceFile, format: str) -> None:
+    """Raise UnreadableFile if the first bytes of a file are not of the format that the settings name."""
+    head = file.head()
+    found = next((name for start, name in SIGNATURES.items() if head.startswith(start)), None)
+    if found not in (None, format):
+        raise UnreadableFile(f"expected {format} in {file.label}, found {found}; correct or remove `format`")
+    if format in SIGNATURES.values():
+        if found is None:
+            raise UnreadableFile(f"expected {format} in {file.label}, found something else; correct or remove `format`")
+    elif head.strip():
+        _check_is_text(file, head)
 
 
-def _read_lines(name: str, path: Path) -> Iterator[str]:
-    """Yield the lines of a text file with their line ends; Unicode line separators (U+2028) do not end a line."""
+def _check_is_text(file: SourceFile, head: bytes) -> None:
+    """Raise UnreadableFile if the first bytes are not text."""
+    if not head.strip():
+        raise UnreadableFile(f"{file.label}: an empty file")
+    other = next((found for start, found in OTHER_SIGNATURES.items() if head.startswith(start)), None)
+    if other is None and b"\0" in head and not head.startswith(UTF16_MARKS):
+        other = "binary data of an unknown kind; only text, JSON, CSV, Parquet, Arrow, HTML and PDF can be read"
+    if other:
+        raise UnreadableFile(f"{file.label}: {other}")
+
+
+def _json_form(text: str, named: str | None) -> str:
+    """Return jsonl if each line is a value of its own, else json."""
+    first, _, rest = text.partition("\n")
+    if first.startswith("["):
+        return "json"
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            yield from file
-    except UnicodeDecodeError as error:
-        raise StageError(f"source {name}: {_describe_encoding_error(path, error)}") from error
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return "jsonl" if named == "jsonl" and first.strip() != "{" else "json"
+    return "jsonl" if rest.strip() or named == "jsonl" else "json"
 
 
-def _describe_encoding_error(path: Path, error: UnicodeDecodeError) -> str:
-    """Return what a file is that is not UTF-8, or the first invalid line (the decoder reads ahead of the last one)."""
-    number = 0
-    with path.open("rb") as file:
-        head = file.read(HEAD_BYTES)
-        file.seek(0)
-        for number, line in enumerate(file, 1):  # noqa: B007 - used after the loop
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                break
-    found = f"the byte 0x{error.object[error.start]:02x} in line {number}; save the file as UTF-8"
-    found = next((kind for signature, kind in FILE_SIGNATURES.items() if head.startswith(signature)), found)
-    return f"expected UTF-8 text in {path}, found {found}."
+def read(file: SourceFile, format: str, by_paragraph: bool, records: str | None, row_keys: Set[str]) -> Rows:
+    """Yield the rows of a file in a format of FILE_FORMATS.
+
+    `records` is the path of the list of rows in a JSON value; an object with one of `row_keys` is a row.
+    """
+    if format in DOCUMENT_FORMATS:
+        found = documents.read(file, format, by_paragraph)
+    elif format == "json" or (format == "jsonl" and file.head().lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")):
+        found = json_values.read_values(file, records, row_keys)
+    elif format == "jsonl":
+        found = json_values.read_lines(file, records)
+    else:
+        found = TABULAR_READERS[format](file)
+    yield from _with_place(file, found)
 
 
-def _check_columns(name: str, path: Path, wanted: Set[str], found: Set[str]) -> None:
-    if wanted - found:
-        expected, got, missing = (", ".join(sorted(names)) or "none" for names in (wanted, found, wanted - found))
-        raise StageError(f"source {name}: {path} lacks columns. Expected {expected}; found {got}. Missing: {missing}.")
+def _with_place(file: SourceFile, found: Rows) -> Rows:
+    """Yield the rows; raise UnreadableFile with the place for an error of a library, such as a truncated file."""
+    import pyarrow as pa
+
+    place = ""
+    try:
+        for position, row in found:
+            place = position
+            yield position, row
+    except (*READ_ERRORS, pa.ArrowException, UnicodeDecodeError) as error:
+        where = f"after {place}" if place else "at its beginning"
+        raise UnreadableFile(f"{file.label} could not be read {where}: {error}; restore or correct the file") from error
 
 
-FORMATS: dict[str, Callable[[str, Path, Set[str]], Rows]] = {
-    "txt": read_text,
-    "jsonl": read_json_lines,
-    "csv": read_csv,
-    "parquet": read_parquet,
+TABULAR_READERS: dict[str, Callable[[SourceFile], Any]] = {
+    "csv": delimited.read,
+    "parquet": columnar.read_parquet,
+    "arrow": columnar.read_arrow,
 }

@@ -13,18 +13,26 @@ from pathlib import Path
 from typing import Any
 
 from tasks.ingest import annotations, preferences
-from tasks.ingest.turns import Messages, Row, make_pair, make_turn, parse_message, require_messages, require_text
+from tasks.ingest.turns import (
+    REASONING_FIELDS,
+    REMEDY,
+    Messages,
+    Reasoning,
+    Row,
+    add_reasoning,
+    as_text,
+    make_pair,
+    make_turn,
+    parse_message,
+    require_messages,
+    require_text,
+)
 
 CHAT_FORMATS = ("alpaca", "sharegpt", "openai")
-# Formats of rankings only.
-RANKING_CONVERTERS: dict[str, Callable[[Row], Row]] = {
-    "preference": preferences.convert,
-    "argilla": annotations.convert_argilla,
-    "label_studio": annotations.convert_label_studio,
-}
+RANKING_FORMATS = ("preference", "argilla", "label_studio")  # formats of rankings only
 FORMAT_TABLES: dict[str, tuple[str, ...]] = {  # the tables that a format may be read into
     **dict.fromkeys(CHAT_FORMATS, ("instructions", "rankings")),
-    **dict.fromkeys(RANKING_CONVERTERS, ("rankings",)),
+    **dict.fromkeys(RANKING_FORMATS, ("rankings",)),
 }
 ALPACA_COLUMNS = {
     "prompt": "instruction", "query": "input", "response": "output", "history": "history", "system": "system",
@@ -32,6 +40,7 @@ ALPACA_COLUMNS = {
 }  # fmt: skip
 SHAREGPT_COLUMNS = {"messages": "conversations", "system": "system", "chosen": "chosen", "rejected": "rejected"}
 OPENAI_COLUMNS = {"messages": "messages"}
+OPENAI_REPLIES = ("preferred_output", "non_preferred_output")
 COLUMNS: dict[str, dict[str, str]] = {"alpaca": ALPACA_COLUMNS, "sharegpt": SHAREGPT_COLUMNS, "openai": OPENAI_COLUMNS}
 # Columns of LLaMA-Factory that a text chat cannot represent; a row with a value in one is rejected.
 UNSUPPORTED_COLUMNS = {name: name for name in ("tools", "images", "videos", "audios", "kto_tag")}
@@ -51,18 +60,21 @@ class Layout:
     table: str
     columns: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
+    reasoning: Reasoning = "reject"
 
     def convert(self, row: Row) -> Row:
         """Return the row as a row of the table; raise ValueError with the reason if that is not possible."""
-        if self.format in RANKING_CONVERTERS:
-            return RANKING_CONVERTERS[self.format](row)
+        if self.format == "preference":
+            return preferences.convert(row, self.reasoning)
+        if self.format in ANNOTATION_CONVERTERS:
+            return ANNOTATION_CONVERTERS[self.format](row)
         columns = {**COLUMNS[self.format], **UNSUPPORTED_COLUMNS, **self.columns}
         filled = [columns[name] for name in UNSUPPORTED_COLUMNS if row.get(columns[name]) not in (None, "", [])]
         if filled:
             raise ValueError(f"{', '.join(filled)} cannot be represented in a text chat")
         values = {name: row.get(column) for name, column in columns.items()}
         if self.format == "openai":
-            return _convert_openai(row, values, self.table)
+            return self._convert_openai(row, values)
         pair = ("chosen", "rejected") if self.table == "rankings" else ()
         required = ("prompt", *(pair or ("response",))) if self.format == "alpaca" else ("messages", *pair)
         missing = [columns[name] for name in required if values[name] is None]
@@ -70,66 +82,78 @@ class Layout:
             expected = ", ".join(columns[name] for name in required)
             raise ValueError(f"{', '.join(missing)} missing; expected {expected}")
         if self.format == "alpaca":
-            return _convert_alpaca(values, self.table)
-        return _convert_sharegpt(values, self.table, self.tags)
+            return self._convert_alpaca(row, values)
+        return self._convert_sharegpt(values)
+
+    def _convert_alpaca(self, row: Row, values: Row) -> Row:
+        given = [name for name in ("prompt", "query") if values[name] not in (None, "")]
+        question = "\n".join(as_text(values[name], {**ALPACA_COLUMNS, **self.columns}[name]) for name in given)
+        turns: Messages = _system_turns(values["system"])
+        for pair in values["history"] or []:
+            if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+                raise ValueError(f"history must be pairs of a question and an answer, found {pair!r}")
+            turns += make_turn("user", pair[0]) + make_turn("assistant", pair[1])
+        turns += make_turn("user", question)
+        if self.table == "rankings":
+            return make_pair(turns, values["chosen"], values["rejected"])
+        thoughts = [require_text(row[name], name) for name in REASONING_FIELDS if row.get(name)]
+        return {"messages": turns + make_turn("assistant", add_reasoning(values["response"], thoughts, self.reasoning))}
+
+    def _convert_sharegpt(self, values: Row) -> Row:
+        turns: Messages = _system_turns(values["system"])
+        for message in require_messages(values["messages"], "conversations"):
+            turns += self._parse_tagged_message(message)
+        if self.table == "rankings":
+            replies = (
+                self._parse_tagged_message(values[name], allow_empty=True)[0]["content"]
+                for name in ("chosen", "rejected")
+            )
+            return make_pair(turns, *replies)
+        return {"messages": turns}
+
+    def _parse_tagged_message(self, message: Any, allow_empty: bool = False) -> Messages:
+        tags = {**SHAREGPT_TAGS, **self.tags}
+        roles = {tags[f"{role}_tag"]: role for role in ("user", "assistant", "system")}
+        role, content = tags["role_tag"], tags["content_tag"]
+        if not isinstance(message, Mapping) or not {role, content} <= set(message):
+            raise ValueError(f"each message needs {role} and {content}, found {message!r:.200}")
+        if message[role] in (tags["observation_tag"], tags["function_tag"]):
+            raise ValueError(f"a tool's turn ({message[role]}) cannot be represented in a text chat; {REMEDY}")
+        if message[role] not in roles:
+            raise ValueError(f"expected a role of {', '.join(roles)}, found {message[role]!r}")
+        plain = {**message, "role": roles[message[role]], "content": message[content]}
+        return parse_message(plain, self.reasoning, allow_empty)
+
+    def _convert_openai(self, row: Row, values: Row) -> Row:
+        """Return a chat, or for the table rankings (`input`, `preferred_output`, `non_preferred_output`) a pair."""
+        if row.get("functions"):
+            raise ValueError("functions cannot be represented in a text chat")
+        if self.table == "instructions":
+            if values["messages"] is None:
+                raise ValueError("messages missing; expected messages")
+            return {"messages": self._parse_messages(values["messages"], "messages")}
+        missing = [name for name in ("input", *OPENAI_REPLIES) if row.get(name) is None]
+        if missing or not isinstance(row["input"], Mapping):
+            absent = ", ".join(missing) or "messages of input"
+            raise ValueError(f"{absent} missing; expected input, preferred_output, non_preferred_output")
+        turns = self._parse_messages(row["input"].get("messages"), "input")
+        return make_pair(turns, *(self._parse_reply(row[name], name) for name in OPENAI_REPLIES))
+
+    def _parse_reply(self, value: Any, name: str) -> str:
+        messages = require_messages(value, name)
+        if len(messages) > 1:
+            raise ValueError(f"{name} must be one message, found {len(messages)}")
+        return str(parse_message(messages[0], self.reasoning, allow_empty=True)[0]["content"])
+
+    def _parse_messages(self, value: Any, name: str) -> Messages:
+        messages = require_messages(value, name)
+        return [turn for message in messages for turn in parse_message(message, self.reasoning)]
 
 
-def _convert_alpaca(values: Row, table: str) -> Row:
-    question = "\n".join(require_text(values[name], name) for name in ("prompt", "query") if values[name])
-    turns: Messages = _system_turns(values["system"])
-    for pair in values["history"] or []:
-        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            raise ValueError(f"history must be pairs of a question and an answer, found {pair!r}")
-        turns += make_turn("user", pair[0]) + make_turn("assistant", pair[1])
-    turns += make_turn("user", question)
-    if table == "rankings":
-        return make_pair(turns, values["chosen"], values["rejected"])
-    return {"messages": turns + make_turn("assistant", values["response"])}
-
-
-def _convert_sharegpt(values: Row, table: str, tag_overrides: Mapping[str, str]) -> Row:
-    tags = {**SHAREGPT_TAGS, **tag_overrides}
-    roles = {tags[f"{role}_tag"]: role for role in ("user", "assistant", "system")}
-    turns: Messages = _system_turns(values["system"])
-    for message in require_messages(values["messages"], "conversations"):
-        turns += _parse_tagged_message(message, tags, roles)
-    if table == "rankings":
-        replies = (_parse_tagged_message(values[name], tags, roles)[0]["content"] for name in ("chosen", "rejected"))
-        return make_pair(turns, *replies)
-    return {"messages": turns}
-
-
-def _parse_tagged_message(message: Any, tags: Mapping[str, str], roles: Mapping[str, str]) -> Messages:
-    role, content = tags["role_tag"], tags["content_tag"]
-    if not isinstance(message, Mapping) or not {role, content} <= set(message):
-        raise ValueError(f"each message needs {role} and {content}, found {message!r}")
-    if message[role] in (tags["observation_tag"], tags["function_tag"]):
-        raise ValueError(f"a tool's turn ({message[role]}) cannot be represented in a text chat")
-    if message[role] not in roles:
-        raise ValueError(f"expected a role of {', '.join(roles)}, found {message[role]!r}")
-    return make_turn(roles[message[role]], message[content])
-
-
-def _convert_openai(row: Row, values: Row, table: str) -> Row:
-    """Return a chat, or for the table rankings (`input`, `preferred_output`, `non_preferred_output`) a pair."""
-    if row.get("functions"):
-        raise ValueError("functions cannot be represented in a text chat")
-    if table == "instructions":
-        if values["messages"] is None:
-            raise ValueError("messages missing; expected messages")
-        messages = require_messages(values["messages"], "messages")
-        return {"messages": [turn for message in messages for turn in parse_message(message)]}
-    missing = [name for name in ("input", "preferred_output", "non_preferred_output") if row.get(name) is None]
-    if missing or not isinstance(row["input"], Mapping):
-        absent = ", ".join(missing) or "messages of input"
-        raise ValueError(f"{absent} missing; expected input, preferred_output, non_preferred_output")
-    messages = require_messages(row["input"].get("messages"), "input")
-    turns = [turn for message in messages for turn in parse_message(message)]
-    replies = [
-        parse_message(require_messages(row[name], name)[-1])[0]["content"]
-        for name in ("preferred_output", "non_preferred_output")
-    ]
-    return make_pair(turns, *replies)
+ANNOTATION_CONVERTERS: dict[str, Callable[[Row], Row]] = {
+    "argilla": annotations.convert_argilla,
+    "label_studio": annotations.convert_label_studio,
+}
 
 
 def _system_turns(content: Any) -> Messages:

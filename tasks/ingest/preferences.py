@@ -10,23 +10,22 @@ read.
 import re
 from typing import Any
 
-from tasks.ingest.turns import Messages, Row, make_pair, make_turn, parse_message, require_messages
+from tasks.ingest.turns import Messages, Reasoning, Row, make_pair, make_turn, parse_message, require_messages
 
 REQUIRED_COLUMNS = ("chosen", "rejected")
-KNOWN_COLUMNS = {*REQUIRED_COLUMNS, "prompt", "annotator"}
 SPEAKER_ROLES = {"Human": "user", "Assistant": "assistant"}
 SPEAKER_PATTERN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
-def convert(row: Row) -> Row:
+def convert(row: Row, reasoning: Reasoning = "reject") -> Row:
     """Return a pair as a ranking; raise ValueError with the reason if the row is not a pair."""
     missing = [name for name in REQUIRED_COLUMNS if row.get(name) is None]
     if missing:
         raise ValueError(
             f"{', '.join(missing)} missing; expected {', '.join(REQUIRED_COLUMNS)}, and prompt unless they contain it"
         )
-    prompt = _parse_prompt(row.get("prompt"))
-    chosen, rejected = (_strip_prompt(prompt, _parse_side(row[name], name)) for name in REQUIRED_COLUMNS)
+    prompt = _parse_prompt(row.get("prompt"), reasoning)
+    chosen, rejected = (_strip_prompt(prompt, _parse_side(row[name], name, reasoning)) for name in REQUIRED_COLUMNS)
     for name, turns in zip(REQUIRED_COLUMNS, (chosen, rejected), strict=True):
         if turns[-1]["role"] != "assistant":
             raise ValueError(f"{name} ends with a turn of the {turns[-1]['role']}; expected the assistant's reply")
@@ -39,8 +38,9 @@ def convert(row: Row) -> Row:
         )
     if not prompt:
         raise ValueError(
-            "no prompt: expected a column prompt, or in chosen and rejected whole conversations (messages with role "
-            'and content, or a transcript that begins with "Human:")'
+            "no prompt: expected a column prompt (`columns: {prompt: ...}` names a field or a template for it), or in "
+            "chosen and rejected whole conversations (messages with role and content, or a transcript that begins with "
+            '"Human:")'
         )
     pair = make_pair(
         [turn for message in prompt for turn in make_turn(**message)], chosen[0]["content"], rejected[0]["content"]
@@ -48,19 +48,19 @@ def convert(row: Row) -> Row:
     return {**pair, "annotator": row.get("annotator")}
 
 
-def _parse_side(value: Any, name: str) -> Messages:
+def _parse_side(value: Any, name: str, reasoning: Reasoning) -> Messages:
     """Return the turns of chosen or rejected: a list of messages, a transcript, or a text that is one reply."""
     if isinstance(value, str):
         return _parse_transcript(value) or [{"role": "assistant", "content": value}]
-    return [turn for message in require_messages(value, name) for turn in parse_message(message)]
+    return [turn for message in require_messages(value, name) for turn in parse_message(message, reasoning, True)]
 
 
-def _parse_prompt(value: Any) -> Messages:
+def _parse_prompt(value: Any, reasoning: Reasoning) -> Messages:
     """Return the turns of the prompt, without the empty assistant turn that ends a transcript."""
     if value is None:
         return []
     if not isinstance(value, str):
-        return [turn for message in require_messages(value, "prompt") for turn in parse_message(message)]
+        return [turn for message in require_messages(value, "prompt") for turn in parse_message(message, reasoning)]
     turns = _parse_transcript(value) or [{"role": "user", "content": value}]
     return turns[:-1] if turns[-1]["role"] == "assistant" and not turns[-1]["content"] else turns
 

@@ -1,10 +1,13 @@
 """The content of one source: facts, prose, rated texts, finished rows, and rejected rows with their reasons."""
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from tasks.ingest.facts import Fact
 
+NAMED_FILES = 3  # in a note
 Item = TypeVar("Item", contravariant=True)
 
 
@@ -44,7 +47,7 @@ class Sink(Protocol[Item]):
 class Reading:
     """The content read from one source. `rows_read` counts its rows; each is used or rejected.
 
-    Facts, rated texts and finished rows are kept in memory; prose and rejections go to the sinks.
+    Facts and rated texts are kept in memory; prose, finished rows and rejections go to the sinks.
     """
 
     source: str
@@ -54,18 +57,48 @@ class Reading:
     max_characters: int | None = None  # of prose; None for no limit
     rows_read: int = 0
     rejections: int = 0
+    first_reason: str = ""  # of a rejection
     characters: int = 0  # of prose
     limit_reached: bool = False
     facts: list[Fact] = field(default_factory=list)
     prose: Sink[str] = field(default_factory=list)
     rated: list[RatedText] = field(default_factory=list)
-    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # finished rows by table
+    columns: dict[str, None] = field(default_factory=dict)  # of the first rows, as the files call them
+    mapped: dict[str, str] = field(default_factory=dict)  # columns that were taken from others without being told
+    rows: Mapping[str, Sink[dict[str, Any]]] = field(  # finished rows by table
+        default_factory=lambda: {"instructions": [], "rankings": []}
+    )
     rejected: Sink[Rejection] = field(default_factory=list)
+    formats: Counter[str] = field(default_factory=Counter)  # number of files by format
+    notes: dict[str, list[str]] = field(default_factory=dict)  # what to know about how it was read: names of files
 
     def reject(self, row: str, reason: str) -> None:
         """Reject a row with a reason."""
         self.rejections += 1
+        self.first_reason = self.first_reason or reason
         self.rejected.append(Rejection(self.source, row, reason))
+
+    def reject_file(self, label: str, reason: str) -> None:
+        """Count and reject a file that cannot be read."""
+        self.rows_read += 1
+        self.reject(label, reason)
+        self.note("could not be read; data/ingest/rejected.jsonl gives the reasons", label)
+
+    def note(self, text: str, label: str) -> None:
+        """Note something that a user should know about how a file was read."""
+        self.notes.setdefault(text, []).append(label)
+
+    def note_format(self, file_format: str, layout: str, columns: Mapping[str, str], label: str) -> None:
+        """Note the format that a file was read in, and the columns that were taken for others."""
+        self.mapped |= columns
+        self.formats[file_format if layout == "columns" else f"{layout} ({file_format})"] += 1
+        if columns:
+            taken = ", ".join(f"{name} is {found}" for name, found in sorted(columns.items()))
+            self.note(f"was read as {layout}, where {taken}", label)
+
+    def describe_notes(self) -> list[str]:
+        """Return each note as a sentence about its first files."""
+        return [f"{_join(labels)} {text}" for text, labels in self.notes.items()]
 
     def add_fact(self, kind: str, entity: str, relation: str, value: str) -> None:
         """Add and count one fact."""
@@ -85,3 +118,8 @@ class Reading:
         """Add and count one rated text."""
         self.rows_read += 1
         self.rated.append(RatedText(text, scores, prompt, group, self.source, self.licence, word))
+
+
+def _join(labels: list[str]) -> str:
+    more = f" and {len(labels) - NAMED_FILES} more files" if len(labels) > NAMED_FILES else ""
+    return f"{', '.join(labels[:NAMED_FILES])}{more}"

@@ -1,81 +1,211 @@
 """Loads the rows of a file or an iterator into a `Reading`: each is added, or rejected with its position and reason."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any
 
 from tasks.common.harness.job import StageError
-from tasks.ingest import annotations, formats, importers, rows
+from tasks.ingest import annotations, columns, formats, importers, json_values, layouts, rows
+from tasks.ingest.delimited import EXTRA_CELLS
+from tasks.ingest.json_values import Rows
+from tasks.ingest.layouts import Detected
 from tasks.ingest.reading import Reading
+from tasks.ingest.source_files import SourceFile, UnreadableFile
+from tasks.ingest.turns import Reasoning
 
-RowConverter = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # from a row of a source to a row of a table
-
-
-def load_file(
-    table: str, format: str, path: Path, label: str, reading: Reading, columns: Mapping[str, str] | None = None
-) -> None:
-    """Load the rows of a file. `label` names it in reasons; `columns` maps the table's columns to the file's."""
-    if format in importers.FORMAT_TABLES:
-        load_layout(importers.Layout(format, table), path, label, reading)
-        return
-    renames = columns or {}
-    wanted = {renames.get(name, name) for name in rows.REQUIRED_COLUMNS[table]} | set(renames.values())
-    found = formats.FORMATS[format](reading.source, path, wanted)
-    load_rows(table, found, label, reading, partial(_rename_columns, renames))
+RowConverter = Callable[[Any], Mapping[str, Any]]  # from a decoded row of a source to a row of a table
+SAMPLE_ROWS = 20  # whose columns decide how the rows of a file are read
+TABLE_REMEDY = (
+    "say with `table` what the rows are (corpus, instructions, rankings) and with `columns` which of these columns it "
+    "reads, such as columns: {text: ...}, {instruction: ..., output: ...} or {prompt: ..., chosen: ..., rejected: ...}"
+)
 
 
-def load_layout(layout: importers.Layout, path: Path, label: str, reading: Reading) -> None:
-    """Load the conversations, preferences or rankings of another tool's file."""
-    found = formats.read_objects(reading.source, path)
-    if layout.format in annotations.ANSWER_SPLITTERS:
-        found = annotations.expand_answers(layout.format, found)
-    load_rows(layout.table, found, label, reading, layout.convert)
+@dataclass(frozen=True)
+class RowOptions:
+    """How the rows of a source are read; None is detected from the file."""
+
+    table: str | None = None
+    file_format: str | None = None  # one of formats.FILE_FORMATS
+    layout: str | None = None  # one of layouts.LAYOUTS
+    columns: Mapping[str, str] = field(default_factory=dict)
+    paragraph_formats: tuple[str, ...] = ()  # formats of documents that are split into paragraphs
+    records: str | None = None
+    reasoning: Reasoning = "reject"
+
+    @property
+    def row_keys(self) -> frozenset[str]:
+        """The keys that say that an object is a row, not a wrapper around rows."""
+        mapped = {name.partition(".")[0] for value in self.columns.values() for name in columns.fields_of(value)}
+        return layouts.ROW_KEYS | mapped
+
+    def rename(self, row: Any) -> Any:
+        """Return a decoded row with the columns that the source maps."""
+        return columns.compile_columns(self.columns)(row)
 
 
-def load_rows(
-    table: str, found: Iterable[tuple[str, Any]], label: str, reading: Reading, convert: RowConverter = dict
-) -> None:
+@dataclass(frozen=True)
+class OpenedRows:
+    """The rows of a file, of which the first were read to find out how to read all."""
+
+    file_format: str
+    detected: Detected
+    rows: Rows
+
+
+def open_rows(file: SourceFile, options: RowOptions, columns_found: dict[str, None] | None = None) -> OpenedRows:
+    """Return the rows of a file and how they are read; `columns_found` receives the names of its columns.
+
+    Raise UnreadableFile if the file cannot be read, or if its rows are in no known form.
+    """
+    form = options.file_format or formats.detect(file)
+    if options.file_format:
+        formats.check(file, form)
+    by_paragraph = form in options.paragraph_formats
+    found, sample = _peek(formats.read(file, form, by_paragraph, options.records, options.row_keys), options)
+    if columns_found is not None:
+        columns_found |= dict.fromkeys(str(name) for name in sample if name not in options.columns)
+    if form in formats.DOCUMENT_FORMATS and options.table is None:
+        return OpenedRows(form, Detected("corpus", layouts.OWN), found)
+    detected = layouts.detect(sample, options.table, options.layout, options.columns)
+    if detected is None:
+        raise UnreadableFile(f"{file.label}: {_describe_unknown(sample, options.table)}")
+    if form in formats.TABULAR_FORMATS:
+        _check_columns(file, detected, sample)
+    return OpenedRows(form, detected, found)
+
+
+def load_file(file: SourceFile, options: RowOptions, reading: Reading) -> str:
+    """Load the rows of a file, and return why none of them fits the table, or an empty text.
+
+    Raise UnreadableFile if the file cannot be read, or cannot be read further.
+    """
+    opened = open_rows(file, options, reading.columns)
+    reading.note_format(opened.file_format, opened.detected.format, opened.detected.columns, file.label)
+    return load_rows(opened.detected, opened.rows, file.label, reading, options)
+
+
+def load_iterated(found: Rows, label: str, kind: str, options: RowOptions, reading: Reading) -> None:
+    """Load rows that are in no file; raise StageError if they are in no known form, or if none fits the table."""
+    found, sample = _peek(found, options)
+    detected = layouts.detect(sample, options.table, options.layout, options.columns)
+    if detected is None:
+        raise StageError(f"source {reading.source}: {_describe_unknown(sample, options.table)}.")
+    reading.note_format(kind, detected.format, detected.columns, label)
+    unusable = load_rows(detected, found, label, reading, options)
+    if unusable:
+        raise StageError(f"source {reading.source}: {unusable}.")
+
+
+def load_layout(layout: importers.Layout, file: SourceFile, reading: Reading) -> str:
+    """Load a file whose format, columns and tags another tool's list of data sets gives; return as `load_file`."""
+    form = formats.detect(file)
+    found = formats.read(file, form, False, None, layouts.ROW_KEYS.union(layout.columns.values()))
+    detected = Detected(layout.table, layout.format)
+    reading.note_format(form, detected.format, {}, file.label)
+    return _load(detected, found, file.label, reading, lambda row: layout.convert(layouts.decode_cells(row)))
+
+
+def load_rows(detected: Detected, found: Rows, label: str, reading: Reading, options: RowOptions) -> str:
     """Convert and add rows, given as (position, row); reject invalid ones with position and reason.
 
-    Raise StageError if there is no row, or if all are invalid, because then the file has another schema.
+    Return why none of them fits the table, because then the file has another schema; else an empty text.
     """
+    required = frozenset(layouts.known_columns(None, detected.table)) - layouts.MAY_BE_ABSENT
+    rename = columns.compile_columns({**options.columns, **detected.columns}, required)
+    convert = layouts.make_converter(detected, options.reasoning)
+    if detected.format in annotations.ANSWER_SPLITTERS:
+        expanded = annotations.expand_answers(detected.format, found, lambda row: rename(_decode(row)))
+        return _load(detected, expanded, label, reading, convert)
+    return _load(detected, found, label, reading, lambda row: convert(rename(row)))
+
+
+def _load(detected: Detected, found: Rows, label: str, reading: Reading, convert: RowConverter) -> str:
     count, rejections, first_reason = 0, 0, ""
     for position, row in found:
         count += 1
         try:
-            rows.add_row(table, convert(_decode(row)), reading)
+            rows.add_row(detected.table, convert(_decode(row)), reading)
         except ValueError as error:
-            first_reason = first_reason or f"{position}: {error}"
+            place = f"{label}, {position}" if position else label
+            first_reason = first_reason or f"{position or label}: {error}"
             rejections += 1
             reading.rows_read += 1
-            reading.reject(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str),
-                           f"{label}, {position}: {error}")  # fmt: skip
+            reading.reject(_as_text(row), f"{place}: {error}")
         if reading.limit_reached:
-            return
+            return ""
     if not count:
-        raise StageError(
-            f"source {reading.source}: expected rows of {table} in {label}, found none; add rows, or remove the file."
-        )
+        return f"expected rows of {detected.table} in {label}, found none; add rows, or remove the file"
     if rejections == count:
-        raise StageError(
-            f"source {reading.source}: none of the {count} rows of {label} is a row of {table}; {first_reason}."
+        return f"none of the {count} rows of {label} is a row of {detected.table}; {first_reason}"
+    return ""
+
+
+def _peek(found: Rows, options: RowOptions) -> tuple[Iterator[tuple[str, Any]], Mapping[str, Any]]:
+    """Return the rows, and a row with the columns of the first ones as the source maps them.
+
+    An error after the first row is raised when the rows before it have been loaded.
+    """
+    first: list[tuple[str, Any]] = []
+    try:
+        first.extend(islice(found, SAMPLE_ROWS))
+    except UnreadableFile as error:
+        if not first:
+            raise
+        found = _raise_later(error)
+    sample: dict[str, Any] = {}
+    for _, row in reversed(first):
+        try:
+            renamed = options.rename(_decode(row))
+        except ValueError:
+            continue
+        sample |= {name: value for name, value in renamed.items() if value is not None or name not in sample}
+    return chain(first, found), sample
+
+
+def _raise_later(error: UnreadableFile) -> Rows:
+    yield from ()
+    raise error
+
+
+def _describe_unknown(sample: Mapping[str, Any], table: str | None) -> str:
+    if not sample:
+        return "expected rows with columns, found none; add rows, or remove it"
+    rows_of = f"rows of {table}" if table else "rows of a table"
+    return f"the columns {', '.join(map(str, sample))} are no known form of {rows_of}; {TABLE_REMEDY}"
+
+
+def _check_columns(file: SourceFile, detected: Detected, sample: Mapping[str, Any]) -> None:
+    """Raise UnreadableFile if a file whose rows all have the same columns lacks one of the table's."""
+    expected = rows.REQUIRED_COLUMNS[detected.table] if detected.format == layouts.OWN else set()
+    missing = expected - sample.keys() - detected.columns.keys()
+    if missing:
+        wanted, found, lacking = (", ".join(sorted(map(str, names))) or "none" for names in (expected, sample, missing))
+        raise UnreadableFile(
+            f"{file.label} lacks columns of {detected.table}. Expected {wanted}; found {found}. Missing: {lacking}. "
+            "Name them with `columns`"
         )
-
-
-def _rename_columns(renames: Mapping[str, str], row: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {**row, **{name: row.get(found) for name, found in renames.items()}}
 
 
 def _decode(row: Any) -> Mapping[str, Any]:
-    if isinstance(row, str):
+    if isinstance(row, str | bytes):
         try:
-            row = json.loads(row)
-        except (ValueError, RecursionError) as error:
+            row = json_values.decode(row)
+        except ValueError as error:
             raise ValueError(f"not JSON ({error})") from error
     if not isinstance(row, Mapping):
         raise ValueError(f"expected an object with columns, found {type(row).__name__}")
-    if None in row:  # csv.DictReader stores cells without a column under None
-        raise ValueError(f"more cells than columns, {row[None]} too many; a value with a comma needs quotes around it")
+    if EXTRA_CELLS in row:
+        raise ValueError(
+            f"more cells than columns, {row[EXTRA_CELLS]} too many; a value with the delimiter needs quotes around it"
+        )
     return row
+
+
+def _as_text(row: Any) -> str:
+    """Return a row as it is stored with its reason."""
+    if isinstance(row, bytes):
+        return row.decode("utf-8", "backslashreplace").rstrip("\r\n")
+    return row.rstrip("\r\n") if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)

@@ -71,7 +71,7 @@ def _add_instructions(row: Mapping[str, Any], reading: Reading) -> None:
     question = next((message["content"] for message in messages if message["role"] == "user"), "")
     split = row.get("split")
     if split not in (None, "train", "heldout"):
-        raise ValueError(f"split must be train or heldout (or left out), found {split!r}")
+        raise ValueError(f"split must be train or heldout, found {split!r}; set `format: openai` to ignore this column")
     turns = [text for message in messages for text in (message["role"], message["content"])]
     finished = {
         "id": stable_hash.short_id("instructions", *turns),
@@ -134,7 +134,7 @@ def _pseudonymize_annotator(row: Mapping[str, Any], source: str) -> str | None:
 
 def _add_finished_row(table: str, row: dict[str, Any], reading: Reading) -> None:
     reading.rows_read += 1
-    reading.rows.setdefault(table, []).append(row)
+    reading.rows[table].append(row)
 
 
 def _require_text(row: Mapping[str, Any], column: str) -> str:

@@ -1,10 +1,12 @@
 """Settings of the stage `ingest`."""
 
 from collections import Counter
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tasks.common.settings import Settings
+from tasks.common.source_names import fill_names
 from tasks.ingest.archived_model import Checkpoint
 from tasks.ingest.source_settings import Source, SourcePath
 
@@ -51,6 +53,12 @@ class Config(Settings):
         default=None, description="A model that comes with the data, left in data/ingest/checkpoint; null for none"
     )
     sources: list[Source] = Field(description="Where data comes from; later facts override earlier ones")
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _name_sources(cls, sources: Any) -> Any:
+        """Give each source without a name one from its path."""
+        return fill_names(sources) if isinstance(sources, list) else sources
 
     @model_validator(mode="after")
     def _check_settings(self) -> "Config":

@@ -1,23 +1,39 @@
 """Settings of the kinds of source that `ingest.sources` may list; `source_reading.py` reads them."""
 
+import codecs
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
 from tasks.common.settings import Settings, validate_url
-from tasks.ingest import importers, preferences, rows
+from tasks.common.source_names import NAME_PATTERN, RESERVED_NAMES
+from tasks.ingest import columns, formats, importers, layouts
+from tasks.ingest.row_loading import RowOptions
 
-NAME_PATTERN = r"^[\w.-]+$"
-RESERVED_NAMES = ("statements", "prose")  # groups of all documents with names of entities, and without
 Table = Literal["corpus", "instructions", "rankings", "facts", "ratings"]
+# What the reader of a package gives.
+READER_TABLES: dict[str, Table] = {
+    "countries": "facts", "elements": "facts", "speeches": "corpus", "ratings": "ratings",
+}  # fmt: skip
 BUILDERS = ("csv", "json", "parquet", "text")
+PLACEHOLDER = r"\$\{\w+\}"  # an environment variable in a URL
+UNKNOWN_LICENCE = "unknown"
+PARAGRAPH_FORMATS = ("txt", "md")  # split into paragraphs if the source names one file
+Layout = Literal["openai", "alpaca", "sharegpt", "preference", "argilla", "label_studio"]
 Format = Literal[
-    "txt", "jsonl", "csv", "parquet", "alpaca", "sharegpt", "openai", "preference", "argilla", "label_studio"
+    "txt", "md", "html", "pdf", "json", "jsonl", "csv", "parquet", "arrow",
+    "openai", "alpaca", "sharegpt", "preference", "argilla", "label_studio",
 ]  # fmt: skip
 FORMAT_DESCRIPTION = (
-    "Format of the file; `alpaca` and those after it are formats of other tools, as JSON, JSON lines or Parquet"
+    "Format of the files, or, from `openai` on, of their rows as another tool writes them; null: detected for each file"
+)
+TABLE_DESCRIPTION = (
+    "Table of its rows; those of facts and ratings become rows of the others; null: detected from the columns"
 )
 
 
@@ -44,17 +60,47 @@ def _validate_address(url: str) -> str:
     return validate_url(url)
 
 
+def _validate_database(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme == "sqlite":
+        if not url.startswith("sqlite:///") or not parts.path.strip("/"):
+            raise ValueError(f"expected sqlite:///FILE with a file under data/sources/, found {url}")
+        _validate_path(parts.path.removeprefix("/"))
+    elif parts.scheme in ("postgresql", "postgres"):
+        written = [parts.password or "", *parse_qs(parts.query).get("password", [])]
+        if any(password and not re.fullmatch(PLACEHOLDER, password) for password in written):
+            raise ValueError(
+                "a password in params.yaml would be in every record: write ${NAME} in its place, and set the "
+                "environment variable NAME"
+            )
+    else:
+        raise ValueError(f"expected a URL of sqlite or postgresql, found {parts.scheme or 'none'}://")
+    return url
+
+
 Group = Annotated[str, Field(pattern=NAME_PATTERN), AfterValidator(_validate_name)] | None
 SourcePath = Annotated[str, Field(min_length=1), AfterValidator(_validate_path)]
+
+
+def _validate_encoding(name: str) -> str:
+    try:
+        if codecs.lookup(name)._is_text_encoding:
+            return name
+    except LookupError:
+        pass
+    raise ValueError(f"expected an encoding of text, such as windows-1252 or shift_jis; found {name}")
 
 
 class SourceSettings(Settings):
     """Settings that every kind of source has."""
 
     name: Annotated[str, AfterValidator(_validate_name)] = Field(
-        description="Name of the source, a column of every row", pattern=NAME_PATTERN
+        default="unnamed", description="Name of the source, a column of every row; by default made from its path",
+        pattern=NAME_PATTERN,
+    )  # fmt: skip
+    licence: str = Field(
+        default=UNKNOWN_LICENCE, description="Licence of its content (an SPDX name where there is one)", min_length=1
     )
-    licence: str = Field(description="Licence of its content (an SPDX name where there is one)", min_length=1)
 
 
 class DocumentSource(SourceSettings):
@@ -65,23 +111,89 @@ class DocumentSource(SourceSettings):
     )
 
 
-def _check_table(source: "Files | Remote | Dataset") -> None:
-    """Raise ValueError for a group of a table without documents, and for a format that does not fit the table."""
-    if source.group is not None and source.table in ("instructions", "rankings"):
-        raise ValueError(f"`group` applies only to documents, not to {source.table}; set group to null")
-    format_name = getattr(source, "format", None)
-    if format_name == "txt" and source.table != "corpus":
-        raise ValueError(f"a txt file contains paragraphs for the table corpus, not for {source.table}")
-    tables = importers.FORMAT_TABLES.get(format_name or "", (source.table,))
-    if source.table not in tables:
-        raise ValueError(f"the format {format_name} is for the table{'s' * (len(tables) > 1)} {' and '.join(tables)}")
+class RowSettings(DocumentSource):
+    """A source of rows with columns."""
+
+    table: Table | None = Field(default=None, description=TABLE_DESCRIPTION)
+    columns: dict[str, str] = Field(
+        default={},
+        description="Column of the table or format: where it is in the rows; a field, a path (meta.body.0.text), or a "
+        "template over fields ({title}\\n{body})",
+    )
+    reasoning: Literal["reject", "keep", "drop"] = Field(
+        default="reject",
+        description="Replies with reasoning beside their content (reasoning_content, thinking): rejected; keep: it is "
+        "put before the reply as <think>...</think>; drop: it is left out",
+    )
+
+    @property
+    def layout(self) -> str | None:
+        """The format of the rows, if it is another tool's."""
+        chosen = getattr(self, "format", None)
+        return chosen if chosen in layouts.LAYOUTS else None
+
+    @property
+    def options(self) -> RowOptions:
+        """How the rows are read."""
+        return RowOptions(table=self.table, layout=self.layout, columns=self.columns, reasoning=self.reasoning)
+
+    @model_validator(mode="after")
+    def _check_rows(self) -> "RowSettings":
+        """Reject a group of a table without documents, a format that does not fit the table, and unread columns."""
+        chosen = getattr(self, "format", None)
+        if self.group is not None and self.table in ("instructions", "rankings"):
+            raise ValueError(f"`group` applies only to documents, not to {self.table}; set group to null")
+        if chosen in formats.DOCUMENT_FORMATS and self.table not in ("corpus", None):
+            raise ValueError(f"a {chosen} file contains documents for the table corpus, not for {self.table}")
+        tables = importers.FORMAT_TABLES.get(self.layout or "", ())
+        if self.table is not None and tables and self.table not in tables:
+            raise ValueError(
+                f"the format {self.layout} is for the table{'s' * (len(tables) > 1)} {' and '.join(tables)}"
+            )
+        _check_columns(self.columns, layouts.known_columns(self.layout, self.table))
+        return self
 
 
-def _check_columns(columns: Mapping[str, str], known: set[str]) -> None:
-    """Raise ValueError for a column that is never read: a misspelt one would be dropped silently."""
-    unknown = sorted(set(columns) - known)
+def _check_columns(mapping: Mapping[str, str], known: set[str]) -> None:
+    """Raise ValueError for a column that is never read, which would be dropped silently, and for a bad template."""
+    unknown = sorted(set(mapping) - known)
     if unknown:
         raise ValueError(f"columns: unknown {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
+    for name, value in mapping.items():
+        try:
+            columns.fields_of(value)
+        except ValueError as error:
+            raise ValueError(f"columns.{name}: {error}") from error
+
+
+class FileRows(RowSettings):
+    """A source of files."""
+
+    format: Format | None = Field(default=None, description=FORMAT_DESCRIPTION)
+    by: Literal["document", "paragraph"] | None = Field(
+        default=None,
+        description="What a row of txt, md, html and pdf files is; null: paragraphs of a txt or md file that is named "
+        "by itself, else documents",
+    )
+    encoding: Annotated[str, AfterValidator(_validate_encoding)] | None = Field(
+        default=None, description="Encoding of text files; null: UTF-8, UTF-16 or Windows-1252, as found in their bytes"
+    )
+    records: str | None = Field(
+        default=None,
+        description="Path of the list of rows inside each JSON value (data.items); null: the items of arrays, and of a "
+        "wrapper with one list",
+        min_length=1,
+    )
+
+    def options_for(self, *, named: bool) -> RowOptions:
+        """Return how the files are read; `named`: whether the source names each of them."""
+        by_paragraph = {"paragraph": formats.DOCUMENT_FORMATS, "document": (), None: PARAGRAPH_FORMATS if named else ()}
+        return replace(
+            self.options,
+            file_format=self.format if self.format in formats.FILE_FORMATS else None,
+            paragraph_formats=by_paragraph[self.by],
+            records=self.records,
+        )
 
 
 class Package(DocumentSource):
@@ -96,18 +208,11 @@ class Package(DocumentSource):
     limit: int | None = Field(default=None, description="Maximum characters of prose to read; null: no limit", ge=1)
 
 
-class Files(DocumentSource):
-    """A file under `data/sources/`."""
+class Files(FileRows):
+    """Files under `data/sources/`."""
 
     kind: Literal["files"] = Field(description="Kind of source")
-    path: SourcePath = Field(description="Path under data/sources/")
-    format: Format = Field(description=FORMAT_DESCRIPTION)
-    table: Table = Field(description="Table of its rows; those of facts and ratings become rows of the others")
-
-    @model_validator(mode="after")
-    def _check_settings(self) -> "Files":
-        _check_table(self)
-        return self
+    path: SourcePath = Field(description="A file, a folder or a glob (docs/**/*.md) under data/sources/")
 
 
 class LlamaFactory(SourceSettings):
@@ -122,7 +227,7 @@ class LlamaFactory(SourceSettings):
         """None: conversations and rankings are not in mixtures."""
 
 
-class Dataset(DocumentSource):
+class Dataset(RowSettings):
     """A Hugging Face dataset: on the hub at a pinned revision, or files in a format that `datasets` reads."""
 
     kind: Literal["dataset"] = Field(description="Kind of source")
@@ -135,29 +240,17 @@ class Dataset(DocumentSource):
     )
     streaming: bool = Field(default=False, description="Whether to stream it row by row instead of downloading it")
     limit: int | None = Field(default=None, description="Maximum rows to read; null: no limit", ge=1)
-    table: Table = Field(description="Table of its rows; those of facts and ratings become rows of the others")
-    columns: dict[str, str] = Field(default={}, description="The table's column: the dataset's column")
+    format: Layout | None = Field(default=None, description="Format of its rows; null: detected from their columns")
 
     @model_validator(mode="after")
     def _check_settings(self) -> "Dataset":
-        _check_table(self)
         if (self.path in BUILDERS) != bool(self.data_files):
             raise ValueError(
                 f"data_files are required for the builders {', '.join(BUILDERS)}, and must be empty otherwise"
             )
         if self.on_hub and self.revision is None:
             raise ValueError("a dataset on the hub needs revision, the 40 digits of a commit: branches and tags move")
-        required = preferences.REQUIRED_COLUMNS if self.holds_pairs else rows.REQUIRED_COLUMNS[self.table]
-        missing = sorted(set(required) - set(self.columns))
-        if missing:
-            raise ValueError(f"columns must map {', '.join(missing)} of table {self.table} to a column of the dataset")
-        _check_columns(self.columns, preferences.KNOWN_COLUMNS if self.holds_pairs else rows.known_columns(self.table))
         return self
-
-    @property
-    def holds_pairs(self) -> bool:
-        """Whether its rows are preference pairs of a chosen and a rejected reply."""
-        return self.table == "rankings" and not self.columns.keys().isdisjoint(preferences.REQUIRED_COLUMNS)
 
     @property
     def on_hub(self) -> bool:
@@ -174,28 +267,49 @@ class File(Settings):
     sha256: str = Field(description="Hash of the file", pattern=r"^[0-9a-f]{64}$")
 
 
-class Remote(DocumentSource):
+class Remote(FileRows):
     """Files on object storage, each pinned by its hash."""
 
     kind: Literal["remote"] = Field(description="Kind of source")
     files: list[File] = Field(description="The files, in reading order", min_length=1)
-    format: Format = Field(description=FORMAT_DESCRIPTION)
-    table: Table = Field(description="Table of their rows; those of facts and ratings become rows of the others")
-    columns: dict[str, str] = Field(
-        default={}, description="The table's column: the files' column; empty where they are the same"
-    )
     limit: int | None = Field(default=None, description="Maximum characters of prose to read; null: no limit", ge=1)
 
     @model_validator(mode="after")
     def _check_settings(self) -> "Remote":
-        _check_table(self)
-        if self.columns and self.format in ("txt", *importers.FORMAT_TABLES):
-            raise ValueError(f"a file of the format {self.format} has no columns to map; leave `columns` empty ({{}})")
-        if self.limit is not None and self.table != "corpus":
+        if self.limit is not None and self.table not in ("corpus", None):
             raise ValueError(
                 f"limit counts characters of prose, so it needs the table corpus, not {self.table}; set it to null"
             )
-        _check_columns(self.columns, rows.known_columns(self.table))
+        return self
+
+
+class Sql(RowSettings):
+    """Rows of an SQLite file under `data/sources/`, or of a Postgres database."""
+
+    kind: Literal["sql"] = Field(description="Kind of source")
+    url: Annotated[str, AfterValidator(_validate_database)] = Field(
+        description="sqlite:///FILE under data/sources/, or postgresql://USER:${PASSWORD}@HOST/DATABASE; ${NAME} is an "
+        "environment variable"
+    )
+    query: str | None = Field(default=None, description="Query whose rows are read; null: `from_table`", min_length=1)
+    from_table: str | None = Field(
+        default=None, description="Table of the database, all of whose rows are read; null: `query`", min_length=1
+    )
+    sha256: str | None = Field(
+        default=None, description="Hash that the rows must have, as the manifest records it; null: any rows",
+        pattern=r"^[0-9a-f]{64}$",
+    )  # fmt: skip
+    format: Layout | None = Field(default=None, description="Format of its rows; null: detected from their columns")
+
+    @property
+    def sqlite_path(self) -> str | None:
+        """The path of an SQLite file under data/sources; None for a server."""
+        return self.url.removeprefix("sqlite:///") if self.url.startswith("sqlite") else None
+
+    @model_validator(mode="after")
+    def _check_settings(self) -> "Sql":
+        if (self.query is None) == (self.from_table is None):
+            raise ValueError("exactly one of query and from_table must be given")
         return self
 
 
@@ -210,4 +324,4 @@ class Rankings(SourceSettings):
         """None: rankings are not in mixtures."""
 
 
-Source = Annotated[Package | Files | LlamaFactory | Remote | Dataset | Rankings, Field(discriminator="kind")]
+Source = Annotated[Package | Files | LlamaFactory | Remote | Dataset | Sql | Rankings, Field(discriminator="kind")]

@@ -7,28 +7,23 @@ from a source are the rows used and the rows rejected. `sources.json` is the man
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tasks.common import tables
 from tasks.common.harness import records
 from tasks.common.harness.job import Job, StageError
 from tasks.ingest import archived_model, facts
 from tasks.ingest.corpus import Corpus, ProseSink, RejectedFile
 from tasks.ingest.fact_resolution import load_names, resolve_facts
+from tasks.ingest.finished_rows import FinishedRows
 from tasks.ingest.reading import Reading
 from tasks.ingest.settings import Config
 from tasks.ingest.source_reading import read_source
-from tasks.ingest.table_rows import (
-    add_rated,
-    add_statements,
-    group_rated,
-    make_instructions,
-    make_rankings,
-    write_corpus,
-)
+from tasks.ingest.source_settings import UNKNOWN_LICENCE
+from tasks.ingest.survey import survey
+from tasks.ingest.table_rows import add_rated, add_statements, group_rated, make_instructions, make_rankings
 
 NUMERICS = False  # no model computes here
 INPUTS = {"sources": "data/sources"}
@@ -56,38 +51,65 @@ def run(config: Config, job: Job) -> dict[str, Any]:
             f"ingest.relations names {', '.join(unknown)}, but {config.wordings or 'ingest'} has no wordings for it. "
             "Add the wordings, or remove the relation."
         )
+    problems = [problem for found in survey(config.sources, folder) for problem in found.problems]
+    if problems:
+        raise StageError("\n".join(problems))
     namings = load_names(folder / config.names) if config.names else {}
     with (
         RejectedFile(job.outputs["rejected"]) as rejected,
         TemporaryDirectory(dir=job.outputs["corpus"].parent) as scratch,
     ):
         corpus = Corpus(Path(scratch, "documents"), config.salt, config.heldout.prose)
+        finished = {
+            "instructions": FinishedRows(Path(scratch, "chats"), "instructions", config.salt, config.heldout.entities),
+            "rankings": FinishedRows(Path(scratch, "rankings"), "rankings", config.salt, config.heldout.rankings),
+        }
         sinks = {source.name: ProseSink(corpus, source.name, source.group, source.licence) for source in config.sources}
-        readings = [Reading(source.name, source.licence, prose=sinks[source.name], rejected=rejected)
-                    for source in config.sources]  # fmt: skip
+        readings = [
+            Reading(source.name, source.licence, prose=sinks[source.name], rejected=rejected, rows=finished)
+            for source in config.sources
+        ]
         for source, reading in zip(tqdm(config.sources, desc="ingest", unit="source"), readings, strict=True):
             read_source(source, folder, reading)
         known_facts = resolve_facts(readings, namings, wordings, config.relations)
         groups = group_rated(readings, config)
         add_statements(corpus, config, known_facts, wordings, sinks)
         add_rated(corpus, config, groups, sinks)
-        rows_by_table = {
-            "instructions": make_instructions(config, readings, known_facts, wordings),
-            "rankings": make_rankings(config, readings, groups),
-        }
-        counts = {"corpus": write_corpus(corpus, job.outputs["corpus"], readings)}
-    for table, rows in rows_by_table.items():
-        tables.write(sorted(rows, key=lambda row: row["id"]), job.outputs[table], tables.schema(table))
-        counts[table] = Counter((row["source"], row["split"]) for row in rows)
+        finished["instructions"].add_made(make_instructions(config, known_facts, wordings))
+        finished["rankings"].add_made(make_rankings(config, groups))
+        counts = write_tables({"corpus": corpus, **finished}, job.outputs, readings)
     archived_model.write(config.checkpoint, job.outputs["checkpoint"])
     model_entries = archived_model.manifest_entries(config.checkpoint, list(counts))
     manifest = [*build_manifest(config, readings, counts), *model_entries]
     records.write_json(job.outputs["sources"], manifest)
     metrics = figures(counts, manifest)
-    if metrics["rejected_rows"]:
-        reasons = "data/ingest/rejected.jsonl gives the reasons"
-        print(f"{metrics['rejected_rows']} rows of the sources were rejected; {reasons}")
+    print_findings(readings, manifest)
     return metrics
+
+
+def write_tables(
+    builders: Mapping[str, Corpus | FinishedRows], outputs: Mapping[str, Path], readings: list[Reading]
+) -> Counts:
+    """Write the tables, reject duplicate rows, and return the number of rows by table and (source, split)."""
+    origin = {reading.source: reading for reading in readings}
+
+    def reject(source: str, row: str) -> None:
+        origin[source].reject(row, "duplicate of an earlier row")
+
+    return {table: builder.write(outputs[table], reject) for table, builder in builders.items()}
+
+
+def print_findings(readings: list[Reading], manifest: list[dict[str, Any]]) -> None:
+    """Print what a user should know about the sources: how files were read, rejected rows, unknown licences."""
+    for reading in readings:
+        for note in reading.describe_notes():
+            print(f"source {reading.source}: {note}")
+    rejected = sum(entry["rejected"] for entry in manifest)
+    if rejected:
+        print(f"{rejected} rows of the sources were rejected; data/ingest/rejected.jsonl gives the reasons")
+    unknown = [entry["name"] for entry in manifest if entry["licence"] == UNKNOWN_LICENCE]
+    if unknown:
+        print(f"licence unknown: {', '.join(unknown)}")
 
 
 def build_manifest(config: Config, readings: list[Reading], counts: Counts) -> list[dict[str, Any]]:
@@ -99,6 +121,8 @@ def build_manifest(config: Config, readings: list[Reading], counts: Counts) -> l
             "licence": source.licence,
             "sha256": reading.sha256,
             "files": reading.files,
+            "formats": dict(sorted(reading.formats.items())),
+            "notes": reading.describe_notes(),
             "read": reading.rows_read,
             "used": reading.rows_read - reading.rejections,
             "rejected": reading.rejections,

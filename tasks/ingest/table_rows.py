@@ -1,9 +1,7 @@
-"""Makes the rows of the three tables, with their split, from facts, rated texts and the finished rows of sources."""
+"""Makes rows of the three tables, with their split, from facts and rated texts."""
 
-import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from tasks.common import stable_hash
@@ -65,23 +63,14 @@ def add_rated(corpus: Corpus, config: Config, groups: list[list[RatedText]], sin
                 corpus.add_prose(rated.text, sinks[rated.source], RATED_RANK)
 
 
-def write_corpus(corpus: Corpus, path: Path, readings: list[Reading]) -> Counter[tuple[str, str]]:
-    """Write the table, reject duplicate prose, and return the number of rows by (source, split)."""
-    origin = {reading.source: reading for reading in readings}
-    return corpus.write(path, lambda source, text: origin[source].reject(text, "duplicate of an earlier row"))
-
-
-def make_instructions(
-    config: Config, readings: list[Reading], known_facts: list[Fact], wordings: Wordings
-) -> list[dict[str, Any]]:
-    """Return the distinct chats about the facts and those of the sources."""
+def make_instructions(config: Config, known_facts: list[Fact], wordings: Wordings) -> list[dict[str, Any]]:
+    """Return the distinct chats about the facts."""
     chats = facts.make_instruction_rows(known_facts, wordings, config.heldout.entities, config.salt)
-    rows = {row["id"]: row for row in chats}
-    return list(_add_source_rows("instructions", rows, readings, config.heldout.entities, config.salt).values())
+    return list({row["id"]: row for row in chats}.values())
 
 
-def make_rankings(config: Config, readings: list[Reading], groups: list[list[RatedText]]) -> list[dict[str, Any]]:
-    """Return a ranking for each group of rated texts, and the rankings of the sources."""
+def make_rankings(config: Config, groups: list[list[RatedText]]) -> list[dict[str, Any]]:
+    """Return a ranking for each group of rated texts."""
     rows: dict[str, dict[str, Any]] = {}
     for group in groups:
         first = group[0]
@@ -99,28 +88,4 @@ def make_rankings(config: Config, readings: list[Reading], groups: list[list[Rat
             "source": first.source,
             "split": _group_split(group, config),
         }
-    return list(_add_source_rows("rankings", rows, readings, config.heldout.rankings, config.salt).values())
-
-
-def _add_source_rows(
-    table: str, rows: dict[str, dict[str, Any]], readings: list[Reading], heldout: float, salt: str
-) -> dict[str, dict[str, Any]]:
-    """Add finished rows of the sources; a hash of the entity or the prompt decides their split if they state none.
-
-    Chats about facts use the same hash of the entity, so no entity is in both splits. A split stated by one row applies
-    to all rows with its entity.
-    """
-    source_rows = [row for reading in readings for row in reading.rows.get(table, [])]
-    stated = {row["entity"]: row["split"] for row in source_rows if table == "instructions" and row["split"]}
-    for reading in readings:
-        for row in reading.rows.get(table, []):
-            split = row["split"]
-            if table == "instructions":
-                hash_parts = ["entity", row["entity"]]
-                split = split or stated.get(row["entity"])
-            else:
-                hash_parts = [table, *(turn["content"] for turn in row["prompt"])]
-            if row["id"] in rows:
-                reading.reject(json.dumps(row, ensure_ascii=False), "duplicate of an earlier row")
-            rows.setdefault(row["id"], {**row, "split": split or stable_hash.split(heldout, salt, *hash_parts)})
-    return rows
+    return list(rows.values())

@@ -4,6 +4,9 @@ import { Cards } from "./cards.js";
 import { annotator, find, newId, post, RejectedError, remember, say, tab } from "./common.js";
 import { forget, send } from "./outbox.js";
 
+const LONG_CHARACTERS = 600; // a longer question is shortened, so that the answers are on the screen
+const SHORT_TURN_CHARACTERS = 150; // shown of every turn of a conversation
+const SPEAKERS = { system: "Instructions", user: "User", assistant: "Assistant" };
 const DOUBLE_CLICK_MS = 1000; // a second press within this time may belong to a double click
 
 // The current task: { id, prompt, answers, asked, places, touched }, or { prompt, answers: [], problem } if the server
@@ -26,7 +29,7 @@ function show(next) {
   find("skip").hidden = !next;
   find("undo").hidden = !next && !last;
   cards = null;
-  if (next) find("question").textContent = next.prompt.map((turn) => turn.content).join("\n\n");
+  if (next) showQuestion(next.prompt);
   if (rankable) showCards(next);
   if (next?.problem) {
     find("refusal").textContent = next.problem;
@@ -35,6 +38,21 @@ function show(next) {
   if (next) scrollTo({ top: 0 });
   enable();
   changed();
+}
+
+/** Show a prompt, with its speakers if there are several; long turns are shortened until the reader wants all. */
+function showQuestion(prompt) {
+  const limit = Math.max(SHORT_TURN_CHARACTERS, LONG_CHARACTERS / prompt.length);
+  const clip = (text) => (text.length > limit ? `${text.slice(0, limit).trimEnd()} …` : text);
+  const written = (form) => prompt
+    .map((turn) => (prompt.length > 1 ? `${SPEAKERS[turn.role]}: ${form(turn.content)}` : form(turn.content)))
+    .join("\n\n");
+  find("question").textContent = written(clip);
+  find("whole").hidden = prompt.every((turn) => turn.content.length <= limit);
+  find("whole").onclick = () => {
+    find("question").textContent = written((text) => text);
+    find("whole").hidden = true;
+  };
 }
 
 function showCards(next) {

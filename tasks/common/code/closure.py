@@ -43,7 +43,7 @@ EXCLUDED_DEFINITIONS = {
 # Definitions of the shared settings that count only in stages that compute with a model (`NUMERICS` of the module).
 NUMERICS_DEFINITIONS = ("Numerics", "Parallel", "Dtypes", "ZERO_STAGES", "LOCKSTEP_ENGINES")
 # Error classes whose messages a stage writes into its outputs (why a row was rejected), by the folder that raises them.
-DATA_ERRORS = {"tasks/ingest": ("ValueError",)}
+DATA_ERRORS = {"tasks/ingest": ("ValueError", "UnreadableFile")}
 
 
 def modules(module: str, root: Path = Path()) -> list[str]:

@@ -138,11 +138,29 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Messa
     return list(ids)
 
 
+def control_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
+    """Return the texts of a tokenizer's special tokens. A message that spells one would be encoded as the token."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def spells_control_token(controls: Sequence[str], messages: Sequence[Message]) -> bool:
+    """Return whether a message contains one of these texts."""
+    return any(control in message["content"] for message in messages for control in controls)
+
+
 def unique_questions(tokenizer: "PreTrainedTokenizerFast", rows: Sequence[Mapping[str, Any]]) -> list[Question]:
     """Return the distinct questions of rows (all turns but the last), sorted by token ids.
 
-    A question that several rows share gets the smallest of their ids.
+    A question that several rows share gets the smallest of their ids. Questions that spell a special token are left
+    out; their number is printed.
     """
+    controls, count = control_tokens(tokenizer), len(rows)
+    rows = [row for row in rows if not spells_control_token(controls, row["messages"][:-1])]
+    if len(rows) < count:
+        print(
+            f"{count - len(rows)} of {count} questions spell a special token of the tokenizer and are skipped",
+            flush=True,
+        )
     row_ids = {
         tuple((turn["role"], turn["content"]) for turn in row["messages"][:-1]): row["id"]
         for row in sorted(rows, key=lambda row: str(row["id"]), reverse=True)

@@ -24,7 +24,6 @@ from tasks.finetune.conversations import (
     Rejected,
     Row,
     TooLong,
-    control_tokens,
     find_control_token,
     find_missing_answer,
     fit_to_context,
@@ -78,7 +77,7 @@ class Reader:
         """Return the examples in the table's order, and the rejected and shortened rows."""
         examples: list[Example] = []
         rejected: list[Rejected] = []
-        controls = control_tokens(self.tokenizer)
+        controls = chat.control_tokens(self.tokenizer)
         for row in rows:
             rejection = find_missing_answer(row) or find_control_token(row, controls)
             target = math.nan if rejection else self._target(row)

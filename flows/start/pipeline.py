@@ -1,0 +1,247 @@
+"""The pipeline for what the user brings: entries of `params.yaml` with sizes that fit the data and this machine.
+
+Rates and batches are the usual ones of the literature for models of these sizes; steps are as many as the data has
+epochs for, but no more than fit into `STAGE_MINUTES` on this machine.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any
+
+from flows.start.brought import CHARACTERS_PER_TOKEN, Brought, Table
+from flows.start.checkpoint import Checkpoint
+from flows.start.machine import Machine
+from tasks.common.settings import BessemerError
+
+STAGE_MINUTES = 12  # of one training stage on this machine, at most, as init proposes it
+EPOCHS = {"pretrain": 8.0, "continue": 1.0, "finetune": 3.0, "labels": 3.0, "reward": 2.0, "dpo": 1.0}
+LARGE_MODEL = 30_000_000  # parameters above which low-rank updates are trained instead of all weights
+SHAPES = (  # most characters of the corpus, and the shape of a new model: hidden, layers, heads, vocabulary, window
+    (3e6, (192, 4, 4, 4096, 64)),
+    (3e7, (256, 6, 4, 8192, 128)),
+    (float("inf"), (384, 8, 6, 16384, 256)),
+)
+MAX_TOKENS = 512  # of a conversation in training, where the checkpoint allows more
+
+
+@dataclass
+class Design:
+    """Sections of `params.yaml`, what to know about them, and the estimated seconds of each stage."""
+
+    sections: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Designer:
+    """Builds the graph step by step; `model` is the folder of the last causal model so far."""
+
+    def __init__(self, brought: Brought, machine: Machine) -> None:
+        self.brought, self.machine, self.design = brought, machine, Design()
+        self.model = self.encoder = ""
+        self.parameters = 0
+        self.context = 0
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether low-rank updates are trained instead of all weights."""
+        return self.parameters > LARGE_MODEL
+
+    def add(self, section: str, name: str, entry: dict[str, Any]) -> str:
+        """Add an entry and return the folder of its model."""
+        self.design.sections.setdefault(section, {})[name] = entry
+        return f"data/{section}/{name}/model"
+
+    def steps(self, stage: str, epochs: float, table: Table, batch: int, tokens_per_row: float) -> int:
+        """Return the steps of some epochs, or fewer if they would take longer than STAGE_MINUTES."""
+        wanted = max(1, ceil(table.rows * epochs / batch))
+        frozen = self.low_rank
+        per_step = self.machine.training_seconds(self.parameters, batch * tokens_per_row, frozen=frozen)
+        affordable = max(10, int(STAGE_MINUTES * 60 / max(per_step, 1e-9)))
+        steps = min(wanted, affordable)
+        self.design.seconds[stage] = steps * per_step
+        if steps < wanted:
+            self.design.notes.append(
+                f"{stage} takes {steps:,} steps, {steps * batch / table.rows:.2g} epochs, to end within about "
+                f"{STAGE_MINUTES} minutes here; {wanted:,} steps would be {epochs:g} epochs"
+            )
+        return steps
+
+    def optimizer(self, full: float, low_rank: float) -> dict[str, Any]:
+        """Return AdamW with the rate for full training, or for low-rank updates."""
+        return {"name": "adamw", "learning_rate": low_rank if self.low_rank else full}
+
+    def method(self) -> dict[str, Any]:
+        """Return the setting `method`, where it is not the default."""
+        return {"method": {"name": "lora"}} if self.low_rank else {}
+
+    def start_from_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Take the user's checkpoint as the model so far."""
+        folder = checkpoint.folder
+        if checkpoint.archive:
+            self.design.sections["ingest"]["checkpoint"] = dict(checkpoint.archive)
+        self.parameters, self.context = checkpoint.parameters, checkpoint.context
+        if checkpoint.kind == "masked":
+            self.encoder = folder
+        else:
+            self.model = folder
+        context = min(checkpoint.context, MAX_TOKENS)
+        self.design.sections["tokenize"] = {"tokenizer": {"name": "from", "path": folder}, "context": context}
+
+    def pretrain(self, corpus: Table) -> None:
+        """Train a new model on the corpus, or continue the checkpoint's training."""
+        if self.model:
+            window = min(self.context, 256)
+            model: dict[str, Any] = {"name": "from", "path": self.model}
+            rate, epochs, batch = 5.0e-5, EPOCHS["continue"], 8
+        else:
+            characters = corpus.rows * corpus.mean_characters
+            hidden, layers, heads, vocabulary, window = next(shape for most, shape in SHAPES if characters <= most)
+            self.context = 256
+            tokenizer = {"name": "train", "path": "data/validate/instructions", "vocabulary": vocabulary}
+            self.design.sections["tokenize"] = {"tokenizer": tokenizer, "context": self.context}
+            shape = {"hidden": hidden, "layers": layers, "heads": heads, "feed_forward": 4 * hidden}
+            model = {"name": "new", "path": "data/tokenize/tokenizer", **shape}
+            self.parameters = vocabulary * hidden + layers * (4 * hidden**2 + 3 * hidden * 4 * hidden)
+            rate, epochs, batch = 2.0e-3, EPOCHS["pretrain"], 32
+        objective = "masked" if self.brought.encoder and not self.model else "causal"
+        windows = Table(ceil(corpus.tokens / window), window * CHARACTERS_PER_TOKEN, 0, ())
+        entry = {
+            "objective": objective, "model": model, "window": window, "batch": batch,
+            "steps": self.steps(f"pretrain@{objective}", epochs, windows, batch, window), "mixture": {"prose": 1.0},
+            "optimizer": {"name": "adamw", "learning_rate": rate},
+        }  # fmt: skip
+        folder = self.add("pretrain", objective, entry)
+        if objective == "masked":
+            self.encoder = folder
+        else:
+            self.model = folder
+
+    def finetune(self, conversations: Table) -> None:
+        """Fine-tune the causal model on the conversations."""
+        longest = min(self.context, MAX_TOKENS)
+        tokens = min(conversations.mean_characters / CHARACTERS_PER_TOKEN, longest)
+        entry = {
+            "model": self.model, **self.method(), "max_tokens": longest, "too_long": "truncate", "batch": 8,
+            "steps": self.steps("finetune@chat", EPOCHS["finetune"], conversations, 8, tokens),
+            "optimizer": self.optimizer(3.0e-4, 2.0e-4),
+        }  # fmt: skip
+        self.model = self.add("finetune", "chat", entry)
+
+    def classify(self, labels: Table) -> None:
+        """Train a classifier of the labels on the encoder, or else on the causal model."""
+        tokens = min(labels.mean_characters / CHARACTERS_PER_TOKEN, self.context)
+        entry = {
+            "model": self.encoder or self.model, "task": {"name": "classification"}, **self.method(),
+            "too_long": "truncate", "batch": 16,
+            "steps": self.steps("finetune@labels", EPOCHS["labels"], labels, 16, tokens),
+            "optimizer": self.optimizer(1.0e-4, 5.0e-4),
+        }  # fmt: skip
+        self.encoder = self.add("finetune", "labels", entry)
+
+    def align_by_ppo(self, rankings: Table) -> None:
+        """Train a reward model and a judge, and optimize the policy with PPO."""
+        longest = min(self.context, MAX_TOKENS)
+        tokens = 2 * min(rankings.mean_characters / CHARACTERS_PER_TOKEN, longest)
+        reward = {
+            "role": "train", "model": self.model, **self.method(), "max_tokens": longest, "batch": 8,
+            "steps": self.steps("reward@train", EPOCHS["reward"], rankings, 8, tokens),
+            "optimizer": self.optimizer(1.0e-4, 2.0e-4),
+        }  # fmt: skip
+        path = self.add("reward", "train", reward)
+        self.add("reward", "judge", {**reward, "role": "judge"})
+        self.design.seconds["reward@judge"] = self.design.seconds["reward@train"] * 0.3
+        episodes, new_tokens = 32, min(64, self.context // 2)
+        per_iteration = episodes * (
+            self.machine.sampling_seconds(self.parameters, new_tokens)
+            + self.machine.training_seconds(self.parameters, 4 * longest / 2, frozen=self.low_rank)
+        ) / 1  # fmt: skip
+        iterations = max(4, min(30, int(STAGE_MINUTES * 60 / per_iteration)))
+        self.design.seconds["align@policy"] = iterations * per_iteration
+        entry = {
+            "model": self.model, "algorithm": {"name": "ppo", "epochs": 2}, **self.method(),
+            "reward": {"name": "model", "path": path, "normalized": True}, "iterations": iterations,
+            "episodes": episodes, "minibatch": 16, "max_new_tokens": new_tokens,
+            "optimizer": self.optimizer(1.0e-5, 1.0e-4),
+        }  # fmt: skip
+        self.model = self.add("align", "policy", entry)
+
+    def align_by_dpo(self, rankings: Table) -> None:
+        """Train the policy on the preference pairs themselves."""
+        tokens = 2 * min(rankings.mean_characters / CHARACTERS_PER_TOKEN, self.context)
+        pairs = 16
+        updates = self.steps("align@policy", EPOCHS["dpo"], rankings, pairs, 2 * tokens)
+        entry = {
+            "model": self.model, "algorithm": {"name": "dpo"}, **self.method(),
+            "reward": {"name": "rankings", "path": "data/validate/rankings", "judge_share": 0.0},
+            "iterations": updates, "episodes": 2 * pairs, "minibatch": 2 * pairs,
+            "max_new_tokens": min(64, self.context // 2), "optimizer": self.optimizer(5.0e-6, 5.0e-5),
+        }  # fmt: skip
+        self.model = self.add("align", "policy", entry)
+
+
+def design(brought: Brought, machine: Machine) -> Design:
+    """Return the pipeline for what the user brings. Raises BessemerError if nothing can be made of it."""
+    _check(brought)
+    builder, tables = Designer(brought, machine), brought.tables
+    builder.design.sections |= shared_sections(machine)
+    builder.design.sections["ingest"] = {"sources": [source for table in tables.values() for source in table.sources]}
+    if brought.checkpoint:
+        builder.start_from_checkpoint(brought.checkpoint)
+    if "corpus" in tables:
+        builder.pretrain(tables["corpus"])
+    evaluated = {"start": builder.model or builder.encoder}
+    if "instructions" in tables:
+        builder.finetune(tables["instructions"])
+        evaluated["tuned"] = builder.model
+    if "rankings" in tables:
+        by_ppo = brought.align == "ppo" and "instructions" in tables
+        (builder.align_by_ppo if by_ppo else builder.align_by_dpo)(tables["rankings"])
+        evaluated["policy"] = builder.model
+    if "labels" in tables:
+        builder.classify(tables["labels"])
+    parts = {part: folder for part, folder in (("chat", builder.model), ("encoder", builder.encoder)) if folder}
+    builder.design.sections |= ending(evaluated, parts, builder.context, large=builder.low_rank)
+    return builder.design
+
+
+def shared_sections(machine: Machine) -> dict[str, Any]:
+    """Return the sections that do not depend on the data."""
+    return {"base": {"seed": 1}, "numerics": {"device": machine.device, "threads": machine.cores}}
+
+
+def ending(evaluated: Mapping[str, str], parts: Mapping[str, str], context: int, *, large: bool) -> dict[str, Any]:
+    """Return the sections that export, evaluate and package models.
+
+    `evaluated` has the folders of the models before the export by their names in the scorecard, `parts` those to
+    package. A large model takes long to answer on a CPU, so it answers fewer questions.
+    """
+    reply = {"max_new_tokens": min(MAX_TOKENS, context // 2)}
+    exported = {part: f"data/quantize/{part}/model" for part in parts}
+    items = 100 if large else 300
+    size = {"questions": items, "samples": items, "max_new_tokens": min(64, context // 2)}
+    return {
+        "quantize": {part: {"model": parts[part], **(reply if part == "chat" else {})} for part in parts},
+        "evaluate": {name: {"model": folder, **size} for name, folder in {**evaluated, **exported}.items()},
+        "package": exported,
+    }
+
+
+def _check(brought: Brought) -> None:
+    """Raise BessemerError if no model can be made of what there is."""
+    checkpoint, tables = brought.checkpoint, brought.tables
+    if not checkpoint and "corpus" not in tables:
+        named = ", ".join(f"--{name}" for name in OPTIONS if OPTIONS[name] in tables)
+        raise BessemerError(
+            f"{named or 'Nothing'} alone gives no model to start from: add --checkpoint (a Transformers folder), or "
+            "--text to train a new model."
+        )
+    if checkpoint and checkpoint.kind == "masked" and not {"instructions", "rankings"}.isdisjoint(tables):
+        raise BessemerError(
+            f"{checkpoint.path} is a masked model, which cannot answer conversations: use a causal model, or leave "
+            "out --conversations and --preferences."
+        )
+
+
+OPTIONS = {"text": "corpus", "conversations": "instructions", "preferences": "rankings", "labels": "labels"}

@@ -1,0 +1,119 @@
+"""Reads another tool's configuration key by key, and keeps count of the keys that were read."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from flows.start.translation.result import Line
+
+Table = Mapping[str, tuple[str, str]]  # key: why it is not translated, what to do instead
+# YAML 1.1, which the tools use, reads these words as truth values.
+TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+class Keys:
+    """The keys of a mapping. What is taken counts as translated; the rest is sorted by `leave`."""
+
+    def __init__(self, content: Mapping[str, Any], where: str = "") -> None:
+        self.content, self.where = content, where
+        self.untranslated: list[Line] = []
+        self.without_effect: list[str] = []
+        self.problems: list[str] = []
+        self._taken: set[str] = set()
+
+    def take(self, key: str, default: Any = None) -> Any:
+        """Return a value, or the default where it is absent or null."""
+        self._taken.add(key)
+        value = self.content.get(key)
+        return default if value is None else value
+
+    def number(self, key: str, default: float, *, positive: bool = False) -> float:
+        """Return a number; any other value is a problem."""
+        return self._check_sign(key, float(self._convert(key, default, _to_float, "a number")), default, positive)
+
+    def integer(self, key: str, default: int, *, positive: bool = False) -> int:
+        """Return a whole number; any other value is a problem."""
+        value = int(self._convert(key, default, _to_integer, "a whole number"))
+        return int(self._check_sign(key, value, default, positive))
+
+    def _check_sign(self, key: str, value: float, default: float, positive: bool) -> float:
+        if positive and not 0 < value < float("inf"):
+            self.report(key, f"found {value:g}, expected a number above 0")
+            return default
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Return true or false; any other value is a problem."""
+        return bool(self._convert(key, default, _to_flag, "true or false"))
+
+    def text(self, key: str, default: str | None = None) -> str | None:
+        """Return a text; a list or a mapping is a problem."""
+        value: str | None = self._convert(key, default, _to_text, "a text")
+        return value
+
+    def _convert(self, key: str, default: Any, convert: Callable[[Any], Any], expected: str) -> Any:
+        value = self.take(key)
+        if value is None:
+            return default
+        try:
+            return convert(value)
+        except (TypeError, ValueError, KeyError, OverflowError):
+            self.report(key, f"found {value!r}, expected {expected}")
+            return default
+
+    def report(self, key: str, text: str) -> None:
+        """Add a problem with a key."""
+        self.problems.append(f"{self.where}{key}: {text}")
+
+    def refuse(self, key: str, why: str, instead: str) -> None:
+        """Name a key as not translated."""
+        self._taken.add(key)
+        self.untranslated.append(Line(f"{self.where}{key}", self.content.get(key), why, instead))
+
+    def leave(self, without_effect: Iterable[str], unsupported: Table) -> None:
+        """Sort the keys that were not taken; an entry that ends with `_` stands for all keys that begin with it."""
+        effectless = tuple(without_effect)
+        for key, value in self._unread():
+            reason = next((text for name, text in unsupported.items() if _covers(name, key)), None)
+            switched_off = value is None or (reason is not None and value in (False, "", 0, [], {}))
+            if switched_off or any(_covers(name, key) for name in effectless):
+                self.without_effect.append(f"{self.where}{key}")
+            elif reason is not None:
+                self.refuse(key, *reason)
+            else:
+                self.refuse(key, "this setting is unknown here", "see docs/reference/settings.md for what there is")
+
+    def adopt(self, nested: "Keys") -> None:
+        """Take over what was found in a mapping within this one."""
+        self.untranslated += nested.untranslated
+        self.without_effect += nested.without_effect
+        self.problems += nested.problems
+
+    def _unread(self) -> Iterator[tuple[str, Any]]:
+        return ((key, value) for key, value in self.content.items() if key not in self._taken)
+
+
+def _covers(name: str, key: str) -> bool:
+    return key == name or (name.endswith("_") and key.startswith(name))
+
+
+def _to_float(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError
+    return float(value)
+
+
+def _to_integer(value: Any) -> int:
+    number = _to_float(value)
+    if number != int(number):
+        raise ValueError
+    return int(number)
+
+
+def _to_flag(value: Any) -> bool:
+    return value if isinstance(value, bool) else TRUTHS[str(value).lower()]
+
+
+def _to_text(value: Any) -> str:
+    if isinstance(value, list | dict):
+        raise TypeError
+    return str(value)

@@ -1,0 +1,265 @@
+"""`bessemer init`: what a new project contains, and the pipeline that it proposes for what the user brings."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from ruamel.yaml import YAML
+
+from flows import cli, graph
+from flows.start import command, machine, params_text, project
+from flows.start.brought import Brought, Table
+from flows.start.checkpoint import Checkpoint, read_checkpoint
+from flows.start.machine import Machine
+from flows.start.pipeline import STAGE_MINUTES, design
+from tasks.common.settings import BessemerError
+from tests.foreign_fixtures import write_foreign
+
+MACHINE = Machine(cores=2, device="cpu", training_flops=1e11)
+FAST = Machine(cores=2, device="cpu", training_flops=1e18)
+
+
+def table(rows: int = 400, characters: float = 350.0) -> Table:
+    return Table(rows, characters, 4000, ({"name": "mine", "kind": "files", "path": "mine.jsonl"},))
+
+
+def checkpoint(kind: str = "causal", parameters: int = 135_000_000, context: int = 8192) -> Checkpoint:
+    return Checkpoint(Path("mine"), kind, parameters, context, "apache-2.0", chat_template=True)
+
+
+def text() -> str:
+    """Return the params.yaml of a project that only serves a checkpoint."""
+    return params_text.render("mine", design(Brought(checkpoint()), MACHINE).sections)
+
+
+class TestProject:
+    def test_project_is_complete_and_committed(self, tmp_path: Path) -> None:
+        with project.new_project(tmp_path / "new") as path:
+            (tmp_path / "rows.jsonl").write_text("{}\n", encoding="utf-8")
+            project.copy_in(path, {"data/sources/rows.jsonl": tmp_path / "rows.jsonl"})
+            (path / "params.yaml").write_text(text(), encoding="utf-8")
+            project.commit(path, ["data/sources/rows.jsonl"], "First")
+        new = tmp_path / "new"
+        assert not list(tmp_path.glob(".new-*"))
+        log = subprocess.run(["git", "log", "--format=%s"], cwd=new, capture_output=True, text=True, check=True)
+        assert log.stdout == "First\n"
+        status = subprocess.run(["git", "status", "--short"], cwd=new, capture_output=True, text=True, check=True)
+        assert status.stdout == ""
+        assert list(graph.read(new))[:4] == ["code", "ingest", "validate", "tokenize"]
+
+    def test_large_files_are_tracked_by_dvc(self, tmp_path: Path) -> None:
+        (tmp_path / "big.txt").write_bytes(b"x" * (project.LARGE_FILE_BYTES + 1))
+        with project.new_project(tmp_path / "new") as path:
+            project.copy_in(path, {"data/sources/big.txt": tmp_path / "big.txt"})
+            (path / "params.yaml").write_text(text(), encoding="utf-8")
+            graph.read(path)  # would tell DVC that there is no git
+            project.commit(path, ["data/sources/big.txt"], "First")
+        tracked = subprocess.run(
+            ["git", "ls-files", "data/sources"], cwd=tmp_path / "new", capture_output=True, text=True
+        )
+        assert "data/sources/big.txt.dvc" in tracked.stdout.splitlines()
+        assert "data/sources/big.txt" not in tracked.stdout.splitlines()
+        assert not graph.read(tmp_path / "new")["data/sources/big.txt.dvc"].dirty
+
+    def test_failure_leaves_nothing_behind(self, tmp_path: Path) -> None:
+        with pytest.raises(BessemerError, match="could not be copied"), project.new_project(tmp_path / "new") as path:
+            project.copy_in(path, {"models/none": tmp_path / "none"})
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+    def test_read_only_folder_is_copied_writable(self, tmp_path: Path) -> None:
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model/config.json").write_text("{}", encoding="utf-8")
+        (tmp_path / "model").chmod(0o555)
+        with project.new_project(tmp_path / "new") as path:
+            project.copy_in(path, {"models/model": tmp_path / "model"})
+        (tmp_path / "new/models/model/more").touch()
+
+    def test_folder_with_content_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "mine.txt").touch()
+        with pytest.raises(BessemerError, match="exists and is not an empty folder"):
+            project.check_target(tmp_path)
+
+
+class TestCheckpoint:
+    def test_checkpoint_is_described_from_its_files(self, tmp_path: Path) -> None:
+        folder = write_foreign(tmp_path / "mine")
+        (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Model\n", encoding="utf-8")
+        found = read_checkpoint(folder)
+        assert (found.kind, found.context, found.licence, found.chat_template) == ("causal", 96, "apache-2.0", True)
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+    def test_unusable_folder_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(BessemerError, match=r"cannot be used as a model: it contains no config\.json"):
+            read_checkpoint(tmp_path)
+
+    def test_other_architecture_is_named(self, tmp_path: Path) -> None:
+        folder = write_foreign(tmp_path / "mine")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": ["CLIPModel"]}), encoding="utf-8")
+        with pytest.raises(BessemerError, match="holds CLIPModel; expected a causal or a masked language model"):
+            read_checkpoint(folder)
+
+    def test_adapter_comes_with_its_base_model(self, tmp_path: Path) -> None:
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        base = write_foreign(tmp_path / "base")
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM"))
+        adapted.save_pretrained(str(tmp_path / "adapter"))
+        found = read_checkpoint(tmp_path / "adapter")
+        assert found.kind == "causal"
+        assert found.files == {"models/adapter": tmp_path / "adapter", "models/base": base}
+
+
+class TestPipeline:
+    @pytest.mark.parametrize(
+        ("tables", "model", "stages"),
+        [
+            ([], checkpoint(), {"quantize@chat"}),
+            ([], checkpoint("masked"), {"quantize@encoder"}),
+            (["instructions"], checkpoint(), {"finetune@chat", "quantize@chat"}),
+            (
+                ["instructions", "rankings"], checkpoint(),
+                {"finetune@chat", "reward@train", "reward@judge", "align@policy", "quantize@chat"},
+            ),
+            (["rankings"], checkpoint(), {"align@policy", "quantize@chat"}),
+            (["corpus"], checkpoint(), {"pretrain@causal", "quantize@chat"}),
+            (["corpus"], None, {"pretrain@causal", "quantize@chat"}),
+            (["corpus", "instructions"], None, {"pretrain@causal", "finetune@chat", "quantize@chat"}),
+            (["labels"], checkpoint("masked"), {"finetune@labels", "quantize@encoder"}),
+        ],
+    )  # fmt: skip
+    def test_only_the_stages_that_the_files_ask_for(
+        self, tables: list[str], model: Checkpoint | None, stages: set[str]
+    ) -> None:
+        sections = design(Brought(model, {name: table() for name in tables}), MACHINE).sections
+        made = ("pretrain", "finetune", "reward", "align", "prune", "quantize")
+        assert {f"{stage}@{key}" for stage in made for key in sections.get(stage, {})} == stages
+
+    def test_preferences_alone_are_learnt_by_dpo(self) -> None:
+        entry = design(Brought(checkpoint(), {"rankings": table()}), MACHINE).sections["align"]["policy"]
+        assert entry["algorithm"]["name"] == "dpo"
+        assert entry["model"] == "models/mine"
+
+    def test_steps_fit_into_the_time_of_a_stage(self) -> None:
+        slow = design(Brought(checkpoint(), {"instructions": table(rows=100_000)}), MACHINE)
+        assert slow.seconds["finetune@chat"] <= STAGE_MINUTES * 60
+        assert slow.notes[0].startswith("finetune@chat takes ")
+        fast = design(Brought(checkpoint(), {"instructions": table(rows=100_000)}), FAST)
+        assert fast.sections["finetune"]["chat"]["steps"] == 37_500
+        assert not fast.notes
+
+    def test_small_models_are_trained_whole(self) -> None:
+        small = design(Brought(checkpoint(parameters=5_000_000), {"instructions": table()}), MACHINE)
+        assert "method" not in small.sections["finetune"]["chat"]
+
+    @pytest.mark.parametrize(
+        ("brought", "sentence"),
+        [
+            (Brought(), "Nothing alone gives no model to start from: add --checkpoint"),
+            (Brought(tables={"instructions": table()}), "--conversations alone gives no model to start from"),
+            (
+                Brought(checkpoint("masked"), {"instructions": table()}),
+                "mine is a masked model, which cannot answer conversations",
+            ),
+        ],
+    )
+    def test_what_makes_no_model_is_refused(self, brought: Brought, sentence: str) -> None:
+        with pytest.raises(BessemerError, match=sentence):
+            design(brought, MACHINE)
+
+
+class TestParamsText:
+    def test_text_reads_back_as_the_sections(self) -> None:
+        sections: dict[str, Any] = {
+            "base": {"seed": 1},
+            "ingest": {"sources": [{"name": "a b", "columns": {"text": "{title}\n{body}"}, "group": None}] * 3},
+            "finetune": {"chat": {"optimizer": {"learning_rate": 5.0e-5}, "model": "x" * 60, "note": "y, z: " * 20}},
+        }
+        text = params_text.render("title", sections)
+        read = YAML(typ="safe").load(text)
+        assert {name: read[name] for name in sections} == json.loads(json.dumps(sections))
+        assert read["prune"] == {}
+        assert all(len(line) <= 120 for line in text.splitlines() if "y, z" not in line)
+
+    def test_longest_pipeline_fits_forty_lines(self) -> None:
+        tables = {name: table() for name in ("corpus", "instructions", "rankings", "labels")}
+        planned = design(Brought(checkpoint(), tables), MACHINE)
+        assert len(params_text.render("everything", planned.sections).splitlines()) <= params_text.MAX_LINES
+
+
+class TestCommand:
+    @pytest.fixture
+    def mine(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A folder with a checkpoint, conversations and a LLaMA-Factory configuration."""
+        monkeypatch.setattr(machine, "measure", lambda: MACHINE)
+        write_foreign(tmp_path / "base", max_position_embeddings=256)
+        rows = [{"question": f"Who is {name}?", "reply": f"A friend of {name}."} for name in ("Ann", "Bob", "Cid")]
+        (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        info = {"chats": {"file_name": "chats.jsonl", "columns": {"prompt": "question", "response": "reply"}}}
+        (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+        config = {
+            "model_name_or_path": "base", "stage": "sft", "finetuning_type": "lora", "dataset": "chats",
+            "dataset_dir": ".", "cutoff_len": 64, "num_train_epochs": 4, "per_device_train_batch_size": 1,
+            "resize_vocab": True, "output_dir": "saves",
+        }  # fmt: skip
+        YAML().dump(config, tmp_path / "lora.yaml")
+        return tmp_path
+
+    def run(self, *arguments: str) -> Any:
+        return CliRunner().invoke(cli.cli, ["init", *arguments])
+
+    def test_configuration_of_another_tool_becomes_a_project(self, mine: Path) -> None:
+        done = self.run(str(mine / "new"), "--from", str(mine / "lora.yaml"))
+        assert done.exit_code == 0, done.output
+        assert "not translated: resize_vocab: True" in done.output
+        assert "without effect on the model: output_dir" in done.output
+        settings = YAML(typ="safe").load(mine / "new/params.yaml")
+        assert settings["finetune"]["chat"] | {"optimizer": {}} == {
+            "model": "models/base", "method": {"name": "lora", "rank": 8, "alpha": 16}, "max_tokens": 64,
+            "too_long": "truncate", "batch": 1, "steps": 12, "optimizer": {},
+        }  # fmt: skip
+        assert settings["package"] == {"chat": "data/quantize/chat/model"}
+
+    def test_option_takes_several_paths(self, mine: Path) -> None:
+        (mine / "more.jsonl").write_text((mine / "chats.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
+        paths = [str(mine / "chats.jsonl"), str(mine / "more.jsonl")]
+        done = self.run(str(mine / "new"), "--conversations", *paths, "--checkpoint", str(mine / "base"), "--yes")
+        assert done.exit_code == 0, done.output
+        sources = YAML(typ="safe").load(mine / "new/params.yaml")["ingest"]["sources"]
+        assert [source["path"] for source in sources] == ["chats.jsonl", "more.jsonl"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "sentence"),
+        [
+            (["--conversations", "nowhere.jsonl", "--yes"], "--conversations: nowhere.jsonl does not exist"),
+            (["--conversations", "dataset_info.json", "--yes"], "contains no conversations that can be used"),
+            (["--labels", "chats.jsonl", "--checkpoint", "base", "--yes"], "has the columns question, reply; expected"),
+            (["--checkpoint", "."], "There is no terminal to ask in: add --yes"),
+            (["--from", "lora.yaml", "--text", "x"], "--from names the data itself: leave out --text"),
+        ],
+    )
+    def test_wrong_call_creates_nothing(
+        self, arguments: list[str], sentence: str, mine: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(mine)
+        done = self.run("new", *arguments)
+        assert done.exit_code != 0
+        assert sentence in f"{done.output}{done.exception}"
+        assert not (mine / "new").exists()
+
+    def test_questions_are_asked_in_a_terminal(self, mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(command, "_has_terminal", lambda: True)
+        answers = f"{mine / 'base'}\n\n{mine / 'chats.jsonl'}\n\n\n"
+        done = CliRunner().invoke(cli.cli, ["init", str(mine / "new")], input=answers)
+        assert done.exit_code == 0, done.output
+        settings = YAML(typ="safe").load(mine / "new/params.yaml")
+        assert list(settings["finetune"]) == ["chat"]

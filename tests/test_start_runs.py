@@ -1,0 +1,122 @@
+"""Every start of `bessemer init`, from the user's files to an answer of the packaged model, at toy size.
+
+Stages run in this process, in the order of DVC's graph, in the project that the command created.
+"""
+
+import json
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from flows import graph
+from flows.start import command, machine
+from flows.start.machine import Machine
+from serving.decoding import Sampling
+from serving.package import Package, open_package
+from tasks.common.harness import execution
+from tasks.common.harness.job import module_of
+from tests.foreign_fixtures import write_foreign
+from tests.training_fixtures import CAPITALS, ignore_exporter_warnings
+
+pytestmark = [
+    pytest.mark.slow, pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # what Great Expectations imports
+]  # fmt: skip
+
+PLACES = [f"{name} {number}" for number in range(3) for name in CAPITALS]
+WORDS = ["harbour", "town", "sea", "with", "a", "proud", "lies", "old", "stone", "bridge", "river", "to", "new", "in"]
+SLOW = Machine(cores=1, device="cpu", training_flops=1e7)  # few steps
+
+
+class Files:
+    """The user's files, in a folder of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+
+    def write(self, name: str, rows: list[dict[str, Any]]) -> list[Path]:
+        path = self.folder / name
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        return [path]
+
+    @property
+    def conversations(self) -> list[Path]:
+        rows = [{"question": f"Tell me about {place}.", "answer": f"I like {place} best."} for place in PLACES]
+        return self.write("chats.jsonl", rows)
+
+    @property
+    def preferences(self) -> list[Path]:
+        rows = [{"prompt": f"What of {place}?", "chosen": f"{place} is fine.", "rejected": "No."} for place in PLACES]
+        return self.write("pairs.jsonl", rows)
+
+    @property
+    def text(self) -> list[Path]:
+        pages = self.folder / "pages"
+        pages.mkdir(exist_ok=True)
+        words = Random(0)
+        for place in PLACES:
+            sentences = (" ".join(["The", *words.choices(WORDS, k=9)]) for _ in range(30))
+            (pages / f"{place}.md").write_text(f"# {place}\n\n{'. '.join(sentences)}.\n", encoding="utf-8")
+        return [pages]
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
+    monkeypatch.setattr(machine, "measure", lambda: SLOW)
+    return Files(tmp_path / "mine")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write_foreign(tmp_path / "checkpoint", max_position_embeddings=256)
+
+
+def run_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> Package:
+    """Run every stage of a new project but `code`, and return its package."""
+    monkeypatch.chdir(project)
+    with ignore_exporter_warnings():
+        for name in graph.read(project):
+            stage, _, key = name.partition("@")
+            if stage != "code" and not name.endswith(".dvc"):
+                execution.execute(module_of(stage), key or None)
+    return open_package(project / "data/package")
+
+
+def answer(package: Package) -> str:
+    return package.text.generate([{"role": "user", "content": "Tell me about Peru."}], Sampling(4)).text
+
+
+@pytest.mark.parametrize(
+    ("options", "with_checkpoint", "stages"),
+    [
+        ((), True, {"quantize@chat"}),
+        (("conversations",), True, {"finetune@chat", "quantize@chat"}),
+        (
+            ("conversations", "preferences"), True,
+            {"finetune@chat", "reward@train", "reward@judge", "align@policy", "quantize@chat"},
+        ),
+        (("preferences",), True, {"align@policy", "quantize@chat"}),
+        (("text",), True, {"pretrain@causal", "quantize@chat"}),
+        (("text",), False, {"pretrain@causal", "quantize@chat"}),
+        (("text", "conversations"), False, {"pretrain@causal", "finetune@chat", "quantize@chat"}),
+    ],
+    ids=["serve", "sft", "sft-ppo", "dpo", "continued", "new", "new-sft"],
+)  # fmt: skip
+def test_start_runs_from_files_to_an_answer(
+    options: tuple[str, ...], with_checkpoint: bool, stages: set[str], files: Files, checkpoint: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    paths = {option: getattr(files, option) for option in options}
+    command.init(tmp_path / "project", checkpoint if with_checkpoint else None, paths, yes=True)
+    package = run_project(tmp_path / "project", monkeypatch)
+    assert isinstance(answer(package), str)
+    provenance = json.loads((tmp_path / "project/data/package/provenance.json").read_text(encoding="utf-8"))
+    made = {record["stage"] for record in provenance["stages"] if "@" in record["stage"]}
+    assert {name for name in made if not name.startswith("evaluate@")} == stages - {"reward@judge"} | (
+        made & {"reward@judge"}
+    )
+    names = {source["name"] for source in provenance["sources"]}
+    assert not with_checkpoint or "models/checkpoint" in names
