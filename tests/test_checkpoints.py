@@ -129,6 +129,8 @@ PROBLEMS: list[tuple[Callable[[Path], Any], str]] = [
     (set_config(auto_map={"AutoModel": "a.B"}), "code of its own (auto_map), which is never run"),
     (set_config(quantization_config={"quant_method": "gptq"}), "quantized (gptq), and full precision is needed"),
     (set_config(model_type="mamba"), "a mamba model keeps a recurrent state"),
+    (set_config(vision_config={"a": 1}), "it reads more than text (vision_config)"),
+    (set_config(is_encoder_decoder=True), "is an encoder with a decoder"),
 ]
 
 
@@ -138,6 +140,13 @@ def test_unusable_folder_is_refused_by_its_problem(harm: Callable[[Path], Any], 
     [problem] = model_folder.problems(copy)
     assert sentence in problem
     with pytest.raises(StageError, match="cannot be used as a model"):
+        models.load_decoder(copy, NUMERICS)
+
+
+@pytest.mark.parametrize("entries", [{"model_type": "unheard-of"}, {"num_attention_heads": "four"}])
+def test_config_that_transformers_does_not_know_is_named(entries: dict[str, Any], copy: Path) -> None:
+    change(copy / "config.json", **entries)
+    with pytest.raises(StageError, match=r"the config\.json of .* is not one that this release of Transformers knows"):
         models.load_decoder(copy, NUMERICS)
 
 

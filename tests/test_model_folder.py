@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tasks.common import consistency, model_folder
+from tasks.common.harness import execution
 from tasks.common.user_models import check_user_models
 from tests.family_fixtures import write_family
 
@@ -74,3 +75,28 @@ def test_families_without_gated_layers_are_reported() -> None:
         config = {"model_type": family.model_type}
         assert bool(list(model_folder.layer_problems(config))) == (documented()[name, "prune"] == "no")
         assert bool(list(model_folder.packing_problems(config))) == (documented()[name, "packing"] == "no")
+
+
+def test_shards_of_another_tokenizer_are_refused(folders: Path) -> None:
+    """The ids in the shards would mean other tokens to the model."""
+    entry = {"model": str(folders / "llama"), "pretraining_mix": {"weight": 0.5}}
+    params: dict[str, Any] = {"finetune": {"chat": entry}, "tokenize": {"tokenizer": {"name": "train", "path": "data"}}}
+    [problem] = check_user_models(params)
+    assert problem.startswith(
+        "finetune.chat.pretraining_mix.weight: found 0.5, but the token shards hold the ids of an"
+    )
+    for path in (folders / "olmo2", folders / "gemma2"):
+        params["tokenize"]["tokenizer"] = {"name": "from", "path": str(path)}
+        assert len(list(check_user_models(params))) == 1
+    params["tokenize"]["tokenizer"]["path"] = str(folders / "llama")
+    assert list(check_user_models(params)) == []
+    params["tokenize"]["tokenizer"] = {"name": "train", "path": "data"}
+    entry["pretraining_mix"] = {"weight": 0.0}
+    assert list(check_user_models(params)) == []
+
+
+def test_base_of_an_adapter_is_an_input(folders: Path, tmp_path: Path) -> None:
+    """So that its hash is in the recipe and its files are in the lineage."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folders / "llama")}))
+    inputs = execution.add_adapter_bases({"model": tmp_path, "instructions": folders})
+    assert inputs == {"model": tmp_path, "instructions": folders, "base of model": folders / "llama"}

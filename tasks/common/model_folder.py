@@ -171,6 +171,11 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if config.get("quantization_config"):
         method = dict(config["quantization_config"]).get("quant_method", "unknown method")
         yield f"its weights are quantized ({method}), and full precision is needed: use the original model"
+    others = [part for part in ("vision_config", "audio_config") if config.get(part)]
+    if others:
+        yield f"it reads more than text ({others[0]}): use the text model of its family"
+    if config.get("is_encoder_decoder"):
+        yield f"a {config.get('model_type')} model is an encoder with a decoder: use a decoder or an encoder"
     if config.get("model_type") in RECURRENT:
         yield f"a {config['model_type']} model keeps a recurrent state, which is not supported: use a Transformer"
 

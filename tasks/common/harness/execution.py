@@ -109,8 +109,7 @@ def _execute(module: ModuleType, key: str | None, params: dict[str, Any]) -> dic
     section, config = config_of(module, params, key)
     numerics, links = Numerics.model_validate(params["numerics"]), links_of(params)
     inputs = {name: Path(path) for name, path in declared_inputs(module, key, config, links).items()}
-    # An adapter's base model is an input too, so that its hash is in the recipe and in the lineage.
-    inputs |= {f"base of {name}": base for name, path in inputs.items() if (base := model_folder.base_of(path)) != path}
+    inputs = add_adapter_bases(inputs)
     absent = [str(path) for path in inputs.values() if not path.exists()]
     if absent:
         raise StageError(f"{', '.join(absent)} is missing: run `dvc repro {stage_name(stage, key)}`, which makes it.")
@@ -135,6 +134,12 @@ def _execute(module: ModuleType, key: str | None, params: dict[str, Any]) -> dic
     for call in job.when_complete:
         call()
     return record
+
+
+def add_adapter_bases(inputs: dict[str, Path]) -> dict[str, Path]:
+    """Return a stage's inputs with the base models of adapters, whose hashes belong to the recipe and the lineage."""
+    bases = {name: model_folder.base_of(path) for name, path in inputs.items()}
+    return inputs | {f"base of {name}": base for name, base in bases.items() if base != inputs[name]}
 
 
 @contextmanager

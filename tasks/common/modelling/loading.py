@@ -66,7 +66,13 @@ def read_config(path: Path, **changes: Any) -> Any:
     from transformers import AutoConfig
 
     rope_config.install()
-    return AutoConfig.from_pretrained(model_folder.base_of(path), trust_remote_code=False, **changes)
+    try:
+        return AutoConfig.from_pretrained(model_folder.base_of(path), trust_remote_code=False, **changes)
+    except Exception as error:  # of Transformers and its checks of fields: no common class
+        raise StageError(
+            f"the config.json of {path} is not one that this release of Transformers knows "
+            f"({' '.join(str(error).split())[:200]}): correct it, or use another model."
+        ) from error
 
 
 def _from_pretrained(auto_class: Any, path: Path, numerics: Numerics, settings: dict[str, Any]) -> Any:
