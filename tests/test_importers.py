@@ -347,7 +347,7 @@ INFO: dict[str, Any] = {
     "plain": {"file_name": "plain.json"},
     "tagged": {
         "file_name": "tagged.jsonl", "formatting": "sharegpt",
-        "columns": {"messages": "dialogue"},
+        "columns": {"messages": "talk.dialogue"},
         "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
     },
     "preferred": {
@@ -368,11 +368,12 @@ def factory(folder: Path) -> Path:
     copied = copy_sources(folder)
     (copied / "lf").mkdir()
     (folder / "secret.json").write_text("[]")
-    dialogue = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
+    reply = {"role": "assistant", "content": "Me.", "thinking": "I."}
+    dialogue = [{"role": "user", "content": "Who?"}, reply]
     content = {
         "dataset_info.json": INFO,
         "plain.json": [ALPACA, {"instruction": "Hello"}],
-        "tagged.jsonl": {"dialogue": dialogue},
+        "tagged.jsonl": {"talk": {"dialogue": dialogue}},
         "preferred.json": [{"question": "Which?", "better": "This.", "worse": "That."}],
     }
     for name, value in content.items():
@@ -381,10 +382,10 @@ def factory(folder: Path) -> Path:
 
 
 def test_the_data_sets_named_are_read_into_their_tables(tmp_path: Path) -> None:
-    chosen = {**FACTORY, "datasets": ["plain", "tagged", "preferred"]}
+    chosen = {**FACTORY, "datasets": ["plain", "tagged", "preferred"], "reasoning": "keep"}
     folder = ingest_into(tmp_path / "out", factory(tmp_path), sources=[FACTS, chosen])
     chats = [row["messages"][-1]["content"] for row in table(folder, "instructions") if row["source"] == "factory"]
-    assert sorted(chats) == ["Bonjour", "Me."]
+    assert sorted(chats) == ["<think>\nI.\n</think>\n\nMe.", "Bonjour"]
     (ranking,) = table(folder, "rankings")
     assert (ranking["responses"], ranking["ranks"]) == (["This.", "That."], [1, 2])
     (rejected,) = rejections(folder)

@@ -119,7 +119,7 @@ class SourceFile:
         if found is None:
             raise UnreadableFile(self._describe_encoding_error())
         if found == WESTERN and self.encoding is None:
-            self.notes.append(f"is not UTF-8 and was read as {WESTERN}; set `encoding` if that is wrong")
+            self.notes.append(f"not UTF-8, read as {WESTERN}; set `encoding` if that is wrong")
         return found
 
     def _chunks(self) -> Iterator[bytes]:
