@@ -182,6 +182,7 @@ def test_a_stated_table_decides_between_readings() -> None:
         "preference", "columns"
     ]  # fmt: skip
     assert layouts.detect({"turns": TURNS}, None, None, ()) is None
+    assert layouts.detect({"prompt": "a", "completion": "b", "label": False}, None, None, ()) is None
     assert layouts.detect({"turns": TURNS}, "instructions", None, ()) is None
 
 

@@ -82,6 +82,7 @@ WRITERS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
     "objects.json": lambda rows: "\n".join(json.dumps(row, indent=1) for row in rows).encode(),
     "arrays.json": arrays,
     "wrapper.json": lambda rows: json.dumps({"version": 1, "none": [], "data": rows}, indent=1).encode(),
+    "texts.json": lambda rows: json.dumps([row if row["text"] in BAD_VALUES else row["text"] for row in rows]).encode(),
     "rows.data": lambda rows: json.dumps(rows).encode(),
     "rows.parquet": write_parquet,
     "rows.arrow": lambda rows: write_arrow(rows, pa.ipc.new_file),
@@ -258,7 +259,8 @@ def test_a_bad_line_of_damaged_json_lines_is_rejected(tmp_path: Path) -> None:
         ({"a": [{"text": "x"}], "b": [{"text": "y"}]}, "line 1: the lists a, b may be the rows; name one of them with"),
         ({"text": "one row", "parts": [{"text": "x"}]}, ["one row"]),
         ({"data": {"items": [{"text": "x"}, {"text": "y"}]}}, "the columns data are no known form of rows of a table"),
-        ([], "expected rows with columns, found none"),
+        ([], "mine.json: expected rows with columns, found none; add rows, or remove it"),
+        ([[{"role": "user"}]], "found none; item 1: expected an object with columns, found list"),
     ],
 )
 def test_a_wrapper_has_one_list_of_objects(tmp_path: Path, content: Any, expected: str | list[str]) -> None:

@@ -273,7 +273,7 @@ def test_an_imported_chat_is_validated_like_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ('[\n{"instruction": "a", "output": "b"},\n{"instruction"', "found something else after item 1, in line 3: "),
+        ('[\n{"instruction": "a", "output": "b"},\n{"instruction"', "after item 1, in line 3: the file ends"),
         ("[{'instruction': 'a'}]", "after item 0, in line 1: Expecting property name enclosed in double quotes"),
         ('{"a": 1}\n{"b": 2}\n', "none of the 2 rows of"),
     ],
@@ -317,6 +317,15 @@ def test_other_content_after_an_array_is_an_error_with_its_place(tmp_path: Path,
     path.write_text('[{"a": 1},\n{"a": 2}]' + more, encoding="utf-8")
     line, item = 2 + more.count("\n"), 2 + (more == "[{}")
     with pytest.raises(UnreadableFile, match=rf"expected JSON in mine.json, .* after item {item}, in line {line}: "):
+        read_json(path)
+
+
+def test_a_truncated_array_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text('[{"a": 1}, {"a": "b', encoding="utf-8")
+    with pytest.raises(
+        UnreadableFile, match=r"after item 1, in line 1: the file ends within a value; correct it there"
+    ):
         read_json(path)
 
 
