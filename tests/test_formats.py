@@ -292,13 +292,21 @@ def test_records_names_the_list_of_rows(tmp_path: Path, name: str) -> None:
         ("a.jsonl", b'{"a": 1}', "jsonl"),
         ("a.jsonl", b"{\n\"a\": 1}", "json"), ("a.jsonl", b"[{}]", "json"), ("a.jsonl", b'{"a": broken}\n{}', "jsonl"),
         ("a", b'\xef\xbb\xbf\n {"a": 1}\n{}', "jsonl"), ("a.txt.gz", gzip.compress(b"text", mtime=0), "txt"),
-        ("a.jsonl", b"%PDF-1.7 x", "pdf"), ("a.bin", b"ARROW1\0\0", "arrow"), ("a.txt", "x".encode("utf-16"), "txt"),
+        ("a.jsonl", b"%PDF-1.7 x", "pdf"),
+        ("a.txt", b'{"a": 1}\n{"a": 2}\n', "jsonl"), ("a.txt", b"{a}\n", "txt"),
+        ("a.bin", b"ARROW1\0\0", "arrow"), ("a.txt", "x".encode("utf-16"), "txt"),
     ],
 )  # fmt: skip
 def test_a_format_is_found_by_first_bytes_and_suffix(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     assert formats.detect(SourceFile(path, name)) == expected
+
+
+def test_the_query_of_an_address_is_not_part_of_its_suffix(tmp_path: Path) -> None:
+    path = tmp_path / "cached"
+    path.write_text("text,more\nHello,1\n", encoding="utf-8")
+    assert formats.detect(SourceFile(path, "https://example.org/a.b/rows.CSV.gz?download=1.txt")) == "csv"
 
 
 @pytest.mark.parametrize(

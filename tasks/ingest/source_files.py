@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, BinaryIO, cast
+from urllib.parse import urlsplit
 
 from tasks.common import identity
 
@@ -86,7 +87,8 @@ class SourceFile:
     @property
     def suffix(self) -> str:
         """The suffix of the name in lower case, without that of gzip or zstd."""
-        name = Path(self.label.lower())
+        address = self.label.lower()
+        name = Path(urlsplit(address).path if "://" in address else address)
         return (name.with_suffix("") if name.suffix in PACKED_SUFFIXES else name).suffix
 
     def head(self) -> bytes:
