@@ -40,7 +40,7 @@ HANDLED = {
     ("tasks/ingest/json_values.py", "read_values"): "part of an error of DATA_ERRORS",
     ("tasks/ingest/json_values.py", "value"): "whether a value goes on after the text that has been read",
     ("tasks/ingest/row_loading.py", "_load"): "the reason of a rejected row: the ValueErrors of DATA_ERRORS",
-    ("tasks/ingest/row_loading.py", "_peek"): "raised again",
+    ("tasks/ingest/row_loading.py", "_peek"): "raised again, or part of an error of DATA_ERRORS",
     ("tasks/ingest/source_reading.py", "_read_member"): "the reason of a rejected file: the errors of DATA_ERRORS",
     ("tasks/ingest/sql.py", "_read_rows"): "part of an error",
     ("tasks/ingest/survey.py", "_survey_files"): "part of an error",

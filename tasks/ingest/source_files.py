@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, BinaryIO, cast
+from urllib.parse import urlsplit
 
 from tasks.common import identity
 
@@ -86,7 +87,8 @@ class SourceFile:
     @property
     def suffix(self) -> str:
         """The suffix of the name in lower case, without that of gzip or zstd."""
-        name = Path(self.label.lower())
+        address = self.label.lower()
+        name = Path(urlsplit(address).path if "://" in address else address)
         return (name.with_suffix("") if name.suffix in PACKED_SUFFIXES else name).suffix
 
     def head(self) -> bytes:
@@ -119,7 +121,7 @@ class SourceFile:
         if found is None:
             raise UnreadableFile(self._describe_encoding_error())
         if found == WESTERN and self.encoding is None:
-            self.notes.append(f"is not UTF-8 and was read as {WESTERN}; set `encoding` if that is wrong")
+            self.notes.append(f"not UTF-8, read as {WESTERN}; set `encoding` if that is wrong")
         return found
 
     def _chunks(self) -> Iterator[bytes]:

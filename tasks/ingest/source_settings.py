@@ -14,6 +14,7 @@ from tasks.common.settings import Settings, validate_url
 from tasks.common.source_names import NAME_PATTERN, RESERVED_NAMES
 from tasks.ingest import columns, formats, importers, layouts
 from tasks.ingest.row_loading import RowOptions
+from tasks.ingest.turns import Reasoning
 
 Table = Literal["corpus", "instructions", "rankings", "facts", "ratings"]
 # What the reader of a package gives.
@@ -31,6 +32,10 @@ Format = Literal[
 ]  # fmt: skip
 FORMAT_DESCRIPTION = (
     "Format of the files, or, from `openai` on, of their rows as another tool writes them; null: detected for each file"
+)
+REASONING_DESCRIPTION = (
+    "Replies with reasoning beside their content (reasoning_content, thinking): rejected; keep: it is put before the "
+    "reply as <think>...</think>; drop: it is left out"
 )
 TABLE_DESCRIPTION = (
     "Table of its rows; those of facts and ratings become rows of the others; null: detected from the columns"
@@ -120,11 +125,7 @@ class RowSettings(DocumentSource):
         description="Column of the table or format: where it is in the rows; a field, a path (meta.body.0.text), or a "
         "template over fields ({title}\\n{body})",
     )
-    reasoning: Literal["reject", "keep", "drop"] = Field(
-        default="reject",
-        description="Replies with reasoning beside their content (reasoning_content, thinking): rejected; keep: it is "
-        "put before the reply as <think>...</think>; drop: it is left out",
-    )
+    reasoning: Reasoning = Field(default="reject", description=REASONING_DESCRIPTION)
 
     @property
     def layout(self) -> str | None:
@@ -221,6 +222,7 @@ class LlamaFactory(SourceSettings):
     kind: Literal["llamafactory"] = Field(description="Kind of source")
     path: SourcePath = Field(description="Path of the dataset_info.json under data/sources/")
     datasets: list[str] = Field(description="Names of its data sets to read", min_length=1)
+    reasoning: Reasoning = Field(default="reject", description=REASONING_DESCRIPTION)
 
     @property
     def group(self) -> None:
