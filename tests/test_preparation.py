@@ -202,9 +202,17 @@ def test_heldout_conversations_alone_pass(tmp_path: Path) -> None:
     assert len(table(tmp_path / "out", "instructions")) == 1
 
 
+def test_tables_without_rows_pass_and_are_no_failure_on_the_page(tmp_path: Path) -> None:
+    figures = run(tmp_path, {})
+    assert figures["expectations_met"] == 0
+    assert "the run stopped here" not in page(tmp_path)
+    assert "✓ All 0 expectations are met." in page(tmp_path)
+
+
 def test_empty_table_needs_no_rows_unless_a_limit_asks_for_them(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"table corpus has no rows, but validate\.min_rows\.corpus asks for 3"):
         run(tmp_path, {"instructions": [chat("c", *HELLO)]}, min_rows={"corpus": 3})
+    assert "No row is kept of corpus; the run stopped here." in page(tmp_path)
 
 
 def test_rows_rejected_by_curation_do_not_stop_the_run(tmp_path: Path) -> None:

@@ -110,6 +110,12 @@ class Summary:
         return sum(bool(row.removed) for row in self.changes)
 
     @property
+    def lacks_rows(self) -> bool:
+        """Whether no row is kept although there were some, or a limit asks for some."""
+        asked = any(limit.setting.startswith("min_rows") and limit.value for limit in self.limits)
+        return not self.kept and (self.read > 0 or asked)
+
+    @property
     def failed(self) -> int:
         """Number of expectations that were not met."""
         return sum(not verdict.success for verdict in self.verdicts)
