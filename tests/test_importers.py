@@ -37,6 +37,8 @@ def turns_of(row: Any) -> list[str]:
 CHATS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("alpaca", ALPACA, ["user:Translate to French.\nGood day", "assistant:Bonjour"]),
     ("alpaca", {"instruction": "Say hello.", "output": "Hello"}, ["user:Say hello.", "assistant:Hello"]),
+    ("alpaca", {"instruction": "Spell.", "input": 0, "output": "zero"}, ["user:Spell.\n0", "assistant:zero"]),
+    ("alpaca", {"instruction": "Negate.", "input": False, "output": "true"}, ["user:Negate.\nfalse", "assistant:true"]),
     (
         "alpaca",
         {**ALPACA, "input": "", "system": "Be brief.", "history": [["Hi", "Hello"], ["Who?", "Me"]]},
@@ -92,6 +94,72 @@ def test_a_preference_is_a_ranking_of_two(name: str, row: dict[str, Any]) -> Non
     assert (converted["responses"], converted["ranks"]) == (["Hello to you!", "What?"], [1, 2])
 
 
+@pytest.mark.parametrize(("name", "row"), PAIRS)
+def test_only_the_rejected_reply_of_a_pair_may_be_empty(name: str, row: dict[str, Any]) -> None:
+    text = json.dumps(row)
+    converted = Layout(name, "rankings").convert(json.loads(text.replace("What?", "")))
+    assert converted["responses"] == ["Hello to you!", ""]
+    with pytest.raises(ValueError, match="an empty answer"):
+        Layout(name, "rankings").convert(json.loads(text.replace("Hello to you!", "")))
+
+
+THOUGHT = "Three and four make seven."
+ASKED = {"role": "user", "content": "3 + 4?"}
+THOUGHTFUL: list[tuple[str, dict[str, Any]]] = [
+    *(
+        (
+            "openai",
+            {"messages": [{"role": "user", "content": "3 + 4?"}, {"role": "assistant", "content": "7.", **more}]},
+        )
+        for more in ({"reasoning_content": THOUGHT}, {"thinking": f"{THOUGHT}\n"}, {"reasoning": THOUGHT})
+    ),
+    (
+        "openai",
+        {
+            "messages": [
+                {"role": "user", "content": "3 + 4?"},
+                {
+                    "role": "assistant",
+                    "content": [{"type": "thinking", "thinking": THOUGHT}, {"type": "text", "text": "7."}],
+                },
+            ]
+        },
+    ),
+    (
+        "sharegpt",
+        {"conversations": [{"from": "human", "value": "3 + 4?"}, {"from": "gpt", "value": "7.", "thinking": THOUGHT}]},
+    ),
+    ("alpaca", {"instruction": "3 + 4?", "output": "7.", "reasoning_content": THOUGHT}),
+]
+
+
+@pytest.mark.parametrize(("name", "row"), THOUGHTFUL)
+def test_reasoning_is_never_dropped_silently(name: str, row: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match=r"set `reasoning: keep` for this source .* or `reasoning: drop` to leave it out"
+    ):
+        Layout(name, "instructions").convert(row)
+    kept = Layout(name, "instructions", reasoning="keep").convert(row)
+    assert turns_of(kept["messages"]) == ["user:3 + 4?", f"assistant:<think>\n{THOUGHT}\n</think>\n\n7."]
+    dropped = Layout(name, "instructions", reasoning="drop").convert(row)
+    assert turns_of(dropped["messages"]) == ["user:3 + 4?", "assistant:7."]
+
+
+@pytest.mark.parametrize("form", [None, "openai"])
+def test_a_source_says_whether_reasoning_is_kept(tmp_path: Path, form: str | None) -> None:
+    """Also of rows with the columns of the table."""
+    copied = copy_sources(tmp_path)
+    rows = [THOUGHTFUL[0][1], {**OPENAI, "answer": "Hello"}]
+    (copied / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    mine = {**FACTS, "name": "mine", "path": "mine.jsonl", "format": form, "table": None}
+    rejecting = ingest_into(tmp_path / "out", copied, sources=[FACTS, mine])
+    assert [row["source"] for row in rejections(rejecting)] == ["mine"]
+    keeping = ingest_into(tmp_path / "other", copied, sources=[FACTS, {**mine, "reasoning": "keep"}])
+    chats = [row for row in table(keeping, "instructions") if row["source"] == "mine"]
+    assert any(row["messages"][-1]["content"].startswith("<think>") for row in chats)
+    assert {row["answer"] for row in chats} == ({None} if form else {None, "Hello"})
+
+
 def reply(**message: Any) -> dict[str, Any]:
     return {"messages": [OPENAI["messages"][0], {"role": "assistant", **message}]}
 
@@ -120,7 +188,20 @@ REJECTED: list[tuple[str, str, dict[str, Any], str]] = [
     ("openai", "instructions", reply(content=None, tool_calls=[{}]), "tool_calls cannot be represented"),
     ("openai", "instructions", reply(content=""), "an empty answer"),
     ("openai", "instructions", reply(content="Hi", weight=0), "a reply of weight 0"),
-    ("openai", "instructions", reply(content=[{"type": "image_url"}]), "only parts of type text"),
+    (
+        "openai",
+        "instructions",
+        reply(content=[{"type": "image_url"}]),
+        "only parts of type text can be represented in a text chat, found an image (type image_url); remove the row",
+    ),
+    (
+        "openai",
+        "instructions",
+        reply(content=["a"]),
+        "only parts of type text can be represented in a text chat, fo",
+    ),
+    ("openai", "instructions", reply(content="Hi", train=False), "a reply of train: false: every reply of a chat is"),
+    ("openai", "rankings", {**PAIRS[2][1], "preferred_output": OPENAI["messages"]}, "must be one message, found 2"),
     ("openai", "instructions", {"messages": [{"role": "tool", "content": "4"}]}, "a tool’s turn cannot be represented"),
     ("openai", "instructions", {"messages": [{"role": "bot", "content": "4"}]}, "expected a role of system"),
     ("openai", "rankings", {"input": {}}, "preferred_output, non_preferred_output missing; expected input"),

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import networkx as nx
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tasks.common.harness.job import Link
 from tasks.common.harness.lineage import ancestry, lineage
@@ -27,11 +29,12 @@ def params() -> Any:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A folder of the user's in the project, with a config.json only."""
+    """A folder of the user's in the project, with a config.json and one weight."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "models" / "mine"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(LLAMA))
+    save_file({"weight": np.zeros(1, np.float32)}, folder / "model.safetensors")
     return "models/mine"
 
 

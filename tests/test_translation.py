@@ -2,13 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from ruamel.yaml import YAML
 
-from flows.start.result import CHECKPOINT, Translation
-from flows.start.translation import translate
+from flows.start.translation.result import CHECKPOINT, Translation
+from flows.start.translation.translate import translate
 from tasks.common import params_file
 from tasks.common.settings import ENTRY_STAGES, SettingsError
 from tasks.ingest.reading import Reading
@@ -24,6 +24,7 @@ OPENAI = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant",
 TURN = {"from": "human", "value": "Which is better?"}
 CHOSEN, REJECTED = {"from": "gpt", "value": "A."}, {"from": "gpt", "value": "B."}
 PAIRS = [{"conversations": [TURN], "chosen": CHOSEN, "rejected": REJECTED}]
+ADDED = {"kind": "files", "path": "added.jsonl", "table": "instructions"}  # where the file names none that is here
 INFO: dict[str, Any] = {
     "plain": {"file_name": "plain.json"},
     "turns": {"file_name": "turns.jsonl", "formatting": "sharegpt"},
@@ -96,9 +97,9 @@ def read_rows(translation: Translation, target: Path) -> dict[str, list[dict[str
         reading = Reading(source.name, source.licence)
         read_source(source, target, reading)
         assert reading.rejections == 0, reading.rejected
-        for table, rows in reading.rows.items():
+        found: dict[str, Any] = {**reading.rows, "prose": [{"text": text} for text in cast(list[str], reading.prose)]}
+        for table, rows in found.items():
             tables.setdefault(table, []).extend(rows)
-        tables.setdefault("prose", []).extend({"text": text} for text in reading.prose)  # type: ignore[attr-defined]
     return tables
 
 
@@ -110,13 +111,14 @@ def checked(translation: Translation, amount: int = 1000) -> dict[str, Any]:
     }
     made = [entry for entry in translation.entries if not entry.startswith("reward")]
     served = f"data/{made[-1].replace('.', '/')}/model" if made else CHECKPOINT
+    sources = [dict(source.settings) for source in translation.sources]
     params = {
         **shortest,
-        "quantize": {"chat": {"model": served, "max_new_tokens": 512}},
+        "quantize": {"chat": {"model": served, "max_new_tokens": sections["tokenize"]["context"] // 2}},
         "evaluate": {"chat": {"model": "data/quantize/chat/model", "max_new_tokens": 64}},
         "package": {"chat": "data/quantize/chat/model"},
         **sections,
-        "ingest": {**sections.get("ingest", {}), "sources": [dict(source.settings) for source in translation.sources]},
+        "ingest": {**sections.get("ingest", {}), "sources": sources or [ADDED]},
     }
     params_file.check(params)
     return sections
@@ -134,8 +136,8 @@ def test_lora_fine_tuning_of_llamafactory_is_translated_whole(folder: Path) -> N
     assert set(result.without_effect) == {"preprocessing_num_workers", "output_dir", "logging_steps", "plot_loss"}
     assert sections["tokenize"] == {"tokenizer": {"name": "from", "path": CHECKPOINT}, "context": 1024}
     assert sections["finetune"]["chat"] == {
-        "model": CHECKPOINT, "method": {"name": "lora", "rank": 8, "alpha": 16}, "too_long": "truncate", "batch": 8,
-        "gradient_accumulation_steps": 8, "steps": 375,
+        "model": CHECKPOINT, "method": {"name": "lora", "rank": 8, "alpha": 16}, "max_tokens": 1024,
+        "too_long": "truncate", "batch": 8, "gradient_accumulation_steps": 8, "steps": 375,
         "optimizer": {"name": "adamw", "learning_rate": 1e-4, "weight_decay": 0.0, "betas": [0.9, 0.999],
                       "epsilon": 1e-8, "schedule": {"name": "cosine", "warmup": 0.1, "floor": 0.0}},
     }  # fmt: skip
@@ -345,6 +347,12 @@ def test_qlora_of_axolotl_needs_a_gpu(folder: Path) -> None:
 def test_adapter_folder_is_reported(folder: Path) -> None:
     (folder / "lora").mkdir()
     assert translated(folder, AXOLOTL, lora_model_dir="lora").adapter == folder / "lora"
+
+
+def test_data_folder_of_another_kind_in_the_current_folder_is_passed_over(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere/data").mkdir()
+    (source,) = translated(folder, LORA).sources
+    assert source.copies["llamafactory/dataset_info.json"] == folder / "data/dataset_info.json"
 
 
 def test_files_in_the_current_folder_come_first(folder: Path, tmp_path: Path) -> None:

@@ -40,8 +40,15 @@ def paths_option(name: str, help: str) -> Callable[[Command], Command]:
 @paths_option("conversations", "Questions with their answers, in any common format.")
 @paths_option("preferences", "Pairs or rankings of answers.")
 @paths_option("labels", "Texts with a class each.")
+@click.option(
+    "--from",
+    "file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="A LLaMA-Factory or axolotl YAML to translate.",
+)
 @click.option("--yes", is_flag=True, help="Ask nothing and take the defaults.")
-def init(folder: Path, checkpoint: Path | None, yes: bool, **paths: tuple[Path, ...]) -> None:
+def init(folder: Path, checkpoint: Path | None, file: Path | None, yes: bool, **paths: tuple[Path, ...]) -> None:
     """Create a project in DIR from what you have; asks for the rest. Nothing is trained yet.
 
     \b
@@ -50,7 +57,14 @@ def init(folder: Path, checkpoint: Path | None, yes: bool, **paths: tuple[Path, 
       bessemer init tuned --checkpoint m --conversations chats.jsonl --preferences pairs.jsonl --yes
       bessemer init handbook --text docs/ --yes         a new model, trained from nothing
       bessemer init served --checkpoint m --yes         the checkpoint, packaged and served
+      bessemer init mine --from llama3_lora_sft.yaml
     """
     from flows.start import command
 
+    if file:
+        given = [f"--{name}" for name, values in paths.items() if values]
+        if given:
+            raise click.UsageError(f"--from names the data itself: leave out {', '.join(given)}.")
+        command.init_from(folder, file, checkpoint)
+        return
     command.init(folder, checkpoint, paths, yes=yes)

@@ -5,16 +5,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import click
 
 from flows import graph, terminal
-from flows.start import machine, project
+from flows.start import machine, project, translated
 from flows.start.brought import Brought, Table
 from flows.start.checkpoint import DEFAULT_CHECKPOINT, read_checkpoint
 from flows.start.params_text import render
 from flows.start.pipeline import OPTIONS, Design, design
 from flows.start.tables import read_table
+from flows.start.translation.translate import translate
 from tasks.common import params_file
 from tasks.common.raw_params import read_params
 from tasks.common.settings import BessemerError
@@ -51,30 +53,47 @@ def init(folder: Path, checkpoint: Path | None, paths: Paths, *, yes: bool) -> N
     brought = _inspect(checkpoint, paths)
     if not yes:
         brought = _ask_how(brought)
-    create(folder, brought, paths)
+    create(folder, design(brought, machine.measure()), dict(_files(brought, paths)), _describe(brought))
 
 
-def create(folder: Path, brought: Brought, paths: Paths) -> None:
-    """Design the pipeline for what is brought, and create the project."""
-    planned = design(brought, machine.measure())
+def init_from(folder: Path, file: Path, checkpoint: Path | None) -> None:
+    """Create a project in `folder` from a configuration of another tool. Raises BessemerError with what is wrong."""
+    project.check_target(folder)
+    translation = translate(file)
+    translated.show(translation)
+    model = read_checkpoint(checkpoint) if checkpoint else translated.checkpoint_of(translation, file)
+    planned = translated.design(translation, model)
+    texts = {name: text for source in translation.sources for name, text in source.texts.items()}
+    create(folder, planned, translated.files(translation, model), f"{translation.tool}, {file.name}", texts)
+
+
+def create(
+    folder: Path,
+    planned: Design,
+    files: Mapping[str, Path],
+    title: str,
+    texts: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Create the project of a design; `texts` are files to write into data/sources/."""
     click.echo()
     for note in planned.notes:
         click.echo(f"note: {note}")
-    files = dict(_files(brought, paths))
     with project.new_project(folder) as path:
         project.copy_in(path, files)
-        text = render(f"{folder.name}: {_describe(brought)}", planned.sections)
-        (path / "params.yaml").write_text(text, encoding="utf-8")
+        for name, text in texts.items():
+            (path / project.SOURCES / name).write_text(text, encoding="utf-8")
+        settings = render(f"{folder.name}: {title}", planned.sections)
+        (path / "params.yaml").write_text(settings, encoding="utf-8")
         (path / "README.md").write_text(README.format(title=folder.name), encoding="utf-8")
         with chdir(path):
             params_file.check(read_params(), stages=list(graph.read(Path())))
-        project.commit(path, list(files), f"Project created by bessemer init: {_describe(brought)}")
-    _show(folder, planned, len(text.splitlines()))
+        project.commit(path, list(files), f"Project created by bessemer init: {title}")
+    _show(folder, planned, len(settings.splitlines()))
 
 
 def _ask_what(checkpoint: Path | None, paths: Paths) -> tuple[Path | None, Paths]:
     """Ask in the terminal for what the options did not name."""
-    if not sys.stdin.isatty():
+    if not _has_terminal():
         raise BessemerError("There is no terminal to ask in: add --yes to take the defaults.")
     if checkpoint is None and not any(paths.values()):
         click.echo("Name files and folders, or press Enter to leave one out; several are separated by spaces.\n")
@@ -83,6 +102,10 @@ def _ask_what(checkpoint: Path | None, paths: Paths) -> tuple[Path | None, Paths
         asked = {name: click.prompt(f"{QUESTIONS[name]}", default="", show_default=False) for name in OPTIONS}
         paths = {name: [Path(part).expanduser() for part in text.split()] for name, text in asked.items()}
     return checkpoint, paths
+
+
+def _has_terminal() -> bool:
+    return sys.stdin.isatty()
 
 
 QUESTIONS = {
@@ -144,7 +167,7 @@ def _show(folder: Path, planned: Design, lines: int) -> None:
         out.print(f"  {stage:18} about {terminal.duration(seconds)}")
     out.print(
         f"The first run takes about {terminal.duration(total + 120)} on this machine."
-        if planned.seconds else "The first run trains nothing and takes minutes."
+        if planned.seconds else "`bessemer run` shows how long its stages take."
     )  # fmt: skip
     out.print(f"\nCreated {folder} (params.yaml has {lines} lines; everything in it can be changed). Next:")
     terminal.show_commands(out, ((f"cd {folder}", ""), ("bessemer run", "train, evaluate, package"),

@@ -4,6 +4,7 @@ Rates and batches are the usual ones of the literature for models of these sizes
 epochs for, but no more than fit into `STAGE_MINUTES` on this machine.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
@@ -184,11 +185,8 @@ def design(brought: Brought, machine: Machine) -> Design:
     """Return the pipeline for what the user brings. Raises BessemerError if nothing can be made of it."""
     _check(brought)
     builder, tables = Designer(brought, machine), brought.tables
-    builder.design.sections |= {
-        "base": {"seed": 1},
-        "numerics": {"device": machine.device, "threads": machine.cores},
-        "ingest": {"sources": [source for table in tables.values() for source in table.sources]},
-    }
+    builder.design.sections |= shared_sections(machine)
+    builder.design.sections["ingest"] = {"sources": [source for table in tables.values() for source in table.sources]}
     if brought.checkpoint:
         builder.start_from_checkpoint(brought.checkpoint)
     if "corpus" in tables:
@@ -203,16 +201,31 @@ def design(brought: Brought, machine: Machine) -> Design:
         evaluated["policy"] = builder.model
     if "labels" in tables:
         builder.classify(tables["labels"])
-    for part, folder in (("chat", builder.model), ("encoder", builder.encoder)):
-        if folder:
-            reply = {"max_new_tokens": min(MAX_TOKENS, builder.context // 2)} if part == "chat" else {}
-            exported = builder.add("quantize", part, {"model": folder, **reply})
-            builder.design.sections.setdefault("package", {})[part] = exported
-            evaluated[part] = exported
-    items = 100 if builder.low_rank else 300  # a large model takes long to answer on a CPU
-    size = {"questions": items, "samples": items, "max_new_tokens": min(64, builder.context // 2)}
-    builder.design.sections["evaluate"] = {name: {"model": folder, **size} for name, folder in evaluated.items()}
+    parts = {part: folder for part, folder in (("chat", builder.model), ("encoder", builder.encoder)) if folder}
+    builder.design.sections |= ending(evaluated, parts, builder.context, large=builder.low_rank)
     return builder.design
+
+
+def shared_sections(machine: Machine) -> dict[str, Any]:
+    """Return the sections that do not depend on the data."""
+    return {"base": {"seed": 1}, "numerics": {"device": machine.device, "threads": machine.cores}}
+
+
+def ending(evaluated: Mapping[str, str], parts: Mapping[str, str], context: int, *, large: bool) -> dict[str, Any]:
+    """Return the sections that export, evaluate and package models.
+
+    `evaluated` has the folders of the models before the export by their names in the scorecard, `parts` those to
+    package. A large model takes long to answer on a CPU, so it answers fewer questions.
+    """
+    reply = {"max_new_tokens": min(MAX_TOKENS, context // 2)}
+    exported = {part: f"data/quantize/{part}/model" for part in parts}
+    items = 100 if large else 300
+    size = {"questions": items, "samples": items, "max_new_tokens": min(64, context // 2)}
+    return {
+        "quantize": {part: {"model": parts[part], **(reply if part == "chat" else {})} for part in parts},
+        "evaluate": {name: {"model": folder, **size} for name, folder in {**evaluated, **exported}.items()},
+        "package": exported,
+    }
 
 
 def _check(brought: Brought) -> None:

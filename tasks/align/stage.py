@@ -57,6 +57,7 @@ class Config(Settings):
     """Settings of alignment."""
 
     model: str = Field(description="Folder of the model to align: an entry's, or your own", min_length=1)
+    chat_template: chat.TemplateName = None
     algorithm: Annotated[Ppo | Dpo | Rloo | Grpo, Field(discriminator="name", description="Training algorithm")]
     method: Annotated[Method, Field(discriminator="name", description="Which weights are trained")] = Full(name="full")
     reward: Reward
@@ -79,7 +80,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
 
     torch_setup.prepare_torch(job.numerics, job.seed)
     world = World.join(job.numerics)
-    tokenizer = chat.load_tokenizer(job.inputs["model"])
+    tokenizer = chat.load_tokenizer(job.inputs["model"], config.chat_template)
     history = History(every_steps=1)
     store = CheckpointStore.for_job(job, world)
     values = config.algorithm.values if isinstance(config.algorithm, Ppo) else None

@@ -7,7 +7,7 @@ entries and their models are in `model_rules.py`.
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tasks.common import data_rules, model_graph, model_rules
+from tasks.common import data_rules, model_graph, model_rules, user_models
 from tasks.common.evaluation.scorecard import METRICS
 from tasks.common.model_graph import Params, entries_of, lookup
 from tasks.common.model_rules import Entry, check_at_most, entries
@@ -33,6 +33,7 @@ TRL_ALGORITHMS = ("dpo", "rloo", "grpo")
 
 def check_settings(params: Params) -> Iterator[str]:
     """Report settings that contradict each other; the graph must have no cycles."""
+    yield from user_models.check_user_models(params)
     yield from model_rules.check_models(params)
     yield from data_rules.check_data(params)
     for entry in entries(params):

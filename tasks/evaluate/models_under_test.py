@@ -70,6 +70,9 @@ class Encoder(Protocol):
     def bytes(self) -> int: ...
     @property
     def tokenizer(self) -> "Tokenizer": ...
+    @property
+    def special_ids(self) -> dict[str, int | None]:
+        """The ids around a text and that of the mask token (`chat.special_ids`)."""
 
     def logits(self, ids: Ids, mask: Ids) -> Floats:
         """Return logits, shape (N, T, V), for token ids and attention mask, each (N, T)."""
@@ -86,9 +89,14 @@ def have_same_vocabulary(path: Path, other: Path) -> bool:
     return bool(vocabulary == other_vocabulary)
 
 
-def open_decoder(path: Path, numerics: Numerics) -> Decoder:
-    """Open a decoder folder: an export of `quantize` with the serving engine, else a Transformers model."""
-    return (EngineDecoder if (path / folders.GRAPH_FILE).exists() else TorchDecoder).load(path, numerics)
+def open_decoder(path: Path, numerics: Numerics, template: str | None = None) -> Decoder:
+    """Open a decoder folder: an export of `quantize` with the serving engine, else a Transformers model.
+
+    `template` names the chat template of a Transformers model (`templates.choose`); an export has its own.
+    """
+    if (path / folders.GRAPH_FILE).exists():
+        return EngineDecoder.load(path, numerics)
+    return TorchDecoder.load(path, numerics, template)
 
 
 def open_encoder(path: Path, numerics: Numerics) -> Encoder:
@@ -106,10 +114,10 @@ class TorchDecoder:
     bytes: int
 
     @classmethod
-    def load(cls, path: Path, numerics: Numerics) -> "TorchDecoder":
+    def load(cls, path: Path, numerics: Numerics, template: str | None = None) -> "TorchDecoder":
         """Load model and tokenizer from a folder."""
         model = models.load_decoder(path, numerics).eval()
-        return cls(model, chat.load_tokenizer(path), numerics, models.weight_bytes(path))
+        return cls(model, chat.load_tokenizer(path, template), numerics, models.weight_bytes(path))
 
     @property
     def parameters(self) -> int:
@@ -201,7 +209,9 @@ class EngineDecoder:
         return [token.content for token in self.engine.tokenizer.get_added_tokens_decoder().values() if token.special]
 
     def max_reply_tokens(self, prompt: Prompt) -> int | None:
-        """Return how many tokens a reply may have."""
+        """Return how many tokens a reply may have; None for a conversation if the model has no chat template."""
+        if not isinstance(prompt, str) and self.engine.template is None:
+            return None
         if isinstance(prompt, str):
             prompt_tokens = 1 + len(self.engine.tokenizer.encode(prompt, add_special_tokens=False).ids)
         else:
@@ -271,13 +281,14 @@ class TorchEncoder:
 
     model: "PreTrainedModel"
     tokenizer: "Tokenizer"
+    special_ids: dict[str, int | None]
     bytes: int
 
     @classmethod
     def load(cls, path: Path, numerics: Numerics) -> "TorchEncoder":
         """Load model and tokenizer from a folder."""
-        model = models.load_encoder(path, numerics).eval()
-        return cls(model, chat.load_tokenizer(path).backend_tokenizer, models.weight_bytes(path))
+        model, tokenizer = models.load_encoder(path, numerics).eval(), chat.load_tokenizer(path)
+        return cls(model, tokenizer.backend_tokenizer, chat.special_ids(tokenizer), models.weight_bytes(path))
 
     @property
     def parameters(self) -> int:
@@ -303,6 +314,7 @@ class EngineEncoder:
 
     logits: "EncoderLogits"
     tokenizer: "Tokenizer"
+    special_ids: dict[str, int | None]
     parameters: int
     bytes: int
 
@@ -312,4 +324,6 @@ class EngineEncoder:
         from serving.engine import EncoderLogits
 
         with _as_stage_error(f"the INT8 model in {path} cannot be opened"):
-            return cls(EncoderLogits(path, numerics.threads), folders.load_tokenizer(path), *_read_size(path))
+            special_ids = folders.read_json(path / folders.SPECIAL_TOKENS_FILE)
+            logits, tokenizer = EncoderLogits(path, numerics.threads), folders.load_tokenizer(path)
+            return cls(logits, tokenizer, special_ids, *_read_size(path))

@@ -27,20 +27,15 @@ from tasks.common.evaluation import scorecard
 from tasks.common.evaluation.exact_match import Extractor, exact_match
 from tasks.common.evaluation.nll import bits_per_byte
 from tasks.common.harness.job import Job, Link, StageError
-from tasks.common.modelling import models, torch_setup
+from tasks.common.modelling import head_models, models, torch_setup
 from tasks.common.random_streams import Stream, derive_seed
 from tasks.common.reward.rankings import ROLES
 from tasks.common.reward.scoring import Scorer
 from tasks.common.settings import Settings
+from tasks.common.text import chat
 from tasks.common.text.shards import Split
 from tasks.evaluate import toxicity
-from tasks.evaluate.models_under_test import (
-    Decoder,
-    Encoder,
-    have_same_vocabulary,
-    open_decoder,
-    open_encoder,
-)
+from tasks.evaluate.models_under_test import Decoder, Encoder, have_same_vocabulary, open_decoder, open_encoder
 from tasks.evaluate.toxicity import Toxicity, ToxicityClassifier
 
 INPUTS = {
@@ -70,6 +65,7 @@ class Config(Settings):
     """Settings of an evaluation; settings that do not apply to the model are ignored."""
 
     model: str = Field(description="Folder of the model to evaluate: an entry's, or your own", min_length=1)
+    chat_template: chat.TemplateName = None
     questions: int = Field(
         default=500, description="Maximum number of questions about seen entities, and about held-out entities", ge=1
     )
@@ -101,11 +97,11 @@ def run(config: Config, job: Job) -> Figures:
     path = job.inputs["model"]
     kind = models.model_kind(path)
     if kind == "causal":
-        rows, figures = _evaluate_decoder(config, job, open_decoder(path, job.numerics))
+        rows, figures = _evaluate_decoder(config, job, open_decoder(path, job.numerics, config.chat_template))
     elif kind == "masked":
         rows, figures = _evaluate_encoder(config, job, path)
     elif kind == "classifier":
-        rows, figures = [], _size_figures(models.load_scorer(path, job.numerics, heads=None), path)
+        rows, figures = [], _size_figures(head_models.load_scorer(path, job.numerics, heads=None), path)
     else:
         raise StageError(f"evaluate.{job.key}.model: {path} contains no causal, masked or classifier model.")
     _write_answers(rows, job.outputs["answers"])
@@ -299,7 +295,7 @@ def best_names(encoder: Encoder, names: Sequence[str], texts: Sequence[str], des
 
     if not texts:
         return []
-    codec = make_codec(encoder.tokenizer)
+    codec = make_codec(encoder.tokenizer, encoder.special_ids)
     candidates = Candidates(names, codec)
     slots = (single_slot(text, codec) for text in tqdm(texts, desc=desc, mininterval=2))
     return [names[log_scores(encoder.logits, codec, candidates, [slot])[0].argmax()] for slot in slots]

@@ -46,27 +46,45 @@ class RowOptions:
         return columns.compile_columns(self.columns)(row)
 
 
-def load_file(file: SourceFile, options: RowOptions, reading: Reading) -> str:
-    """Load the rows of a file, and return why none of them fits the table, or an empty text.
+@dataclass(frozen=True)
+class OpenedRows:
+    """The rows of a file, of which the first were read to find out how to read all."""
 
-    Raise UnreadableFile if the file cannot be read, or cannot be read further.
+    file_format: str
+    detected: Detected
+    rows: Rows
+
+
+def open_rows(file: SourceFile, options: RowOptions, columns_found: dict[str, None] | None = None) -> OpenedRows:
+    """Return the rows of a file and how they are read; `columns_found` receives the names of its columns.
+
+    Raise UnreadableFile if the file cannot be read, or if its rows are in no known form.
     """
     form = options.file_format or formats.detect(file)
     if options.file_format:
         formats.check(file, form)
     by_paragraph = form in options.paragraph_formats
     found, sample = _peek(formats.read(file, form, by_paragraph, options.records, options.row_keys), options)
-    reading.columns |= dict.fromkeys(str(name) for name in sample if name not in options.columns)
+    if columns_found is not None:
+        columns_found |= dict.fromkeys(str(name) for name in sample if name not in options.columns)
     if form in formats.DOCUMENT_FORMATS and options.table is None:
-        detected: Detected | None = Detected("corpus", layouts.OWN)
-    else:
-        detected = layouts.detect(sample, options.table, options.layout, options.columns)
+        return OpenedRows(form, Detected("corpus", layouts.OWN), found)
+    detected = layouts.detect(sample, options.table, options.layout, options.columns)
     if detected is None:
         raise UnreadableFile(f"{file.label}: {_describe_unknown(sample, options.table)}")
     if form in formats.TABULAR_FORMATS:
         _check_columns(file, detected, sample)
-    reading.note_format(form, detected.format, detected.columns, file.label)
-    return load_rows(detected, found, file.label, reading, options)
+    return OpenedRows(form, detected, found)
+
+
+def load_file(file: SourceFile, options: RowOptions, reading: Reading) -> str:
+    """Load the rows of a file, and return why none of them fits the table, or an empty text.
+
+    Raise UnreadableFile if the file cannot be read, or cannot be read further.
+    """
+    opened = open_rows(file, options, reading.columns)
+    reading.note_format(opened.file_format, opened.detected.format, opened.detected.columns, file.label)
+    return load_rows(opened.detected, opened.rows, file.label, reading, options)
 
 
 def load_iterated(found: Rows, label: str, kind: str, options: RowOptions, reading: Reading) -> None:
@@ -162,7 +180,7 @@ def _describe_unknown(sample: Mapping[str, Any], table: str | None) -> str:
 def _check_columns(file: SourceFile, detected: Detected, sample: Mapping[str, Any]) -> None:
     """Raise UnreadableFile if a file whose rows all have the same columns lacks one of the table's."""
     expected = rows.REQUIRED_COLUMNS[detected.table] if detected.format == layouts.OWN else set()
-    missing = expected - sample.keys()
+    missing = expected - sample.keys() - detected.columns.keys()
     if missing:
         wanted, found, lacking = (", ".join(sorted(map(str, names))) or "none" for names in (expected, sample, missing))
         raise UnreadableFile(

@@ -14,6 +14,7 @@ from tasks.common import identity
 
 BUFFER_BYTES = 2**16
 HEAD_BYTES = 2**16  # read to detect format and encoding
+SAMPLE_BYTES = 2**23
 PRELOADED_BYTES = 2**20  # a smaller file is opened once and kept while it is read
 PACKED_SIGNATURES = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 PACKED_SUFFIXES = (".gz", ".zst", ".zstd")
@@ -38,6 +39,7 @@ class SourceFile:
     label: str
     encoding: str | None = None  # of its text; None: detected
     notes: list[str] = field(default_factory=list)  # what a user should know about how it was read
+    is_sampled: bool = False  # only its beginning is read, so only that decides the encoding
     content: bytes | None = field(default=None, repr=False)  # of a small file
     _raw: BinaryIO | None = field(default=None, repr=False)
 
@@ -122,6 +124,10 @@ class SourceFile:
 
     def _chunks(self) -> Iterator[bytes]:
         with self.open() as opened:
+            if self.is_sampled:
+                head = opened.read(SAMPLE_BYTES)
+                yield head[: head.rfind(b"\n") + 1] if len(head) == SAMPLE_BYTES else head
+                return
             while chunk := opened.read(BUFFER_BYTES):
                 yield chunk
 

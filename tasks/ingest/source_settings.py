@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -67,7 +67,8 @@ def _validate_database(url: str) -> str:
             raise ValueError(f"expected sqlite:///FILE with a file under data/sources/, found {url}")
         _validate_path(parts.path.removeprefix("/"))
     elif parts.scheme in ("postgresql", "postgres"):
-        if parts.password and not re.fullmatch(PLACEHOLDER, parts.password):
+        written = [parts.password or "", *parse_qs(parts.query).get("password", [])]
+        if any(password and not re.fullmatch(PLACEHOLDER, password) for password in written):
             raise ValueError(
                 "a password in params.yaml would be in every record: write ${NAME} in its place, and set the "
                 "environment variable NAME"
@@ -299,6 +300,11 @@ class Sql(RowSettings):
         pattern=r"^[0-9a-f]{64}$",
     )  # fmt: skip
     format: Layout | None = Field(default=None, description="Format of its rows; null: detected from their columns")
+
+    @property
+    def sqlite_path(self) -> str | None:
+        """The path of an SQLite file under data/sources; None for a server."""
+        return self.url.removeprefix("sqlite:///") if self.url.startswith("sqlite") else None
 
     @model_validator(mode="after")
     def _check_settings(self) -> "Sql":

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from tasks.common import tables
 from tasks.common.harness.job import Job, StageError
-from tasks.common.modelling import methods, models, torch_setup
+from tasks.common.modelling import head_models, methods, models, torch_setup
 from tasks.common.modelling.methods import Full, Head, Lora, TopLayers
 from tasks.common.random_streams import Stream, generator
 from tasks.common.reward import agreement
@@ -78,6 +78,7 @@ class Config(Training):
 
     role: Role = Field(description="train: the reward of alignment; judge: measures what alignment gained")
     model: str = Field(description="Folder of the model that the head is put on: an entry's, or your own", min_length=1)
+    chat_template: chat.TemplateName = None
     method: Annotated[
         Full | TopLayers | Lora | Head, Field(discriminator="name", description="Which weights are trained")
     ] = Full(name="full")
@@ -136,7 +137,7 @@ class Config(Training):
 def run(config: Config, job: Job) -> dict[str, Any]:
     """Train the reward model; return its pairwise accuracy on held-out rankings and that of bag-of-words baselines."""
     torch_setup.prepare_torch(job.numerics, job.seed)
-    tokenizer = chat.load_tokenizer(job.inputs["model"])
+    tokenizer = chat.load_tokenizer(job.inputs["model"], config.chat_template)
     if config.word_dropout and tokenizer.mask_token_id is None:
         raise StageError(
             f"reward.word_dropout is {config.word_dropout}, but the model's tokenizer has no mask token; set it to 0."
@@ -210,7 +211,7 @@ def new_scorer(config: Config, job: Job) -> "PreTrainedModel":
     feature_options: dict[str, Any] = {}
     if isinstance(config.method, Head):
         feature_options = {"layers": config.method.layers, "token_level": config.method.pooling == "mean"}
-    return models.new_scorer(job.inputs["model"], job.numerics, config.heads, **feature_options)
+    return head_models.new_scorer(job.inputs["model"], job.numerics, config.heads, **feature_options)
 
 
 def scale_judge_steps(config: Config, trains: int, judges: int) -> Config:
@@ -285,7 +286,7 @@ class RankingObjective:
         if self.frozen:
             head_scores = self.frozen.outputs(rows, rows_per_pass)  # (N, heads)
         else:
-            head_scores = models.head_outputs(self.model, self.tokenizer, rows, self.job.numerics, rows_per_pass)
+            head_scores = head_models.head_outputs(self.model, self.tokenizer, rows, self.job.numerics, rows_per_pass)
         head_scores = head_scores + head_scores.new_tensor([value for _, base, _ in batch for value in base])[:, None]
         starts = np.cumsum([0, *(len(ranking.ids) for ranking, *_ in batch)]).tolist()
         sums = {"rating": head_scores.sum() * 0, "ordering": head_scores.sum() * 0}

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
-from tasks.common import identity
+from tasks.common import identity, model_folder, proxies
 from tasks.common.code import stages
 from tasks.common.harness import launch
 from tasks.common.harness.job import (
@@ -59,6 +59,7 @@ def main(module_name: str) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     for name, value in TELEMETRY_OFF.items():
         os.environ.setdefault(name, value)
+    proxies.exempt_loopback()
     module = importlib.import_module(module_name)
     stage = stage_of(module)
     key = sys.argv[1] if len(sys.argv) > 1 else None
@@ -108,6 +109,8 @@ def _execute(module: ModuleType, key: str | None, params: dict[str, Any]) -> dic
     section, config = config_of(module, params, key)
     numerics, links = Numerics.model_validate(params["numerics"]), links_of(params)
     inputs = {name: Path(path) for name, path in declared_inputs(module, key, config, links).items()}
+    # An adapter's base model is an input too, so that its hash is in the recipe and in the lineage.
+    inputs |= {f"base of {name}": base for name, path in inputs.items() if (base := model_folder.base_of(path)) != path}
     absent = [str(path) for path in inputs.values() if not path.exists()]
     if absent:
         raise StageError(f"{', '.join(absent)} is missing: run `dvc repro {stage_name(stage, key)}`, which makes it.")

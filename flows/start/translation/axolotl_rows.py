@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flows.start.keys import Keys
+from flows.start.translation.keys import Keys
 
 Row = Mapping[str, Any]
 NO_COLUMN = ""  # the name of a column that no file has

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flows.start.documents import BUILDERS, LICENCE, OBJECT_SUFFIXES, document_source
-from flows.start.files import find
-from flows.start.keys import Keys
-from flows.start.result import Draft, Source
+from flows.start.translation.documents import ROW_KINDS, document_source, holds_rows, holds_text
+from flows.start.translation.files import find
+from flows.start.translation.keys import Keys
+from flows.start.translation.result import Draft, Source
 
 INFO_NAME = "dataset_info.json"
 FOLDER = "llamafactory"  # under data/sources/
@@ -19,9 +19,8 @@ def read_sources(keys: Keys, config: Path, stage: str, draft: Draft) -> tuple[So
     A missing file, an unknown name and settings of a data set that have no counterpart are problems.
     """
     names = _names(keys)
-    folder = find(str(keys.take("dataset_dir", "data")), config)
-    path = None if folder is None else folder / INFO_NAME
-    if path is None or not path.is_file():
+    path = find(f"{keys.take('dataset_dir', 'data')}/{INFO_NAME}", config)
+    if path is None:
         keys.problems.append(
             f"dataset_dir: found {keys.content.get('dataset_dir', 'data (the default)')}, expected a folder with "
             f"{INFO_NAME}, seen from here or from the folder of {config.name}; there is none"
@@ -34,10 +33,7 @@ def read_sources(keys: Keys, config: Path, stage: str, draft: Draft) -> tuple[So
         return ()
     local = [name for name in names if not _on_hub(name, listed, draft)]
     documents = stage == "pt"
-    sources = _documents(path, listed, local, keys, draft) if documents else _rows(path, local, stage, keys)
-    if sources:
-        draft.notes.append(f"The licence of the data sets is set to {LICENCE}: ingest.sources.")
-    return sources
+    return _documents(path, listed, local, keys, draft) if documents else _rows(path, local, stage, keys)
 
 
 def _names(keys: Keys) -> list[str]:
@@ -79,13 +75,11 @@ def _rows(path: Path, names: list[str], stage: str, keys: Keys) -> tuple[Source,
             keys.problems.append(
                 f"dataset: {name} has {entry.layout.table} (ranking in {INFO_NAME}), but stage {stage} needs {wanted}"
             )
-        if entry.path.suffix not in OBJECT_SUFFIXES:
-            keys.problems.append(
-                f"dataset: {name} is {entry.path.name}, expected JSON, JSON lines or Parquet; convert it"
-            )
+        if not holds_rows(entry.path):
+            keys.problems.append(f"dataset: {name} is {entry.path.name}, expected {ROW_KINDS}; convert it")
     files = {file.relative_to(path.parent.resolve()).as_posix(): file for file in _files(path, entries)}
     settings = {
-        "name": FOLDER, "kind": "llamafactory", "licence": LICENCE, "path": f"{FOLDER}/{INFO_NAME}", "datasets": names
+        "name": FOLDER, "kind": "llamafactory", "path": f"{FOLDER}/{INFO_NAME}", "datasets": names
     }  # fmt: skip
     return (Source(settings, {f"{FOLDER}/{name}": file for name, file in files.items()}),)
 
@@ -106,8 +100,8 @@ def _documents(path: Path, listed: Any, names: list[str], keys: Keys, draft: Dra
         columns = entry.get("columns") or {}
         if not file.is_file():
             keys.problems.append(f"dataset: {name} expects the file {file}; there is none")
-        elif file.suffix not in (".txt", *BUILDERS):
-            keys.problems.append(f"dataset: {name} is {file.name}, expected one of .txt, {', '.join(BUILDERS)}")
+        elif not holds_text(file):
+            keys.problems.append(f"dataset: {name} is {file.name}, expected text, {ROW_KINDS}; convert it")
         else:
             sources.append(document_source(name, file, str(columns.get("prompt", "instruction")), draft))
     return tuple(sources)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.start.axolotl_rows import Layout, pair_layout, prompt_layout
-from flows.start.documents import BUILDERS, LICENCE, OBJECT_SUFFIXES, document_source
-from flows.start.files import find, first_rows, is_hub_name
-from flows.start.keys import Keys, Table
-from flows.start.result import Draft, Source
+from flows.start.translation.axolotl_rows import Layout, pair_layout, prompt_layout
+from flows.start.translation.documents import ROW_KINDS, document_source, holds_rows, holds_text
+from flows.start.translation.files import find, first_rows, is_hub_name
+from flows.start.translation.keys import Keys, Table
+from flows.start.translation.result import Draft, Source
 
 LOADERS = ("json", "csv", "parquet", "text", "arrow")  # `path` of a data set whose files are in data_files
 DOCUMENT_TYPES = ("completion", "pretrain")
@@ -80,8 +80,6 @@ def read_sources(keys: Keys, config: Path, table: str, draft: Draft) -> Data:
             "datasets", "conversations and plain text are not trained on in one loss",
             "the text is in the corpus: set finetune.chat.pretraining_mix.weight to mix it in",
         )  # fmt: skip
-    if sources:
-        draft.notes.append(f"The licence of the data sets is set to {LICENCE}: ingest.sources.")
     return Data(tuple(sources), kinds == {True})
 
 
@@ -109,9 +107,7 @@ def _files(keys: Keys, where: str, config: Path, draft: Draft) -> list[Path]:
         keys.report("path", f"found {path or 'nothing'}, expected a file or a folder; there is none")
     if place is None or place.is_file():
         return [place] if place else []
-    files = [place / name for name in names] or sorted(
-        file for file in place.iterdir() if file.suffix in (".txt", *BUILDERS)
-    )
+    files = [place / name for name in names] or sorted(file for file in place.iterdir() if holds_text(file))
     if not files or not all(file.is_file() for file in files):
         keys.report("path", f"found the folder {place}, expected data files in it")
         return []
@@ -127,23 +123,23 @@ def _take_row_keys(keys: Keys) -> None:
 def _documents(keys: Keys, file: Path, name: str, table: str, draft: Draft) -> Source | None:
     keys.take("type")
     column = keys.text("field") or keys.text("text_column") or "text"
-    if file.suffix not in (".txt", *BUILDERS):
-        keys.report("path", f"found {file.name}, expected one of .txt, {', '.join(BUILDERS)}; convert it")
+    if not holds_text(file):
+        keys.report("path", f"found {file.name}, expected text, {ROW_KINDS}; convert it")
         return None
     return document_source(name, file, column, draft)
 
 
 def _rows(keys: Keys, file: Path, name: str, table: str, draft: Draft) -> Source | None:
     """Return the source of a file of conversations or pairs."""
-    from tasks.common.harness.job import StageError
+    from tasks.ingest.source_files import UnreadableFile
 
-    if file.suffix not in OBJECT_SUFFIXES:
-        keys.report("path", f"found {file.name}, expected JSON, JSON lines or Parquet; convert it")
+    if not holds_rows(file):
+        keys.report("path", f"found {file.name}, expected {ROW_KINDS}; convert it")
         return None
     try:
         rows = first_rows(file)
-    except StageError as error:
-        keys.report("path", str(error).partition(": ")[2])
+    except UnreadableFile as error:
+        keys.report("path", str(error))
         return None
     layout = (pair_layout if table == "rankings" else prompt_layout)(keys, rows)
     if layout is None:
@@ -158,7 +154,7 @@ def _source(layout: Layout, file: Path, name: str, table: str) -> Source:
     target = f"{name}/{file.name}"
     if not layout.columns and not layout.tags:
         settings: Mapping[str, Any] = {
-            "name": name, "kind": "files", "licence": LICENCE, "path": target, "format": layout.format, "table": table
+            "name": name, "kind": "files", "path": target, "format": layout.format, "table": table
         }  # fmt: skip
         return Source(settings, {target: file})
     info = {
@@ -166,7 +162,7 @@ def _source(layout: Layout, file: Path, name: str, table: str) -> Source:
         "columns": layout.columns, "tags": layout.tags,
     }  # fmt: skip
     place = f"{name}/dataset_info.json"
-    settings = {"name": name, "kind": "llamafactory", "licence": LICENCE, "path": place, "datasets": [name]}
+    settings = {"name": name, "kind": "llamafactory", "path": place, "datasets": [name]}
     return Source(settings, {target: file}, {place: json.dumps({name: info}, indent=1) + "\n"})
 
 

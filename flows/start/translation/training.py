@@ -8,8 +8,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from flows.start.keys import Keys
-from flows.start.result import CHECKPOINT, MAX_HELDOUT, MAX_WARMUP, Draft
+from flows.start.translation.keys import Keys
+from flows.start.translation.result import CHECKPOINT, MAX_HELDOUT, MAX_WARMUP, Draft
 
 ADAMW_NAMES = {"adamw", "adamw_hf", "adamw_torch", "adamw_torch_fused", "flash_adamw", "optimi_adamw"}
 # The same update with states of fewer bits, or kept in the memory of the CPU.
@@ -167,6 +167,7 @@ def chat_entry(amount: Amount, method: dict[str, Any], task: dict[str, Any], too
         "model": CHECKPOINT,
         "method": method,
         "task": {"name": "chat", **task},
+        "max_tokens": max(8, amount.max_length),
         "too_long": too_long,
         **amount.for_training("finetune.chat", draft),
     }

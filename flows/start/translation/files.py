@@ -2,12 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from flows.start.keys import Keys
-from flows.start.result import Draft
+from flows.start.translation.keys import Keys
+from flows.start.translation.result import Draft
 
 HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zst")
@@ -51,22 +52,23 @@ def read_folder(keys: Keys, key: str, path: str | None, config: Path, draft: Dra
 
 
 def first_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the first objects of a JSON, JSON lines or Parquet file; lines that are no objects are left to `ingest`.
+    """Return the first objects of a file of rows; lines that are no objects are left to `ingest`.
 
-    Raises StageError for a file of another kind.
+    Raises UnreadableFile for a file of another kind.
     """
     return list(_objects(path))
 
 
 def _objects(path: Path) -> Iterator[dict[str, Any]]:
-    from tasks.ingest.formats import read_objects
+    from tasks.ingest import formats
+    from tasks.ingest.source_files import SourceFile
 
-    for number, (_, row) in enumerate(read_objects(path.name, path)):
-        if number == ROWS_LOOKED_AT:
-            return
+    file = SourceFile(path, path.name)
+    found = formats.read(file, formats.detect(file), False, None, frozenset())
+    for _, row in islice(found, ROWS_LOOKED_AT):
         try:
-            value = json.loads(row) if isinstance(row, str) else row
+            value = json.loads(row) if isinstance(row, str | bytes) else row
         except ValueError:
             continue
-        if isinstance(value, dict):
-            yield value
+        if isinstance(value, Mapping):
+            yield dict(value)

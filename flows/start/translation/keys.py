@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from flows.start.result import Line
+from flows.start.translation.result import Line
 
 Table = Mapping[str, tuple[str, str]]  # key: why it is not translated, what to do instead
 # YAML 1.1, which the tools use, reads these words as truth values.
