@@ -188,12 +188,14 @@ def test_sixty_conversations_pass_with_defaults(tmp_path: Path) -> None:
 def test_long_documents_and_messages_pass_with_defaults(tmp_path: Path) -> None:
     text = "The river rises in the hills of the north, and that is all that we have to say. " * 2500
     rows = {"corpus": [document("d", text)], "instructions": [chat("c", "user:Tell all.", f"assistant:{text}")]}
-    run(tmp_path, rows)
+    run(tmp_path, rows, min_rows={"corpus": 1})
     assert len(table(tmp_path / "out", "corpus")[0]["text"]) == len(text) == 200_000
     report = json.loads((tmp_path / "out/report/validation.json").read_text(encoding="utf-8"))
     assert report[0]["limits"][0] == {
-        "setting": "max_text_characters", "value": None, "found": "longest kept: 200,000 characters"
+        "setting": "max_text_characters", "value": None, "origin": "default",
+        "found": "longest kept: 200,000 characters",
     }  # fmt: skip
+    assert [limit["origin"] for limit in report[0]["limits"]] == ["default", "default", "params.yaml"]
     assert "no limit" in page(tmp_path)
 
 
