@@ -175,6 +175,7 @@ def test_ranks_are_checked_against_the_responses(ranks: list[int], expected: str
         "São Tomé",
         "a page\x0cbreak",
         "a zero\ufeffwidth space",
+        "XÃ\u00a0HỘI",
         "Ångström",
         "naïve café",
         "Brasília",

@@ -23,8 +23,8 @@ SPLITS = ("train", "heldout")
 ROLES = ("system", "user", "assistant")
 TURNS_PATTERN = r"^(?:system )?(?:user assistant )*user assistant$"
 # U+FFFD, control characters (page breaks are none), and UTF-8 that was read as Latin-1 or Windows-1252 ("Ã©", "â€™").
-# U+FEFF is a zero-width space within a text, and pages have it.
-DAMAGE_PATTERN = "[\ufffd\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]|[ÂÃ][\u00a0-\u00bf]|â€|ï»¿"
+# U+FEFF is a zero-width space within a text, and pages have it. Capitals may be before a no-break space ("XÃ HỘI").
+DAMAGE_PATTERN = "[\ufffd\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]|(?<![A-ZÀ-Þ])[ÂÃ][\u00a0-\u00bf]|â€|ï»¿"
 DUPLICATE_ROW_REASON = "duplicate of an earlier row"
 
 
