@@ -99,14 +99,10 @@ def settings(*, trial: bool) -> dict[str, Any]:
     params["ingest"]["sources"] = [
         {**files, "name": "wikitext", "group": "wiki", "path": "wikitext.txt", "format": "txt", "table": "corpus"},
         {**files, "name": "medquad", "group": None, "path": "medquad.jsonl", **chats},
-        # No stage here reads rankings, but `validate` fails without any.
-        {**files, "name": "ratings", "group": None, "path": "smoke/ratings.csv", "format": "csv", "table": "ratings"},
     ]
     params["ingest"]["heldout"]["entities"] = 0.1
-    # A quarter of the answers are near-duplicates, because they follow one pattern.
-    params["validate"]["max_rejected_share"] = 0.5
     params["validate"] |= {
-        "min_rows": {"corpus": 1000, "instructions": 1000, "rankings": 1},
+        "min_rows": {"corpus": 1000, "instructions": 1000, "rankings": 0},
         "min_heldout_questions": 100,
     }
     params["numerics"] |= {"threads": 2, "compile": "never" if trial else "auto"}

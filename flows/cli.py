@@ -8,6 +8,7 @@ import click
 
 from flows.start.cli import init
 from serving.errors import ServingError
+from tasks.common import proxies
 from tasks.common.settings import BessemerError
 
 PORT_RANGE = click.IntRange(1, 65535)
@@ -32,6 +33,7 @@ WITH_OPTION = click.option(
 
 def main() -> None:
     """Entry point. An error that the user can fix is one message and exit code 1, without a traceback."""
+    proxies.exempt_loopback()
     try:
         _use_project_code()
         cli(standalone_mode=False)
@@ -210,7 +212,11 @@ def build() -> None:
 @HOST_OPTION
 @PORT_OPTION
 @WITH_OPTION
-def serve(host: str, port: int, others: tuple[str, ...]) -> None:
+@click.option(
+    "--allow-origin", "origins", multiple=True, metavar="ORIGIN",
+    help="Let the pages of this site use the endpoint, e.g. https://chat.example.org, or * for all; may be repeated.",
+)  # fmt: skip
+def serve(host: str, port: int, others: tuple[str, ...], origins: tuple[str, ...]) -> None:
     """Start the endpoint: POST /generate, POST /fill-mask, OpenAI's /v1, GET /provenance, pages at / and /rank.
 
     \b
@@ -222,7 +228,7 @@ def serve(host: str, port: int, others: tuple[str, ...]) -> None:
     """
     from flows import endpoint
 
-    endpoint.serve(Path(), host, port, others)
+    endpoint.serve(Path(), host, port, others, origins=origins)
 
 
 @cli.group(invoke_without_command=True)

@@ -14,17 +14,19 @@ from serving.questions import FILE
 from tasks.common.settings import BessemerError
 
 
-def serve(project: Path, host: str, port: int, others: Sequence[str], message: str | None = None) -> NoReturn:
+def serve(
+    project: Path, host: str, port: int, others: Sequence[str], message: str | None = None, origins: Sequence[str] = ()
+) -> NoReturn:
     """Replace this process by the endpoint with the packaged model and `others`, which are exported first if needed.
 
-    `message` is printed before the endpoint starts.
+    `message` is printed before the endpoint starts; `origins` are sites whose pages may use it.
     """
     endpoint.check_free(port, host)  # fail before an export, which takes a while
     open_package()
     folders = models.prepare_models(project, others)
     if message:
         print(message, flush=True)
-    endpoint.serve(port, host, folders or None)
+    endpoint.serve(port, host, folders or None, origins)
 
 
 def rank(project: Path, host: str, port: int, others: Sequence[str]) -> None:

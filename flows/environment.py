@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 from flows.records import read_json
+from tasks.common import proxies
 from tasks.common.harness.records import write_json
 from tasks.common.settings import BessemerError
 
@@ -28,6 +29,7 @@ QUIET_VARIABLES = {
 
 def prepare(project: Path, *, console: bool) -> None:
     """Set Prefect's environment; without `console` its log lines go only to the server, not to the terminal."""
+    proxies.check_supported()
     for name, value in QUIET_VARIABLES.items():
         os.environ.setdefault(name, value)
     if not console:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.records import read_json
-from tasks.common import identity, params_file
+from tasks.common import identity, model_folder, params_file
 from tasks.common.code import stages
 from tasks.common.harness.lineage import user_sources
 from tasks.common.harness.records import write_json
@@ -23,7 +23,7 @@ from tasks.common.raw_params import read_params
 from tasks.common.settings import Base, BessemerError, Numerics
 
 CACHE = Path("data/.cache/models")
-EXPORTER = "tasks.quantize"
+EXPORTER = "tasks.quantize.stage"
 
 
 def available_models(params: Mapping[str, Any]) -> dict[str, str]:
@@ -84,11 +84,13 @@ def _verified_record(project: Path, name: str, path: str) -> dict[str, Any]:
     record = read_json(folder.parent / "record.json")
     parts = Path(path).parts
     if parts[0] != "data" and folder.is_dir():
-        digest = identity.tree_hash(folder)
-        hashes = {path: digest}
+        base = model_folder.base_of(folder)  # of an adapter
+        parts_by_path = {path: folder} if base == folder else {path: folder, str(base): base}
+        hashes = {name: identity.tree_hash(part) for name, part in parts_by_path.items()}
+        digest = hashes[path] if base == folder else identity.hash_json(hashes)
         record = {
             "stage": path, "recipe": digest, "content": digest, "inputs": hashes, "outputs": hashes,
-            "user_provided": {path: identity.file_hashes(folder)},
+            "user_provided": {name: identity.file_hashes(part) for name, part in parts_by_path.items()},
         }  # fmt: skip
     if not isinstance(record, dict) or not folder.is_dir():
         stage = "@".join(parts[1:-1])
@@ -98,10 +100,11 @@ def _verified_record(project: Path, name: str, path: str) -> dict[str, Any]:
             f"{path} differs from the output recorded by {record['stage']}: "
             f"`bessemer run -s {record['stage']}` makes it again."
         )
-    kinds = (read_json(folder / "config.json") or {}).get("architectures") or ["model of unknown architecture"]
-    if not _is_exported(folder) and not any(kind.endswith("ForCausalLM") for kind in kinds):
+    config = model_folder.read_json(model_folder.base_of(folder) / model_folder.CONFIG)
+    if not _is_exported(folder) and model_folder.kind_of(config) != "causal":
+        kind = (config.get("architectures") or ["model of unknown architecture"])[0]
         raise BessemerError(
-            f"The model {name} is a {kinds[0]}, not a causal language model; choose another one, or omit it."
+            f"The model {name} is a {kind}, not a causal language model; choose another one, or omit it."
         )
     return record
 
@@ -115,7 +118,7 @@ def _is_exported(folder: Path) -> bool:
 def _served_folder(
     project: Path, name: str, source: str, record: dict[str, Any], params: dict[str, Any], report: Callable[[str], None]
 ) -> Path:
-    from tasks.quantize import Config
+    from tasks.quantize.stage import Config
 
     config = Config.model_validate({**export_settings(params), "model": source})
     numerics, seed = Numerics.model_validate(params["numerics"]), Base.model_validate(params["base"]).seed
@@ -157,15 +160,15 @@ def export_settings(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def _export(source: Path, target: Path, config: Any, numerics: Numerics, seed: int) -> None:
     """Export a model, or copy it if it is exported already, to a scratch folder, and move that to `target`."""
-    from tasks import quantize
     from tasks.common.modelling import torch_setup
+    from tasks.quantize import stage as quantize
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as scratch:
         folder = Path(scratch, "made")
         folder.mkdir()
         if _is_exported(source):
-            shutil.copytree(source, folder / "chat")
+            quantize.adopt_folder(config, source, folder / "chat")
         else:
             numerics = quantize.cpu_numerics(numerics)
             torch_setup.prepare_torch(numerics, seed)

@@ -1,5 +1,6 @@
 """Sampling settings, length limits, and the incremental decoding of generated tokens to text."""
 
+import re
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 MAX_STOPS = 4
 MAX_TEMPERATURE = 2.0
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # invalid UTF-8 decodes to it
 
 
@@ -200,18 +202,27 @@ class IncrementalDecoder:
     """
 
     MAX_CHARACTER_TOKENS = 4  # a UTF-8 character has up to 4 bytes, each of which may be a token
+    # Byte-fallback tokenizers (Llama 2) decode a run of byte tokens as a whole: one invalid byte makes all of them
+    # replacement characters. A run is held back until it ends, or has this many tokens and ends a character.
+    MAX_RUN_TOKENS = 64
 
     def __init__(self, tokenizer: "Tokenizer") -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
+        self._run = 0  # byte tokens at the end
         self._start = self._read = 0  # token offsets: start of the decoded window, end of the emitted tokens
 
     def add(self, token: int) -> str:
         """Return the text that a token adds; an incomplete character is held back."""
         self._ids.append(token)
-        text = self._text(self._start, len(self._ids))
-        if text.endswith(REPLACEMENT) and len(self._ids) - self._read < self.MAX_CHARACTER_TOKENS:
+        self._run = self._run + 1 if BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token) or "") else 0
+        if 0 < self._run < self.MAX_RUN_TOKENS:
             return ""
+        text = self._text(self._start, len(self._ids))
+        held = self.MAX_CHARACTER_TOKENS + (self.MAX_RUN_TOKENS if self._run else 0)
+        if text.endswith(REPLACEMENT) and len(self._ids) - self._read < held:
+            return ""
+        self._run = 0
         return self._take_new_text(text)
 
     def close(self) -> str:

@@ -7,8 +7,8 @@ Concurrent requests share one batch (`serving.batching`). Prompts are tokenized 
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +18,7 @@ from serving import folders, names
 from serving.batching import Batch, Request
 from serving.decoding import Answer, Limits, Sampling
 from serving.errors import InputError
+from serving.templates import ChatTemplate
 
 if TYPE_CHECKING:
     from openvino import InferRequest
@@ -49,28 +50,22 @@ class TextEngine:
         self.tokenizer = folders.load_tokenizer(folder)
         eos = folders.read_key(folder / "generation_config.json", "eos_token_id")
         self.eos_ids: tuple[int, ...] = tuple(eos) if isinstance(eos, list) else (eos,)
-        bos = folders.read_key(folder / "config.json", "bos_token_id")
-        self.bos_id: int = self.eos_ids[0] if bos is None else bos  # the same fallback as `chat.encode_text`
-        self._template = folders.require_file(folder / "chat_template.jinja").read_text(encoding="utf-8")
+        self.first_id: int = folders.read_key(folder / folders.SPECIAL_TOKENS_FILE, "first")
+        self.template = _read_template(folder)
         self.batch = Batch(partial(folders.load_pipeline, folder, threads, cache_blocks))
-
-    @cached_property
-    def _render(self) -> Callable[..., str]:
-        """The chat template, compiled as Transformers compiles it."""
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise_template_error
-        environment.globals["bos_token"] = self.tokenizer.id_to_token(self.bos_id)
-        environment.globals["eos_token"] = self.tokenizer.id_to_token(self.eos_ids[0])
-        return environment.from_string(self._template).render
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Return the prompt's token ids: the conversation rendered by the chat template, with the generation prompt."""
+        if self.template is None:
+            raise InputError(
+                "The model has no chat template, so it answers no conversations: POST a text to /v1/completions, or "
+                "export the model with a chat_template.",
+                field="messages", code="no_chat_template",
+            )  # fmt: skip
         check_messages(messages)
         for message in messages:
             folders.check_reserved_tokens(self.tokenizer, message["content"])
-        text = self._render(messages=list(messages), add_generation_prompt=True)
+        text = self.template.render(messages)
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -110,7 +105,7 @@ class TextEngine:
         """Return the token ids of a plain text to continue."""
         folders.check_reserved_tokens(self.tokenizer, text)
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return [self.bos_id, *ids]
+        return [self.first_id, *ids]
 
     def _config(self, sampling: Sampling, max_tokens: int) -> "GenerationConfig":
         """Return the engine's config. Temperature is applied before `top_p`, as in OpenAI's API and Transformers."""
@@ -140,9 +135,12 @@ def check_messages(messages: Sequence[Message]) -> None:
         raise InputError("The last message must be the user's: it is the one that gets answered.", field="messages")
 
 
-def _raise_template_error(message: str) -> None:
-    """The `raise_exception` of chat templates."""
-    raise InputError(f"The model's chat template rejects this conversation: {message}", field="messages")
+def _read_template(folder: Path) -> ChatTemplate | None:
+    """Return a folder's chat template; None if it has none and only completes texts."""
+    tokens = folders.read_key(folder / folders.SPECIAL_TOKENS_FILE, "template")
+    if tokens is None:
+        return None
+    return ChatTemplate(folders.require_file(folder / folders.TEMPLATE_FILE).read_text(encoding="utf-8"), tokens)
 
 
 class MaskEngine:
@@ -151,13 +149,13 @@ class MaskEngine:
     def __init__(self, folder: Path, context: int, threads: int | None = None) -> None:
         self.tokenizer = folders.load_tokenizer(folder)
         self.context = context  # in tokens
-        self.codec = names.make_codec(self.tokenizer)
+        self.codec = names.make_codec(self.tokenizer, folders.read_json(folder / folders.SPECIAL_TOKENS_FILE))
         self.candidates = names.Candidates(folders.read_json(folder / "names.json"), self.codec)
         self.logits = EncoderLogits(folder, threads)
 
     def fill(self, text: str, top: int = 5) -> list[list[names.NameScore]]:
         """Return the `top` best names for each [MASK] of a text, in order."""
-        folders.check_reserved_tokens(self.tokenizer, text, allowed=names.MASK)
+        folders.check_reserved_tokens(self.tokenizer, text, allowed=names.MASK)  # whatever the model's own is called
         slots = []
         for slot in names.find_slots(text, self.codec):
             self._check_length(slot)  # checked before the next slot is built: each is as long as the text

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 REMEDY = "Run `bessemer run` to make the package again."
 GRAPH_FILE, WEIGHTS_FILE = "openvino_model.xml", "openvino_model.bin"
-ENGINE_FILE = "engine.json"  # inference settings, written by `tasks.quantize`
+# Written by `tasks.quantize`: inference settings, the tokens around a text and in a template, the chat template.
+ENGINE_FILE, SPECIAL_TOKENS_FILE, TEMPLATE_FILE = "engine.json", "special_tokens.json", "chat_template.jinja"
 MAX_BATCH_REQUESTS = 16  # in one batch; further requests wait
 # Activations and KV cache in float32 on every CPU. Otherwise an answer would depend on the other rows of its batch.
 FLOAT32_OPTIONS = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "KV_CACHE_PRECISION": "f32"}

@@ -8,7 +8,7 @@ Several masks of one text are filled independently; the others stay one mask tok
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +20,7 @@ from serving.errors import InputError, PackageError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-BOS, EOS, MASK = "<|bos|>", "<|end|>", "[MASK]"
+MASK = "[MASK]"  # in texts, whatever the model's own mask token is
 
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
@@ -45,17 +45,19 @@ class Codec:
     mask: int
 
 
-def make_codec(tokenizer: "Tokenizer") -> Codec:
-    """Return the codec of a tokenizer; raise PackageError if it lacks one of the special tokens."""
+def make_codec(tokenizer: "Tokenizer", special: Mapping[str, Any]) -> Codec:
+    """Return the codec of a tokenizer; `special` holds the ids `first`, `last` and `mask`.
+
+    Raises PackageError if one is missing.
+    """
 
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    ids = {token: tokenizer.token_to_id(token) for token in (BOS, EOS, MASK)}
-    if missing := [token for token, found in ids.items() if found is None]:
-        raise PackageError(f"The encoder's tokenizer lacks {' and '.join(missing)}.")
-    return Codec(encode, bos=ids[BOS], eos=ids[EOS], mask=ids[MASK])
+    if missing := [name for name in ("first", "last", "mask") if not isinstance(special.get(name), int)]:
+        raise PackageError(f"The encoder's tokenizer lacks a token: {' and '.join(missing)}. Export the model again.")
+    return Codec(encode, bos=special["first"], eos=special["last"], mask=special["mask"])
 
 
 @dataclass(frozen=True)

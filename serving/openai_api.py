@@ -1,9 +1,10 @@
-"""OpenAI-compatible API: `POST /v1/chat/completions`, streamed or not, and `GET /v1/models`."""
+"""OpenAI-compatible API: `POST /v1/chat/completions` and `/v1/completions`, streamed or not, and `GET /v1/models`."""
 
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from starlette.concurrency import run_in_threadpool
@@ -15,37 +16,73 @@ from serving.decoding import Answer
 from serving.errors import InputError
 from serving.middleware import error_response, model_header, openai_error
 from serving.package import choose
-from serving.requests import ChatRequest, parse
+from serving.requests import ChatRequest, CompletionRequest, parse
 
 if TYPE_CHECKING:
+    from serving.engine import Prompt
     from serving.package import Model
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one kind of completion is written: its names, and the part of a choice that holds text."""
+
+    name: str
+    chunk_name: str
+    prefix: str  # of ids
+    field: str  # of the request that holds the input
+    whole: Callable[[str], dict[str, Any]]
+    piece: Callable[[str], dict[str, Any]]
+    opening: dict[str, Any]
+    closing: dict[str, Any]
+
+
+CHAT = Form(
+    "chat.completion", "chat.completion.chunk", "chatcmpl", "messages",
+    lambda text: {"message": {"role": "assistant", "content": text, "refusal": None}},
+    lambda text: {"delta": {"content": text}}, {"delta": {"role": "assistant", "content": ""}}, {"delta": {}},
+)  # fmt: skip
+TEXT = Form(
+    "text_completion", "text_completion", "cmpl", "prompt", lambda text: {"text": text}, lambda text: {"text": text},
+    {}, {"text": ""},
+)  # fmt: skip
 
 
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
+    return await _complete(request, ChatRequest, CHAT)
+
+
+async def completions(request: Request) -> Response:
+    """Continue a text."""
+    return await _complete(request, CompletionRequest, TEXT)
+
+
+async def _complete(request: Request, schema: type[ChatRequest] | type[CompletionRequest], form: Form) -> Response:
     try:
-        body = parse(ChatRequest, await request.body())
+        body = parse(schema, await request.body())
         chosen = choose(request.app.state.models, body.model)
-        messages = [message.to_dict() for message in body.messages]
-        answer = await run_in_threadpool(chosen.text.start, messages, body.sampling())
+        answer = await run_in_threadpool(chosen.text.start, _prompt(body), body.sampling())
         if not body.stream:
             await answer.finish_async()
     except InputError as error:
-        return error_response(_with_openai_names(error), request.url.path)
-    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chosen.tag}
+        return error_response(_with_openai_names(error, form), request.url.path)
+    head = {"id": f"{form.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": chosen.tag}
     if body.stream:
-        usage = body.stream_options is not None and body.stream_options.include_usage
-        events = _events(answer, head, usage)
+        events = _events(answer, head, form, usage=body.wants_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers=model_header(chosen.tag))
-    message = {"role": "assistant", "content": answer.text, "refusal": None}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
-    whole = {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(answer)}
+    choice = {"index": 0, **form.whole(answer.text), "logprobs": None, "finish_reason": answer.finish_reason}
+    whole = {**head, "object": form.name, "choices": [choice], "usage": _usage(answer)}
     return JSONResponse(whole, headers=model_header(chosen.tag))
 
 
-def _with_openai_names(error: InputError) -> InputError:
+def _prompt(body: ChatRequest | CompletionRequest) -> "Prompt":
+    return body.prompt if isinstance(body, CompletionRequest) else [message.to_dict() for message in body.messages]
+
+
+def _with_openai_names(error: InputError, form: Form) -> InputError:
     """Return an error with the field names of OpenAI's API."""
-    field = {"input": "messages", "max_new_tokens": "max_tokens"}.get(error.field, error.field)
+    field = {"input": form.field, "max_new_tokens": "max_tokens"}.get(error.field, error.field)
     message = str(error).replace('"max_new_tokens"', '"max_tokens"')
     return InputError(message, field=field, code=error.code, status=error.status)
 
@@ -55,21 +92,22 @@ def _usage(answer: Answer) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-async def _events(answer: Answer, head: dict[str, Any], usage: bool) -> AsyncIterator[str]:
+async def _events(answer: Answer, head: dict[str, Any], form: Form, *, usage: bool) -> AsyncIterator[str]:
     """Yield the server-sent events of one answer: role, pieces, finish reason and, if `usage`, the token counts."""
-    head = {**head, "object": "chat.completion.chunk", **({"usage": None} if usage else {})}
+    head = {**head, "object": form.chunk_name, **({"usage": None} if usage else {})}
 
-    def chunk(delta: dict[str, str], finish: str | None = None) -> str:
-        return _event({**head, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]})
+    def chunk(part: dict[str, Any], finish: str | None = None) -> str:
+        return _event({**head, "choices": [{"index": 0, **part, "logprobs": None, "finish_reason": finish}]})
 
-    yield chunk({"role": "assistant", "content": ""})
+    if form.opening:
+        yield chunk(form.opening)
     try:
         async for piece in answer:
-            yield chunk({"content": piece})
+            yield chunk(form.piece(piece))
     except InputError as error:  # from the engine, after the status line was sent
         yield _event({"error": openai_error(error)})
         return
-    yield chunk({}, answer.finish_reason)
+    yield chunk(form.closing, answer.finish_reason)
     if usage:
         yield _event({**head, "choices": [], "usage": _usage(answer)})
     yield "data: [DONE]\n\n"
@@ -108,6 +146,7 @@ async def unknown(request: Request) -> Response:
 
 ROUTES = [
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+    Route("/v1/completions", completions, methods=["POST"]),
     Route("/v1/models", models),
     Route("/v1/models/{name:path}", model),
     Route("/v1/{rest:path}", unknown, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),

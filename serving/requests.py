@@ -27,6 +27,9 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "functions": ([],),
+    "echo": (False,),
+    "suffix": ("",),
+    "best_of": (1,),
     "modalities": (["text"],),
 }
 
@@ -40,12 +43,33 @@ def _not_blank(value: str) -> str:
 
 
 def _join_text_parts(value: Any) -> Any:
-    """Join the text parts of a message; reject other parts (images, audio)."""
+    """Join the text parts of a message; reject other parts (images, audio) by their type."""
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in value):
-        return "".join(part["text"] for part in value)
-    raise PydanticCustomError("content", "must be a string or a list of text parts")
+    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
+        raise PydanticCustomError("content", "must be a string or a list of text parts")
+    others = [part.get("type") for part in value if not isinstance(part.get("text"), str)]
+    if others:
+        raise PydanticCustomError(
+            "part",
+            "has a part of type {kind}; the model reads only text parts: remove it",
+            {"kind": str(others[0])},
+        )
+    return "".join(part["text"] for part in value)
+
+
+def _no_tool_calls(value: Any) -> Any:
+    if value:
+        raise PydanticCustomError("part", "is not supported: the model calls no tools. Send the text of the turn alone")
+    return None
+
+
+def _is_no_tool(value: str) -> str:
+    if value in ("tool", "function"):
+        raise PydanticCustomError(
+            "part", "is {role}: tool turns are not supported. Send the tool's result in a user message", {"role": value}
+        )
+    return value
 
 
 def _as_tuple(value: Any) -> Any:
@@ -125,7 +149,9 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    role: str
+    role: Annotated[str, AfterValidator(_is_no_tool)]
+    tool_calls: Annotated[None, BeforeValidator(_no_tool_calls)] = None
+    function_call: Annotated[None, BeforeValidator(_no_tool_calls)] = None
     content: Annotated[str, BeforeValidator(_join_text_parts)]
 
     def to_dict(self) -> dict[str, str]:
@@ -136,24 +162,32 @@ class ChatMessage(BaseModel):
 class StreamOptions(BaseModel):
     """Options of a streamed response."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
 
 
-class ChatRequest(BaseModel):
-    """OpenAI's chat completion request, with the supported parameters."""
+class OpenAIRequest(BaseModel):
+    """What OpenAI's two kinds of completion requests share, with the supported parameters."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
     model: str
-    messages: list[ChatMessage]
     max_tokens: int | None = None
-    max_completion_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
     stop: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the token counts."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def longest(self) -> int | None:
+        """The requested maximum number of new tokens."""
+        return self.max_tokens
 
     def sampling(self) -> Sampling:
         """Return the sampling settings; raise InputError for an unsupported parameter."""
@@ -162,14 +196,34 @@ class ChatRequest(BaseModel):
                 raise InputError(
                     f'"{name}" is not supported here: remove it.', field=name, code="unsupported_parameter"
                 )
-        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return Sampling(
-            max_tokens, self.temperature or 0.0, 1.0 if self.top_p is None else self.top_p, self.seed, self.stop
+            self.longest, self.temperature or 0.0, 1.0 if self.top_p is None else self.top_p, self.seed, self.stop
         )
+
+
+class ChatRequest(OpenAIRequest):
+    """OpenAI's chat completion request."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+
+    @property
+    def longest(self) -> int | None:
+        """The requested maximum number of new tokens; `max_completion_tokens` is OpenAI's newer name."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class CompletionRequest(OpenAIRequest):
+    """OpenAI's completion request: a text to continue."""
+
+    prompt: Text
 
 
 def parse(model: type[Model], body: bytes) -> Model:
     """Parse a request body; raise InputError with one sentence per validation error."""
+    if body[:3] == b"\xef\xbb\xbf" or body[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in body[:4]:
+        found = "begins with a byte order mark" if body[:3] == b"\xef\xbb\xbf" else "is UTF-16 or UTF-32"
+        raise InputError(f"The request {found}: send it as plain UTF-8.", field="body")
     try:
         return model.model_validate_json(body or b"{}")
     except ValidationError as error:
@@ -191,7 +245,7 @@ def _describe_error(model: type[BaseModel], kind: str, problem: Mapping[str, Any
         return f"{field} is unknown; known are {', '.join(model.model_fields)}."
     if kind in EXPECTED_TYPES:
         return f"{field} must be {EXPECTED_TYPES[kind]}; got {found}."
-    if kind == "blank":
+    if kind in ("blank", "part"):
         return f"{field} {problem['msg']}."
     if kind == "content":
         return f"{field} {problem['msg']}; got {found}."

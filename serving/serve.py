@@ -5,10 +5,11 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from serving.browser_access import ORIGINS_VARIABLE
 from serving.errors import ServingError
 from serving.middleware import MODEL_HEADER
 from serving.package import MODELS_VARIABLE, PACKAGE_VARIABLE, ROOT, open_package
@@ -18,10 +19,13 @@ HOST = "127.0.0.1"  # there is no authentication, so only this machine can conne
 SERVICE = "serving.service:Bessemer"
 
 
-def serve(port: int = PORT, host: str = HOST, others: Mapping[str, Path] | None = None) -> NoReturn:
+def serve(
+    port: int = PORT, host: str = HOST, others: Mapping[str, Path] | None = None, origins: Sequence[str] = ()
+) -> NoReturn:
     """Replace this process by BentoML's server, after checking the port and the package.
 
-    `others`: further models, name to folder (see `serving.package`); by default those of `BESSEMER_MODELS`.
+    `others`: further models, name to folder (see `serving.package`); by default those of `BESSEMER_MODELS`. `origins`:
+    sites whose pages may use the endpoint; by default those of `BESSEMER_ALLOWED_ORIGINS`.
     """
     check_free(port, host)
     package = open_package()
@@ -35,6 +39,8 @@ def serve(port: int = PORT, host: str = HOST, others: Mapping[str, Path] | None 
     }
     if others is not None:
         environment[MODELS_VARIABLE] = json.dumps({name: str(folder.resolve()) for name, folder in others.items()})
+    if origins:
+        environment[ORIGINS_VARIABLE] = ",".join(origins)
     os.execve(sys.executable, [*command, "--host", host, "--port", str(port)], environment)
 
 

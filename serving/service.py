@@ -1,7 +1,7 @@
 """The BentoML service, run by `bentoml serve`, `make serve` and the Bento's container.
 
 Importing this module is cheap: the inference libraries are loaded when the service starts. torch is never imported.
-BentoML's decorators are untyped, hence the three mypy ignores.
+BentoML's decorators are untyped, hence the four mypy ignores.
 """
 
 import logging
@@ -13,6 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from serving import folders, names, openai_api, pages
+from serving.browser_access import BrowserAccess
 from serving.errors import InputError, PackageError
 from serving.examples import Messages, prompts_to_rank
 from serving.feedback import api as feedback_api
@@ -87,8 +88,9 @@ class Bessemer:
         )
         try:
             engine = choose(web.state.models, request.model).text
-            messages = [{"role": "user", "content": input}]
-            answer = await run_in_threadpool(engine.start, messages, request.sampling())
+            # A model without a chat template answers no conversations: it completes the text.
+            prompt = [{"role": "user", "content": input}] if engine.template else input
+            answer = await run_in_threadpool(engine.start, prompt, request.sampling())
             await answer.finish_async()
         except InputError as error:
             return error_response(error)
@@ -128,3 +130,4 @@ def resident_bytes() -> int:
 
 REQUEST_MODELS = {"/generate": GenerateRequest, "/fill-mask": MaskRequest}
 Bessemer.add_asgi_middleware(RequestMiddleware, bodies=REQUEST_MODELS, state=web.state)  # type: ignore[attr-defined]
+Bessemer.add_asgi_middleware(BrowserAccess)  # type: ignore[attr-defined]

@@ -45,6 +45,7 @@ class Config(Training):
     """Settings of pruning."""
 
     model: str = Field(description="Folder of the model to prune: an entry's, or your own", min_length=1)
+    chat_template: chat.TemplateName = None
     importance: Literal["taylor", "magnitude"] = Field(default="taylor", description="Importance score of neurons")
     keep: float = Field(description="Share of the feed-forward neurons to keep", gt=0, le=1)
     calibration: int = Field(default=8, description="Batches for measuring importance", ge=1)
@@ -60,7 +61,7 @@ class Config(Training):
 def run(config: Config, job: Job) -> dict[str, Any]:
     """Prune, recover, and return the sizes and the final divergence from the original model."""
     torch_setup.prepare_torch(job.numerics, job.seed)
-    tokenizer = chat.load_tokenizer(job.inputs["model"])
+    tokenizer = chat.load_tokenizer(job.inputs["model"], config.chat_template)
     teacher = models.load_decoder(job.inputs["model"], job.numerics).eval()
     check_gated_layers(teacher)
     batches = RecoveryBatches(config, job, teacher, tokenizer)
@@ -234,8 +235,10 @@ def remove_neurons(model: "PreTrainedModel", kept: Sequence["torch.Tensor"]) -> 
     import torch
 
     for mlp, kept_indices in zip(feed_forwards(model), kept, strict=True):
-        mlp.gate_proj.weight = torch.nn.Parameter(mlp.gate_proj.weight.detach()[kept_indices].clone())
-        mlp.up_proj.weight = torch.nn.Parameter(mlp.up_proj.weight.detach()[kept_indices].clone())
+        for matrix in (mlp.gate_proj, mlp.up_proj):
+            matrix.weight = torch.nn.Parameter(matrix.weight.detach()[kept_indices].clone())
+            if matrix.bias is not None:
+                matrix.bias = torch.nn.Parameter(matrix.bias.detach()[kept_indices].clone())
         mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight.detach()[:, kept_indices].clone())
         keep = len(kept_indices)
         mlp.gate_proj.out_features = mlp.up_proj.out_features = mlp.down_proj.in_features = mlp.intermediate_size = keep

@@ -67,8 +67,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 HEAVY_FIXTURES = {"chain", "smoke", "toy", "committed", "browser", "package"}
 # Most of their tests start interpreters or servers, or compute for seconds.
 HEAVY_FILES = {
-    "test_bfloat16", "test_canonical", "test_closure", "test_compiling", "test_models", "test_offline",
-    "test_overrides", "test_serving", "test_stage",
+    "test_architectures", "test_bfloat16", "test_canonical", "test_closure", "test_compiling", "test_models",
+    "test_offline", "test_overrides", "test_serving", "test_stage",
 }  # fmt: skip
 # These take minutes and start first, so that no worker runs one of them while the others have nothing left. The chain's
 # first run and `test_parallel` keep all cores busy; most of the others wait for Prefect's server.

@@ -1,7 +1,9 @@
 """Shared fixtures for tests of ingest and validate: a copy of the sources, small configs, and a job."""
 
+import importlib
 import json
 import shutil
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,13 +53,20 @@ VALIDATE: dict[str, Any] = {
     "max_text_characters": 1000,
     "max_message_characters": 500,
     "max_rejected_share": 0.5,
-    "min_rows": {"corpus": 1, "instructions": 1, "rankings": 1},
+    "min_rows": {"corpus": 0, "instructions": 0, "rankings": 0},
     "min_heldout_questions": 0,
     "curate": {
         "code": [],
         **dict.fromkeys(("personal", "language", "quality", "evaluation", "exact_duplicates", "near_duplicates")),
     },
 }
+
+
+def import_great_expectations() -> None:
+    """Import the library once: while it is imported it uses deprecated modules of the standard library."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        importlib.import_module("great_expectations")
 
 
 def ingest_config(**changes: Any) -> IngestConfig:

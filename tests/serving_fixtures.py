@@ -67,9 +67,12 @@ def make(folder: Path) -> None:
 
     torch.set_num_threads(1)  # such small models do not profit from more, and are much slower on shared cores
     tokenizer = _tokenizer()
+    first, last, mask = (tokenizer.token_to_id(token) for token in (BOS, END, MASK))
+    special = {"template": {"bos_token": BOS, "eos_token": END}, "first": first, "last": last, "mask": mask}
     for model in ("chat", "encoder"):
         (folder / model).mkdir(parents=True)
         tokenizer.save(str(folder / model / "tokenizer.json"))
+        _write_json(folder / model / "special_tokens.json", special)
     _make_decoder(tokenizer, folder / "chat")
     _make_encoder(tokenizer, folder / "encoder")
     (folder / "chat/chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
@@ -204,11 +207,13 @@ def _export(model: Any, folder: Path, *, decoder: bool) -> None:
     """Export the model with INT8 weights, like the quantization stage."""
     import tempfile
 
-    from tasks import quantize
+    from tasks.quantize import openvino_export
 
     with tempfile.TemporaryDirectory() as scratch:
-        model.save_pretrained(scratch)
-        quantize.export(Path(scratch), folder, decoder=decoder)
+        plain, float32 = Path(scratch, "plain"), Path(scratch, "float32")
+        model.save_pretrained(plain)
+        openvino_export.export_float32(plain, float32, decoder=decoder)
+        openvino_export.compress(float32, folder, decoder=decoder, weights="int8")
 
 
 if __name__ == "__main__":

@@ -204,6 +204,22 @@ def test_questions_without_room_for_a_reply_are_dropped(chain: Chain, capsys: py
         align.training_questions(tokenizer, [long], 16)
 
 
+def test_questions_that_spell_a_special_token_are_skipped_and_counted(
+    chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of the tokenizer in use; another template's tokens are ordinary text."""
+    tokenizer, table = chain.tokenizer(), tables.read(chain.path("data/validate/instructions")).to_pylist()
+    first = next(row for row in table if row["split"] == "train")
+
+    def ask(text: str) -> dict[str, Any]:
+        return {**first, "id": text, "messages": [{"role": "user", "content": text}, first["messages"][-1]]}
+
+    found = align.training_questions(tokenizer, [*table, ask("What is <|user|>?"), ask("What is <s>?")], 16)
+    assert len(found) == len(align.training_questions(tokenizer, table, 16)) + 1
+    assert {"role": "user", "content": "What is <s>?"} in [question.messages[0] for question in found]
+    assert "1 of " in capsys.readouterr().out
+
+
 def test_the_stage_writes_the_policy_and_its_history(chain: Chain) -> None:
     """The policy has the tuned model's architecture; the history has reward, KL, entropy and beta per iteration."""
     policy = models.load_decoder(chain.path("data/align/policy/model"), NUMERICS)

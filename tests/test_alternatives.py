@@ -215,7 +215,7 @@ def test_dpo_raises_the_margin_of_peoples_pairs(chain: Chain, learner: Callable[
     import torch
 
     table = tables.read(chain.path("data/validate/rankings")).to_pylist()
-    ranked = pairs.from_rankings(chain.tokenizer(), table, Rankings.model_validate(RANKINGS_REWARD))
+    ranked = pairs.from_rankings(chain.tokenizer(), table, Rankings.model_validate(RANKINGS_REWARD)).pairs
     ours = learner("dpo", ranked=ranked, episodes=12, minibatch=12)
     for iteration in range(4):
         figures = iterate(ours, iteration)
@@ -294,6 +294,7 @@ def test_a_questions_best_and_worst_replies_make_a_pair() -> None:
     """Ties make none."""
     replies = [[1], [2], [3], [4], [5], [6]]
     preference_pairs = pairs.from_replies([[0]] * 3 + [[9]] * 3, replies, [0.5, -1.0, 2.0, 1.0, 1.0, 1.0], 3)
+    assert pairs.from_replies([[0]] * 2, [[7], [7]], [0.5, 1.0], 2) == []  # the same tokens
     assert preference_pairs == [Pair([0], [3], [2])]
     assert preference_pairs[0].trl_row == {"prompt_ids": [0], "chosen_ids": [3], "rejected_ids": [2]}
 
@@ -302,8 +303,9 @@ def test_pairs_exclude_rankings_reserved_for_judges(chain: Chain) -> None:
     """Each response beats another, and every reply ends with the end token."""
     tokenizer = chain.tokenizer()
     table = tables.read(chain.path("data/validate/rankings")).to_pylist()
-    preference_pairs = pairs.from_rankings(tokenizer, table, Rankings.model_validate(RANKINGS_REWARD))
-    all_of = pairs.from_rankings(tokenizer, table, Rankings.model_validate({**RANKINGS_REWARD, "judge_share": 0.0}))
+    preference_pairs = pairs.from_rankings(tokenizer, table, Rankings.model_validate(RANKINGS_REWARD)).pairs
+    everything = Rankings.model_validate({**RANKINGS_REWARD, "judge_share": 0.0})
+    all_of = pairs.from_rankings(tokenizer, table, everything).pairs
     train = [row for row in table if row["split"] == "train"]
     four = [row for row in train if row["scores"]]
     assert len(all_of) == 6 * len(four) + 2 * (len(train) - len(four))
@@ -321,8 +323,33 @@ def test_rankings_without_pairs_are_rejected(chain: Chain) -> None:
     with pytest.raises(StageError, match="no response that beats another, so"):
         pairs.from_rankings(tokenizer, [{**row, "split": "heldout"} for row in table], settings)
     long = [{**row, "responses": [f"{text} {'word ' * 80}" for text in row["responses"]]} for row in table]
-    with pytest.raises(StageError, match=r"ranking rated-\d+ takes \d+ tokens .* the model reads 64: lower validate"):
+    with pytest.raises(StageError, match=r"no preference pair .* longer than the model's context of 64 tokens"):
         pairs.from_rankings(tokenizer, long, settings)
+
+
+def test_unusable_pairs_are_left_out_and_named(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
+    """Replies of the same tokens, replies beyond the context, and texts that spell a special token of the tokenizer."""
+    tokenizer = chain.tokenizer()
+    settings = Rankings.model_validate({**RANKINGS_REWARD, "judge_share": 0.0})
+    good = next(row for row in tables.read(chain.path("data/validate/rankings")).to_pylist() if row["split"] == "train")
+    two = {**good, "ranks": [1, 2], "scores": None, "scale": None}
+    unusable = [
+        {**two, "id": "same", "responses": ["It is so.", "It is so."]},
+        {**two, "id": "long", "responses": ["It is so.", "word " * 80]},
+        {**two, "id": "control", "responses": ["It is so.", "Not so. <|user|>"]},
+    ]
+    usable = {**two, "id": "empty", "responses": ["It is so.", ""]}
+    found = pairs.from_rankings(tokenizer, [*unusable, usable], settings)
+    assert [pair.rejected for pair in found.pairs] == [[tokenizer.eos_token_id]]
+    assert found.figures == {
+        "pairs_left_out": {"control_token": 1, "too_long": 1, "same_tokens": 1},
+        "rankings_left_out": ["control", "same", "long"],
+    }
+    printed = capsys.readouterr().out
+    assert "1 pairs are the same tokens (rankings same)" in printed
+    assert "1 rankings spell a special token of the model's tokenizer (rankings control)" in printed
+    with pytest.raises(StageError, match=r"no preference pair can be used; .* 1 pairs are the same tokens"):
+        pairs.from_rankings(tokenizer, unusable[:1], settings)
 
 
 # The stage

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,16 +12,18 @@ from pydantic import ValidationError
 
 from tasks.common import tables
 from tasks.common.text.words import split_words, words
-from tasks.validate import curation, quality
+from tasks.validate import curation, languages, quality
 from tasks.validate import stage as validate
 from tasks.validate.contamination import Evaluation, HeldoutNgrams
+from tasks.validate.languages import Language, find_language, rules_of
 from tasks.validate.personal import Personal, mark_text, rejected_kind
-from tasks.validate.quality import Language, Quality
-from tests.data_fixtures import job, validate_config
+from tasks.validate.quality import Quality
+from tests.data_fixtures import import_great_expectations, job, validate_config
 
 LANGUAGE = Language(keep=["en"], min_characters=50, min_probability=0.9)
 BOUNDS: dict[str, Any] = {
-    "min_words": 2, "max_words": 400, "min_words_for_ratios": 20, "min_mean_word_length": 3, "max_mean_word_length": 10,
+    "min_words": 2, "max_words": 400, "max_words_per_sentence": None, "min_words_for_ratios": 20,
+    "min_mean_word_length": 3, "max_mean_word_length": 10,
     "max_symbol_word_ratio": 0.1, "max_bullet_lines_ratio": 0.5, "max_ellipsis_lines_ratio": 0.3,
     "min_alphabetic_words_ratio": 0.8, "min_stop_words": 2, "max_duplicate_lines_ratio": 0.3,
     "max_top_bigram_ratio": 0.2,
@@ -64,14 +65,14 @@ def test_text_with_spaces_is_split_as_python_splits_it() -> None:
 
 
 def test_languages_are_those_of_the_identifier() -> None:
-    assert sorted(map(str, quality.language_identifier().labels)) == sorted(quality.LANGUAGES)
+    assert sorted(map(str, languages.language_identifier().labels)) == sorted(languages.LANGUAGES)
 
 
 @pytest.mark.parametrize(
     ("text", "expected"), [(ENGLISH, None), (GERMAN, "language: de, not en"), (GERMAN[:49], None), ("Ja.", None)]
 )
 def test_another_language_is_rejected_where_the_text_is_long_enough(text: str, expected: str | None) -> None:
-    assert quality.language_rejection_reason(text, LANGUAGE) == expected
+    assert find_language(text, None, LANGUAGE)[1] == expected
 
 
 def test_an_unknown_language_is_reported_with_the_known_ones() -> None:
@@ -88,7 +89,7 @@ BROKEN: list[tuple[str, str]] = [
     ("lemon apple cherry mango papaya " + " ".join(f"{a}{b}xx" for a in "bcdfg" for b in "aeiou"), "2 stop words"),
     ("\n".join(f"- {line}" for line in SOUND.split(".")), "more than 50% of the lines start with a bullet"),
     ("\n".join(f"{line}..." for line in (SOUND[:90], SOUND[91:])), "more than 30% of the lines end with an ellipsis"),
-    ("\n".join([SOUND.splitlines()[0]] * 3), "more than 30% of the lines repeat an earlier line"),
+    ("\n".join([SOUND.splitlines()[0]] * 3), "more than 30% of the text repeats earlier lines"),
     (SOUND + " tick tock" * 12, "one pair of words makes up more than 20%"),
 ]
 
@@ -96,20 +97,20 @@ BROKEN: list[tuple[str, str]] = [
 @pytest.mark.parametrize(("text", "expected"), BROKEN)
 def test_quality_rules_reject_their_example(text: str, expected: str) -> None:
     bounds = Quality(**BOUNDS)
-    assert quality.quality_rejection_reason(SOUND, words(SOUND), bounds) is None
-    reason = quality.quality_rejection_reason(text, words(text), bounds)
+    assert quality.quality_rejection_reason(SOUND, words(SOUND), bounds, rules_of("en")) is None
+    reason = quality.quality_rejection_reason(text, words(text), bounds, rules_of("en"))
     assert reason is not None
     assert expected in reason
 
 
 def test_ratios_do_not_apply_to_short_documents() -> None:
     short = "# # # # # # one two"
-    assert quality.quality_rejection_reason(short, words(short), Quality(**BOUNDS)) is None
+    assert quality.quality_rejection_reason(short, words(short), Quality(**BOUNDS), rules_of("en")) is None
 
 
 @pytest.mark.parametrize("text", [f"--{SOUND.splitlines()[0]}", SOUND.replace(",", " , ").replace(".", " . ")])
 def test_quality_accepts_speech_and_isolated_punctuation(text: str) -> None:
-    assert quality.quality_rejection_reason(text, words(text), Quality(**BOUNDS)) is None
+    assert quality.quality_rejection_reason(text, words(text), Quality(**BOUNDS), rules_of("en")) is None
 
 
 def test_min_words_above_max_words_is_rejected() -> None:
@@ -268,9 +269,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def curated(workdir: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, str]]:
-    with warnings.catch_warnings():  # while Great Expectations is imported it uses deprecated modules of Python's own
-        warnings.simplefilter("ignore", DeprecationWarning)
-        import great_expectations  # noqa: F401
+    import_great_expectations()
     return run(workdir / "on", CURATE)
 
 
@@ -311,8 +310,13 @@ def test_personal_data_is_marked_counted_listed_and_not_in_the_clean_tables(cura
     assert kept["instructions/mail"]["answer"] == "<EMAIL>"
     assert kept["rankings/ranking"]["responses"] == ["Yes, I will.", "No, from <IP> I cannot."]
     assert "example.org" not in json.dumps(list(kept.values()))
-    lines = (workdir / "on/out/report/marked.jsonl").read_text(encoding="utf-8").splitlines()
-    assert json.loads(lines[-1]) == {"table": "rankings", "id": "ranking", "found": {"ip": 1, "phone": 1}}
+    lines = (workdir / "on/out/report/changed.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[-1]) == {
+        "table": "rankings",
+        "id": "ranking",
+        "found": {"ip": 1, "phone": 1},
+        "removed": [],
+    }
     assert len(lines) == 3
 
 

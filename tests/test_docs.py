@@ -15,6 +15,7 @@ from flows.cli import cli
 from tasks.common import tables
 from tasks.common.params_file import check
 from tasks.common.settings import ENTRY_SECTIONS, STAGES
+from tasks.ingest import formats, layouts, rows, turns
 from tests.conftest import ROOT
 
 PAGES = sorted(
@@ -118,13 +119,24 @@ def test_api_reference_lists_every_route() -> None:
     assert documented == served - {"/v1"}
 
 
-def test_record_formats_list_the_columns_of_tables() -> None:
-    text = (ROOT / "docs/reference/record-formats.md").read_text(encoding="utf-8")
+def test_source_formats_list_the_columns_of_tables() -> None:
+    text = (ROOT / "docs/reference/formats.md").read_text(encoding="utf-8")
     for table in tables.TABLES:
         section = text.partition(f"\n### {table}\n")[2].partition("\n### ")[0]
         rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", section, flags=re.MULTILINE)
         documented = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
-        assert documented == tables.schema(table).names, table
+        assert sorted(documented) == sorted(tables.schema(table).names), table
+
+
+def test_source_formats_list_every_format_suffix_and_column() -> None:
+    text = (ROOT / "docs/reference/formats.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"`([^`\n]+)`", text.replace("```", "")))
+    own = {name for table in rows.REQUIRED_COLUMNS for name in rows.known_columns(table)}
+    columns = {name for names in layouts.FORMAT_COLUMNS.values() for name in names}
+    columns -= {"fields", "data", "annotations"}  # of exports, which the guide to rankings describes
+    named = {*formats.FILE_FORMATS, *formats.SUFFIXES, *layouts.LAYOUTS, *columns, *own}
+    named |= {*layouts.QUESTIONS, *layouts.REPLIES, *layouts.CONTEXTS, *turns.REASONING_FIELDS}
+    assert sorted(named - documented) == []
 
 
 def test_settings_named_in_pages_exist() -> None:

@@ -17,7 +17,7 @@ PAGE = """<!DOCTYPE html><html><head><meta charset="{charset}"><title>Tea</title
 <p>Water of 70 degrees is best for it, because boiling water makes it bitter.</p></main>
 <footer>Copyright, imprint, privacy</footer></body></html>"""
 NO_FACTS: dict[str, Any] = {"wordings": None, "names": None, "relations": []}
-DOCS = {"name": "docs", "kind": "files", "path": "docs"}
+DOCS = {"name": "pages", "kind": "files", "path": "pages"}
 
 
 def make_pdf(pages: list[str], password: str | None = None) -> bytes:
@@ -45,32 +45,32 @@ def make_pdf(pages: list[str], password: str | None = None) -> bytes:
 
 CHAT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]
 FILES: dict[str, bytes] = {
-    "docs/a.txt": b"First paragraph.\r\n\r\nSecond paragraph.\n",
-    "docs/b/notes.md": b"# Notes\n\nSome *text*.\n",
-    "docs/b/page.html": PAGE.format(charset="utf-8").encode(),
-    "docs/b/old.html": PAGE.format(charset="iso-8859-1").replace("Green", "White").encode("iso-8859-1"),
-    "docs/b/paper.pdf": make_pdf(["The first page.", "The second page."]),
-    "docs/chats.jsonl": json.dumps({"conversations": CHAT}).encode(),
-    "docs/more.csv": "text;year\nEin schöner Tag.;1999\n".encode("windows-1252"),
-    "docs/pairs.json": json.dumps([{"prompt": "Hi", "chosen": "Hello!", "rejected": ""}]).encode(),
-    "docs/.hidden/c.txt": b"Hidden.",
-    "docs/.DS_Store": b"\0\0",
-    "docs/z/empty.txt": b"",
-    "docs/z/image.png": b"\x89PNG\r\n\x1a\n\0",
-    "docs/z/locked.pdf": make_pdf(["Secret."], "password"),
-    "docs/z/report.docx": b"PK\x03\x04\0\0",
-    "docs/z/scan.pdf": make_pdf([""]),
-    "docs/z/table.csv": b"year,rain\n1999,5\n",
-    "docs/z/torn.pdf": make_pdf(["Torn."])[:100],
+    "pages/a.txt": b"First paragraph.\r\n\r\nSecond paragraph.\n",
+    "pages/b/notes.md": b"# Notes\n\nSome *text*.\n",
+    "pages/b/page.html": PAGE.format(charset="utf-8").encode(),
+    "pages/b/old.html": PAGE.format(charset="iso-8859-1").replace("Green", "White").encode("iso-8859-1"),
+    "pages/b/paper.pdf": make_pdf(["The first page.", "The second page."]),
+    "pages/chats.jsonl": json.dumps({"conversations": CHAT}).encode(),
+    "pages/more.csv": "text;year\nEin schöner Tag.;1999\n".encode("windows-1252"),
+    "pages/pairs.json": json.dumps([{"prompt": "Hi", "chosen": "Hello!", "rejected": ""}]).encode(),
+    "pages/.hidden/c.txt": b"Hidden.",
+    "pages/.DS_Store": b"\0\0",
+    "pages/z/empty.txt": b"",
+    "pages/z/image.png": b"\x89PNG\r\n\x1a\n\0",
+    "pages/z/locked.pdf": make_pdf(["Secret."], "password"),
+    "pages/z/report.docx": b"PK\x03\x04\0\0",
+    "pages/z/scan.pdf": make_pdf([""]),
+    "pages/z/table.csv": b"year,rain\n1999,5\n",
+    "pages/z/torn.pdf": make_pdf(["Torn."])[:100],
 }  # fmt: skip
 REASONS = {
-    "docs/z/empty.txt": "an empty file",
-    "docs/z/image.png": "an image; only text can be read",
-    "docs/z/locked.pdf": "an encrypted PDF; save it without its password",
-    "docs/z/report.docx": "a zip file or a document of Word, Excel or PowerPoint; unpack it, or save it as text",
-    "docs/z/scan.pdf": "a PDF without text; scanned pages need text recognition (OCR) first",
-    "docs/z/table.csv": "the columns year, rain are no known form of rows of a table; say with `table` what the rows",
-    "docs/z/torn.pdf": "a damaged PDF (",
+    "pages/z/empty.txt": "an empty file",
+    "pages/z/image.png": "an image; only text can be read",
+    "pages/z/locked.pdf": "an encrypted PDF; save it without its password",
+    "pages/z/report.docx": "a zip file or a document of Word, Excel or PowerPoint; unpack it, or save it as text",
+    "pages/z/scan.pdf": "a PDF without text; scanned pages need text recognition (OCR) first",
+    "pages/z/table.csv": "the columns year, rain are no known form of rows of a table; say with `table` what the rows",
+    "pages/z/torn.pdf": "a damaged PDF (",
 }
 
 
@@ -93,7 +93,7 @@ def test_a_mixed_folder_is_read_into_the_tables_and_the_rest_is_rejected(tmp_pat
     assert {"The first page.\n\nThe second page.", "Ein schöner Tag."} <= texts
     assert [row["messages"][-1]["content"] for row in table(folder, "instructions")] == ["Hello!"]
     assert [row["responses"] for row in table(folder, "rankings")] == [["Hello!", ""]]
-    entry = manifest(folder)["docs"]
+    entry = manifest(folder)["pages"]
     assert (entry["read"], entry["used"], entry["rejected"]) == (15, 8, 7)
     assert entry["formats"] == {
         "csv": 1,
@@ -108,33 +108,34 @@ def test_a_mixed_folder_is_read_into_the_tables_and_the_rest_is_rejected(tmp_pat
     found = {row["row"]: row["reason"] for row in rejections(folder)}
     assert found.keys() == REASONS.keys()
     assert all(found[name].startswith(f"{name}: {reason}") for name, reason in REASONS.items())
-    assert "docs/more.csv is not UTF-8 and was read as windows-1252; set `encoding` if that is wrong" in entry["notes"]
+    assert "pages/more.csv: not UTF-8, read as windows-1252; set `encoding` if that is wrong" in entry["notes"]
 
 
 def test_files_are_read_in_the_order_of_their_paths(tmp_path: Path) -> None:
     copied = copy_files(tmp_path, FILES)
-    names, is_one = file_lists.find(copied, "docs/**/*.html")
-    assert (names, is_one) == (["docs/b/old.html", "docs/b/page.html"], False)
-    assert file_lists.find(copied, "docs/a.txt") == (["docs/a.txt"], True)
-    assert file_lists.find(copied, "docs")[0] == sorted(name for name in FILES if "/." not in name)
-    assert file_lists.find(copied, "docs/*")[0] == [
-        "docs/a.txt",
-        "docs/chats.jsonl",
-        "docs/more.csv",
-        "docs/pairs.json",
+    names, is_one = file_lists.find(copied, "pages/**/*.html")
+    assert (names, is_one) == (["pages/b/old.html", "pages/b/page.html"], False)
+    assert file_lists.find(copied, "pages/**") == file_lists.find(copied, "pages")
+    assert file_lists.find(copied, "pages/a.txt") == (["pages/a.txt"], True)
+    assert file_lists.find(copied, "pages")[0] == sorted(name for name in FILES if "/." not in name)
+    assert file_lists.find(copied, "pages/*")[0] == [
+        "pages/a.txt",
+        "pages/chats.jsonl",
+        "pages/more.csv",
+        "pages/pairs.json",
     ]
-    assert file_lists.find(copied, "docs/.hidden/*")[0] == ["docs/.hidden/c.txt"]
+    assert file_lists.find(copied, "pages/.hidden/*")[0] == ["pages/.hidden/c.txt"]
 
 
 @pytest.mark.parametrize(
     ("path", "by", "texts"),
     [
-        ("docs/a.txt", None, ["First paragraph.", "Second paragraph."]),
-        ("docs/a.txt", "document", ["First paragraph.\n\nSecond paragraph."]),
-        ("docs/*.txt", None, ["First paragraph.\n\nSecond paragraph."]),
-        ("docs/*.txt", "paragraph", ["First paragraph.", "Second paragraph."]),
-        ("docs/b/*.pdf", "paragraph", ["The first page.", "The second page."]),
-        ("docs/b/*.pdf", None, ["The first page.\n\nThe second page."]),
+        ("pages/a.txt", None, ["First paragraph.", "Second paragraph."]),
+        ("pages/a.txt", "document", ["First paragraph.\n\nSecond paragraph."]),
+        ("pages/*.txt", None, ["First paragraph.\n\nSecond paragraph."]),
+        ("pages/*.txt", "paragraph", ["First paragraph.", "Second paragraph."]),
+        ("pages/b/*.pdf", "paragraph", ["The first page.", "The second page."]),
+        ("pages/b/*.pdf", None, ["The first page.\n\nThe second page."]),
     ],
 )
 def test_a_file_is_a_document_or_its_paragraphs(tmp_path: Path, path: str, by: str | None, texts: list[str]) -> None:
@@ -144,27 +145,31 @@ def test_a_file_is_a_document_or_its_paragraphs(tmp_path: Path, path: str, by: s
 
 
 def test_a_template_may_use_the_name_of_the_file(tmp_path: Path) -> None:
-    copied = copy_files(tmp_path, {"docs/a.txt": b"Text.", "docs/b.txt": b"More."})
+    copied = copy_files(tmp_path, {"pages/a.txt": b"Text.", "pages/b.txt": b"More."})
     source = {**DOCS, "columns": {"text": "{file}\n{text}"}}
     folder = ingest_into(tmp_path / "out", copied, **NO_FACTS, sources=[source])
-    assert sorted(row["text"] for row in table(folder, "corpus")) == ["docs/a.txt\nText.", "docs/b.txt\nMore."]
+    assert sorted(row["text"] for row in table(folder, "corpus")) == ["pages/a.txt\nText.", "pages/b.txt\nMore."]
 
 
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ({}, "source docs: expected a file at .*docs, a folder with files or a pattern of files, found none"),
+        ({}, "source pages: expected a file at .*pages, a folder with files or a pattern of files, found none"),
         (
-            {"docs/a.png": b"\x89PNG", "docs/b.png": b"\x89PNG"},
-            "none of the 2 files at docs has a row that can be used; the first: docs/a.png: an image; only text",
+            {"pages/a.png": b"\x89PNG", "pages/b.png": b"\x89PNG"},
+            "source pages: pages/a.png: an image; only text can be read",
         ),
         (
-            {"docs/a.txt": b"Text.", "docs/b.json": b'[{"text": "a"}, {"text"'},
-            "source docs: expected JSON in docs/b.json, found something else after item 1, in line 1: ",
+            {"pages/a.jsonl": b'{"text": 5}', "pages/b.jsonl": b'{"text": ["x"]}'},
+            "none of the 2 files at pages has a row that can be used; the first: pages/a.jsonl, line 1: text must be",
         ),
         (
-            {"docs/a.txt": b"Text.", "docs/b.csv": b'text\na\n"b'},
-            "expected CSV in docs/b.csv, .* after line 2: a quoted",
+            {"pages/a.txt": b"Text.", "pages/b.json": b'[{"text": "a"}, {"text"'},
+            "source pages: expected JSON in pages/b.json, found something else after item 1, in line 1: ",
+        ),
+        (
+            {"pages/a.txt": b"Text.", "pages/b.csv": b'text\na\n"b'},
+            "expected CSV in pages/b.csv, .* after line 2: a quoted",
         ),
     ],
 )
@@ -179,13 +184,27 @@ def test_a_large_folder_has_one_hash_in_the_manifest(tmp_path: Path, monkeypatch
     monkeypatch.setattr(source_reading, "MAX_LISTED_FILES", 2)
 
     def read(name: str, content: bytes) -> dict[str, Any]:
-        scratch = tmp_path / f"{name[5]}{len(content)}"
-        copied = copy_files(scratch, {"docs/1.txt": b"One.", "docs/2.txt": b"Two.", name: content})
-        return manifest(ingest_into(scratch / "out", copied, **NO_FACTS, sources=[DOCS]))["docs"]
+        scratch = tmp_path / f"{Path(name).stem}{len(content)}"
+        copied = copy_files(scratch, {"pages/1.txt": b"One.", "pages/2.txt": b"Two.", name: content})
+        folder = ingest_into(scratch / "out", copied, **NO_FACTS, sources=[DOCS])
+        return manifest(folder)["pages"]
 
-    first, other, renamed = read("docs/3.txt", b"Three."), read("docs/3.txt", b"Four."), read("docs/4.txt", b"Three.")
-    assert first["files"] == {"docs": first["sha256"]}
+    first, other, renamed = (
+        read("pages/3.txt", b"Three."),
+        read("pages/3.txt", b"Four."),
+        read("pages/4.txt", b"Three."),
+    )
+    assert first["files"] == {"pages": first["sha256"]}
     assert len({first["sha256"], other["sha256"], renamed["sha256"]}) == 3
+
+
+def test_a_note_names_the_first_files(tmp_path: Path) -> None:
+    files = {f"pages/{number}.txt": f"Schön {number}".encode("windows-1252") for number in range(5)}
+    folder = ingest_into(tmp_path / "out", copy_files(tmp_path, files), **NO_FACTS, sources=[DOCS])
+    assert manifest(folder)["pages"]["notes"] == [
+        "pages/0.txt, pages/1.txt, pages/2.txt and 2 more files: not UTF-8, read as windows-1252; set `encoding` if "
+        "that is wrong"
+    ]
 
 
 def test_sources_without_names_get_distinct_ones(tmp_path: Path) -> None:

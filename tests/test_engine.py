@@ -166,7 +166,7 @@ def test_sampled_answers_repeat_with_the_same_seed(text: TextEngine) -> None:
 
 def test_sampling_applies_temperature_before_top_p(text: TextEngine) -> None:
     """The first token's sampling frequencies match the probabilities computed from the logits."""
-    prompt = [text.bos_id, *text.tokenizer.encode("The", add_special_tokens=False).ids]
+    prompt = [text.first_id, *text.tokenizer.encode("The", add_special_tokens=False).ids]
     logits = DecoderLogits(text.folder, 1)(np.array([prompt], np.int64))[0, -1].astype(np.float64)
     for temperature, top_p in ((2.0, 1.0), (1.5, 0.6), (2.0, 0.5), (1.0, 1e-9)):
         probabilities = np.exp((logits - logits.max()) / temperature)
@@ -291,7 +291,7 @@ def test_template_error_is_reported(package: Path, tmp_path: Path) -> None:
 
 PARTS = [
     "provenance.json", "chat/openvino_model.xml", "chat/openvino_model.bin", "chat/engine.json",
-    "chat/limits.json", "chat/config.json", "chat/generation_config.json", "chat/tokenizer.json",
+    "chat/limits.json", "chat/special_tokens.json", "chat/generation_config.json", "chat/tokenizer.json",
     "chat/chat_template.jinja", "encoder/openvino_model.xml", "encoder/openvino_model.bin",
     "encoder/engine.json", "encoder/tokenizer.json", "encoder/names.json",
     "encoder/limits.json",

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from tasks.common import tables
 from tasks.common.defaults import read_settings
 from tasks.common.harness.job import StageError
-from tasks.common.modelling import models
+from tasks.common.modelling import head_models, models
 from tasks.common.params_file import check
 from tasks.common.reward.frozen import FrozenBackbone
 from tasks.common.reward.scoring import Scorer
@@ -81,13 +81,13 @@ def test_frozen_states_are_computed_once_per_text(
 ) -> None:
     """For texts in several rankings and repeated rows, in training and evaluation."""
     settings, computed = config("reward", steps=5, **HEAD), list[tuple[int, ...]]()
-    outputs = models.head_outputs
+    outputs = head_models.head_outputs
 
     def record_rows(model: Any, tokenizer: Any, rows: Any, *others: Any) -> Any:
         computed.extend(map(tuple, rows))
         return outputs(model, tokenizer, rows, *others)
 
-    monkeypatch.setattr(models, "head_outputs", record_rows)
+    monkeypatch.setattr(head_models, "head_outputs", record_rows)
     job = chain.job("reward@train", settings, tmp_path)
     rows = tables.read(job.inputs["rankings"]).to_pylist()
     again = [{**row, "id": f"{row['id']}-again"} for row in rows]
@@ -101,13 +101,13 @@ def test_cached_outputs_match_the_head(chain: Chain) -> None:
     """For cached and new rows, and after the head has changed."""
     import torch
 
-    model: Any = models.new_scorer(chain.path(ENCODER), NUMERICS, 3).eval()
+    model: Any = head_models.new_scorer(chain.path(ENCODER), NUMERICS, 3).eval()
     tokenizer = chain.tokenizer()
     frozen, rows = FrozenBackbone(model, tokenizer, NUMERICS), [[1, 5, 6], [1, 7], [1, 8, 9, 10, 11]]
     frozen.cache_states(rows[:1], 2)
     with torch.no_grad():
         for _ in range(2):
-            wanted = models.head_outputs(model, tokenizer, [*rows, rows[0]], NUMERICS, 2)
+            wanted = head_models.head_outputs(model, tokenizer, [*rows, rows[0]], NUMERICS, 2)
             torch.testing.assert_close(frozen.outputs([*rows, rows[0]], 2), wanted, atol=1e-5, rtol=0)
             model.classifier.weight.mul_(-2.0)
     assert len(frozen.states) == 3
@@ -141,11 +141,11 @@ def test_pooled_mean_matches_the_mean_of_token_outputs(base: str, chain: Chain) 
     """Padding is ignored; with one block of a decoder, the head reads the output of the final norm."""
     import torch
 
-    model: Any = models.new_scorer(chain.path(base), NUMERICS, 2, layers=1, token_level=True).eval()
+    model: Any = head_models.new_scorer(chain.path(base), NUMERICS, 2, layers=1, token_level=True).eval()
     tokenizer, rows = chain.tokenizer(), [[1, 5, 6, 9, 12], [1, 7]]
     model.config.pad_token_id = tokenizer.pad_token_id
     with torch.no_grad():
-        outputs = models.head_outputs(model, tokenizer, rows, NUMERICS, 2)
+        outputs = head_models.head_outputs(model, tokenizer, rows, NUMERICS, 2)
         for row, pooled in zip(rows, outputs, strict=True):
             numbers = model(input_ids=torch.tensor([row])).logits[0]  # (T, 2)
             torch.testing.assert_close(pooled, numbers.sum(0) / len(row), atol=1e-5, rtol=0)
@@ -159,7 +159,7 @@ def test_pooled_mean_matches_the_mean_of_token_outputs(base: str, chain: Chain) 
 def test_more_blocks_than_the_model_has_are_reported(chain: Chain) -> None:
     """The number of blocks is in the model's config, not in the settings."""
     with pytest.raises(StageError, match="layers is 3, but the model has 2 blocks"):
-        models.new_scorer(chain.path(DECODER), NUMERICS, 1, layers=3)
+        head_models.new_scorer(chain.path(DECODER), NUMERICS, 1, layers=3)
 
 
 def test_word_dropout_with_cached_states_is_rejected() -> None:

@@ -11,7 +11,7 @@ import pytest
 from tasks.common import tables
 from tasks.common.defaults import read_settings
 from tasks.common.harness.job import Job, StageError
-from tasks.common.modelling import models
+from tasks.common.modelling import head_models, models
 from tasks.common.params_file import check
 from tasks.common.settings import SettingsError
 from tasks.common.text import chat
@@ -124,7 +124,7 @@ def test_every_method_trains_the_head_too(base: str, method: dict[str, Any], cha
     embeddings = next(name for name in metrics_by_method[1] if "embed" in name)
     assert metrics_by_method[1][embeddings].equal(metrics_by_method[3][embeddings])
     labels = ["False", "True"]
-    loaded = models.load_classifier(job.outputs["model"], NUMERICS, labels)
+    loaded = head_models.load_classifier(job.outputs["model"], NUMERICS, labels)
     assert loaded.state_dict()[head].equal(metrics_by_method[3][head])
 
 

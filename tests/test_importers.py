@@ -37,6 +37,8 @@ def turns_of(row: Any) -> list[str]:
 CHATS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("alpaca", ALPACA, ["user:Translate to French.\nGood day", "assistant:Bonjour"]),
     ("alpaca", {"instruction": "Say hello.", "output": "Hello"}, ["user:Say hello.", "assistant:Hello"]),
+    ("alpaca", {"instruction": "Spell.", "input": 0, "output": "zero"}, ["user:Spell.\n0", "assistant:zero"]),
+    ("alpaca", {"instruction": "Negate.", "input": False, "output": "true"}, ["user:Negate.\nfalse", "assistant:true"]),
     (
         "alpaca",
         {**ALPACA, "input": "", "system": "Be brief.", "history": [["Hi", "Hello"], ["Who?", "Me"]]},
@@ -92,6 +94,72 @@ def test_a_preference_is_a_ranking_of_two(name: str, row: dict[str, Any]) -> Non
     assert (converted["responses"], converted["ranks"]) == (["Hello to you!", "What?"], [1, 2])
 
 
+@pytest.mark.parametrize(("name", "row"), PAIRS)
+def test_only_the_rejected_reply_of_a_pair_may_be_empty(name: str, row: dict[str, Any]) -> None:
+    text = json.dumps(row)
+    converted = Layout(name, "rankings").convert(json.loads(text.replace("What?", "")))
+    assert converted["responses"] == ["Hello to you!", ""]
+    with pytest.raises(ValueError, match="an empty answer"):
+        Layout(name, "rankings").convert(json.loads(text.replace("Hello to you!", "")))
+
+
+THOUGHT = "Three and four make seven."
+ASKED = {"role": "user", "content": "3 + 4?"}
+THOUGHTFUL: list[tuple[str, dict[str, Any]]] = [
+    *(
+        (
+            "openai",
+            {"messages": [{"role": "user", "content": "3 + 4?"}, {"role": "assistant", "content": "7.", **more}]},
+        )
+        for more in ({"reasoning_content": THOUGHT}, {"thinking": f"{THOUGHT}\n"}, {"reasoning": THOUGHT})
+    ),
+    (
+        "openai",
+        {
+            "messages": [
+                {"role": "user", "content": "3 + 4?"},
+                {
+                    "role": "assistant",
+                    "content": [{"type": "thinking", "thinking": THOUGHT}, {"type": "text", "text": "7."}],
+                },
+            ]
+        },
+    ),
+    (
+        "sharegpt",
+        {"conversations": [{"from": "human", "value": "3 + 4?"}, {"from": "gpt", "value": "7.", "thinking": THOUGHT}]},
+    ),
+    ("alpaca", {"instruction": "3 + 4?", "output": "7.", "reasoning_content": THOUGHT}),
+]
+
+
+@pytest.mark.parametrize(("name", "row"), THOUGHTFUL)
+def test_reasoning_is_never_dropped_silently(name: str, row: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match=r"set `reasoning: keep` for this source .* or `reasoning: drop` to leave it out"
+    ):
+        Layout(name, "instructions").convert(row)
+    kept = Layout(name, "instructions", reasoning="keep").convert(row)
+    assert turns_of(kept["messages"]) == ["user:3 + 4?", f"assistant:<think>\n{THOUGHT}\n</think>\n\n7."]
+    dropped = Layout(name, "instructions", reasoning="drop").convert(row)
+    assert turns_of(dropped["messages"]) == ["user:3 + 4?", "assistant:7."]
+
+
+@pytest.mark.parametrize("form", [None, "openai"])
+def test_a_source_says_whether_reasoning_is_kept(tmp_path: Path, form: str | None) -> None:
+    """Also of rows with the columns of the table."""
+    copied = copy_sources(tmp_path)
+    rows = [THOUGHTFUL[0][1], {**OPENAI, "answer": "Hello"}]
+    (copied / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    mine = {**FACTS, "name": "mine", "path": "mine.jsonl", "format": form, "table": None}
+    rejecting = ingest_into(tmp_path / "out", copied, sources=[FACTS, mine])
+    assert [row["source"] for row in rejections(rejecting)] == ["mine"]
+    keeping = ingest_into(tmp_path / "other", copied, sources=[FACTS, {**mine, "reasoning": "keep"}])
+    chats = [row for row in table(keeping, "instructions") if row["source"] == "mine"]
+    assert any(row["messages"][-1]["content"].startswith("<think>") for row in chats)
+    assert {row["answer"] for row in chats} == ({None} if form else {None, "Hello"})
+
+
 def reply(**message: Any) -> dict[str, Any]:
     return {"messages": [OPENAI["messages"][0], {"role": "assistant", **message}]}
 
@@ -120,7 +188,20 @@ REJECTED: list[tuple[str, str, dict[str, Any], str]] = [
     ("openai", "instructions", reply(content=None, tool_calls=[{}]), "tool_calls cannot be represented"),
     ("openai", "instructions", reply(content=""), "an empty answer"),
     ("openai", "instructions", reply(content="Hi", weight=0), "a reply of weight 0"),
-    ("openai", "instructions", reply(content=[{"type": "image_url"}]), "only parts of type text"),
+    (
+        "openai",
+        "instructions",
+        reply(content=[{"type": "image_url"}]),
+        "only parts of type text can be represented in a text chat, found an image (type image_url); remove the row",
+    ),
+    (
+        "openai",
+        "instructions",
+        reply(content=["a"]),
+        "only parts of type text can be represented in a text chat, fo",
+    ),
+    ("openai", "instructions", reply(content="Hi", train=False), "a reply of train: false: every reply of a chat is"),
+    ("openai", "rankings", {**PAIRS[2][1], "preferred_output": OPENAI["messages"]}, "must be one message, found 2"),
     ("openai", "instructions", {"messages": [{"role": "tool", "content": "4"}]}, "a tool’s turn cannot be represented"),
     ("openai", "instructions", {"messages": [{"role": "bot", "content": "4"}]}, "expected a role of system"),
     ("openai", "rankings", {"input": {}}, "preferred_output, non_preferred_output missing; expected input"),
@@ -192,7 +273,7 @@ def test_an_imported_chat_is_validated_like_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ('[\n{"instruction": "a", "output": "b"},\n{"instruction"', "found something else after item 1, in line 3: "),
+        ('[\n{"instruction": "a", "output": "b"},\n{"instruction"', "after item 1, in line 3: the file ends"),
         ("[{'instruction': 'a'}]", "after item 0, in line 1: Expecting property name enclosed in double quotes"),
         ('{"a": 1}\n{"b": 2}\n', "none of the 2 rows of"),
     ],
@@ -239,6 +320,15 @@ def test_other_content_after_an_array_is_an_error_with_its_place(tmp_path: Path,
         read_json(path)
 
 
+def test_a_truncated_array_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text('[{"a": 1}, {"a": "b', encoding="utf-8")
+    with pytest.raises(
+        UnreadableFile, match=r"after item 1, in line 1: the file ends within a value; correct it there"
+    ):
+        read_json(path)
+
+
 def test_an_array_nested_too_deep_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text("[1, " + "[" * 100_000, encoding="utf-8")
@@ -266,7 +356,7 @@ INFO: dict[str, Any] = {
     "plain": {"file_name": "plain.json"},
     "tagged": {
         "file_name": "tagged.jsonl", "formatting": "sharegpt",
-        "columns": {"messages": "dialogue"},
+        "columns": {"messages": "talk.dialogue"},
         "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
     },
     "preferred": {
@@ -287,11 +377,12 @@ def factory(folder: Path) -> Path:
     copied = copy_sources(folder)
     (copied / "lf").mkdir()
     (folder / "secret.json").write_text("[]")
-    dialogue = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
+    reply = {"role": "assistant", "content": "Me.", "thinking": "I."}
+    dialogue = [{"role": "user", "content": "Who?"}, reply]
     content = {
         "dataset_info.json": INFO,
         "plain.json": [ALPACA, {"instruction": "Hello"}],
-        "tagged.jsonl": {"dialogue": dialogue},
+        "tagged.jsonl": {"talk": {"dialogue": dialogue}},
         "preferred.json": [{"question": "Which?", "better": "This.", "worse": "That."}],
     }
     for name, value in content.items():
@@ -300,10 +391,10 @@ def factory(folder: Path) -> Path:
 
 
 def test_the_data_sets_named_are_read_into_their_tables(tmp_path: Path) -> None:
-    chosen = {**FACTORY, "datasets": ["plain", "tagged", "preferred"]}
+    chosen = {**FACTORY, "datasets": ["plain", "tagged", "preferred"], "reasoning": "keep"}
     folder = ingest_into(tmp_path / "out", factory(tmp_path), sources=[FACTS, chosen])
     chats = [row["messages"][-1]["content"] for row in table(folder, "instructions") if row["source"] == "factory"]
-    assert sorted(chats) == ["Bonjour", "Me."]
+    assert sorted(chats) == ["<think>\nI.\n</think>\n\nMe.", "Bonjour"]
     (ranking,) = table(folder, "rankings")
     assert (ranking["responses"], ranking["ranks"]) == (["This.", "That."], [1, 2])
     (rejected,) = rejections(folder)

@@ -72,15 +72,15 @@ def test_a_folder_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_problems_are_said_and_nothing_is_raised(tmp_path: Path) -> None:
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "docs/a.csv").write_text("id,turns\n1,x\n", encoding="utf-8")
-    (tmp_path / "docs/b.png").write_bytes(b"\x89PNG")
-    found = inspect(tmp_path / "docs")
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages/a.csv").write_text("id,turns\n1,x\n", encoding="utf-8")
+    (tmp_path / "pages/b.png").write_bytes(b"\x89PNG")
+    found = inspect(tmp_path / "pages")
     assert found.table is None
     assert found.columns == ("id", "turns")
     assert [problem.partition(":")[0] for problem in found.problems] == ["a.csv", "b.png"]
     assert "found none" in inspect(tmp_path / "absent.txt").problems[0]
-    assert inspect(tmp_path / "docs/*.png").files == 1
+    assert inspect(tmp_path / "pages/*.png").files == 1
 
 
 def test_options_decide_how_rows_are_read(tmp_path: Path) -> None:

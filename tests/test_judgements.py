@@ -1,9 +1,7 @@
 """Validation of rankings: contradictions of one annotator, agreement of several, length bias, the report."""
 
-import importlib
 import json
 import tracemalloc
-import warnings
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from tasks.validate import report
 from tasks.validate import stage as validate
 from tasks.validate.curation import Curator
 from tasks.validate.judgements import CONTRADICTION_REASON, Contradictions, JudgementStatistics
-from tests.data_fixtures import job, table, validate_config
+from tests.data_fixtures import import_great_expectations, job, table, validate_config
 
 SCRIPT = "<script>alert(1)</script>"
 DOCUMENT: dict[str, Any] = {
@@ -29,10 +27,7 @@ CHAT = {"id": "c", "messages": [{"role": "user", "content": "Hi?"}, {"role": "as
 
 @pytest.fixture(scope="module", autouse=True)
 def great_expectations() -> None:
-    """Import the library once: while it is imported it uses deprecated modules of the standard library."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        importlib.import_module("great_expectations")
+    import_great_expectations()
 
 
 def ranking(

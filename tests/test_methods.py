@@ -266,8 +266,8 @@ def test_too_many_top_layers_is_rejected(model: Any) -> None:
 
 
 def test_top_layers_supports_other_architectures() -> None:
-    """GPT-2 has other attribute names than Llama; OPT has none of them and is rejected with an alternative."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """GPT-2 and OPT have other attribute names than Llama; ALBERT shares one block and is rejected."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
     size = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     gpt2 = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **size))
@@ -278,8 +278,13 @@ def test_top_layers_supports_other_architectures() -> None:
     opt = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("opt", **size, ffn_dim=48, word_embed_proj_dim=32, pad_token_id=0)
     )
-    with pytest.raises(StageError, match="and OPTForCausalLM has no such attributes: use full or lora"):
-        methods.apply(opt, method(name="top_layers", layers=1))
+    methods.apply(opt, method(name="top_layers", layers=1))
+    trained = {name for name, parameter in opt.named_parameters() if parameter.requires_grad}
+    assert any(".layers.1." in name for name in trained)
+    assert not any(".layers.0." in name for name in trained)
+    albert = AutoModelForMaskedLM.from_config(AutoConfig.for_model("albert", **size, intermediate_size=48))
+    with pytest.raises(StageError, match="one list of blocks, and AlbertForMaskedLM has none: use full or lora"):
+        methods.apply(albert, method(name="top_layers", layers=1))
 
 
 def test_rank_above_width_is_rejected(model: Any) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import networkx as nx
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tasks.common.harness.job import Link
 from tasks.common.harness.lineage import ancestry, lineage
@@ -28,12 +30,13 @@ def params() -> Any:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A folder of the user's in the project, with a config.json only; the project has the profile's own files."""
+    """A folder of the user's with a config.json and one weight, in a project with the profile's own files."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "data/sources/evaluation", tmp_path / "data/sources/evaluation")
     folder = tmp_path / "models" / "mine"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(LLAMA))
+    save_file({"weight": np.zeros(1, np.float32)}, folder / "model.safetensors")
     return "models/mine"
 
 

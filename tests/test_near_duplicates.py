@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from tasks.validate import near_duplicates
+from tasks.validate import near_duplicates, signatures
 from tasks.validate.near_duplicates import DuplicateFinder, ExactDuplicates, NearDuplicates
 from tests.conftest import ROOT
 
@@ -51,7 +51,7 @@ def test_signatures_estimate_the_jaccard_index() -> None:
     for _ in range(40):
         one = make_text(generator)
         other = edit_words(one, generator)
-        left, right = near_duplicates.minhash_signatures([one, other], SETTINGS)
+        left, right = signatures.minhash_signatures([one, other], SETTINGS.shingle, SETTINGS.permutations)
         errors.append(float((left == right).mean()) - jaccard(one, other))
     assert abs(np.mean(errors)) < 0.03
     assert max(map(abs, errors)) < 4.5 * (0.25 / 128) ** 0.5  # standard deviation of 128 draws is 0.044 at most
@@ -99,7 +99,7 @@ def test_batch_size_does_not_change_the_result(
     documents = [(words, False) for words in [*originals, *(edit_words(words, generator) for words in originals[::2])]]
     documents += [(originals[3], True), (originals[4], False)]
     expected = find_redundant(documents)
-    monkeypatch.setattr(near_duplicates, "BATCH_SIGNATURES", batch_signatures)
+    monkeypatch.setattr(signatures, "BATCH_SIGNATURES", batch_signatures)
     monkeypatch.setattr(near_duplicates, "BANDS_PER_PASS", bands)
     assert find_redundant(documents) == expected
     assert len(expected) == 17
@@ -123,10 +123,9 @@ def test_bands_find_a_pair_at_the_threshold(jaccard_index: float) -> None:
 
 def test_signatures_are_the_same_in_every_process() -> None:
     code = (
-        "from tasks.validate import near_duplicates as n; import hashlib;"
-        "s = n.NearDuplicates(shingle=2, min_jaccard=0.6, permutations=128, min_words=10);"
+        "from tasks.validate.signatures import minhash_signatures; import hashlib;"
         "w = [[f'word{a * b % 97}' for b in range(80)] for a in range(1, 300)];"
-        "print(hashlib.sha256(n.minhash_signatures(w, s).tobytes()).hexdigest())"
+        "print(hashlib.sha256(minhash_signatures(w, 2, 128).tobytes()).hexdigest())"
     )
     seen = {
         subprocess.run(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from tasks.common.modelling import methods, models
+from tasks.common.modelling import head_models, methods, models
 from tasks.common.modelling.models import Shape
 from tasks.common.training import optimizers
 from tasks.common.training.optimizers import Optimizer, learning_rate_at
@@ -240,7 +240,7 @@ def test_muon_with_fine_tuning_methods(method: dict[str, Any], rules: list[str],
     """AdamW updates a new head; an optimizer without parameters is not built."""
     labels = [str(label) for label in range(3)]
     with models.suppress_warnings("transformers"):
-        model = models.load_classifier(chain.path("data/pretrain/causal/model"), NUMERICS, labels)
+        model = head_models.load_classifier(chain.path("data/pretrain/causal/model"), NUMERICS, labels)
     trained = methods.apply(model, TypeAdapter(methods.Method).validate_python(method))
     built = optimizers.build(settings("muon"), trained)
     assert [type(optimizer).__name__ for optimizer in built] == rules

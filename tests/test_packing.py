@@ -7,13 +7,15 @@ import pytest
 
 from tasks.common import tables
 from tasks.common.defaults import read_settings
+from tasks.common.harness.job import StageError
 from tasks.common.modelling import models
 from tasks.common.params_file import check
 from tasks.common.settings import SettingsError
 from tasks.common.text import chat
 from tasks.finetune.objectives.chat import answers_nll
-from tasks.finetune.packing import Encoded, block_mask, first_fit, packed_rows, padded_rows
+from tasks.finetune.packing import Encoded, check_packing, first_fit, packed_rows, padded_rows
 from tests.conftest import ROOT
+from tests.family_fixtures import Shape, write_family
 from tests.training_fixtures import NUMERICS, Chain, chain, config
 
 __all__ = ["chain"]
@@ -126,13 +128,26 @@ def test_the_first_bin_with_room_is_taken() -> None:
     assert sorted(place for row in first_fit([1, 7, 3, 8, 2, 2, 6], 8) for place in row) == list(range(7))
 
 
-def test_packed_attention_is_causal_within_each_conversation() -> None:
-    """Compared with a loop over every pair of positions."""
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_packed_rows_respect_sliding_windows(family: str, tmp_path: Path) -> None:
+    """The loss equals that of one conversation per row, where conversations are longer than the window."""
     import torch
 
-    owner = torch.tensor([[4, 4, 2, 2, 2, -1, -1]])
-    mask = block_mask(owner)[0, 0]
-    for reader in range(7):
-        for read in range(7):
-            allowed = owner[0, reader] == owner[0, read] and read <= reader
-            assert (mask[reader, read] == 0) == bool(allowed)
+    model = models.load_decoder(write_family(family, tmp_path, Shape(window=6)), NUMERICS).eval()
+    check_packing(model, NUMERICS)
+    generator = torch.Generator().manual_seed(0)
+    lengths = (20, 9, 14, 30, 5)
+    ids = [torch.randint(3, 300, (n,), generator=generator).tolist() for n in lengths]
+    batch = [(row, [False] + [True] * (len(row) - 1)) for row in ids]
+    with torch.no_grad():
+        alone = sum(answers_nll(model, padded_rows([item], 0), NUMERICS).item() for item in batch)
+        packed = answers_nll(model, packed_rows(batch, LONGEST, 0), NUMERICS).item()
+    assert packed == pytest.approx(alone, rel=1e-5)
+
+
+def test_packing_is_refused_for_a_model_that_mixes_conversations(tmp_path: Path) -> None:
+    model = models.load_decoder(write_family("llama", tmp_path), NUMERICS).eval()
+    plain = model.forward
+    model.forward = lambda position_ids=None, **inputs: plain(**inputs)  # a model that takes no positions
+    with pytest.raises(StageError, match=r"a llama model computes a conversation in a packed row otherwise than alone"):
+        check_packing(model, NUMERICS)

@@ -24,7 +24,7 @@ def print_params(*wanted: str, only_different: bool = False) -> str:
 
 def leaves(value: Any, path: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the single values of nested settings by their paths."""
-    if isinstance(value, dict) and path[-1:] not in (("mixture",), ("columns",)):
+    if isinstance(value, dict) and path[-1:] not in (("mixture",), ("columns",), ("languages",)):
         return {key: leaf for name, item in value.items() for key, leaf in leaves(item, (*path, name)).items()}
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return leaves({str(number): item for number, item in enumerate(value)}, path)

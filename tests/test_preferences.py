@@ -86,6 +86,26 @@ def test_a_row_that_is_not_a_pair_is_rejected(row: dict[str, Any], expected: str
     assert expected in str(caught.value)
 
 
+EMPTY_REJECTED: list[dict[str, Any]] = [
+    {"prompt": "Hello", "chosen": "Hi.", "rejected": ""},
+    {"prompt": "Hello", "chosen": "Hi.", "rejected": [{"role": "assistant", "content": ""}]},
+    {"chosen": "\n\nHuman: Hello\n\nAssistant: Hi.", "rejected": "\n\nHuman: Hello\n\nAssistant:"},
+]
+
+
+@pytest.mark.parametrize("row", EMPTY_REJECTED)
+def test_a_rejected_reply_may_be_empty(row: dict[str, Any]) -> None:
+    assert Layout("preference", "rankings").convert(row)["responses"] == ["Hi.", ""]
+
+
+def test_an_empty_response_may_be_ranked_last() -> None:
+    record = argilla_record(["response1", "response2"])
+    record["fields"] = {"prompt": "Tell a joke.", "response1": "Knock.", "response2": ""}
+    assert convert("argilla", record)["responses"] == ["Knock.", ""]
+    pair = task({**PAIR, "answer2": ""}, "pairwise", {"selected": "left"})
+    assert convert("label_studio", pair)["responses"] == ["Knock.", ""]
+
+
 # Argilla
 
 FIELDS = {"prompt": "Tell a joke.", "response1": "Knock.", "response2": "A duck.", "response3": "Two ducks."}

@@ -57,7 +57,8 @@ def test_weights_take_a_byte_each(key: str, chain: Chain) -> None:
 def test_folders_contain_the_files_that_serving_reads(chain: Chain) -> None:
     """No file is missing or superfluous; OpenVINO's own programs can use the decoder's folder too."""
     files_by_key = {key: {path.name for path in chain.path(f"data/quantize/{key}/model").iterdir()} for key in KEYS}
-    graph = {"openvino_model.xml", "openvino_model.bin", "config.json", "engine.json", "tokenizer.json", "size.json"}
+    graph = {f"openvino_model.{ending}" for ending in ("xml", "bin")}
+    graph |= {f"{name}.json" for name in ("config", "engine", "tokenizer", "size", "special_tokens")}
     tokenizer = {f"openvino_{name}.{ending}" for name in ("tokenizer", "detokenizer") for ending in ("xml", "bin")}
     assert files_by_key["encoder"] == graph | {"limits.json"}
     assert files_by_key["chat"] == graph | tokenizer | {"generation_config.json", "chat_template.jinja", "limits.json"}
@@ -153,7 +154,7 @@ def test_int8_encoder_ranks_the_same_names_first(chain: Chain) -> None:
     firsts = []
     for path in (KEYS["encoder"], "data/quantize/encoder/model"):
         encoder = open_encoder(chain.path(path), NUMERICS)
-        codec = make_codec(encoder.tokenizer)
+        codec = make_codec(encoder.tokenizer, encoder.special_ids)
         places = [single_slot(f"The capital of {MASK} is {capital}.", codec) for capital in CAPITALS.values()]
         scores = log_scores(encoder.logits, codec, Candidates(names, codec), places)
         firsts.append([names[best] for best in scores.argmax(1)])
@@ -192,7 +193,7 @@ def test_the_engine_has_the_models_tokens_and_limits(chain: Chain) -> None:
     """Special tokens come from the model, limits from the settings."""
     path = chain.path("data/quantize/chat/model")
     model, engine = models.load_decoder(chain.path(KEYS["chat"]), NUMERICS).config, TextEngine(path)
-    assert (engine.bos_id, engine.eos_ids) == (model.bos_token_id, (model.eos_token_id,))
+    assert (engine.first_id, engine.eos_ids) == (model.bos_token_id, (model.eos_token_id,))
     limits = json.loads((path / "limits.json").read_text())
     assert limits == {"context": SETTINGS["tokenize"]["context"], "max_new_tokens": 24}
     assert json.loads((path / "engine.json").read_text()) == {"exact": True, "cache_blocks": 16 * 3}

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from flows import cli, graph, records, results
 from flows.graph import GraphError
-from flows.report import lineage, plots
+from flows.report import lineage, parts, plots
 from flows.report import page as report
 from flows.report.plots import Series
 from flows.runner import Runner
@@ -291,6 +291,30 @@ class TestFigures:
         fixture.log(project, "run-later", "finetune@chat", "another recipe", "2027-01-01T00:00:00+00:00", 9999.0)
         assert "9999" not in write_report(project)
         assert results.Results(project, RUN).steps["finetune@chat"].seconds == 36.0
+
+    def test_rejected_rows_are_counted_by_reason_without_their_place(self, project: Path) -> None:
+        reasons = [f"docs/my, file.jsonl, line {number}: an empty answer" for number in range(1, 8)]
+        rows = [{"source": "stars", "row": "{}", "reason": reason} for reason in reasons]
+        rows += [
+            {"source": "docs", "row": f"docs/{name}", "reason": f"docs/{name}: an image; only text can be read"}
+            for name in ("a.png", "b.png")
+        ]
+        path = project / "data/ingest/rejected.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        rejected = parts.data(results.Results(project, RUN))["rejected"]
+        assert [(item["reason"], item["count"], len(item["examples"])) for item in rejected] == [
+            ("an empty answer", 7, 3), ("an image; only text can be read", 2, 2)
+        ]  # fmt: skip
+
+    def test_unknown_licences_and_notes_are_listed(self, project: Path) -> None:
+        path = project / "data/ingest/sources.json"
+        sources = json.loads(path.read_text())
+        assert "licence unknown" not in write_report(project)
+        sources[1] |= {"licence": "unknown", "notes": ["a.csv: not UTF-8, read as windows-1252"]}
+        put(path, sources)
+        text = Page(write_report(project)).text
+        assert "licence unknown: stars" in text
+        assert "stars: a.csv: not UTF-8" in text
 
     def test_limits_follow_from_the_sources(self, project: Path) -> None:
         page = Page(write_report(project))

@@ -14,7 +14,7 @@ from tasks.align import pairs
 from tasks.align.rewards import Rankings
 from tasks.common import tables
 from tasks.common.harness.job import StageError
-from tasks.common.modelling import models
+from tasks.common.modelling import head_models
 from tasks.common.reward import agreement
 from tasks.common.reward.lexicon import Lexicon
 from tasks.common.reward.rankings import Ranking, read_ranking
@@ -69,7 +69,8 @@ def test_a_batch_of_rankings_weighs_both_losses(chain: Chain, tmp_path: Path) ->
     rows = [ranking([2.0, -1.0, 0.5]), ranking(ranks=[2, 1]), ranking([1.0, 1.0])]
     rows[0]["responses"][1] = "A reply with far more words."
     rankings = [(item, [0.25 + place for place in range(len(item.texts))]) for item in read_rankings(rows, chain)]
-    model, tokenizer = models.load_scorer(chain.path("data/reward/train/model"), NUMERICS).eval(), chain.tokenizer()
+    tokenizer = chain.tokenizer()
+    model = head_models.load_scorer(chain.path("data/reward/train/model"), NUMERICS).eval()
 
     def score(text: str) -> float:
         ids = torch.tensor([encode_reply(tokenizer, text, 32)])
@@ -249,7 +250,7 @@ def test_the_ordering_loss_is_that_of_trl(chain: Chain, tmp_path: Path) -> None:
     from trl import RewardConfig, RewardTrainer
 
     pairs = [("It was good.", "It was terrible."), ("A kind song about the garden.", "No."), ("Fine.", "It was good.")]
-    tokenizer, model = chain.tokenizer(), models.load_scorer(chain.path("data/reward/train/model"), NUMERICS)
+    tokenizer, model = chain.tokenizer(), head_models.load_scorer(chain.path("data/reward/train/model"), NUMERICS)
     rows = [[encode_reply(tokenizer, text, 32) for text in pair] for pair in pairs]
     settings = RewardConfig(
         output_dir=str(tmp_path / "trl"), per_device_train_batch_size=3, bf16=False, use_cpu=True, report_to="none",
@@ -261,7 +262,7 @@ def test_the_ordering_loss_is_that_of_trl(chain: Chain, tmp_path: Path) -> None:
     theirs = trainer.compute_loss(model.eval(), batch).item()
     numerics = chain.job("reward@train", config("reward"), tmp_path).numerics
     pairs_of_places = [(place, place + 1, 1.0) for place in (0, 2, 4)]
-    scores = models.head_outputs(model, tokenizer, [ids for pair in rows for ids in pair], numerics, 16)[:, 0]
+    scores = head_models.head_outputs(model, tokenizer, [ids for pair in rows for ids in pair], numerics, 16)[:, 0]
     assert losses.bradley_terry(scores, pairs_of_places).item() / 3 == pytest.approx(theirs, rel=1e-5)
 
 

@@ -43,7 +43,7 @@ SCRIPT = """
 import json, os, sys, time
 from safetensors import safe_open
 
-def sample(weights, prompts, seed, max_new_tokens, temperature, end):
+def sample(weights, prompts, seed, max_new_tokens, temperature, ends):
     with safe_open(os.path.join(weights, "model.safetensors"), "numpy") as file:
         norm = int(abs(file.get_tensor("model.norm.weight")).sum() * 1000)
         head, tied = file.get_tensor("lm_head.weight"), file.get_tensor("model.embed_tokens.weight")
@@ -133,7 +133,7 @@ def engine(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 def ask(engine: VllmEngine, policy: Policy, **changes: Any) -> list[list[int]]:
     """Return the replies to two prompts."""
-    options: dict[str, Any] = {"max_new_tokens": 9, "temperature": 0.5, "seed": 3, "end": 1}
+    options: dict[str, Any] = {"max_new_tokens": 9, "temperature": 0.5, "seed": 3, "ends": [1]}
     return engine.generate(policy, PROMPTS, **{**options, **changes})
 
 
@@ -141,7 +141,10 @@ def test_rollout_process_receives_prompts_and_current_weights(
     engine: Callable[..., VllmEngine], policy: Callable[..., Policy]
 ) -> None:
     """The weights are written before each request."""
-    ours, theirs = policy(), engine("return [([*prompt, seed, max_new_tokens, end, norm], []) for prompt in prompts]")
+    ours, theirs = (
+        policy(),
+        engine("return [([*prompt, seed, max_new_tokens, ends[0], norm], []) for prompt in prompts]"),
+    )
     theirs.load(ours, 40)
     norm = ours.model.model.norm.weight
     for seed in (3, 4):
@@ -188,7 +191,7 @@ def test_the_stage_resumes_after_the_process_died(
 
     engine("return None").close()  # for the script's place
     script = tmp_path / "script.py"
-    plain = "return [([prompt[-1], end], [0.0, 0.0]) for prompt in prompts]"
+    plain = "return [([prompt[-1], ends[0]], [0.0, 0.0]) for prompt in prompts]"
     monkeypatch.setitem(rollouts.MAX_LOGPROB_GAP, "float32", 1e9)  # the replies are not the policy's
     chosen = config("align@policy").model_copy(
         update={"rollouts": Vllm.model_construct(name="vllm", version="1", cache_mb=8)}
@@ -318,7 +321,7 @@ def vllm_replies(
     engine: VllmEngine, policy: Policy, prompts: list[list[int]], end: int, **changes: Any
 ) -> list[list[int]]:
     """Return vLLM's replies."""
-    options: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0.0, "seed": 1, "end": end}
+    options: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0.0, "seed": 1, "ends": [end]}
     return engine.generate(policy, prompts, **{**options, **changes})
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tasks.common import tables
 from tasks.common.harness.job import StageError
-from tasks.common.modelling import models
+from tasks.common.modelling import head_models, models
 from tasks.common.reward import agreement
 from tasks.common.reward.lexicon import Lexicon
 from tasks.common.reward.rankings import read_ranking, rows_for_role
@@ -162,7 +162,7 @@ def test_a_new_head_begins_small_and_without_dropout(chain: Chain) -> None:
 
     torch.manual_seed(0)
     for path in ("data/pretrain/masked/model", "data/finetune/chat/model"):
-        model: Any = models.new_scorer(chain.path(path), NUMERICS, 40)
+        model: Any = head_models.new_scorer(chain.path(path), NUMERICS, 40)
         head = model.classifier if hasattr(model, "classifier") else model.score
         width = model.config.hidden_size
         assert head.weight.std().item() == pytest.approx((width + 1) ** -0.5, rel=0.06)  # four standard deviations
@@ -177,9 +177,9 @@ def test_dropout_is_off(chain: Chain, tmp_path: Path) -> None:
     tokenizer = chain.tokenizer()
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=32, n_embd=16, n_layer=1, n_head=2))
     models.save(gpt2, tokenizer, tmp_path)
-    model = models.new_scorer(tmp_path, NUMERICS, 1).train()
+    model = head_models.new_scorer(tmp_path, NUMERICS, 1).train()
     model.config.pad_token_id = tokenizer.pad_token_id
-    one, other = (models.head_outputs(model, tokenizer, [[1, 5, 6, 7]], NUMERICS, 1).item() for _ in range(2))
+    one, other = (head_models.head_outputs(model, tokenizer, [[1, 5, 6, 7]], NUMERICS, 1).item() for _ in range(2))
     assert one == other
     assert gpt2.config.resid_pdrop > 0
 
@@ -199,7 +199,7 @@ def test_head_loss_weighs_rankings_by_bootstrap_count(chain: Chain, tmp_path: Pa
     """Loss sums and target counts of all heads equal those of each head and ranking separately."""
     rows = [row for row in rankings() if row["scores"]][:3]
     examples = [read_ranking(row, chain.tokenizer(), 32, "response") for row in rows]
-    model = models.new_scorer(chain.path("data/pretrain/masked/model"), NUMERICS, 2).eval()
+    model = head_models.new_scorer(chain.path("data/pretrain/masked/model"), NUMERICS, 2).eval()
     bases, counts = [[0.5] * 4, [0.0] * 4, [-0.5] * 4], [[0, 2], [1, 0], [3, 1]]
     settings = config("reward", heads=2, batch=3, word_dropout=0.0)
     job = chain.job("reward@train", settings, tmp_path)
@@ -209,7 +209,7 @@ def test_head_loss_weighs_rankings_by_bootstrap_count(chain: Chain, tmp_path: Pa
     sums = {name: value.item() for name, value in judgements.loss_sums(batch).items()}
     rating_loss = order_loss = 0.0
     for ranking, base, often in judgements.items:
-        scores = models.head_outputs(model, chain.tokenizer(), ranking.ids, NUMERICS, 4) + base[0]  # (4, 2)
+        scores = head_models.head_outputs(model, chain.tokenizer(), ranking.ids, NUMERICS, 4) + base[0]  # (4, 2)
         for head, count in enumerate(often):
             own = scores[:, head].tolist()
             rating_loss += count * sum((a - b) ** 2 for a, b in zip(own, ranking.ratings or (), strict=True))
@@ -233,7 +233,7 @@ def test_ensemble_score_is_the_mean_with_the_std_of_its_heads(chain: Chain, tmp_
     texts = ["The soup was wonderful.", "Peru.", "The bread was poor."]
     scores, stds = scorer.score_with_std([([], text) for text in texts])
     rows = [encode_reply(scorer.tokenizer, text, 32) for text in texts]
-    plain = models.head_outputs(scorer.model, scorer.tokenizer, rows, NUMERICS, 1).detach().numpy()
+    plain = head_models.head_outputs(scorer.model, scorer.tokenizer, rows, NUMERICS, 1).detach().numpy()
     assert plain.shape == (3, 3)
     assert stds == pytest.approx(plain.std(1).tolist(), abs=1e-5)
     assert min(stds) > 0

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
 def test_masked_capital_has_its_probabilities(chain: Chain) -> None:
     """ "The capital of [MASK] is Paris." gives France, among all names of any number of tokens."""
     encoder = TorchEncoder.load(chain.path("data/pretrain/masked/model"), NUMERICS)
-    codec = make_codec(encoder.tokenizer)
+    codec = make_codec(encoder.tokenizer, encoder.special_ids)
     candidates = Candidates([name for pair in CAPITALS.items() for name in pair], codec)
     assert len(candidates.groups[True]) > 2  # names of one, of two and of more tokens compete
     for country in ("France", "Italy", "Japan", "Egypt", "New Zealand", "Antigua and Barbuda"):

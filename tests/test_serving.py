@@ -232,7 +232,21 @@ INVALID_OPENAI_REQUESTS = [
     ({"model": TAG}, "messages", '"messages" is missing'),
     ({"model": TAG, "messages": []}, "messages", "empty"),
     ({"model": TAG, "messages": [{"role": "user"}]}, "messages", '"messages[0].content" is missing'),
-    ({"model": TAG, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "text parts"),
+    (
+        {"model": TAG, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "messages",
+        '"messages[0].content" has a part of type image_url; the model reads only text parts',
+    ),
+    (
+        {"model": TAG, "messages": [*JAPAN, {"role": "tool", "content": "3"}]},
+        "messages",
+        '"messages[1].role" is tool: tool turns are not supported',
+    ),
+    (
+        {"model": TAG, "messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}, *JAPAN]},
+        "messages",
+        '"messages[0].tool_calls" is not supported: the model calls no tools',
+    ),
     ({"model": TAG, "messages": [{"role": "robot", "content": "Hi"}]}, "messages", '"robot"'),
     ({"model": TAG, "messages": JAPAN, "max_tokens": 999}, "max_tokens", f"{MAX_NEW_TOKENS} are allowed"),
     ({"model": TAG, "messages": JAPAN, "temperature": -1}, "temperature", "between 0 and 2"),
@@ -252,6 +266,47 @@ def test_openai_invalid_request_returns_a_message(
     assert response.status_code == 400
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     assert sentence in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "found"), [("utf-8-sig", "begins with a byte order mark"), ("utf-16", "is UTF-16 or UTF-32")]
+)
+@pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions"])
+def test_body_in_another_encoding_returns_a_message(client: httpx.Client, path: str, encoding: str, found: str) -> None:
+    response = client.post(path, content='{"input": "Hi"}'.encode(encoding))
+    assert response.status_code == 400
+    assert f"The request {found}: send it as plain UTF-8." in response.text
+
+
+def test_null_options_have_no_effect(client: httpx.Client) -> None:
+    """Clients send `include_usage: null` and `tool_calls: null`."""
+    body = {
+        "model": TAG, "messages": [{**JAPAN[0], "tool_calls": None}], "stream": True,
+        "stream_options": {"include_usage": None},
+    }  # fmt: skip
+    text = client.post("/v1/chat/completions", json=body).raise_for_status().text
+    assert '"usage"' not in text
+    assert text.endswith("data: [DONE]\n\n")
+
+
+def test_empty_answer_may_stand_in_a_conversation(client: httpx.Client) -> None:
+    """The endpoint gives such an answer itself if a stop sequence matches at once."""
+    first = client.post("/v1/chat/completions", json={"model": TAG, "messages": JAPAN, "stop": ["The"]}).json()
+    given = first["choices"][0]["message"]
+    assert given["content"] == ""
+    again = client.post("/v1/chat/completions", json={"model": TAG, "messages": [*JAPAN, given, *JAPAN]})
+    assert again.status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_completion_continues_a_text(ai: openai.OpenAI, stream: bool) -> None:
+    """The text is the prompt as it is, without the chat template."""
+    prompt = "What is the capital of Japan?"
+    options: Any = {"model": TAG, "prompt": prompt, "max_tokens": 4, "temperature": 0, "stream": stream}
+    made = ai.completions.create(**options)
+    pieces = [chunk.choices[0] for chunk in made] if stream else made.choices
+    assert "".join(piece.text for piece in pieces)
+    assert pieces[-1].finish_reason == "length"
 
 
 def test_unknown_openai_route_returns_404_error_object(client: httpx.Client) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from ruamel.yaml import YAML
 
-from flows import graph
-from flows.start import params_text, project
+from flows import cli, graph
+from flows.start import command, machine, params_text, project
 from flows.start.brought import Brought, Table
 from flows.start.checkpoint import Checkpoint, read_checkpoint
 from flows.start.machine import Machine
@@ -95,26 +96,27 @@ class TestCheckpoint:
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
 
-    @pytest.mark.parametrize(
-        ("files", "sentence"),
-        [
-            ({}, "is not a model folder: expected config.json, .* found no files"),
-            ({"config.json": '{"architectures": ["CLIPModel"]}'}, "holds CLIPModel; expected a causal or a masked"),
-            (
-                {"config.json": '{"architectures": ["LlamaForCausalLM"]}', "pytorch_model.bin": ""},
-                r"holds no weights as safetensors; found config.json, pytorch_model.bin. Pickled weights \(.bin, .pt\)",
-            ),
-            (
-                {"config.json": '{"architectures": ["LlamaForCausalLM"]}', "model.safetensors": "12345678{"},
-                "model.safetensors is damaged or incomplete",
-            ),
-        ],
-    )
-    def test_unusable_folder_is_named(self, files: dict[str, str], sentence: str, tmp_path: Path) -> None:
-        for name, content in files.items():
-            (tmp_path / name).write_text(content, encoding="utf-8")
-        with pytest.raises(BessemerError, match=sentence):
+    def test_unusable_folder_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(BessemerError, match=r"cannot be used as a model: it contains no config\.json"):
             read_checkpoint(tmp_path)
+
+    def test_other_architecture_is_named(self, tmp_path: Path) -> None:
+        folder = write_foreign(tmp_path / "mine")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": ["CLIPModel"]}), encoding="utf-8")
+        with pytest.raises(BessemerError, match="holds CLIPModel; expected a causal or a masked language model"):
+            read_checkpoint(folder)
+
+    def test_adapter_comes_with_its_base_model(self, tmp_path: Path) -> None:
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        base = write_foreign(tmp_path / "base")
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM"))
+        adapted.save_pretrained(str(tmp_path / "adapter"))
+        found = read_checkpoint(tmp_path / "adapter")
+        assert found.kind == "causal"
+        assert found.files == {"models/adapter": tmp_path / "adapter", "models/base": base}
 
 
 class TestPipeline:
@@ -192,3 +194,72 @@ class TestParamsText:
         tables = {name: table() for name in ("corpus", "instructions", "rankings", "labels")}
         planned = design(Brought(checkpoint(), tables), MACHINE)
         assert len(params_text.render("everything", planned.sections).splitlines()) <= params_text.MAX_LINES
+
+
+class TestCommand:
+    @pytest.fixture
+    def mine(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A folder with a checkpoint, conversations and a LLaMA-Factory configuration."""
+        monkeypatch.setattr(machine, "measure", lambda: MACHINE)
+        write_foreign(tmp_path / "base", max_position_embeddings=256)
+        rows = [{"question": f"Who is {name}?", "reply": f"A friend of {name}."} for name in ("Ann", "Bob", "Cid")]
+        (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        info = {"chats": {"file_name": "chats.jsonl", "columns": {"prompt": "question", "response": "reply"}}}
+        (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+        config = {
+            "model_name_or_path": "base", "stage": "sft", "finetuning_type": "lora", "dataset": "chats",
+            "dataset_dir": ".", "cutoff_len": 64, "num_train_epochs": 4, "per_device_train_batch_size": 1,
+            "resize_vocab": True, "output_dir": "saves",
+        }  # fmt: skip
+        YAML().dump(config, tmp_path / "lora.yaml")
+        return tmp_path
+
+    def run(self, *arguments: str) -> Any:
+        return CliRunner().invoke(cli.cli, ["init", *arguments])
+
+    def test_configuration_of_another_tool_becomes_a_project(self, mine: Path) -> None:
+        done = self.run(str(mine / "new"), "--from", str(mine / "lora.yaml"))
+        assert done.exit_code == 0, done.output
+        assert "not translated: resize_vocab: True" in done.output
+        assert "without effect on the model: output_dir" in done.output
+        settings = YAML(typ="safe").load(mine / "new/params.yaml")
+        assert settings["finetune"]["chat"] | {"optimizer": {}} == {
+            "model": "models/base", "method": {"name": "lora", "rank": 8, "alpha": 16}, "max_tokens": 64,
+            "too_long": "truncate", "batch": 1, "steps": 12, "optimizer": {},
+        }  # fmt: skip
+        assert settings["package"] == {"chat": "data/quantize/chat/model"}
+
+    def test_option_takes_several_paths(self, mine: Path) -> None:
+        (mine / "more.jsonl").write_text((mine / "chats.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
+        paths = [str(mine / "chats.jsonl"), str(mine / "more.jsonl")]
+        done = self.run(str(mine / "new"), "--conversations", *paths, "--checkpoint", str(mine / "base"), "--yes")
+        assert done.exit_code == 0, done.output
+        sources = YAML(typ="safe").load(mine / "new/params.yaml")["ingest"]["sources"]
+        assert [source["path"] for source in sources] == ["chats.jsonl", "more.jsonl"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "sentence"),
+        [
+            (["--conversations", "nowhere.jsonl", "--yes"], "--conversations: nowhere.jsonl does not exist"),
+            (["--conversations", "dataset_info.json", "--yes"], "contains no conversations that can be used"),
+            (["--labels", "chats.jsonl", "--checkpoint", "base", "--yes"], "has the columns question, reply; expected"),
+            (["--checkpoint", "."], "There is no terminal to ask in: add --yes"),
+            (["--from", "lora.yaml", "--text", "x"], "--from names the data itself: leave out --text"),
+        ],
+    )
+    def test_wrong_call_creates_nothing(
+        self, arguments: list[str], sentence: str, mine: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(mine)
+        done = self.run("new", *arguments)
+        assert done.exit_code != 0
+        assert sentence in f"{done.output}{done.exception}"
+        assert not (mine / "new").exists()
+
+    def test_questions_are_asked_in_a_terminal(self, mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(command, "_has_terminal", lambda: True)
+        answers = f"{mine / 'base'}\n\n{mine / 'chats.jsonl'}\n\n\n"
+        done = CliRunner().invoke(cli.cli, ["init", str(mine / "new")], input=answers)
+        assert done.exit_code == 0, done.output
+        settings = YAML(typ="safe").load(mine / "new/params.yaml")
+        assert list(settings["finetune"]) == ["chat"]

@@ -1,10 +1,8 @@
 """`validate`: invalid rows are rejected with a reason; a failed suite stops the run with a message."""
 
-import importlib
 import json
 import re
 import tracemalloc
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,10 @@ import pytest
 from tasks.common import tables
 from tasks.common.harness.job import StageError
 from tasks.common.identity import tree_hash
-from tasks.common.text import chat
-from tasks.validate import checks, report, suites
+from tasks.validate import checks, suites, summary
 from tasks.validate import stage as validate
 from tasks.validate.curation import Curator
-from tests.data_fixtures import copy_sources, ingest_into, job, table, validate_config
+from tests.data_fixtures import copy_sources, import_great_expectations, ingest_into, job, table, validate_config
 
 Rows = dict[str, list[dict[str, Any]]]
 Change = Callable[[Rows], None]
@@ -43,10 +40,7 @@ def rows(ingested: Path) -> Rows:
 
 @pytest.fixture(scope="module", autouse=True)
 def great_expectations() -> None:
-    """Import the library once: while it is imported it uses deprecated modules of the standard library."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        importlib.import_module("great_expectations")
+    import_great_expectations()
 
 
 @pytest.fixture(autouse=True)
@@ -86,21 +80,36 @@ INVALID_ROWS = [
     ("corpus", set_column("text", "cafÃ©"), "damaged encoding"),
     ("corpus", set_column("text", "itâ€™s"), "damaged encoding"),
     ("corpus", set_column("text", "a bell\x07"), "damaged encoding"),
-    (
-        "corpus",
-        set_column("text", "a [MASK] more"),
-        "the text contains [MASK], which is reserved for the chat template",
-    ),
     ("corpus", set_column("text", "x" * 1001), "longer than 1000 characters"),
     ("corpus", set_column("text", "..."), "no letter and no digit in the text"),
     ("corpus", set_column("names", ["Atlantis"]), "a name that is not in the text"),
     ("instructions", set_column("entity", ""), "entity is empty"),
-    ("instructions", set_column("messages", make_turns("assistant:Hello.", "user:Hello?")), "turns are not"),
-    ("instructions", set_column("messages", make_turns("user:Hello?")), "turns are not"),
+    (
+        "instructions",
+        set_column("messages", make_turns("assistant:Hello.", "user:Hello?")),
+        "the conversation begins with",
+    ),
+    ("instructions", set_column("messages", make_turns("user:Hello?")), "the conversation has no answer"),
+    (
+        "instructions",
+        set_column("messages", make_turns("system:Be kind.")),
+        "the conversation has no message of the user",
+    ),
+    ("instructions", set_column("messages", None), "the conversation has no message of the user"),
+    (
+        "instructions",
+        set_column("messages", make_turns("user:Hm.", "user:Hm?", "assistant:Hm!")),
+        "two messages of the user in a row",
+    ),
+    (
+        "instructions",
+        set_column("messages", make_turns("user:Hm.", "tool:4")),
+        "a message of the role tool; expected system",
+    ),
     (
         "instructions",
         set_column("messages", make_turns("user:Hello?", "system:Be kind.", "assistant:Yes.")),
-        "turns are not",
+        "a system message that is not the first message",
     ),
     ("instructions", set_column("messages", make_turns("user:Hello?", "assistant: ")), "an empty message"),
     (
@@ -108,18 +117,15 @@ INVALID_ROWS = [
         set_column("messages", make_turns("user:Hello?", "assistant:" + "x" * 501)),
         "a message longer than 500",
     ),
-    (
-        "instructions",
-        set_column("messages", make_turns("user:Hi?<|end|>", "assistant:Yes.")),
-        "the text contains <|end|>",
-    ),
     ("instructions", set_column("answer", "Atlantis"), "the reply does not hold the answer"),
-    ("rankings", set_column("prompt", make_turns("user:Say it.", "assistant:It.")), "the prompt is not"),
-    ("rankings", set_column("prompt", make_turns("user:Say it.<|user|>")), "the text contains <|user|>"),
-    ("rankings", set_column("responses", ["a", "b", "c", "d<|assistant|>"]), "the text contains <|assistant|>"),
+    ("rankings", set_column("prompt", make_turns("user:Say it.", "assistant:It.")), "the prompt ends with a message"),
+    (
+        "rankings",
+        set_column("prompt", make_turns("user:Say it.", "assistant: ", "user:Do.")),
+        "an empty message in the",
+    ),
     ("rankings", set_column("responses", ["one"]), "fewer than two distinct responses"),
     ("rankings", set_column("responses", ["same", "same ", " same", "same"]), "fewer than two distinct responses"),
-    ("rankings", set_column("responses", ["one", "", "two", "three"]), "an empty message or response"),
     (
         "rankings",
         set_column("responses", ["one", "x" * 501, "two", "three"]),
@@ -164,14 +170,22 @@ def test_ranks_are_checked_against_the_responses(ranks: list[int], expected: str
 
 
 @pytest.mark.parametrize(
-    "text", ["São Tomé", "Ångström", "naïve café", "Brasília", "a\nb\tc", "“quotes” – dashes…", "Â"]
+    "text",
+    [
+        "São Tomé",
+        "a page\x0cbreak",
+        "a zero\ufeffwidth space",
+        "XÃ\u00a0HỘI",
+        "Ångström",
+        "naïve café",
+        "Brasília",
+        "a\nb\tc",
+        "“quotes” – dashes…",
+        "Â",
+    ],
 )
 def test_valid_encoding_is_not_damage(text: str) -> None:
     assert not re.search(checks.DAMAGE_PATTERN, text)
-
-
-def test_the_reserved_tokens_are_those_of_the_chat_template() -> None:
-    assert sorted(checks.CONTROL_TOKENS) == sorted(chat.SPECIAL_TOKENS)
 
 
 @pytest.mark.parametrize("name", tables.TABLES)
@@ -279,9 +293,11 @@ FAILURES: list[tuple[str, Change, dict[str, Any], list[str]]] = [
     ("corpus", same_id, {}, ["every id is unique", "found 2 of 16 rows"]),
     ("corpus", no_training_rows, {}, ["some rows are for training", "found none with train"]),
     ("instructions", one_invalid_chat, {"max_rejected_share": 0.01},
-     ["at most 1% of the rows", "[the reply does not hold"]),
-    ("corpus", lambda rows: None, {"min_rows": MANY_ROWS}, ["at least 99 rows", "found 16."]),
-    ("instructions", lambda rows: None, {"min_heldout_questions": 9}, ["at least 9 different questions", "found 8."]),
+     ["at most 1% of the rows were invalid", "change validate.max_rejected_share.", "[the reply does not hold"]),
+    ("corpus", lambda rows: None, {"min_rows": MANY_ROWS},
+     ["at least 99 rows", "found 16.", "change validate.min_rows.corpus."]),
+    ("instructions", lambda rows: None, {"min_heldout_questions": 9},
+     ["at least 9 different questions", "found 8.", "change validate.min_heldout_questions."]),
 ]  # fmt: skip
 
 
@@ -357,10 +373,10 @@ def test_report_is_a_self_contained_page(rows: Rows, tmp_path: Path) -> None:
     assert report[0]["reasons"][0]["reason"] == "damaged encoding"
     assert all(verdict["success"] for item in report for verdict in item["verdicts"])
     markdown = (tmp_path / "out/report/validation.md").read_text(encoding="utf-8")
-    assert "| corpus | 16 | 15 | 1 | 13 of 13 |" in markdown
-    assert "- rejected 1 row: damaged encoding" in markdown
+    assert "| corpus | 16 | 15 | 1 | 14 of 14 |" in markdown
+    assert "- rejected 1 row: damaged encoding (facts 1)" in markdown
 
 
 def test_unprintable_characters_are_escaped() -> None:
-    assert report.shorten("a\x07b\nc") == "a\\u0007b c"
-    assert len(report.shorten("x" * 1000)) == report.LINE_CHARACTERS
+    assert summary.shorten("a\x07b\nc") == "a\\u0007b c"
+    assert len(summary.shorten("x" * 1000)) == summary.LINE_CHARACTERS

@@ -15,8 +15,11 @@ def limits(run: Results) -> list[Note]:
     used = {str(item["name"]): item for item in run.json("data/ingest/sources.json") or []}
     roles: dict[str, list[str]] = {}
     for source in run.settings("ingest").get("sources", []):
+        name = str(source.get("name"))
+        rows = used.get(name, {}).get("rows", {})
+        largest = max(rows, key=lambda table: rows[table]) if any(rows.values()) else None
         table = READER_TABLES.get(str(source.get("reader")), source.get("table"))
-        name, role = str(source.get("name")), str(table or source.get("kind"))
+        role = str(table or largest or source.get("kind"))
         if used.get(name, {}).get("used"):
             roles.setdefault(role, []).append(name)
     rating_sources, fact_sources = roles.get("ratings", []), roles.get("facts", [])

@@ -6,6 +6,7 @@ template decides the presentation.
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -38,6 +39,8 @@ LOSS_CHARTS: dict[str, tuple[tuple[str, tuple[tuple[str, str, str], ...], str], 
     "prune": (("Distillation after pruning", (("loss", "KL to the parent model", "s1"),), "KL, nats per token"),),
 }
 SHARE_UNIT = "share"
+PLACE_PATTERN = re.compile(r"^.+?, (?:line|row|item|paragraph) \d+(?:, (?:item|answer) \d+)?: ")  # of a rejected row
+SHOWN_EXAMPLES = 3
 ALIGNMENT_CURVES = (
     ("length", "Length of a reply", "tokens", "s3"),
     ("ended", "Replies that end with the end token", SHARE_UNIT, "s3"),
@@ -107,6 +110,7 @@ def data(run: Results) -> Part:
         source["from"] = named.get("requirement") or named.get("path") or ""
     return {
         "sources": sources,
+        "unknown_licences": [source["name"] for source in sources if source.get("licence") == "unknown"],
         "tables": [
             {"rejected": item.get("refused", 0), **item}  # `refused` in files before 0.2
             for item in run.json("data/validate/report/validation.json") or []
@@ -309,21 +313,26 @@ def _step_title(step: Step) -> str:
 def _rejected_rows(run: Results) -> list[Part]:
     """Return why `ingest` rejected rows, the most frequent reason first, each with its count and some examples.
 
-    The text of a reason after a colon is specific to the row, so it is part of the example.
+    The place of a row is not part of the reason. The text of a reason after a colon is specific to the row, so it is
+    part of the example.
     """
     path = run.project / "data/ingest/rejected.jsonl"
     if not path.exists():
         return []
-    found: dict[tuple[str, str], list[str]] = {}
+    counts: Counter[tuple[str, str]] = Counter()
+    examples: dict[tuple[str, str], list[str]] = {}
     with path.open(encoding="utf-8") as file:
         for text in file:
             row = json.loads(text)
-            reason, _, rest = str(row["reason"]).partition(": ")
-            found.setdefault((str(row["source"]), reason), []).append(f"{row['row']}{f' ({rest})' if rest else ''}")
-    ordered = sorted(found.items(), key=lambda item: -len(item[1]))
+            placed = PLACE_PATTERN.sub("", str(row["reason"]).removeprefix(f"{row['row']}: "))
+            reason, _, rest = placed.partition(": ")
+            key = str(row["source"]), reason
+            counts[key] += 1
+            if counts[key] <= SHOWN_EXAMPLES:
+                examples.setdefault(key, []).append(f"{row['row']}{f' ({rest})' if rest else ''}")
     return [
-        {"source": source, "reason": reason, "count": len(rows), "examples": rows[:3]}
-        for (source, reason), rows in ordered
+        {"source": source, "reason": reason, "count": count, "examples": examples[source, reason]}
+        for (source, reason), count in counts.most_common()
     ]
 
 

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
+from tasks.common import model_folder
 from tasks.common.model_graph import INGESTED_CHECKPOINT
-from tasks.common.model_kinds import CONFIG_KEYS, KIND_BY_ARCHITECTURE
 from tasks.common.settings import BessemerError
 
 UNKNOWN_LICENCE = "unknown"
@@ -26,7 +25,15 @@ class Checkpoint:
     context: int
     licence: str
     chat_template: bool
+    base: Path | None = None  # of a PEFT adapter: the folder of its base model
     archive: Mapping[str, str] | None = None  # the setting `ingest.checkpoint`: ingest downloads it; None for a folder
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The folders to copy: path in the project -> the user's folder. A base model is put beside its adapter."""
+        if self.archive:
+            return {}
+        return {self.folder: self.path, **({f"models/{self.base.name}": self.base} if self.base else {})}
 
     @property
     def folder(self) -> str:
@@ -54,29 +61,25 @@ DEFAULT_CHECKPOINT = Checkpoint(
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Return what is known of a model folder. Raises BessemerError if it is no causal or masked Transformers model."""
-    config = _read_json(path / "config.json")
-    if not config:
-        raise BessemerError(
-            f"{path} is not a model folder: expected config.json, *.safetensors and tokenizer.json, as Transformers "
-            f"saves them; found {_listing(path)}."
-        )
-    architectures = config.get("architectures") or [""]
-    kind = next((kind for suffix, kind in KIND_BY_ARCHITECTURE.items() if architectures[0].endswith(suffix)), None)
-    if kind is None:
-        raise BessemerError(
-            f"{path} holds {architectures[0] or 'a model of unknown architecture'}; expected a causal or a masked "
-            "language model."
-        )
-    tokenizer = _read_json(path / "tokenizer_config.json")
-    context = next((config[key] for key in CONFIG_KEYS["positions"] if isinstance(config.get(key), int)), None)
+    """Return what is known of a model folder. Raises BessemerError if it is no causal or masked model, or unusable."""
+    problem = next(model_folder.problems(path), None)
+    if problem:
+        raise BessemerError(f"{path} cannot be used as a model: {problem}.")
+    base = model_folder.base_of(path)
+    config = model_folder.read_json(base / model_folder.CONFIG)
+    kind = model_folder.kind_of(config)
+    if kind not in ("causal", "masked"):
+        found = (config.get("architectures") or ["a model of unknown architecture"])[0]
+        raise BessemerError(f"{path} holds {found}; expected a causal or a masked language model.")
+    tokenizer = model_folder.read_json(path / "tokenizer_config.json")
     return Checkpoint(
         path=path,
         kind=kind,
-        parameters=count_parameters(path),
-        context=context or DEFAULT_CONTEXT,
+        parameters=count_parameters(base),
+        context=model_folder.context_length(config) or DEFAULT_CONTEXT,
         licence=_read_licence(path / "README.md"),
         chat_template=bool(tokenizer.get("chat_template")) or (path / "chat_template.jinja").is_file(),
+        base=base if base != path else None,
     )
 
 
@@ -85,19 +88,8 @@ def count_parameters(path: Path) -> int:
     count = 0
     for file in sorted(path.glob("*.safetensors")):
         with file.open("rb") as opened:
-            size = int.from_bytes(opened.read(8), "little")
-            try:
-                header = json.loads(opened.read(size)) if size < file.stat().st_size else None
-            except ValueError:
-                header = None
-        if not isinstance(header, dict):
-            raise BessemerError(f"{file} is damaged or incomplete: download it again.")
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
         count += sum(prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-    if not count:
-        raise BessemerError(
-            f"{path} holds no weights as safetensors; found {_listing(path)}. Pickled weights (.bin, .pt) are not "
-            "read, because a pickle runs code: save the model with save_pretrained(safe_serialization=True)."
-        )
     return count
 
 
@@ -107,18 +99,3 @@ def _read_licence(readme: Path) -> str:
     front = re.match(r"---\n(.*?)\n---", text, flags=re.DOTALL)
     found = re.search(r"^license: *([\w.+-]+)", front[1], flags=re.MULTILINE) if front else None
     return found[1] if found else UNKNOWN_LICENCE
-
-
-def _listing(path: Path) -> str:
-    if not path.is_dir():
-        return "a file" if path.exists() else "nothing there"
-    names = sorted(entry.name for entry in path.iterdir())
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") if names else "no files"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

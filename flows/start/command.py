@@ -16,7 +16,7 @@ from flows.start.checkpoint import DEFAULT_CHECKPOINT, read_checkpoint
 from flows.start.params_text import render
 from flows.start.pipeline import OPTIONS, Design, design
 from flows.start.tables import read_table
-from flows.start.translation import translate
+from flows.start.translation.translate import translate
 from tasks.common import params_file
 from tasks.common.raw_params import read_params
 from tasks.common.settings import BessemerError
@@ -53,7 +53,7 @@ def init(folder: Path, checkpoint: Path | None, paths: Paths, *, yes: bool) -> N
     brought = _inspect(checkpoint, paths)
     if not yes:
         brought = _ask_how(brought)
-    create(folder, design(brought, machine.measure()), dict(_files(brought, paths)), _describe(brought))
+    create(folder, design(brought, machine.measure()), _files(brought, paths), _describe(brought))
 
 
 def init_from(folder: Path, file: Path, checkpoint: Path | None) -> None:
@@ -93,7 +93,7 @@ def create(
 
 def _ask_what(checkpoint: Path | None, paths: Paths) -> tuple[Path | None, Paths]:
     """Ask in the terminal for what the options did not name."""
-    if not sys.stdin.isatty():
+    if not _has_terminal():
         raise BessemerError("There is no terminal to ask in: add --yes to take the defaults.")
     if checkpoint is None and not any(paths.values()):
         click.echo("Name files and folders, or press Enter to leave one out; several are separated by spaces.\n")
@@ -102,6 +102,10 @@ def _ask_what(checkpoint: Path | None, paths: Paths) -> tuple[Path | None, Paths
         asked = {name: click.prompt(f"{QUESTIONS[name]}", default="", show_default=False) for name in OPTIONS}
         paths = {name: [Path(part).expanduser() for part in text.split()] for name, text in asked.items()}
     return checkpoint, paths
+
+
+def _has_terminal() -> bool:
+    return sys.stdin.isatty()
 
 
 QUESTIONS = {
@@ -141,11 +145,11 @@ def _inspect(checkpoint: Path | None, paths: Paths) -> Brought:
     return Brought(model, tables, encoder=encoder)
 
 
-def _files(brought: Brought, paths: Paths) -> list[tuple[str, Path]]:
-    """Return (path in the project, the user's file or folder) of everything that is copied."""
-    own = [brought.checkpoint] if brought.checkpoint and not brought.checkpoint.archive else []
-    found = [(checkpoint.folder, checkpoint.path) for checkpoint in own]
-    return found + [(f"{project.SOURCES}/{path.name}", path) for option in OPTIONS for path in paths.get(option, ())]
+def _files(brought: Brought, paths: Paths) -> dict[str, Path]:
+    """Return what is copied: path in the project -> the user's file or folder."""
+    models = brought.checkpoint.files if brought.checkpoint else {}
+    data = {f"{project.SOURCES}/{path.name}": path for option in OPTIONS for path in paths.get(option, ())}
+    return models | data
 
 
 def _describe(brought: Brought) -> str:
@@ -163,7 +167,7 @@ def _show(folder: Path, planned: Design, lines: int) -> None:
         out.print(f"  {stage:18} about {terminal.duration(seconds)}")
     out.print(
         f"The first run takes about {terminal.duration(total + 120)} on this machine."
-        if planned.seconds else "The first run trains nothing and takes minutes."
+        if planned.seconds else "`bessemer run` shows how long its stages take."
     )  # fmt: skip
     out.print(f"\nCreated {folder} (params.yaml has {lines} lines; everything in it can be changed). Next:")
     terminal.show_commands(out, ((f"cd {folder}", ""), ("bessemer run", "train, evaluate, package"),

@@ -27,10 +27,13 @@ class Halves:
         """Split a causal model below its last `layers` blocks; return None if the halves do not reproduce the model.
 
         That happens if the model changes its input embeddings before the first block (GPT-2 adds positions). The
-        config does not say so; the halves are therefore compared with the model on a few tokens.
+        config does not say so; the halves are therefore compared with the model on a few tokens. Blocks of several
+        kinds (Gemma's sliding and full attention) are not split: Transformers finds a block's kind by its position.
         """
         import torch
 
+        if len(set(getattr(model.config.get_text_config(), "layer_types", None) or ())) > 1:
+            return None
         body: Any = model.base_model
         lower, upper_body, upper = _shallow_copy(body), _shallow_copy(body), _shallow_copy(model)
         setattr(upper, model.base_model_prefix, upper_body)

@@ -16,6 +16,7 @@ from tasks.common.evaluation import scorecard
 from tasks.common.generation import sampling
 from tasks.common.harness.job import StageError
 from tasks.common.random_streams import Stream, derive_seed, generator
+from tasks.common.text import chat
 from tasks.common.text.chat import Question
 from tasks.common.training.parallel import World
 from tasks.common.training.updates import TrainEngine
@@ -96,7 +97,8 @@ class Learner(ABC):
         raw_rewards = self.compute_rewards(prompts, texts)
         prompt_ids = [prompt.ids for prompt in prompts]
         ids, mask, reply_mask = self.policy.assemble(prompt_ids, replies, self.tokenizer.pad_token_id)
-        ended = torch.tensor([reply[-1] == self.tokenizer.eos_token_id for reply in replies], device=ids.device)
+        ends = chat.end_ids(self.policy.model, self.tokenizer)
+        ended = torch.tensor([sampling.has_ended(reply, ends) for reply in replies], device=ids.device)
         penalized_rewards = torch.tensor(raw_rewards, device=ids.device) - sampler.missing_eos_penalty * ~ended
         scored = self.policy.score_rollout(ids, mask, reply_mask)
         return Samples(prompts, replies, texts, ids, mask, reply_mask, ended, penalized_rewards, scored)
@@ -108,7 +110,7 @@ class Learner(ABC):
         if self.rollout_engine:
             return self.rollout_engine.generate(
                 self.policy, prompts, max_new_tokens=sampler.max_new_tokens, temperature=sampler.temperature,
-                seed=seed, end=self.tokenizer.eos_token_id,
+                seed=seed, ends=chat.end_ids(self.policy.model, self.tokenizer),
             )  # fmt: skip
         return self.policy.generate(
             self.tokenizer, prompts, max_new_tokens=sampler.max_new_tokens, temperature=sampler.temperature,

@@ -143,7 +143,7 @@ class VllmEngine:
         max_new_tokens: int,
         temperature: float,
         seed: int,
-        end: int,
+        ends: Sequence[int],
     ) -> list[list[int]]:
         """Return what the policy replies to each prompt, as `sampling.generate_replies` does.
 
@@ -152,7 +152,7 @@ class VllmEngine:
         self._write_weights(policy)
         outputs = self._request(
             "sample", weights=str(self.folder), prompts=prompts, seed=seed, max_new_tokens=max_new_tokens,
-            temperature=temperature, end=end,
+            temperature=temperature, ends=list(ends),
         )  # fmt: skip
         if len(outputs) != len(prompts):
             raise self._error(f"it returned {len(outputs)} replies to {len(prompts)} prompts")

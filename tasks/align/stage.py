@@ -7,6 +7,7 @@ uninterrupted one.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from tasks.align import by_trl, pairs, rewards, rollouts
 from tasks.align.alarms import AlarmMonitor, Alarms, Scorecard
 from tasks.align.alternatives import Dpo, Grpo, Rloo
 from tasks.align.learner import Learner, SamplingConfig
+from tasks.align.pairs import Pair, RankedPairs
 from tasks.align.policy import Method, Policy
 from tasks.align.proximal import Ppo, PpoTrainer
 from tasks.align.ptx import PtxTerm
@@ -56,6 +58,7 @@ class Config(Settings):
     """Settings of alignment."""
 
     model: str = Field(description="Folder of the model to align: an entry's, or your own", min_length=1)
+    chat_template: chat.TemplateName = None
     algorithm: Annotated[Ppo | Dpo | Rloo | Grpo, Field(discriminator="name", description="Training algorithm")]
     method: Annotated[Method, Field(discriminator="name", description="Which weights are trained")] = Full(name="full")
     reward: Reward
@@ -78,7 +81,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
 
     torch_setup.prepare_torch(job.numerics, job.seed)
     world = World.join(job.numerics)
-    tokenizer = chat.load_tokenizer(job.inputs["model"])
+    tokenizer = chat.load_tokenizer(job.inputs["model"], config.chat_template)
     history = History(every_steps=1)
     store = CheckpointStore.for_job(job, world)
     values = config.algorithm.values if isinstance(config.algorithm, Ppo) else None
@@ -87,7 +90,13 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     first = checkpoint.step if checkpoint else 0
     trained = world.shard(policy.model)
     table = tables.read(job.inputs["instructions"]).to_pylist()
-    run = Run(config, job, tokenizer, world, make_learner(config, job, tokenizer, policy, world, table), table)
+    ranked, prompt_rows = RankedPairs(), table
+    if isinstance(config.reward, rewards.Rankings):
+        rankings = tables.read(job.inputs["reward"]).to_pylist()
+        ranked = pairs.from_rankings(tokenizer, rankings, config.reward)
+        prompt_rows = [{**row, "messages": [*row["prompt"], {"role": "assistant", "content": ""}]} for row in rankings]
+    learner = make_learner(config, job, tokenizer, policy, world, prompt_rows, ranked.pairs)
+    run = Run(config, job, tokenizer, world, learner, table)
     if checkpoint:
         run.trainer.train_engine.load(checkpoint)
         run.load(checkpoint.extra)
@@ -117,24 +126,22 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     world.shutdown()
     models.save(policy.merged_model(job.inputs["model"], trained), tokenizer, job.outputs["model"])
     history.write(job.outputs["history"])
-    return summary(history, run)
+    return summary(history, run) | ranked.figures
 
 
 def make_learner(
     config: Config, job: Job, tokenizer: "PreTrainedTokenizerFast", policy: Policy, world: World,
-    table: list[dict[str, Any]],
+    prompt_rows: list[dict[str, Any]], ranked_pairs: Sequence[Pair],
 ) -> Learner:  # fmt: skip
-    """Return the learner of the algorithm; its prompts are the training questions, or those of the rankings."""
+    """Return the learner of the algorithm; its prompts are the training questions of these rows."""
     algorithm, split = config.algorithm, Split.open(job.inputs["shards"] / "train")
     ptx_term, sampler = PtxTerm.of(algorithm.ptx, split, job.seed, world), make_sampler(config, job.seed)
     train_engine = make_engine(config.optimizer, policy.model, world)
     reward_fn = rewards.open_reward(config.reward, job.inputs["reward"], job.numerics, job.timeouts.reward_seconds)
-    reward_name, ranked_pairs, prompt_rows = rewards.name_of(config.reward), list[pairs.Pair](), table
-    if isinstance(config.reward, rewards.Rankings):
-        rankings = tables.read(job.inputs["reward"]).to_pylist()
-        ranked_pairs = pairs.from_rankings(tokenizer, rankings, config.reward)
-        prompt_rows = [{**row, "messages": [*row["prompt"], {"role": "assistant", "content": ""}]} for row in rankings]
-    prompts = training_questions(tokenizer, prompt_rows, config.max_new_tokens)
+    reward_name, prompts = (
+        rewards.name_of(config.reward),
+        training_questions(tokenizer, prompt_rows, config.max_new_tokens),
+    )
     if isinstance(algorithm, Ppo):
         return PpoTrainer(
             algorithm, sampler, policy, train_engine, tokenizer, reward_fn, reward_name, prompts, ptx_term, world
@@ -184,6 +191,8 @@ class Run:
         self.references = [one for one in encoded if chat.fits_context(self.tokenizer, one[0], 0)]
 
     def _has_room(self, row: dict[str, Any]) -> bool:
+        if chat.spells_control_token(chat.control_tokens(self.tokenizer), row["messages"][:-1]):
+            return False
         prompt = chat.encode_prompt(self.tokenizer, row["messages"][:-1])
         return chat.fits_context(self.tokenizer, prompt, self.config.max_new_tokens)
 

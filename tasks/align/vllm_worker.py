@@ -86,7 +86,13 @@ class Sampler:
         )
 
     def sample(
-        self, weights: str, prompts: list[list[int]], seed: int, max_new_tokens: int, temperature: float, end: int
+        self,
+        weights: str,
+        prompts: list[list[int]],
+        seed: int,
+        max_new_tokens: int,
+        temperature: float,
+        ends: list[int],
     ) -> list[tuple[list[int], list[float]]]:
         """Load the weights of a folder; return each prompt's reply tokens, with the end token, and their log-probs.
 
@@ -97,7 +103,7 @@ class Sampler:
         self.engine.collective_rpc("reload_weights", kwargs={"weights_path": weights})
         settings = [
             SamplingParams(
-                temperature=temperature, max_tokens=max_new_tokens, stop_token_ids=[end], ignore_eos=True,
+                temperature=temperature, max_tokens=max_new_tokens, stop_token_ids=ends, ignore_eos=True,
                 detokenize=False, seed=(seed + index * SEED_STEP) % 2**63, logprobs=0,
             )
             for index in range(len(prompts))

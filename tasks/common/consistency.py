@@ -7,7 +7,7 @@ entries and their models are in `model_rules.py`.
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tasks.common import data_rules, gate_rules, model_graph, model_rules
+from tasks.common import data_rules, gate_rules, model_graph, model_rules, user_models
 from tasks.common.model_graph import Params, lookup
 from tasks.common.model_rules import Entry, check_at_most, entries
 from tasks.common.settings import LOCKSTEP_ENGINES, ZERO_STAGES
@@ -32,11 +32,12 @@ TRL_ALGORITHMS = ("dpo", "rloo", "grpo")
 
 def check_settings(params: Params) -> Iterator[str]:
     """Report settings that contradict each other; the graph must have no cycles."""
+    yield from user_models.check_user_models(params)
     yield from model_rules.check_models(params)
     yield from data_rules.check_data(params)
     for entry in entries(params):
         yield from _check_requirements(entry, params)
-    yield from _check_code_sources(params)
+    yield from _check_curated_sources(params)
     for entry in entries(params, "align"):
         yield from _check_ppo(entry)
         yield from _check_reply_groups(entry)
@@ -197,18 +198,19 @@ def _check_ppo(entry: Entry) -> Iterator[str]:
         )
 
 
-def _check_code_sources(params: Params) -> Iterator[str]:
-    """Report names in `validate.curate.code` that are neither a source nor a group."""
+def _check_curated_sources(params: Params) -> Iterator[str]:
+    """Report names in `validate.curate.code` and `languages` that are neither a source nor a group."""
     sources = lookup(params, "ingest.sources")
     listed = [source for source in fill_names(sources) if isinstance(source, dict)] if isinstance(sources, list) else []
     known = {str(source[key]) for source in listed for key in ("name", "group") if source.get(key)}
-    names = lookup(params, "validate.curate.code")
-    unknown = [name for name in names if name not in known] if isinstance(names, list) else []
-    if unknown:
-        yield (
-            f"validate.curate.code: found {', '.join(map(repr, unknown))}, but no source or group of ingest.sources "
-            f"has this name; there are {', '.join(sorted(known))}"
-        )
+    for setting in ("code", "languages"):
+        names = lookup(params, f"validate.curate.{setting}")
+        unknown = [name for name in names if name not in known] if isinstance(names, list | dict) else []
+        if unknown:
+            yield (
+                f"validate.curate.{setting}: found {', '.join(map(repr, unknown))}, but no source or group of "
+                f"ingest.sources has this name; there are {', '.join(sorted(known))}"
+            )
 
 
 def _check_sharding(params: Params) -> Iterator[str]:

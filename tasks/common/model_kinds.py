@@ -4,12 +4,12 @@ For a folder of the user's they come from its config.json. If that is missing or
 stage that reads the folder reports the problem.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tasks.common import model_folder
 from tasks.common.model_graph import Params, entries_of, lookup
 from tasks.common.settings import ENTRY_STAGES
 
@@ -89,8 +89,10 @@ class ModelKinds:
         """Return the setting of a model's size and its value; the value is None if unknown."""
         root = self.root(folder)
         if root:
-            config = _config(root)
+            config = config_of_folder(root)
             found = next((config[key] for key in CONFIG_KEYS[name] if key in config), None)
+            if name == "positions":
+                found = model_folder.context_length(config)
             return f"{name} in {root}/config.json", found
         producer = self.chain(folder)[-1]
         return f"{producer.where}.model.{name}", lookup(producer.settings, f"model.{name}")
@@ -119,25 +121,18 @@ def parent_of(producer: Producer) -> Any:
 
 def _kind_of(folder: str) -> str | None:
     """Return the kind of model in a folder of the user's by its architecture; None if unknown."""
-    architectures = _config(folder).get("architectures")
+    architectures = config_of_folder(folder).get("architectures")
     name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     return next((kind for suffix, kind in KIND_BY_ARCHITECTURE.items() if name.endswith(suffix)), None)
 
 
 def _has_mask_token(folder: str) -> bool | None:
     """Return whether a folder's tokenizer names a mask token; None without a tokenizer_config.json."""
-    configs = [_read(folder, name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    names = ("tokenizer_config.json", "special_tokens_map.json")
+    configs = [model_folder.read_json(Path(folder, name)) for name in names]
     return any(config.get("mask_token") for config in configs) if configs[0] else None
 
 
-def _config(folder: str) -> dict[str, Any]:
-    return _read(folder, "config.json")
-
-
-def _read(folder: str, name: str) -> dict[str, Any]:
-    """Return a JSON file of a folder; {} if it is missing or unreadable."""
-    try:
-        content = json.loads(Path(folder, name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def config_of_folder(folder: str) -> dict[str, Any]:
+    """Return a folder's config.json, an adapter's from its base model; {} if it is missing or unreadable."""
+    return model_folder.read_json(model_folder.base_of(Path(folder)) / model_folder.CONFIG) if folder else {}

@@ -32,6 +32,9 @@ class Encoder(Protocol):
     def bytes(self) -> int: ...
     @property
     def tokenizer(self) -> "Tokenizer": ...
+    @property
+    def special_ids(self) -> dict[str, int | None]:
+        """The ids around a text and that of the mask token (`chat.special_ids`)."""
 
     def logits(self, ids: Ids, mask: Ids) -> Floats:
         """Return logits, shape (N, T, V), for token ids and attention mask, each (N, T)."""
@@ -48,13 +51,14 @@ class TorchEncoder:
 
     model: "PreTrainedModel"
     tokenizer: "Tokenizer"
+    special_ids: dict[str, int | None]
     bytes: int
 
     @classmethod
     def load(cls, path: Path, numerics: Numerics) -> "TorchEncoder":
         """Load model and tokenizer from a folder."""
-        model = models.load_encoder(path, numerics).eval()
-        return cls(model, chat.load_tokenizer(path).backend_tokenizer, models.weight_bytes(path))
+        model, tokenizer = models.load_encoder(path, numerics).eval(), chat.load_tokenizer(path)
+        return cls(model, tokenizer.backend_tokenizer, chat.special_ids(tokenizer), models.weight_bytes(path))
 
     @property
     def parameters(self) -> int:
@@ -80,6 +84,7 @@ class EngineEncoder:
 
     logits: "EncoderLogits"
     tokenizer: "Tokenizer"
+    special_ids: dict[str, int | None]
     parameters: int
     bytes: int
 
@@ -89,4 +94,6 @@ class EngineEncoder:
         from serving.engine import EncoderLogits
 
         with as_stage_error(f"the INT8 model in {path} cannot be opened"):
-            return cls(EncoderLogits(path, numerics.threads), folders.load_tokenizer(path), *read_size(path))
+            special_ids = folders.read_json(path / folders.SPECIAL_TOKENS_FILE)
+            logits, tokenizer = EncoderLogits(path, numerics.threads), folders.load_tokenizer(path)
+            return cls(logits, tokenizer, special_ids, *read_size(path))

@@ -72,7 +72,7 @@ def best_names(encoder: Encoder, names: Sequence[str], texts: Sequence[str], des
 
     if not texts:
         return []
-    codec = make_codec(encoder.tokenizer)
+    codec = make_codec(encoder.tokenizer, encoder.special_ids)
     candidates = Candidates(names, codec)
     slots = (single_slot(text, codec) for text in tqdm(texts, desc=desc, mininterval=2))
     return [names[log_scores(encoder.logits, codec, candidates, [slot])[0].argmax()] for slot in slots]

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Prompt = Sequence[chat.Message] | str  # a conversation to reply to, or plain text to continue
 Ids = npt.NDArray[np.int64]
+TEXT_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")  # of a template, that a tokenizer has
 BATCH_ROWS = 32  # rows of held-out text in one forward pass
 
 
@@ -89,9 +90,14 @@ def have_same_vocabulary(path: Path, other: Path) -> bool:
     return bool(vocabulary == other_vocabulary)
 
 
-def open_decoder(path: Path, numerics: Numerics) -> Decoder:
-    """Open a decoder folder: an export of `quantize` with the serving engine, else a Transformers model."""
-    return (EngineDecoder if (path / folders.GRAPH_FILE).exists() else TorchDecoder).load(path, numerics)
+def open_decoder(path: Path, numerics: Numerics, template: str | None = None) -> Decoder:
+    """Open a decoder folder: an export of `quantize` with the serving engine, else a Transformers model.
+
+    `template` names the chat template of a Transformers model (`templates.choose`); an export has its own.
+    """
+    if (path / folders.GRAPH_FILE).exists():
+        return EngineDecoder.load(path, numerics)
+    return TorchDecoder.load(path, numerics, template)
 
 
 @dataclass
@@ -104,10 +110,10 @@ class TorchDecoder:
     bytes: int
 
     @classmethod
-    def load(cls, path: Path, numerics: Numerics) -> "TorchDecoder":
+    def load(cls, path: Path, numerics: Numerics, template: str | None = None) -> "TorchDecoder":
         """Load model and tokenizer from a folder."""
         model = models.load_decoder(path, numerics).eval()
-        return cls(model, chat.load_tokenizer(path), numerics, models.weight_bytes(path))
+        return cls(model, chat.load_tokenizer(path, template), numerics, models.weight_bytes(path))
 
     @property
     def parameters(self) -> int:
@@ -228,7 +234,9 @@ class EngineDecoder:
         return [token.content for token in self.engine.tokenizer.get_added_tokens_decoder().values() if token.special]
 
     def max_reply_tokens(self, prompt: Prompt) -> int | None:
-        """Return how many tokens a reply may have."""
+        """Return how many tokens a reply may have; None for a conversation if the model has no chat template."""
+        if not isinstance(prompt, str) and self.engine.template is None:
+            return None
         if isinstance(prompt, str):
             prompt_tokens = 1 + len(self.engine.tokenizer.encode(prompt, add_special_tokens=False).ids)
         else:
@@ -272,11 +280,12 @@ class EngineDecoder:
         """The tokenizer of the export as Transformers has it, with the chat template and the control tokens."""
         from transformers import PreTrainedTokenizerFast
 
-        found = self.engine.tokenizer
+        template = self.engine.template
+        tokens = {name: token for name, token in (template.tokens if template else {}).items() if name in TEXT_TOKENS}
+        end = self.engine.tokenizer.id_to_token(self.engine.eos_ids[0])
         tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast(
-            tokenizer_file=str(self.path / "tokenizer.json"), bos_token=found.id_to_token(self.engine.bos_id),
-            eos_token=found.id_to_token(self.engine.eos_ids[0]), model_max_length=self.context,
-            chat_template=(self.path / "chat_template.jinja").read_text(encoding="utf-8"),
+            tokenizer_file=str(self.path / "tokenizer.json"), model_max_length=self.context,
+            chat_template=template and template.source, **{"eos_token": end, **tokens},
         )  # fmt: skip
         return tokenizer
 

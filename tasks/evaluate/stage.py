@@ -13,7 +13,6 @@ from typing import Any
 from tasks.common import tables
 from tasks.common.evaluation.results import ResultStore
 from tasks.common.harness.job import Job, Link, StageError
-from tasks.common.modelling import torch_setup
 from tasks.evaluate.evaluation import Evaluation, Facts, Result, Row, Rows, answer_row, model_kind_of
 from tasks.evaluate.evaluations import AnyEvaluation, default_evaluations
 from tasks.evaluate.harness import FOLDER as EVALUATION_FOLDER
@@ -63,7 +62,6 @@ def graph_inputs(config: Config, links: Sequence[Link]) -> dict[str, str]:
 
 def run(config: Config, job: Job) -> dict[str, Any]:
     """Evaluate the job's model; return its figures and write every answer as a row."""
-    torch_setup.prepare_torch(job.numerics, job.seed)
     subject = Subject(config, job, ResultStore.for_job(job))
     if subject.kind not in ("causal", "masked", "classifier"):
         raise StageError(f"evaluate.{job.key}.model: {subject.path} contains no causal, masked or classifier model.")

@@ -12,9 +12,10 @@ from tasks.common import tables
 from tasks.common.evaluation import scorecard
 from tasks.common.evaluation.results import ResultStore
 from tasks.common.harness.job import Job
-from tasks.common.modelling import models, torch_setup
+from tasks.common.modelling import head_models, models, torch_setup
 from tasks.common.random_streams import Stream, derive_seed
 from tasks.common.settings import Settings
+from tasks.common.text import chat
 from tasks.evaluate.encoders_under_test import Encoder, open_encoder
 from tasks.evaluate.evaluation import Row, Rows
 from tasks.evaluate.models_under_test import Decoder, Prompt, open_decoder
@@ -30,6 +31,7 @@ class Config(Settings):
     """The model to evaluate, and how it replies in all evaluations that need replies."""
 
     model: str = Field(description="Folder of the model to evaluate: an entry's, or your own", min_length=1)
+    chat_template: chat.TemplateName = None
     questions: int = Field(
         default=500, description="Maximum number of questions about seen entities, and about held-out entities", ge=1
     )
@@ -103,7 +105,7 @@ class Subject:
     def decoder(self) -> Decoder:
         """The causal model."""
         self._torch  # noqa: B018 - once
-        return open_decoder(self.path, self.job.numerics)
+        return open_decoder(self.path, self.job.numerics, self.config.chat_template)
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -125,7 +127,7 @@ class Subject:
         def measure() -> Row:
             if self.kind == "classifier":
                 self._torch  # noqa: B018 - once
-                model = models.load_scorer(self.path, self.job.numerics, heads=None)
+                model = head_models.load_scorer(self.path, self.job.numerics, heads=None)
                 return {"parameters": models.parameter_count(model), "bytes": models.weight_bytes(self.path)}
             model = self.decoder if self.kind == "causal" else self.encoder
             return {"parameters": model.parameters, "bytes": model.bytes}

@@ -60,7 +60,7 @@ class Reader:
         """Return the encoded conversations in the table's order, and the rejected and shortened rows."""
         usable: list[EncodedConversation] = []
         rejected: list[Rejected] = []
-        controls = control_tokens(self.tokenizer)
+        controls = chat.control_tokens(self.tokenizer)
         for row in rows:
             encoded, rejection = None, find_missing_answer(row) or find_control_token(row, controls)
             if not rejection:
@@ -109,16 +109,8 @@ def find_missing_answer(row: Row) -> Rejected | None:
     return None
 
 
-def control_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
-    """Return the texts of a tokenizer's special tokens."""
-    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-
-
 def find_control_token(row: Row, controls: Sequence[str]) -> Rejected | None:
-    """Return the rejection of a row whose text spells a control token and would be encoded as one, else None.
-
-    `validate` rejects the control tokens of the pipeline's own template; a given model's tokenizer has others.
-    """
+    """Return the rejection of a row whose text spells a control token and would be encoded as one, else None."""
     contents = [message["content"] for message in row["messages"]]
     found = [control for control in controls if any(control in content for content in contents)]
     return Rejected.of(row, "control_token", f"spells {', '.join(found)}") if found else None

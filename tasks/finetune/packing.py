@@ -1,18 +1,29 @@
 """Batches of conversations: one per row with padding, or several packed into a row without attention between them.
 
-In a packed row the attention mask is block-diagonal and causal, and positions restart with each conversation, so every
-token is computed as if its conversation were alone (Krell et al. 2021, "Efficient sequence packing without
-cross-contamination"). The packing depends only on the batch.
+In a packed row positions restart with each conversation. Transformers makes each block's attention mask from them:
+causal within a conversation, and within the window of a sliding one, so that every token is computed as if its
+conversation were alone (Krell et al. 2021, "Efficient sequence packing without cross-contamination"). A model for which
+that does not hold is refused (`check_packing`). The packing depends only on the batch.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tasks.common.harness.job import StageError
+from tasks.common.modelling import models
+from tasks.common.settings import Numerics
 from tasks.common.text import chat
 
 if TYPE_CHECKING:
     import torch
+
+PROBE_LENGTHS, PROBE_STEP = (
+    (7, 11, 5),
+    37,
+)  # the conversations of `check_packing` (tokens), and a step between their ids
+# Largest difference of logits, in standard deviations: of float32 sums in another order, and of bfloat16 products.
+PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
 
 Encoded = tuple[list[int], list[bool]]  # token ids, and their loss mask: true at answer tokens to be trained on
 
@@ -48,14 +59,35 @@ def packed_rows(batch: Sequence[Encoded], max_tokens: int, pad_id: int, *, singl
     rows = [[token for i in row for token in batch[i][0]] for row in bins]
     answers = [[flag for i in row for flag in batch[i][1]] for row in bins]
     positions = [[at for i in row for at in range(len(batch[i][0]))] for row in bins]
-    owners = [[i for i in row for _ in batch[i][0]] for row in bins]
     for group in chat.length_buckets(rows, len(rows) if single_pass else chat.MICROBATCH_ROWS):
-        ids, loss_mask, position, owner = (
-            torch.tensor(chat.pad([part[i] for i in group], value))  # (B, T)
-            for part, value in ((rows, pad_id), (answers, False), (positions, 0), (owners, -1))
+        ids, loss_mask, position = (
+            torch.tensor(chat.pad([part[i] for i in group], value))  # (B, T); each padding token is a row of its own
+            for part, value in ((rows, pad_id), (answers, False), (positions, 0))
         )
-        inputs = {"input_ids": ids, "attention_mask": block_mask(owner), "position_ids": position}
-        yield Rows(inputs, loss_mask)
+        yield Rows({"input_ids": ids, "position_ids": position}, loss_mask)
+
+
+def check_packing(model: Any, numerics: Numerics) -> None:
+    """Raise StageError if a model computes a conversation in a packed row otherwise than alone."""
+    import torch
+
+    config, was_training = model.config.get_text_config(), model.training
+    device = next(model.parameters()).device
+    ids = (torch.arange(sum(PROBE_LENGTHS), device=device) * PROBE_STEP % config.vocab_size)[None]  # (1, T)
+    positions = torch.cat([torch.arange(length, device=device) for length in PROBE_LENGTHS])[None]
+    model.eval()
+    with torch.no_grad(), models.autocast(model, numerics):
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+        alone = [model(input_ids=part[None], use_cache=False).logits[0] for part in ids[0].split(PROBE_LENGTHS)]
+    model.train(was_training)
+    difference = (packed - torch.cat(alone)).abs().max() / packed.std()
+    tolerance = PROBE_TOLERANCE[models.dtype_of(model, numerics)]
+    if not difference <= tolerance:
+        raise StageError(
+            f"task.packing: a {config.model_type} model computes a conversation in a packed row otherwise than alone "
+            f"(the logits differ by {difference:.2g} standard deviations, and {tolerance:g} are allowed): set "
+            "task.packing to null."
+        )
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -75,17 +107,3 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             bins[bin_index].append(item)
             room[bin_index] -= lengths[item]
     return bins
-
-
-def block_mask(owner: "torch.Tensor") -> "torch.Tensor":
-    """Return the additive attention mask (B, 1, T, T): 0 where a token may attend, else the smallest float32.
-
-    `owner` (B, T) is the conversation of each token, -1 at padding. A token attends to itself and the earlier tokens
-    of its conversation. Padding attends to padding, because softmax of a fully masked row is undefined.
-    """
-    import torch
-
-    length = owner.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=owner.device).tril()
-    allowed = (owner[:, :, None] == owner[:, None, :]) & causal  # (B, T, T)
-    return torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[:, None]

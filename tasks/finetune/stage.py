@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from tasks.common import tables
 from tasks.common.harness.job import Job, StageError
 from tasks.common.harness.launch import rank
-from tasks.common.modelling import methods, models, torch_setup
+from tasks.common.modelling import head_models, methods, models, torch_setup
 from tasks.common.modelling.methods import Adapter, Full, Lora, QLora, TopLayers
 from tasks.common.random_streams import Stream, generator
 from tasks.common.text import chat
@@ -26,7 +26,7 @@ from tasks.finetune.conversations import EncodedConversation, Rejected
 from tasks.finetune.objectives import labels
 from tasks.finetune.objectives.chat import Chat, ChatObjective, PretrainingMix, mean_nll
 from tasks.finetune.objectives.labels import Classification, LabelObjective, Regression
-from tasks.finetune.packing import Encoded
+from tasks.finetune.packing import Encoded, check_packing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -48,6 +48,7 @@ class Config(Training):
     """Settings of fine-tuning."""
 
     model: str = Field(description="Folder of the model to start from: an entry's, or your own", min_length=1)
+    chat_template: chat.TemplateName = None
     task: Annotated[Chat | Classification | Regression, Field(discriminator="name", description="Training task")] = (
         Chat(name="chat")
     )
@@ -84,7 +85,7 @@ class Config(Training):
 def run(config: Config, job: Job) -> dict[str, Any]:
     """Fine-tune the model; return its losses, held-out metrics and the counts of rejected rows."""
     torch_setup.prepare_torch(job.numerics, job.seed)
-    tokenizer = chat.load_tokenizer(job.inputs["model"])
+    tokenizer = chat.load_tokenizer(job.inputs["model"], config.chat_template)
     if isinstance(config.task, Chat):
         return tune_chat(config, config.task, tokenizer, job)
     return tune_head(config, config.task, tokenizer, job)
@@ -104,6 +105,8 @@ def tune_chat(config: Config, task: Chat, tokenizer: "PreTrainedTokenizerFast", 
         model = methods.load_four_bit(job.inputs["model"], config.method, job.numerics.attention)
     else:
         model = base()
+    if task.packing:
+        check_packing(model, job.numerics)
     before = mean_nll(model, heldout_sample, pad_id, job.numerics)
     trained = methods.apply(model, config.method)
     methods.cast_frozen_to_bfloat16(trained, config.method, job.numerics.dtype.decoder)
@@ -142,10 +145,10 @@ def tune_head(
         )
     with models.suppress_warnings("transformers"):  # the warning that the head is newly initialized
         if classes is None:
-            model = models.load_scorer(job.inputs["model"], job.numerics)
+            model = head_models.load_scorer(job.inputs["model"], job.numerics)
             model.config.problem_type = "regression"
         else:
-            model = models.load_classifier(job.inputs["model"], job.numerics, classes)
+            model = head_models.load_classifier(job.inputs["model"], job.numerics, classes)
     model.config.pad_token_id = tokenizer.pad_token_id
     trained = methods.apply(model, config.method)
     objective = LabelObjective(trained, usable, config.batch, task, tokenizer, job)

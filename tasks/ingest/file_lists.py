@@ -18,7 +18,8 @@ def find(folder: Path, path: str) -> tuple[list[str], bool]:
     if target.is_dir():
         return sorted(_walk(folder, target)), False
     if not GLOB_CHARACTERS.isdisjoint(path):
-        matches = (item.relative_to(folder) for item in folder.glob(path) if item.is_file())
+        pattern = f"{path}/*" if path.endswith("**") else path  # else it would match folders only
+        matches = (item.relative_to(folder) for item in folder.glob(pattern) if item.is_file())
         return sorted(item.as_posix() for item in matches if not _is_hidden(item, Path(path))), False
     return [], True
 

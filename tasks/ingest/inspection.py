@@ -65,7 +65,7 @@ def inspect(path: Path, options: RowOptions | None = None, max_rows: int = MAX_R
     if is_one:
         options = replace(options, paragraph_formats=PARAGRAPH_FORMATS)
     for name in chosen:
-        found.read(SourceFile(root / name, name), options)
+        found.read(SourceFile(root / name, name, is_sampled=True), options)
     sizes = {name: (root / name).stat().st_size for name in names}
     return found.summarize(str(path), sizes, chosen)
 
@@ -94,7 +94,7 @@ class _Findings:
             unusable = str(error)
         limited.add_others()
         self.problems += [unusable] if unusable else [item.reason for item in limited.rejections[:1]]
-        self.problems += [f"{file.label} {note}" for note in file.notes]
+        self.problems += [f"{file.label}: {note}" for note in file.notes]
         self.formats += reading.formats
         self.tables += limited.tables
         self.columns |= dict.fromkeys(reading.columns)

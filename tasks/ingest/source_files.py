@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, BinaryIO, cast
+from urllib.parse import urlsplit
 
 from tasks.common import identity
 
 BUFFER_BYTES = 2**16
 HEAD_BYTES = 2**16  # read to detect format and encoding
+SAMPLE_BYTES = 2**23
 PRELOADED_BYTES = 2**20  # a smaller file is opened once and kept while it is read
 PACKED_SIGNATURES = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 PACKED_SUFFIXES = (".gz", ".zst", ".zstd")
@@ -38,6 +40,7 @@ class SourceFile:
     label: str
     encoding: str | None = None  # of its text; None: detected
     notes: list[str] = field(default_factory=list)  # what a user should know about how it was read
+    is_sampled: bool = False  # only its beginning is read, so only that decides the encoding
     content: bytes | None = field(default=None, repr=False)  # of a small file
     _raw: BinaryIO | None = field(default=None, repr=False)
 
@@ -84,7 +87,8 @@ class SourceFile:
     @property
     def suffix(self) -> str:
         """The suffix of the name in lower case, without that of gzip or zstd."""
-        name = Path(self.label.lower())
+        address = self.label.lower()
+        name = Path(urlsplit(address).path if "://" in address else address)
         return (name.with_suffix("") if name.suffix in PACKED_SUFFIXES else name).suffix
 
     def head(self) -> bytes:
@@ -117,11 +121,15 @@ class SourceFile:
         if found is None:
             raise UnreadableFile(self._describe_encoding_error())
         if found == WESTERN and self.encoding is None:
-            self.notes.append(f"is not UTF-8 and was read as {WESTERN}; set `encoding` if that is wrong")
+            self.notes.append(f"not UTF-8, read as {WESTERN}; set `encoding` if that is wrong")
         return found
 
     def _chunks(self) -> Iterator[bytes]:
         with self.open() as opened:
+            if self.is_sampled:
+                head = opened.read(SAMPLE_BYTES)
+                yield head[: head.rfind(b"\n") + 1] if len(head) == SAMPLE_BYTES else head
+                return
             while chunk := opened.read(BUFFER_BYTES):
                 yield chunk
 

@@ -1,13 +1,14 @@
 """Reads each kind of source into a `Reading`; `source_settings.py` defines their settings."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tasks.common import identity, stable_hash
 from tasks.common.harness.job import StageError
-from tasks.ingest import archives, file_lists, hub_dataset, importers, readers, remote, sql
+from tasks.ingest import archives, file_lists, hub_dataset, importers, readers, remote, sql, survey
 from tasks.ingest.reading import Reading
 from tasks.ingest.row_loading import RowOptions, load_file, load_layout
 from tasks.ingest.source_files import SourceFile, UnreadableFile
@@ -40,10 +41,7 @@ def _read_package(source: Package, folder: Path, reading: Reading) -> None:
 def _read_files(source: Files, folder: Path, reading: Reading) -> None:
     labels, is_one = file_lists.find(folder, source.path)
     if not labels:
-        raise StageError(
-            f"source {source.name}: expected a file at {folder / source.path}, a folder with files or a pattern of "
-            "files, found none. Put them there or correct `path`."
-        )
+        raise StageError(survey.describe_absent(source, folder))
     options, hashes = source.options_for(named=is_one), list[str]()
     for label in labels:
         file = SourceFile(folder / label, label, source.encoding)
@@ -108,7 +106,8 @@ def _read_llamafactory(source: LlamaFactory, folder: Path, reading: Reading) -> 
     reading.sha256 = stable_hash.digest(*reading.files.values())
     for entry in entries:
         source_file = SourceFile(entry.path, entry.path.name)
-        _read_strictly(source_file, partial(load_layout, entry.layout, source_file, reading), reading)
+        layout = replace(entry.layout, reasoning=source.reasoning)
+        _read_strictly(source_file, partial(load_layout, layout, source_file, reading), reading)
 
 
 def _read_remote(source: Remote, folder: Path, reading: Reading) -> None:
@@ -122,18 +121,10 @@ def _read_remote(source: Remote, folder: Path, reading: Reading) -> None:
 
 
 def _read_rankings(source: Rankings, folder: Path, reading: Reading) -> None:
-    path = folder / source.path
-    if not path.is_dir():
-        raise StageError(
-            f"source {source.name}: expected a folder at {path} (it may be empty), found none; correct `path`."
-        )
-    files = sorted(path.glob("*.parquet"))
-    others = [file.name for file in sorted(path.iterdir()) if file not in files and not file.name.startswith(".")]
-    if others:
-        raise StageError(
-            f"source {source.name}: expected only Parquet files in {path}, found {', '.join(others)}; list it as a "
-            "source of kind files with table rankings, or remove it."
-        )
+    problem = survey.describe_no_folder(source, folder)
+    if problem:
+        raise StageError(problem)
+    files = sorted((folder / source.path).glob("*.parquet"))
     reading.files = {file.name: identity.file_hash(file) for file in files}
     reading.sha256 = stable_hash.digest(*reading.files.values())
     options = RowOptions(table="rankings", file_format="parquet")

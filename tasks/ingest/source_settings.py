@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -14,6 +14,7 @@ from tasks.common.settings import Settings, validate_url
 from tasks.common.source_names import NAME_PATTERN, RESERVED_NAMES
 from tasks.ingest import columns, formats, importers, layouts
 from tasks.ingest.row_loading import RowOptions
+from tasks.ingest.turns import Reasoning
 
 Table = Literal["corpus", "instructions", "rankings", "facts", "ratings"]
 # What the reader of a package gives.
@@ -31,6 +32,10 @@ Format = Literal[
 ]  # fmt: skip
 FORMAT_DESCRIPTION = (
     "Format of the files, or, from `openai` on, of their rows as another tool writes them; null: detected for each file"
+)
+REASONING_DESCRIPTION = (
+    "Replies with reasoning beside their content (reasoning_content, thinking): rejected; keep: it is put before the "
+    "reply as <think>...</think>; drop: it is left out"
 )
 TABLE_DESCRIPTION = (
     "Table of its rows; those of facts and ratings become rows of the others; null: detected from the columns"
@@ -67,7 +72,8 @@ def _validate_database(url: str) -> str:
             raise ValueError(f"expected sqlite:///FILE with a file under data/sources/, found {url}")
         _validate_path(parts.path.removeprefix("/"))
     elif parts.scheme in ("postgresql", "postgres"):
-        if parts.password and not re.fullmatch(PLACEHOLDER, parts.password):
+        written = [parts.password or "", *parse_qs(parts.query).get("password", [])]
+        if any(password and not re.fullmatch(PLACEHOLDER, password) for password in written):
             raise ValueError(
                 "a password in params.yaml would be in every record: write ${NAME} in its place, and set the "
                 "environment variable NAME"
@@ -119,11 +125,7 @@ class RowSettings(DocumentSource):
         description="Column of the table or format: where it is in the rows; a field, a path (meta.body.0.text), or a "
         "template over fields ({title}\\n{body})",
     )
-    reasoning: Literal["reject", "keep", "drop"] = Field(
-        default="reject",
-        description="Replies with reasoning beside their content (reasoning_content, thinking): rejected; keep: it is "
-        "put before the reply as <think>...</think>; drop: it is left out",
-    )
+    reasoning: Reasoning = Field(default="reject", description=REASONING_DESCRIPTION)
 
     @property
     def layout(self) -> str | None:
@@ -220,6 +222,7 @@ class LlamaFactory(SourceSettings):
     kind: Literal["llamafactory"] = Field(description="Kind of source")
     path: SourcePath = Field(description="Path of the dataset_info.json under data/sources/")
     datasets: list[str] = Field(description="Names of its data sets to read", min_length=1)
+    reasoning: Reasoning = Field(default="reject", description=REASONING_DESCRIPTION)
 
     @property
     def group(self) -> None:
@@ -299,6 +302,11 @@ class Sql(RowSettings):
         pattern=r"^[0-9a-f]{64}$",
     )  # fmt: skip
     format: Layout | None = Field(default=None, description="Format of its rows; null: detected from their columns")
+
+    @property
+    def sqlite_path(self) -> str | None:
+        """The path of an SQLite file under data/sources; None for a server."""
+        return self.url.removeprefix("sqlite:///") if self.url.startswith("sqlite") else None
 
     @model_validator(mode="after")
     def _check_settings(self) -> "Sql":

@@ -18,6 +18,7 @@ from typing import Any
 
 from tasks.common import identity
 from tasks.common.harness.job import StageError
+from tasks.ingest import survey
 from tasks.ingest.json_values import Rows
 from tasks.ingest.reading import Reading
 from tasks.ingest.row_loading import load_iterated
@@ -33,9 +34,8 @@ def read(source: Sql, folder: Path, reading: Reading) -> None:
     rows = _hash_rows(_read_rows(source, folder), hashed)
     load_iterated(rows, source.from_table or "query", "sql", source.options, reading)
     reading.sha256 = hashed.hexdigest()
-    if source.url.startswith("sqlite"):
-        path = _sqlite_path(source)
-        reading.files = {path: identity.file_hash(folder / path)}
+    if source.sqlite_path is not None:
+        reading.files = {source.sqlite_path: identity.file_hash(folder / source.sqlite_path)}
     if source.sha256 not in (None, reading.sha256):
         raise StageError(
             f"source {source.name}: expected rows with the hash {source.sha256}, found {reading.sha256}: the database "
@@ -68,7 +68,7 @@ def _read_rows(source: Sql, folder: Path) -> Iterator[Mapping[str, Any]]:
     import sqlalchemy as sa
 
     url = _fill_url(source, folder)
-    arguments = {} if source.url.startswith("sqlite") else {"connect_timeout": CONNECT_SECONDS}
+    arguments = {} if source.sqlite_path is not None else {"connect_timeout": CONNECT_SECONDS}
     try:
         engine = sa.create_engine(url, connect_args=arguments, hide_parameters=True)
         with engine.connect() as connection:
@@ -96,23 +96,17 @@ def _execute(source: Sql, connection: Any) -> Iterator[Mapping[str, Any]]:
         yield dict(row)
 
 
-def _sqlite_path(source: Sql) -> str:
-    return source.url.removeprefix("sqlite:///")
-
-
 def _fill_url(source: Sql, folder: Path) -> Any:
     """Return the URL with the values of environment variables; an SQLite file is opened read-only."""
     from sqlalchemy.engine import make_url
 
-    if source.url.startswith("sqlite"):
-        path = folder / _sqlite_path(source)
-        if not path.is_file():
-            raise StageError(f"source {source.name}: expected an SQLite file at {path}, found none; correct `url`.")
-        return make_url("sqlite://").set(database=f"file:{path}", query={"mode": "ro", "uri": "true"})
-    names = re.findall(PLACEHOLDER, source.url)
-    absent = ", ".join(name[2:-1] for name in names if name[2:-1] not in os.environ)
-    if absent:
-        raise StageError(f"source {source.name}: the environment variable {absent} in `url` is not set; set it.")
+    problem = survey.describe_unreachable(source, folder)
+    if problem:
+        raise StageError(problem)
+    if source.sqlite_path is not None:
+        return make_url("sqlite://").set(
+            database=f"file:{folder / source.sqlite_path}", query={"mode": "ro", "uri": "true"}
+        )
     url = make_url(source.url)
 
     def fill(text: str | None) -> str | None:

@@ -22,6 +22,7 @@ from tasks.ingest.reading import Reading
 from tasks.ingest.settings import Config
 from tasks.ingest.source_reading import read_source
 from tasks.ingest.source_settings import UNKNOWN_LICENCE
+from tasks.ingest.survey import survey
 from tasks.ingest.table_rows import add_rated, add_statements, group_rated, make_instructions, make_rankings
 
 NUMERICS = False  # no model computes here
@@ -50,6 +51,9 @@ def run(config: Config, job: Job) -> dict[str, Any]:
             f"ingest.relations names {', '.join(unknown)}, but {config.wordings or 'ingest'} has no wordings for it. "
             "Add the wordings, or remove the relation."
         )
+    problems = [problem for found in survey(config.sources, folder) for problem in found.problems]
+    if problems:
+        raise StageError("\n".join(problems))
     namings = load_names(folder / config.names) if config.names else {}
     with (
         RejectedFile(job.outputs["rejected"]) as rejected,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from tasks.common import model_folder
 from tasks.common.harness.job import StageError
 from tasks.common.modelling import models
 from tasks.common.modelling.models import Shape
@@ -21,8 +22,6 @@ from tasks.common.text import chat
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_RULES = ("normalizer", "pre_tokenizer", "model", "decoder")  # keys of a tokenizer's JSON
 
 
@@ -62,13 +61,16 @@ def open_decoder(
 
 def _validate_folder(path: Path, tokenizer: "PreTrainedTokenizerFast", window: int) -> Iterator[str]:
     """Yield the problems of a folder: what was found, what was expected and what to do."""
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        yield f"Expected a folder of a Transformers model with a config.json, which could not be read: {error}."
+    found = [f"{problem[:1].upper()}{problem[1:]}." for problem in model_folder.problems(path)]
+    yield from found
+    base = model_folder.base_of(path)
+    config = model_folder.read_json(base / model_folder.CONFIG)
+    if not config:
         return
-    yield from _validate_config(config)
-    yield from _validate_weights(path)
+    if not found:
+        yield from _validate_architecture(config)
+    if model_folder.is_adapter(path) and not (path / "tokenizer.json").is_file():
+        path = base
     if not (path / "tokenizer.json").is_file():
         yield (
             "It contains no tokenizer.json, so its tokenizer cannot be compared with that of the shards; load its "
@@ -81,49 +83,21 @@ def _validate_folder(path: Path, tokenizer: "PreTrainedTokenizerFast", window: i
             f"Its tokenizer is not the one that encoded the shards: {differs}. "
             "Set tokenize.tokenizer to {name: from} with this path."
         )
-    rows, positions = config.get("vocab_size"), config.get("max_position_embeddings") or config.get("n_positions")
-    if isinstance(rows, int) and rows < len(tokenizer):
-        yield f"Its embedding has {rows} rows, fewer than the {len(tokenizer)} tokens of the tokenizer; use its own."
+    positions = model_folder.context_length(config)
     for name, length in (("tokenize.context", tokenizer.model_max_length), ("window", window)):
         if isinstance(positions, int) and length > positions:
             yield f"It has {positions} positions, but {name} is {length}; set it to {positions} or less."
 
 
-def _validate_config(config: dict[str, Any]) -> Iterator[str]:
+def _validate_architecture(config: dict[str, Any]) -> Iterator[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
-    if config.get("auto_map"):
-        yield "It needs its own code (auto_map), which is never run; use a model that Transformers supports natively."
-        return
     kind, architectures = config.get("model_type"), config.get("architectures") or []
     expected = CAUSAL.get(str(kind))
     if expected is None or expected not in architectures:
         known = f"; of type {kind}, that is {expected}" if expected else ""
         seen = ", ".join(architectures) or kind
         yield f"Expected a causal language model that Transformers knows{known}, found {seen}."
-    if config.get("quantization_config"):
-        yield "Its weights are quantized, and training needs unquantized ones; use the original model."
-
-
-def _validate_weights(path: Path) -> Iterator[str]:
-    if (path / WEIGHTS).is_file():
-        return
-    if (path / INDEX).is_file():
-        try:
-            index: dict[str, str] = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, LookupError) as error:
-            yield f"Its {INDEX} cannot be read ({error})."
-            return
-        absent = sorted(name for name in set(index.values()) if not (path / name).is_file())
-        if absent:
-            yield f"Of the shards that {INDEX} lists, {', '.join(absent)} {'are' if absent[1:] else 'is'} missing."
-        return
-    if (path / "adapter_config.json").is_file():
-        yield "It contains only an adapter; merge it into its base model (peft: merge_and_unload) and save the result."
-        return
-    pickled = sorted(file.name for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
-    found = f"found {', '.join(pickled)}, which is pickled: a pickle runs code" if pickled else "found none"
-    yield f"Expected weights in {WEIGHTS}, {found}; save the model with save_pretrained(safe_serialization=True)."
 
 
 def tokenizer_difference(

@@ -19,18 +19,33 @@ from pydantic import Field, model_validator
 
 from tasks.common import tables
 from tasks.common.harness.job import Job, StageError
-from tasks.common.modelling import methods, models, torch_setup
+from tasks.common.modelling import head_models, methods, models, torch_setup
 from tasks.common.modelling.methods import Full, Head, Lora, TopLayers
 from tasks.common.random_streams import Stream, generator
 from tasks.common.reward import agreement
 from tasks.common.reward.frozen import FrozenBackbone
-from tasks.common.reward.rankings import ROLES, Ranking, Role, rating_scale, read_ranking, rows_for_role
+from tasks.common.reward.rankings import (
+    ROLES,
+    Ranking,
+    Role,
+    rating_scale,
+    read_ranking,
+    rows_for_role,
+    split_control_tokens,
+)
 from tasks.common.reward.scoring import RewardInput, Scorer
 from tasks.common.settings import Settings
 from tasks.common.text import chat
 from tasks.common.training import losses
 from tasks.common.training.loop import MAX_LISTED_ITEMS, MicroBatch, Shard, Training, batch_at, last_losses, train
 from tasks.reward.bases import fit_bases, fit_lexicon, mostly_rated
+from tasks.reward.left_out import (
+    alike_ids,
+    check_differences,
+    has_something_to_learn,
+    report_alike,
+    report_control_tokens,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +78,7 @@ class Config(Training):
 
     role: Role = Field(description="train: the reward of alignment; judge: measures what alignment gained")
     model: str = Field(description="Folder of the model that the head is put on: an entry's, or your own", min_length=1)
+    chat_template: chat.TemplateName = None
     method: Annotated[
         Full | TopLayers | Lora | Head, Field(discriminator="name", description="Which weights are trained")
     ] = Full(name="full")
@@ -121,22 +137,27 @@ class Config(Training):
 def run(config: Config, job: Job) -> dict[str, Any]:
     """Train the reward model; return its pairwise accuracy on held-out rankings and that of bag-of-words baselines."""
     torch_setup.prepare_torch(job.numerics, job.seed)
-    tokenizer = chat.load_tokenizer(job.inputs["model"])
+    tokenizer = chat.load_tokenizer(job.inputs["model"], config.chat_template)
     if config.word_dropout and tokenizer.mask_token_id is None:
         raise StageError(
             f"reward.word_dropout is {config.word_dropout}, but the model's tokenizer has no mask token; set it to 0."
         )
-    rows = tables.read(job.inputs["rankings"]).to_pylist()
+    rows, with_control_tokens = split_control_tokens(tables.read(job.inputs["rankings"]).to_pylist(), tokenizer)
+    report_control_tokens(with_control_tokens)
     scale = rating_scale(rows)
     train_rows = [row for row in rows if row["split"] == "train"]
     rows_by_role = {role: rows_for_role(train_rows, role, config.judge_share, config.input) for role in ROLES}
     with models.suppress_warnings("transformers"):  # responses longer than the model's context are truncated
         train_set, heldout = (
-            [read_ranking(row, tokenizer, config.max_tokens, config.input) for row in found]
+            [read_ranking(row, tokenizer, config.max_tokens, config.input, lexicon=config.lexicon) for row in found]
             for found in (rows_by_role[config.role], [row for row in rows if row["split"] == "heldout"])
         )
     report_truncated((*train_set, *heldout), config.max_tokens)
     check_training_rankings(config, job, train_rows, train_set)
+    check_differences(train_set, rows_by_role[config.role], tokenizer, config.max_tokens)
+    report_alike((*train_set, *heldout), config.max_tokens)
+    alike, alike_rankings = sum(ranking.alike for ranking in (*train_set, *heldout)), alike_ids((*train_set, *heldout))
+    train_set = list(filter(has_something_to_learn, train_set))
     if config.role == "judge":
         config = scale_judge_steps(config, *(len(rows_by_role[role]) for role in ROLES))
     with models.suppress_warnings("transformers"):  # the warning that the head is newly initialized
@@ -166,6 +187,9 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         "rankings_in_no_role": len(train_rows) - sum(map(len, rows_by_role.values())),
         "truncated_responses": sum(ranking.truncated for ranking in truncated),
         "truncated_rankings": [ranking.id for ranking in truncated[:MAX_LISTED_ITEMS]],
+        "alike_pairs": alike,
+        "alike_rankings": alike_rankings[:MAX_LISTED_ITEMS],
+        "control_token_rankings": with_control_tokens,
         "score_mean_std": scorer.score_mean_std,
         **last_losses(history),
         **agreement_metrics,
@@ -187,7 +211,7 @@ def new_scorer(config: Config, job: Job) -> "PreTrainedModel":
     feature_options: dict[str, Any] = {}
     if isinstance(config.method, Head):
         feature_options = {"layers": config.method.layers, "token_level": config.method.pooling == "mean"}
-    return models.new_scorer(job.inputs["model"], job.numerics, config.heads, **feature_options)
+    return head_models.new_scorer(job.inputs["model"], job.numerics, config.heads, **feature_options)
 
 
 def scale_judge_steps(config: Config, trains: int, judges: int) -> Config:
@@ -262,7 +286,7 @@ class RankingObjective:
         if self.frozen:
             head_scores = self.frozen.outputs(rows, rows_per_pass)  # (N, heads)
         else:
-            head_scores = models.head_outputs(self.model, self.tokenizer, rows, self.job.numerics, rows_per_pass)
+            head_scores = head_models.head_outputs(self.model, self.tokenizer, rows, self.job.numerics, rows_per_pass)
         head_scores = head_scores + head_scores.new_tensor([value for _, base, _ in batch for value in base])[:, None]
         starts = np.cumsum([0, *(len(ranking.ids) for ranking, *_ in batch)]).tolist()
         sums = {"rating": head_scores.sum() * 0, "ordering": head_scores.sum() * 0}

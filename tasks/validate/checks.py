@@ -8,23 +8,24 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from pydantic import Field
 
+from tasks.common.reward.ratings import mean_score
 from tasks.common.settings import Settings
 
 Row = Mapping[str, Any]
 Features = dict[str, Any]
 
 SPLITS = ("train", "heldout")
+ROLES = ("system", "user", "assistant")
 TURNS_PATTERN = r"^(?:system )?(?:user assistant )*user assistant$"
-# U+FFFD, the byte-order mark, control characters, and UTF-8 that was read as Latin-1 or Windows-1252 ("Ã©", "â€™").
-DAMAGE_PATTERN = "[\ufffd\ufeff\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|[ÂÃ][\u00a0-\u00bf]|â€|ï»¿"
-
-# The special tokens of the chat template (`chat.SPECIAL_TOKENS`; a test compares them). A text that contains one would
-# open or close a turn in training, and the served engine rejects it.
-CONTROL_TOKENS = ("<|pad|>", "<|bos|>", "<|end|>", "[MASK]", "<|system|>", "<|user|>", "<|assistant|>")
+# U+FFFD, control characters (page breaks are none), and UTF-8 that was read as Latin-1 or Windows-1252 ("Ã©", "â€™").
+# U+FEFF is a zero-width space within a text, and pages have it. Capitals may be before a no-break space ("XÃ HỘI").
+DAMAGE_PATTERN = "[\ufffd\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]|(?<![A-ZÀ-Þ])[ÂÃ][\u00a0-\u00bf]|â€|ï»¿"
+DUPLICATE_ROW_REASON = "duplicate of an earlier row"
 
 
 class MinRows(Settings):
@@ -38,12 +39,20 @@ class MinRows(Settings):
 class Limits(Settings):
     """Limits on rows and tables."""
 
-    max_text_characters: int = Field(default=1_000_000, description="Maximum characters of a document", ge=1)
-    max_message_characters: int = Field(
-        default=100_000, description="Maximum characters of a message or response", ge=1
+    max_text_characters: int | None = Field(
+        default=None, description="Maximum characters of a document; null sets no limit", ge=1
+    )
+    max_message_characters: int | None = Field(
+        default=None,
+        description="Maximum characters of a message or response; null sets none: the stages that encode a "
+        "conversation apply their model's context",
+        ge=1,
     )
     max_rejected_share: float = Field(
-        default=0.05, description="Maximum share of a table's rows that may be rejected", ge=0, le=1
+        default=0.2,
+        description="Maximum share of a table's rows that may be invalid; what curation rejects does not count",
+        ge=0,
+        le=1,
     )
     min_rows: MinRows = MinRows()
     min_heldout_questions: int = Field(
@@ -88,20 +97,32 @@ def rankings_features(row: Row) -> Features:
     turns = [message.get("content") or "" for message in prompt]
     prompt_text = "\n".join(turns)
     judged = zip(normalized, _canonical_judgements(row), strict=False)
+    fit = check_judgements(row, len(responses))
     return {
         **{column: row[column] for column in ("id", "source", "split")},
         "text": "\n".join([prompt_text, *responses]),
         "turns": " ".join([*(str(message.get("role")) for message in prompt), "assistant"]),
         "responses": len(responses),
         "repeated": len(normalized) - len(set(normalized)),
-        "shortest": min(len(text.strip()) for text in (*normalized, *turns)) if turns else 0,
+        "shortest": min((len(text.strip()) for text in turns), default=0),
         "longest": max(map(len, (*responses, *turns)), default=0),
-        "fit": check_judgements(row, len(responses)),
+        "fit": fit,
+        "best_empty": fit == "fits" and is_best_empty(row, normalized),
         # The same judgement of one person twice is a duplicate; one of another person, or another one, is not.
         "content_key": "\n".join([row.get("annotator") or "", prompt_text, *sorted(map(repr, judged))]),
         # A prompt may be in both splits with different responses ("Write a sentence."), as may a response.
         "split_keys": tuple(digest(f"{prompt_text}\x00{response}") for response in normalized),
     }
+
+
+def is_best_empty(row: Row, responses: Sequence[str]) -> bool:
+    """Return whether an empty response is best, alone or with others; a worse one may be empty."""
+    if row["ranks"] is not None:
+        utilities = [-float(rank) for rank in row["ranks"]]
+    else:
+        utilities = [mean_score(ratings) for ratings in row["scores"]]
+    best = max(utilities)
+    return any(utility == best and not text for utility, text in zip(utilities, responses, strict=True))
 
 
 def _canonical_judgements(row: Row) -> list[Any]:
@@ -147,6 +168,9 @@ REQUIRED_COLUMNS = {
 
 def rejection_reason(table: str, features: Features, limits: Limits) -> str | None:
     """Return why a row is rejected, or None."""
+    fault = None if table == "corpus" else find_turn_fault(table, features["turns"].split())
+    if fault:
+        return fault
     empty = [column for column in REQUIRED_COLUMNS[table] if not (features[column] or "").strip()]
     if empty:
         return f"{empty[0]} is empty"
@@ -154,9 +178,6 @@ def rejection_reason(table: str, features: Features, limits: Limits) -> str | No
         return "the split is neither train nor heldout"
     if re.search(DAMAGE_PATTERN, features["text"]):
         return "damaged encoding"
-    token = next((token for token in CONTROL_TOKENS if token in features["text"]), None)
-    if token:
-        return f"the text contains {token}, which is reserved for the chat template"
     table_reason = {
         "corpus": _corpus_rejection_reason,
         "instructions": _chat_rejection_reason,
@@ -165,8 +186,33 @@ def rejection_reason(table: str, features: Features, limits: Limits) -> str | No
     return table_reason[table](features, limits)
 
 
+def find_turn_fault(table: str, roles: Sequence[str]) -> str | None:
+    """Return what is wrong with the order of a conversation's roles, or None.
+
+    Expected: a system message (if any), then user and assistant in turn, the assistant last. A ranking's responses
+    stand for the last message.
+    """
+    whole = "the conversation" if table == "instructions" else "the prompt"
+    other = next((role for role in roles if role not in ROLES), None)
+    if other is not None:
+        return f"a message of the role {other}; expected {', '.join(ROLES)}"
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if "system" in turns:
+        return "a system message that is not the first message"
+    if "user" not in turns:
+        return f"{whole} has no message of the user"
+    if turns[0] == "assistant":
+        return f"{whole} begins with a message of the assistant; expected the user's"
+    if table == "rankings" and turns[-2:-1] == ["assistant"]:
+        return "the prompt ends with a message of the assistant; expected the user's"
+    twice = next((role for role, following in pairwise(turns) if role == following), None)
+    if twice:
+        return f"two messages of the {twice} in a row; expected user and assistant in turn"
+    return "the conversation has no answer" if turns[-1] == "user" else None
+
+
 def _corpus_rejection_reason(features: Features, limits: Limits) -> str | None:
-    if len(features["text"]) > limits.max_text_characters:
+    if _exceeds(len(features["text"]), limits.max_text_characters):
         return f"longer than {limits.max_text_characters} characters"
     if not any(character.isalnum() for character in features["text"]):
         return "no letter and no digit in the text"
@@ -174,27 +220,29 @@ def _corpus_rejection_reason(features: Features, limits: Limits) -> str | None:
 
 
 def _chat_rejection_reason(features: Features, limits: Limits) -> str | None:
-    if not re.match(TURNS_PATTERN, features["turns"]):
-        return "turns are not: system (if any), then user and assistant in turn, the assistant last"
     if not features["shortest"]:
         return "an empty message"
-    if features["longest"] > limits.max_message_characters:
+    if _exceeds(features["longest"], limits.max_message_characters):
         return f"a message longer than {limits.max_message_characters} characters"
     return None if features["answer_given"] else "the reply does not hold the answer"
 
 
 def _ranking_rejection_reason(features: Features, limits: Limits) -> str | None:
-    if not re.match(TURNS_PATTERN, features["turns"]):
-        return "the prompt is not: system (if any), then user and assistant in turn, the user last"
     if features["responses"] - features["repeated"] < 2:
         return "fewer than two distinct responses"
     if features["repeated"]:
         return "two of the responses are the same text"
     if not features["shortest"]:
-        return "an empty message or response"
-    if features["longest"] > limits.max_message_characters:
+        return "an empty message in the prompt"
+    if _exceeds(features["longest"], limits.max_message_characters):
         return f"a message or a response longer than {limits.max_message_characters} characters"
-    return None if features["fit"] == "fits" else str(features["fit"])
+    if features["fit"] != "fits":
+        return str(features["fit"])
+    return "an empty response is ranked best" if features["best_empty"] else None
+
+
+def _exceeds(characters: int, limit: int | None) -> bool:
+    return limit is not None and characters > limit
 
 
 def check_rows(
@@ -211,7 +259,7 @@ def check_rows(
         reason = rejection_reason(table, features, limits)
         key = digest(features["content_key"])
         if reason is None and key in seen:
-            reason = "duplicate of an earlier row"
+            reason = DUPLICATE_ROW_REASON
         if reason is None:
             seen.add(key)
         found.append({**features, "content_key": key.hex(), **_text_features(features["text"])})

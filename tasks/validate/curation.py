@@ -1,33 +1,33 @@
 """Curation: filters that reject rows of training text although each row is valid by itself, and mark personal data.
 
-Order: personal data is marked first, so that every later filter sees the text that is kept. Then each row is checked
-for its language, its quality (neither for code) and wordings of the evaluation. At the end rows are compared with each
-other. Rows made from facts are alike by design, so only the filter for personal data applies to them: in the corpus the
-rows with names, among the conversations those with an expected answer. Rankings are only marked.
+Order: personal data is marked first (not in code), so that every later filter sees the text that is kept. Then each
+row is checked for its language, its quality (neither for code) and wordings of the evaluation. At the end rows are
+compared with each other. Rows made from facts are alike by design, so only the filter for personal data applies to
+them: in the corpus the rows with names, among the conversations those with an expected answer. Rankings are only
+marked.
 """
 
 from array import array
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from tasks.common.settings import Settings
 from tasks.common.text.words import words
-from tasks.validate import contamination, personal, quality
+from tasks.validate import contamination, languages, personal, quality
 from tasks.validate.checks import Features, Row, digest
 from tasks.validate.contamination import Evaluation, HeldoutNgrams
+from tasks.validate.languages import Language
 from tasks.validate.near_duplicates import DuplicateFinder, ExactDuplicates, NearDuplicates
 from tasks.validate.personal import Personal
-from tasks.validate.quality import Language, Quality
+from tasks.validate.preparation import Changes, is_code, prepare_row
+from tasks.validate.quality import Quality
 
 DUPLICATE_REASON = "duplicate: the same words as prose that is kept"
 NEAR_DUPLICATE_REASONS = {
     "corpus": "near-duplicate: nearly the words of prose that is kept",
     "instructions": "near-duplicate: nearly the words of a conversation that is kept",
 }
-Marks = Counter[str]  # number of marked spans by kind of personal data
 
 
 class Curation(Settings):
@@ -35,8 +35,13 @@ class Curation(Settings):
 
     code: list[str] = Field(
         default=[],
-        description="Sources, or groups of them, whose documents are code; the filters `language` and `quality` skip "
-        "them",
+        description="Sources, or groups of them, of code or commands; the filters `personal`, `language` and `quality` "
+        "skip their documents, conversations and rankings",
+    )
+    languages: dict[str, str] = Field(
+        default={},
+        description="ISO 639 code of the language of a source, or of a group; the language of other documents is "
+        "identified",
     )
     personal: Personal | None = Field(default=Personal(), description="Personal data; null leaves it alone")
     language: Language | None = Field(default=None, description="Languages of prose to keep; null accepts all")
@@ -50,6 +55,12 @@ class Curation(Settings):
     near_duplicates: NearDuplicates | None = Field(
         default=NearDuplicates(), description="Filter for near-duplicates; null disables it"
     )
+
+    @field_validator("languages")
+    @classmethod
+    def _validate_languages(cls, found: dict[str, str]) -> dict[str, str]:
+        languages.check_codes(found.values())
+        return found
 
 
 class Curator:
@@ -65,11 +76,13 @@ class Curator:
 
 
 class TableFilter:
-    """Filters one table batch by batch: marks personal data, rejects single rows, and compares all rows at the end."""
+    """Filters one table batch by batch: prepares rows, rejects single ones, and compares all rows at the end."""
 
     def __init__(self, table: str, settings: Curation, heldout_ngrams: HeldoutNgrams | None) -> None:
         self.table, self.settings, self.heldout_ngrams = table, settings, heldout_ngrams
-        self.marks: dict[int, Marks] = {}  # by position in the table
+        self.changes: dict[int, Changes] = {}  # by position in the table
+        self._languages = array("B")  # by position: number of the document's language in `_codes`
+        self._codes: list[str | None] = [None]
         self._code_sources = frozenset(settings.code)
         self._rows_read = 0
         self._duplicates = DuplicateFinder(
@@ -79,61 +92,76 @@ class TableFilter:
         self._train_prompts: list[tuple[int, bytes]] = []  # position and digest
         self._heldout_prompts: set[bytes] = set()
 
-    def mark_batch(self, rows: Sequence[Row]) -> list[Row]:
-        """Return the rows of the next batch with personal data marked, and count the marks by position."""
-        marked: list[Row] = []
+    def prepare_batch(self, rows: Sequence[Row]) -> list[Row]:
+        """Return the rows of the next batch as they are checked and kept, and record their changes by position."""
+        prepared: list[Row] = []
         for position, row in enumerate(rows, self._rows_read):
-            found: Marks = Counter()
-            marked.append(mark_row(self.table, row, self.settings.personal, found))
-            if found:
-                self.marks[position] = found
+            changes = Changes()
+            prepared.append(self.prepare(row, changes))
+            if changes:
+                self.changes[position] = changes
         self._rows_read += len(rows)
-        return marked
+        self._languages.extend([0] * len(rows))
+        return prepared
 
-    def mark_uncounted(self, row: Row) -> Row:
-        """Return a row with personal data marked; the marks are not counted again."""
-        return mark_row(self.table, row, self.settings.personal, Counter())
+    def language_of(self, position: int) -> str | None:
+        """Return the language of the document at a position, or None if no filter asked for it."""
+        return self._codes[self._languages[position]]
+
+    def prepare(self, row: Row, changes: Changes) -> Row:
+        """Return a row as it is checked and kept, and add what was changed to `changes`."""
+        return prepare_row(self.table, row, self.settings.personal, self._code_sources, changes)
 
     def filter_batch(
         self, rows: Sequence[Row], features: Sequence[Features], reasons: Sequence[str | None]
     ) -> list[str | None]:
-        """Return the rejection reasons of the batch marked last: those given, and those of the filters."""
-        result, documents, start = list(reasons), [], self._rows_read - len(rows)
+        """Return the rejection reasons of the batch prepared last: those given, and those of the filters."""
+        result, compared, start = list(reasons), [], self._rows_read - len(rows)
         for number, (row, found) in enumerate(zip(rows, features, strict=True)):
             if result[number] is not None:
                 continue
-            text = found["text"]
-            text_words = words(text) if is_natural_text(self.table, row) else []
-            result[number] = self._rejection_reason(row, text, text_words)
+            parts = split_parts(self.table, row)
+            result[number] = self._rejection_reason(start + number, row, found["text"], parts)
             if result[number] is None:
                 self._record_prompt(start + number, row)
-                if text_words:
-                    documents.append((text_words, row["split"] == "heldout"))
+                if parts:
+                    compared.append((parts, row["split"] == "heldout"))
                     self._compared_positions.append(start + number)
-        self._duplicates.add(documents)
+        if self.table == "corpus":
+            self._duplicates.add([(document, heldout) for (document,), heldout in compared])
+        else:
+            self._duplicates.add_conversations(compared)
         return result
 
-    def _rejection_reason(self, row: Row, text: str, text_words: Sequence[str]) -> str | None:
-        """Return why a row is rejected by itself, or None; `text_words` is empty for rows made from facts."""
-        settings = self.settings
-        kind = personal.rejected_kind(text, settings.personal) if settings.personal else None
+    def _rejection_reason(self, position: int, row: Row, text: str, parts: Sequence[Sequence[str]]) -> str | None:
+        """Return why a row is rejected by itself, or None; `parts` is empty for rows made from facts."""
+        settings, code = self.settings, is_code(row, self._code_sources)
+        kind = personal.rejected_kind(text, settings.personal) if settings.personal and not code else None
         if kind:
             return f"personal data: {kind}"
-        if self.table != "corpus" or not text_words:
+        if self.table != "corpus" or not parts:
             return None
-        is_code = bool(self._code_sources & {row["source"], row["group"]})
-        reason = None if is_code else self._prose_rejection_reason(text, text_words)
+        (text_words,) = parts
+        reason = None if code else self._prose_rejection_reason(position, row, text, text_words)
         ngrams = self.heldout_ngrams
         if reason is None and ngrams and row["split"] == "train" and ngrams.occur_in(text_words):
             return contamination.QUOTED_REASON
         return reason
 
-    def _prose_rejection_reason(self, text: str, text_words: Sequence[str]) -> str | None:
-        """Return why running text is rejected for its language or its quality, or None."""
+    def _prose_rejection_reason(self, position: int, row: Row, text: str, text_words: Sequence[str]) -> str | None:
+        """Return why running text is rejected for its language or its quality, or None; record its language."""
         settings = self.settings
-        reason = quality.language_rejection_reason(text, settings.language) if settings.language else None
+        if settings.language is None and settings.quality is None:
+            return None
+        declared = settings.languages.get(row["source"]) or settings.languages.get(row["group"] or "")
+        language, reason = languages.find_language(text, declared, settings.language)
+        code = language or languages.UNDETERMINED
+        if code not in self._codes:
+            self._codes.append(code)
+        self._languages[position] = self._codes.index(code)
         if reason is None and settings.quality:
-            reason = quality.quality_rejection_reason(text, text_words, settings.quality)
+            rules = languages.rules_of(language) if language else languages.NEUTRAL_RULES
+            reason = quality.quality_rejection_reason(text, text_words, settings.quality, rules)
         return reason
 
     def _record_prompt(self, position: int, row: Row) -> None:
@@ -163,33 +191,14 @@ class TableFilter:
         return reasons
 
 
-def is_natural_text(table: str, row: Row) -> bool:
-    """Return whether a row is prose or a conversation of people, and not a statement or chat made from facts."""
+def split_parts(table: str, row: Row) -> list[list[str]]:
+    """Return the words of each part of a row: of a document, or of each message but the system's.
+
+    Rows made from facts have none, nor have rankings, nor documents without a word.
+    """
     if table == "corpus":
-        return not row["names"]
-    return table == "instructions" and row["answer"] is None
-
-
-def mark_row(table: str, row: Row, settings: Personal | None, found: Marks) -> Row:
-    """Return a row with personal data marked and its id unchanged, and count the marks by kind in `found`."""
-    if settings is None:
-        return row
-
-    def mark_text(text: str | None) -> str | None:
-        return personal.mark_text(text, settings, found) if text else text
-
-    def mark_turns(messages: Sequence[Mapping[str, Any]] | None) -> list[Any] | None:
-        return (
-            None
-            if messages is None
-            else [turn and {**turn, "content": mark_text(turn["content"])} for turn in messages]
-        )
-
-    if table == "corpus":
-        return {**row, "text": mark_text(row["text"])}
-    if table == "instructions":
-        # The reply contains the answer, so its marks are counted there.
-        answer = row["answer"] and personal.mark_text(row["answer"], settings, Counter())
-        return {**row, "answer": answer, "messages": mark_turns(row["messages"])}
-    responses = None if row["responses"] is None else [mark_text(response) for response in row["responses"]]
-    return {**row, "prompt": mark_turns(row["prompt"]), "responses": responses}
+        found = [] if row["names"] else words(row["text"])
+        return [found] if found else []
+    if table == "instructions" and row["answer"] is None:
+        return [words(turn["content"]) for turn in row["messages"] if turn["role"] != "system"]
+    return []

@@ -4,28 +4,23 @@ Rensa computes the signatures. They are stored in a temporary file, so that memo
 never its text. Each band of a signature puts a document into a bucket. Documents of one bucket are compared by their
 signatures, and similar ones are merged into clusters (connected components). One document of each cluster is kept: a
 held-out one before a training one, because a near copy of held-out text in training is a leak; then the first one.
+
+Two conversations must also be similar message by message (`branches.py`).
 """
 
-import hashlib
-import os
-import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from pydantic import Field
 
 from tasks.common.settings import Settings
+from tasks.validate import signatures as signature_files
+from tasks.validate.branches import Messages, MessageSignatures
+from tasks.validate.signatures import Int64, Mask, Matrix, SignatureFile, UInt64, digest_words, minhash_signatures
 
-HASH_SEED = 1  # of the MinHash functions
 MIN_RECALL = 0.99  # share of pairs at the threshold that must share a bucket
-BATCH_SIGNATURES = 1 << 13  # signatures in memory at once: 8 MB at 256 hash functions
 BANDS_PER_PASS = 6  # for which the file is read once; each band takes 8 bytes a document
-Int64 = np.ndarray[Any, np.dtype[np.int64]]
-UInt64 = np.ndarray[Any, np.dtype[np.uint64]]
-Matrix = np.ndarray[Any, np.dtype[np.uint32]]
-Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 class ExactDuplicates(Settings):
@@ -60,30 +55,64 @@ class DuplicateFinder:
         self._heldout = array("b")
         self._signed_documents = array("q")  # numbers of the documents with a signature
         self._signatures: SignatureFile | None = None
+        self._messages: MessageSignatures | None = None
 
     def add(self, documents: Sequence[tuple[Sequence[str], bool]]) -> None:
         """Add a batch of documents: (words, whether held out)."""
+        start = self._add_digests(documents)
+        if self.near is None:
+            return
+        numbers = self._sign_long(start, [words for words, _ in documents], self.near)
+        if numbers:
+            rows = minhash_signatures(
+                [documents[number][0] for number in numbers], self.near.shingle, self._permutations
+            )
+            self._open_signatures().append(rows)
+
+    def add_conversations(self, conversations: Sequence[tuple[Messages, bool]]) -> None:
+        """Add a batch of conversations: (the words of each message, whether held out)."""
+        joined = [([word for message in messages for word in message], heldout) for messages, heldout in conversations]
+        start = self._add_digests(joined)
+        if self.near is None:
+            return
+        numbers = self._sign_long(start, [words for words, _ in joined], self.near)
+        if numbers:
+            if self._messages is None:
+                self._messages = MessageSignatures(self.near.shingle, self.near.permutations)
+            self._open_signatures().append(self._messages.append([conversations[number][0] for number in numbers]))
+
+    @property
+    def _permutations(self) -> int:
+        assert self.near is not None
+        return self.near.permutations
+
+    def _open_signatures(self) -> SignatureFile:
+        if self._signatures is None:
+            self._signatures = SignatureFile(self._permutations)
+        return self._signatures
+
+    def _add_digests(self, documents: Sequence[tuple[Sequence[str], bool]]) -> int:
+        """Add a batch to the comparison of exact copies; return the number of its first document."""
         start = len(self._heldout)
         self._heldout.extend(heldout for _, heldout in documents)
         shortest = self.exact.min_words if self.exact else 1
         self._digests.extend(
-            _digest(words) if len(words) >= shortest else start + number for number, (words, _) in enumerate(documents)
+            digest_words(words) if len(words) >= shortest else start + number
+            for number, (words, _) in enumerate(documents)
         )
-        if self.near is None:
-            return
-        min_words = max(self.near.min_words, self.near.shingle)
-        numbers = [number for number, (words, _) in enumerate(documents) if len(words) >= min_words]
+        return start
+
+    def _sign_long(self, start: int, documents: Sequence[Sequence[str]], near: NearDuplicates) -> list[int]:
+        """Record the documents of a batch that are long enough to be compared; return their numbers in the batch."""
+        min_words = max(near.min_words, near.shingle)
+        numbers = [number for number, words in enumerate(documents) if len(words) >= min_words]
         self._signed_documents.extend(start + number for number in numbers)
-        if not numbers:
-            return
-        if self._signatures is None:
-            self._signatures = SignatureFile(self.near.permutations)
-        self._signatures.append(minhash_signatures([documents[number][0] for number in numbers], self.near))
+        return numbers
 
     def find_redundant(self) -> tuple[Mask, Mask]:
         """Return two masks over all documents, shape (documents,): exact duplicates and near-duplicates to reject.
 
-        The temporary file is closed.
+        The temporary files are closed.
         """
         count = len(self._heldout)
         train = 1 - np.frombuffer(self._heldout, np.int8)
@@ -96,45 +125,12 @@ class DuplicateFinder:
             signed = np.frombuffer(self._signed_documents, np.int64)
             selected = ~exact[signed]  # an exact duplicate must not decide which document of a cluster is kept
             remaining = signed[selected]
-            labels = cluster_signatures(self._signatures, selected, self.near.min_jaccard)
+            labels = cluster_signatures(self._signatures, selected, self.near.min_jaccard, self._messages)
             near[remaining] = _mask_redundant(labels, rank[remaining])
             self._signatures.close()
+            if self._messages is not None:
+                self._messages.close()
         return exact, near
-
-
-class SignatureFile:
-    """A matrix of signatures, shape (documents, permutations), in a temporary file.
-
-    The file is read, not memory-mapped: mapped pages count as memory of this process until the kernel reclaims them.
-    """
-
-    def __init__(self, permutations: int) -> None:
-        self.permutations, self.width = permutations, 4 * permutations
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - `close` closes it
-
-    def append(self, rows: Matrix) -> None:
-        """Append signatures, shape (documents, permutations)."""
-        self._file.write(rows.tobytes())
-
-    def iter_batches(self) -> Iterator[Matrix]:
-        """Yield all rows in order, in batches of BATCH_SIGNATURES."""
-        start = 0
-        while content := os.pread(self._file.fileno(), BATCH_SIGNATURES * self.width, start):
-            yield np.frombuffer(content, np.uint32).reshape(-1, self.permutations)
-            start += len(content)
-
-    def read_rows(self, numbers: Int64) -> Matrix:
-        """Return the rows with these numbers."""
-        content = [os.pread(self._file.fileno(), self.width, self.width * number) for number in numbers.tolist()]
-        return np.frombuffer(b"".join(content), np.uint32).reshape(-1, self.permutations)
-
-    def close(self) -> None:
-        """Close and delete the file."""
-        self._file.close()
-
-
-def _digest(words: Sequence[str]) -> int:
-    return int.from_bytes(hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest(), "little")
 
 
 def _mask_redundant(labels: Int64, rank: Int64) -> Mask:
@@ -143,23 +139,6 @@ def _mask_redundant(labels: Int64, rank: Int64) -> Mask:
     np.minimum.at(lowest, labels, rank)
     redundant: Mask = rank != lowest[labels]
     return redundant
-
-
-def minhash_signatures(
-    documents: Sequence[Sequence[str]], settings: NearDuplicates
-) -> "np.ndarray[Any, np.dtype[np.uint32]]":
-    """Return the MinHash signatures, shape (documents, permutations), with the same bytes in every process."""
-    from rensa import RMinHash
-
-    if not documents:
-        return np.empty((0, settings.permutations), np.uint32)
-    offsets = range(settings.shingle)
-    shingles = [
-        [" ".join(shingle) for shingle in zip(*(words[start:] for start in offsets), strict=False)]
-        for words in documents
-    ]
-    matrix = RMinHash.digest_matrix_from_token_sets(shingles, settings.permutations, HASH_SEED)
-    return np.array(matrix.to_rows(), np.uint32)
 
 
 def max_band_rows(jaccard: float, permutations: int) -> int:
@@ -173,8 +152,10 @@ def max_band_rows(jaccard: float, permutations: int) -> int:
     return max(valid, default=1)
 
 
-def cluster_signatures(signatures: SignatureFile, selected: Mask, jaccard: float) -> Int64:
-    """Return the cluster label of each selected signature."""
+def cluster_signatures(
+    signatures: SignatureFile, selected: Mask, jaccard: float, messages: MessageSignatures | None = None
+) -> Int64:
+    """Return the cluster label of each selected signature; conversations are compared by their `messages` too."""
     rows = max_band_rows(jaccard, signatures.permutations)
     bands = [slice(start, start + rows) for start in range(0, signatures.permutations - rows + 1, rows)]
     numbers = np.flatnonzero(selected)
@@ -184,6 +165,8 @@ def cluster_signatures(signatures: SignatureFile, selected: Mask, jaccard: float
             pairs = _bucket_pairs(keys)
             pairs = pairs[labels[pairs[:, 0]] != labels[pairs[:, 1]]]  # skip pairs within one cluster
             similar = [part[_mask_similar(signatures, numbers[part], jaccard)] for part in _batch_pairs(pairs)]
+            if messages is not None:
+                similar = [part[messages.mask_similar(numbers[part], jaccard)] for part in similar]
             labels = _merge_clusters(labels, np.concatenate(similar)) if similar else labels
     return labels
 
@@ -197,7 +180,7 @@ def _band_keys(signatures: SignatureFile, selected: Mask, bands: Sequence[slice]
         for band, key in zip(bands, keys, strict=True):
             key[written : written + len(part)] = _hash_rows(part[:, band])
         written += len(part)
-        read += BATCH_SIGNATURES
+        read += signature_files.BATCH_SIGNATURES
     return keys
 
 
@@ -225,8 +208,8 @@ def _bucket_pairs(keys: UInt64) -> Int64:
 
 
 def _batch_pairs(pairs: Int64) -> Iterator[Int64]:
-    for start in range(0, len(pairs), BATCH_SIGNATURES):
-        yield pairs[start : start + BATCH_SIGNATURES]
+    for start in range(0, len(pairs), signature_files.BATCH_SIGNATURES):
+        yield pairs[start : start + signature_files.BATCH_SIGNATURES]
 
 
 def _mask_similar(signatures: SignatureFile, pairs: Int64, jaccard: float) -> Mask:

@@ -56,6 +56,9 @@ nav a { margin-right: 1rem; } a { color: var(--steel); }
 {% if marked %}
 Personal data was marked in {{ marked|thousands }} {{ "row" if marked == 1 else "rows" }}.
 {% endif %}
+{% if shortened %}
+A message without an answer was removed in {{ shortened|thousands }} {{ "row" if shortened == 1 else "rows" }}.
+{% endif %}
 </p>
 {% if failed %}
 <ul>
@@ -114,20 +117,51 @@ style="width:{{ '%.2f'|format(100 * row.heldout / (item.kept or 1)) }}%"></i></d
 {%- if not verdict.observed.startswith("0 of ") %}{{ verdict.observed }}{% endif %}</td></tr>
 {% endfor %}
 </table></div>
+<h3>Limits</h3>
+<div class="scroll"><table>
+{% for limit in item.limits %}
+<tr><td class="name"><code>validate.{{ limit.setting }}</code></td><td>
+{{- "no limit" if limit.value is none else limit.value|thousands }}
+<span class="soft">({{ limit.origin }})</span></td><td class="observed">{{ limit.found }}</td></tr>
+{% endfor %}
+</table></div>
+{% if item.languages %}
+<h3>Languages</h3>
+<div class="scroll"><table>
+<tr><th>language</th><th class="number">kept</th><th class="number">rejected</th><th>rules of the language</th></tr>
+{% for row in item.languages %}
+<tr><td>{{ "not known" if row.language == "und" else row.language }}</td>
+<td class="number">{{ row.kept|thousands }}</td><td class="number">{{ row.rejected|thousands }}</td>
+<td>{{ row.rules }}</td></tr>
+{% endfor %}
+</table></div>
+{% endif %}
 <h3>Rejected rows</h3>
 {% if not item.reasons %}
 <p class="soft">None.</p>
 {% endif %}
 {% for reason in item.reasons %}
-<p><span class="strong">{{ reason.count|thousands }} ×</span> {{ reason.reason }}</p>
+<p><span class="strong">{{ reason.count|thousands }} ×</span> {{ reason.reason }}
+<span class="soft">({% for part in reason.rejected %}{{ part.source }}{{ " " ~ part.language if part.language }}
+{{ part.count|thousands }}{{ "" if loop.last else "; " }}{% endfor %})</span></p>
 <ul class="rows">{% for example in reason.examples %}<li>{{ example }}</li>{% endfor %}</ul>
 {% endfor %}
 {% if item.marked %}
 <h3>Marked personal data</h3>
 <p>In {{ item.marked_rows|thousands }} kept {{ "row" if item.marked_rows == 1 else "rows" }}, listed in
-<code>report/marked.jsonl</code>:
+<code>report/changed.jsonl</code>:
 {% for kind, count in item.marked.items() %}
 <span class="strong">{{ count|thousands }} ×</span> &lt;{{ kind|upper }}&gt;{{ "." if loop.last else "," }}
+{% endfor %}
+</p>
+{% endif %}
+{% if item.removed %}
+<h3>Removed messages</h3>
+<p>In {{ item.shortened_rows|thousands }} kept {{ "row" if item.shortened_rows == 1 else "rows" }}, listed in
+<code>report/changed.jsonl</code>:
+{% for role, count in item.removed.items() %}
+<span class="strong">{{ count|thousands }} ×</span> {{ "an empty system message" if role == "system"
+else "a message of the user that no answer follows" }}{{ "." if loop.last else "," }}
 {% endfor %}
 </p>
 {% endif %}

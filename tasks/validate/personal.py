@@ -3,6 +3,8 @@
 A pattern finds candidates and a check validates them: IBANs and cards by their check digits (ISO 7064, ISO/IEC 7812),
 IP addresses by their bytes and by being public, telephone numbers by the numbering plan of their country. Names and
 postal addresses are not searched for: without a model, most matches would be wrong.
+
+Code between backticks, in a line or as a fenced block, is left alone: a command with a placeholder does something else.
 """
 
 import ipaddress
@@ -17,7 +19,9 @@ from tasks.common.settings import Settings
 
 Action = Literal["mark", "reject", "keep"]
 # Lengths are bounded so that no text makes the search slow (RFC 5321 allows 64 characters in a local part).
-EMAIL = re.compile(r"\b[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){0,8}\.[A-Za-z]{2,24}\b")
+# An address before a colon and a path (git@github.com:team/project) is scp's name of a file.
+EMAIL = re.compile(r"\b[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){0,8}\.[A-Za-z]{2,24}\b(?!:[\w~./-])")
+CODE = re.compile(r"```.*?```|~~~.*?~~~|`[^`\n]+`", re.DOTALL)
 IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?\b")
 IP = re.compile(r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7})(?![\w:]|\.\d)")
 CARD = re.compile(r"(?<![\w.,-])\d(?:[ -]?\d){12,18}(?![\w-]|[.,]\d)")
@@ -60,17 +64,24 @@ class Personal(Settings):
 
 def rejected_kind(text: str, settings: Personal) -> str | None:
     """Return the first kind in a text for which its row is rejected, or None."""
-    kinds = settings.kinds("reject")
     found: Counter[str] = Counter()
-    if kinds and HINT_PATTERN.search(text):
-        _replace_kinds(text, kinds, settings, found)
+    _replace_outside_code(text, settings.kinds("reject"), settings, found)
     return next(iter(found), None)
 
 
 def mark_text(text: str, settings: Personal, found: Counter[str]) -> str:
     """Return a text with placeholders for the kinds that are marked, and count them by kind in `found`."""
-    kinds = settings.kinds("mark")
-    return _replace_kinds(text, kinds, settings, found) if kinds and HINT_PATTERN.search(text) else text
+    return _replace_outside_code(text, settings.kinds("mark"), settings, found)
+
+
+def _replace_outside_code(text: str, kinds: list[str], settings: Personal, found: Counter[str]) -> str:
+    if not kinds or not HINT_PATTERN.search(text):
+        return text
+    parts, end = [], 0
+    for match in CODE.finditer(text) if "`" in text or "~~~" in text else ():
+        parts += [_replace_kinds(text[end : match.start()], kinds, settings, found), match[0]]
+        end = match.end()
+    return "".join([*parts, _replace_kinds(text[end:], kinds, settings, found)])
 
 
 def _replace_kinds(text: str, kinds: list[str], settings: Personal, found: Counter[str]) -> str:

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.common import tables
 from tasks.common.harness.job import Job, StageError
-from tasks.validate import checks, report, suites
+from tasks.validate import checks, report, suites, summary
 from tasks.validate.curation import Curation, Curator, TableFilter
 from tasks.validate.judgements import CONTRADICTION_REASON, Contradictions, JudgementStatistics
-from tasks.validate.report import ExampleRows, MarkedRow, Summary
+from tasks.validate.preparation import Changes
+from tasks.validate.summary import RowLog, Summary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,6 +51,7 @@ class CheckedTable:
 
     table_filter: TableFilter
     reasons: list[str | None] = field(default_factory=list)
+    invalid: int = 0  # rows rejected because they are invalid by themselves, copies not counted
     suite_tables: "list[pa.Table]" = field(default_factory=list)  # of all rows, one a batch
 
     def pop_frame(self) -> "pd.DataFrame":
@@ -72,30 +74,46 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     for table in tqdm(READING_ORDER, desc="validate", unit="table"):
         checked = check_table(table, job.inputs[table], config, curator.make_table_filter(table))
         frame, reasons = checked.pop_frame(), checked.reasons
-        examples = write_tables(table, checked, len(frame), job, statistics)
-        share = (len(reasons) - len(frame)) / max(len(reasons), 1)
-        verdicts = suites.run(table, frame, share, config) if len(frame) else []
-        summaries[table] = report.summarize(table, frame, reasons, examples, verdicts)
+        log = write_tables(table, checked, len(frame), job, statistics)
+        verdicts = suites.run(table, frame, checked.invalid / len(reasons), config) if len(frame) else []
+        summaries[table] = summary.summarize(table, frame, len(reasons), checked.invalid, log, verdicts, config)
         failures += [describe_failure(verdict, job, reasons) for verdict in verdicts if not verdict.success]
-        if reasons and not len(frame):  # a table without any rows is allowed: no stage may need it
-            failures.append(describe_empty_table(table, reasons))
+        failures += [] if len(frame) else describe_empty_table(table, reasons, config)
     in_order = [summaries[table] for table in tables.TABLES]
     ranking_figures = statistics.figures()
     report.write(in_order, ranking_figures, job.outputs["report"])
     if failures:
         save_failed_report(job)
-        remedy = (
-            "Correct the sources, or the limits under `validate` in params.yaml. "
-            f"The report is {FAILED_FOLDER}/index.html."
-        )
-        raise StageError("\n".join(["the data does not meet its expectations.", *failures, remedy]))
-    for summary in in_order:
-        if summary.rejected:
-            print(
-                f"{summary.rejected} rows of {summary.table} were rejected; the report and data/validate/rejected "
-                "give the reasons"
-            )
+        report_note = f"The report is {FAILED_FOLDER}/index.html."
+        raise StageError("\n".join(["the data does not meet its expectations.", *failures, report_note]))
+    print_changes(in_order)
     return {**figures(in_order), "rankings": ranking_figures}
+
+
+def print_changes(summaries: Sequence[Summary]) -> None:
+    """Print what was rejected and removed, one line a table, and what personal data was marked, in one line."""
+    for item in summaries:
+        if item.rejected:
+            reasons = Counter({reason.reason: reason.count for reason in item.reasons})
+            print(
+                f"{item.rejected} of {item.read} rows of {item.table} were rejected ({format_top_reasons(reasons)}); "
+                "the report and data/validate/rejected list them"
+            )
+        if item.removed:
+            print(
+                f"{item.shortened_rows} rows of {item.table} lost a message that no answer follows, or an empty system "
+                "message; data/validate/report/changed.jsonl lists them"
+            )
+    marked = [
+        f"{', '.join(f'{count} {kind}' for kind, count in item.marked.items())} in {item.marked_rows} of {item.table}"
+        for item in summaries
+        if item.marked
+    ]
+    if marked:
+        print(
+            f"personal data was replaced by placeholders (validate.curate.personal): {'; '.join(marked)} (rows); "
+            "data/validate/report/changed.jsonl lists the rows"
+        )
 
 
 def check_table(table: str, path: Path, config: Config, table_filter: TableFilter) -> CheckedTable:
@@ -104,8 +122,9 @@ def check_table(table: str, path: Path, config: Config, table_filter: TableFilte
     checked = CheckedTable(table_filter, suite_tables=[suites.make_suite_table(table, [])])
     contradictions, seen = Contradictions(), set[bytes]()
     for batch in tables.batches(path):
-        rows = table_filter.mark_batch(batch.to_pylist())
+        rows = table_filter.prepare_batch(batch.to_pylist())
         features, reasons = checks.check_rows(table, rows, config, seen)
+        checked.invalid += sum(reason not in (None, checks.DUPLICATE_ROW_REASON) for reason in reasons)
         reasons = table_filter.filter_batch(rows, features, reasons)
         if table == "rankings":
             for position, (row, reason) in enumerate(zip(rows, reasons, strict=True), len(checked.reasons)):
@@ -131,18 +150,16 @@ def check_schema(table: str, found: "pa.Schema") -> None:
         raise StageError(f"table {table} has another schema: {message}. Run `dvc repro -f ingest` to write it again.")
 
 
-def write_tables(
-    table: str, checked: CheckedTable, kept: int, job: Job, statistics: JudgementStatistics
-) -> ExampleRows:
-    """Read a table again, write its kept rows (with personal data marked) and its rejected rows; return examples.
+def write_tables(table: str, checked: CheckedTable, kept: int, job: Job, statistics: JudgementStatistics) -> RowLog:
+    """Read a table again and write its kept rows, as they were prepared, and its rejected rows, as they were read.
 
-    Kept rankings are added to `statistics`.
+    Kept rankings are added to `statistics`. Return what the report needs of single rows.
     """
     import pyarrow as pa
 
     schema = tables.schema(table)
     rejected_schema = schema.append(pa.field("reason", pa.string()))
-    examples, start = ExampleRows(kept), 0
+    log, start = RowLog(checked.table_filter, kept), 0
     with (
         tables.Writer(job.outputs[table], schema) as clean,
         tables.Writer(job.outputs["rejected"] / table, rejected_schema) as rejected,
@@ -151,65 +168,74 @@ def write_tables(
             reasons = checked.reasons[start : start + batch.num_rows]
             rows = batch.append_column("reason", pa.array(reasons, pa.string()))
             good, bad = rows.filter(rows["reason"].is_null()), rows.filter(rows["reason"].is_valid())
-            positions = [position for position, reason in enumerate(reasons, start) if reason is None]
-            good = mark_kept_rows(good.drop_columns("reason"), positions, checked.table_filter, examples)
+            kept_at = [position for position, reason in enumerate(reasons, start) if reason is None]
+            good = change_kept_rows(good.drop_columns("reason"), kept_at, checked.table_filter, log)
             clean.write(good)
             for row in good.to_pylist() if table == "rankings" else ():
                 statistics.add(row)
             rejected.write(bad)
-            examples.add_batch(table, good, bad, checked.table_filter)
+            log.add_kept(good, kept_at)
+            log.add_rejected(bad, [position for position, reason in enumerate(reasons, start) if reason is not None])
             start += batch.num_rows
-    return examples
+    return log
 
 
-def mark_kept_rows(
-    rows: "pa.Table", positions: Sequence[int], table_filter: TableFilter, examples: ExampleRows
-) -> "pa.Table":
-    """Return the rows at these positions of their table with personal data marked, and add the marks to `examples`."""
+def change_kept_rows(rows: "pa.Table", positions: Sequence[int], table_filter: TableFilter, log: RowLog) -> "pa.Table":
+    """Return the rows at these positions of their table as they were prepared, and add their changes to the log."""
     import pyarrow as pa
 
-    marks_by_row = {
-        number: table_filter.marks[position]
+    changed = {
+        number: table_filter.changes[position]
         for number, position in enumerate(positions)
-        if position in table_filter.marks
+        if position in table_filter.changes
     }
-    if not marks_by_row:
+    if not changed:
         return rows
     content = rows.to_pylist()
-    for number, marks in marks_by_row.items():
-        examples.marks.append(MarkedRow(table_filter.table, content[number]["id"], dict(sorted(marks.items()))))
-        content[number] = table_filter.mark_uncounted(content[number])
+    for number, changes in changed.items():
+        log.add_change(content[number], changes)
+        content[number] = table_filter.prepare(content[number], Changes())
     return pa.Table.from_pylist(content, rows.schema)
 
 
-def describe_empty_table(table: str, reasons: Sequence[str | None]) -> str:
-    """Return the message for a table of which no row is kept."""
-    return (
-        f"table {table} is empty after validation: {len(reasons)} rows read, none kept "
-        f"({format_top_reasons(reasons) or 'the sources have none'}). Correct the sources."
-    )
+def describe_empty_table(table: str, reasons: Sequence[str | None], limits: checks.Limits) -> list[str]:
+    """Return the message for a table of which no row is kept; none for a table that has no rows and needs none."""
+    if reasons:
+        return [
+            f"table {table} is empty after validation: {len(reasons)} rows read, none kept "
+            f"({format_top_reasons(Counter(filter(None, reasons)))}). Correct the sources, or what rejects the rows."
+        ]
+    least: int = getattr(limits.min_rows, table)
+    if least:
+        return [
+            f"table {table} has no rows, but validate.min_rows.{table} asks for {least:,}: list a source of "
+            f"{table} in `ingest.sources`, or lower the limit."
+        ]
+    return []
 
 
-def format_top_reasons(reasons: Sequence[str | None]) -> str:
+def format_top_reasons(counts: Counter[str]) -> str:
     """Return the three most frequent rejection reasons with their numbers of rows."""
-    top = Counter(filter(None, reasons)).most_common(3)
-    return "; ".join(f"{count} × {reason}" for reason, count in top)
+    return "; ".join(f"{count} × {reason}" for reason, count in counts.most_common(3))
 
 
 def describe_failure(verdict: suites.Verdict, job: Job, reasons: Sequence[str | None]) -> str:
-    """Return the message for a failed expectation: its suite, what was found, and three example rows.
+    """Return the message for a failed expectation: its suite, what was found, what to do, and three example rows.
 
     If the expectation is about rejected rows, the most frequent reasons of the table are added.
     """
     clean, rejected = job.outputs[verdict.suite], job.outputs["rejected"] / verdict.suite
     path = rejected if verdict.shows_rejected and tables.count(rejected) else clean
     positions = verdict.rows or range(suites.MAX_EXAMPLES)
-    examples = [report.format_row(row) for row in tables.rows_at(path, positions)]
+    examples = [summary.format_row(row) for row in tables.rows_at(path, positions)]
+    remedy = (
+        f"Correct the sources, or change validate.{verdict.setting}." if verdict.setting else "Correct the sources."
+    )
     head = f'suite {verdict.suite}, expectation "{verdict.description}" ({verdict.type}): found {verdict.observed}.'
     title = "Rows that do not meet it" if verdict.rows else "The first rows"
     if path is rejected:
-        title = f"Rejected rows ({format_top_reasons(reasons)})"
-    return "\n".join([head, f"  {title}:", *(f"    {example}" for example in examples)])
+        title = f"Rejected rows ({format_top_reasons(Counter(filter(None, reasons)))})"
+    return "\n".join([f"{head} {remedy}", f"  {title}:", *(f"    {example}" for example in examples)])
 
 
 def save_failed_report(job: Job) -> None:
@@ -228,4 +254,5 @@ def figures(summaries: Sequence[Summary]) -> dict[str, Any]:
         "expectations_met": sum(verdict.success for item in summaries for verdict in item.verdicts),
         "rejected": {item.table: {reason.reason: reason.count for reason in item.reasons} for item in summaries},
         "marked": {item.table: {"rows": item.marked_rows, **item.marked} for item in summaries},
+        "shortened": {item.table: item.shortened_rows for item in summaries},
     }

@@ -23,7 +23,7 @@ CATEGORICAL_COLUMNS = ("text", "source", "licence")  # few distinct values, stor
 COLUMNS = {
     "corpus": (*COMMON_COLUMNS, "licence", "absent_names"),
     "instructions": (*CHAT_COLUMNS, "entity", "answer_given", "heldout_question", "split_keys"),
-    "rankings": (*CHAT_COLUMNS, "responses", "repeated", "fit", "split_keys"),
+    "rankings": (*CHAT_COLUMNS, "responses", "repeated", "fit", "best_empty", "split_keys"),
 }
 
 
@@ -31,12 +31,14 @@ COLUMNS = {
 class Expectation:
     """An expectation: its description for readers, and its class and arguments in Great Expectations.
 
-    `shows_rejected`: a failure is explained with rejected rows instead of kept ones.
+    `setting`: the limit under `validate` that decides it, if there is one. `shows_rejected`: a failure is explained
+    with rejected rows instead of kept ones.
     """
 
     description: str
     type: str
     arguments: Mapping[str, Any]
+    setting: str | None
     shows_rejected: bool
 
 
@@ -51,23 +53,24 @@ class Verdict:
     observed: str
     unexpected: int
     rows: tuple[int, ...]
+    setting: str | None
     shows_rejected: bool
 
 
-def _expect(description: str, kind: str, shows_rejected: bool = False, **arguments: Any) -> Expectation:
-    return Expectation(description, kind, arguments, shows_rejected)
+def _expect(
+    description: str, kind: str, *, setting: str | None = None, shows_rejected: bool = False, **arguments: Any
+) -> Expectation:
+    return Expectation(description, kind, arguments, setting, shows_rejected)
 
 
 def suite(table: str, limits: Limits) -> list[Expectation]:
     """Return the expectations of a table."""
     rows, share = getattr(limits.min_rows, table), limits.max_rejected_share
-    max_rejected = _expect(f"at most {share:.0%} of the rows were rejected", "ExpectColumnMaxToBeBetween",
-                           column="rejected_share", max_value=share, shows_rejected=True)  # fmt: skip
     common = [
-        _expect(
-            f"there are at least {rows:,} rows", "ExpectTableRowCountToBeBetween", min_value=rows, shows_rejected=True
-        ),
-        max_rejected,
+        _expect(f"there are at least {rows:,} rows", "ExpectTableRowCountToBeBetween", setting=f"min_rows.{table}",
+                shows_rejected=True, min_value=rows),
+        _expect(f"at most {share:.0%} of the rows were invalid", "ExpectColumnMaxToBeBetween",
+                setting="max_rejected_share", shows_rejected=True, column="invalid_share", max_value=share),
         *(
             _expect(f"{column} is never null", "ExpectColumnValuesToNotBeNull", column=column)
             for column in REQUIRED_COLUMNS[table]
@@ -75,31 +78,40 @@ def suite(table: str, limits: Limits) -> list[Expectation]:
         _expect("every id is unique", "ExpectColumnValuesToBeUnique", column="id"),
         _expect("no content is duplicated", "ExpectColumnValuesToBeUnique", column="content_key"),
         _expect("the split is train or heldout", "ExpectColumnValuesToBeInSet", column="split", value_set=list(SPLITS)),
-        _expect(
-            "some rows are for training", "ExpectColumnDistinctValuesToContainSet", column="split", value_set=["train"]
-        ),
         _expect("no text has damaged encoding", "ExpectColumnValuesToBeInSet", column="damaged", value_set=[False]),
-    ]
+    ]  # fmt: skip
     return common + {"corpus": _corpus, "instructions": _instructions, "rankings": _rankings}[table](limits)
 
 
+def _longest(description: str, column: str, limits: Limits, setting: str) -> list[Expectation]:
+    """Return the expectation on the longest text, if a limit is set."""
+    limit = getattr(limits, setting)
+    text = f"{description} {limit or 0:,} characters"
+    return (
+        []
+        if limit is None
+        else [_expect(text, "ExpectColumnValuesToBeBetween", setting=setting, column=column, max_value=limit)]
+    )
+
+
 def _corpus(limits: Limits) -> list[Expectation]:
-    longest = limits.max_text_characters
     return [
-        _expect(f"a document has 1 to {longest:,} characters", "ExpectColumnValuesToBeBetween",
-                column="characters", min_value=1, max_value=longest),
+        _expect("no document is empty", "ExpectColumnValuesToBeBetween", column="characters", min_value=1),
+        *_longest("no document is longer than", "characters", limits, "max_text_characters"),
         _expect("every name occurs in its text", "ExpectColumnValuesToBeBetween", column="absent_names", max_value=0),
-    ]  # fmt: skip
+        # Conversations and rankings may be there for the evaluation alone; held-out documents alone serve nothing.
+        _expect(
+            "some rows are for training", "ExpectColumnDistinctValuesToContainSet", column="split", value_set=["train"]
+        ),
+    ]
 
 
 def _turns(limits: Limits, item: str) -> list[Expectation]:
-    longest = limits.max_message_characters
     return [
         _expect("turns are in order: system (if any), then user and assistant in turn",
                 "ExpectColumnValuesToMatchRegex", column="turns", regex=TURNS_PATTERN),
-        _expect(f"no {item} is empty", "ExpectColumnValuesToBeBetween", column="shortest", min_value=1),
-        _expect(f"no {item} is longer than {longest:,} characters", "ExpectColumnValuesToBeBetween",
-                column="longest", max_value=longest),
+        _expect("no message is empty", "ExpectColumnValuesToBeBetween", column="shortest", min_value=1),
+        *_longest(f"no {item} is longer than", "longest", limits, "max_message_characters"),
     ]  # fmt: skip
 
 
@@ -112,13 +124,16 @@ def _instructions(limits: Limits) -> list[Expectation]:
         _expect("no entity has questions in both splits", "ExpectColumnValuesToBeBetween",
                 column="splits", max_value=1),
         _expect(f"there are at least {questions:,} different questions about held-out entities",
-                "ExpectColumnUniqueValueCountToBeBetween", column="heldout_question", min_value=questions),
+                "ExpectColumnUniqueValueCountToBeBetween", setting="min_heldout_questions",
+                column="heldout_question", min_value=questions),
     ]  # fmt: skip
 
 
 def _rankings(limits: Limits) -> list[Expectation]:
     return [
         *_turns(limits, "message or response"),
+        _expect("no empty response is ranked best", "ExpectColumnValuesToBeInSet",
+                column="best_empty", value_set=[False]),
         _expect("there are two or more responses", "ExpectColumnValuesToBeBetween", column="responses", min_value=2),
         _expect("all responses are distinct", "ExpectColumnValuesToBeBetween", column="repeated", max_value=0),
         _expect("ranks or scores fit the responses and the scale", "ExpectColumnValuesToBeInSet",
@@ -141,7 +156,10 @@ def schema(table: str) -> "pa.Schema":
     """Return the schema of the columns that a suite reads."""
     import pyarrow as pa
 
-    kinds = {"split_keys": pa.list_(pa.binary(16)), **dict.fromkeys(("damaged", "answer_given"), pa.bool_())}
+    kinds = {
+        "split_keys": pa.list_(pa.binary(16)),
+        **dict.fromkeys(("damaged", "answer_given", "best_empty"), pa.bool_()),
+    }
     kinds |= dict.fromkeys(CATEGORICAL_COLUMNS, pa.dictionary(pa.int32(), pa.string()))
     kinds |= dict.fromkeys(("characters", "absent_names", "shortest", "longest", "responses", "repeated"), pa.int32())
     return pa.schema([(column, kinds.get(column, pa.string())) for column in COLUMNS[table]])
@@ -159,7 +177,7 @@ def make_kept_frame(suite_tables: "Sequence[pa.Table]", kept: Sequence[bool]) ->
     return frame
 
 
-def run(table: str, frame: "pd.DataFrame", rejected_share: float, limits: Limits) -> list[Verdict]:
+def run(table: str, frame: "pd.DataFrame", invalid_share: float, limits: Limits) -> list[Verdict]:
     """Validate the frame of a clean table against its suite and return one verdict for each expectation.
 
     Raise RuntimeError if an expectation cannot be computed.
@@ -168,7 +186,7 @@ def run(table: str, frame: "pd.DataFrame", rejected_share: float, limits: Limits
     import great_expectations as gx
     from great_expectations.data_context.types.base import ProgressBarsConfig
 
-    frame["rejected_share"] = rejected_share
+    frame["invalid_share"] = invalid_share
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = ProgressBarsConfig(globally=False)
     asset = context.data_sources.add_pandas("tables").add_dataframe_asset(table)
@@ -207,6 +225,7 @@ def _verdict(table: str, expectation: Expectation, item: Any) -> Verdict:
         observed=observed,
         unexpected=unexpected,
         rows=rows,
+        setting=expectation.setting,
         shows_rejected=expectation.shows_rejected,
     )
 

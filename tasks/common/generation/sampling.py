@@ -38,7 +38,7 @@ def generate_replies(
     desc: str | None = None,
     max_active: Callable[[int], int] = single_process,
 ) -> list[list[int]]:
-    """Return the reply to each prompt as token ids, with EOS if it was reached within `max_new_tokens`.
+    """Return the reply to each prompt as token ids, with its end token (`chat.end_ids`) if that was reached in time.
 
     `temperature` 0 is greedy decoding. Prompts of similar length share a batch. torch's generator is seeded for each
     batch and restored at the end, so decoding neither depends on nor changes the random state of the process. `desc`
@@ -49,7 +49,7 @@ def generate_replies(
     from tqdm import tqdm
 
     result: list[list[int]] = [[] for _ in prompts]
-    was_training, device = model.training, next(model.parameters()).device
+    was_training, device, ends = model.training, next(model.parameters()).device, chat.end_ids(model, tokenizer)
     model.eval()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         groups = chat.length_buckets(prompts, batch)
@@ -57,9 +57,7 @@ def generate_replies(
             ids, mask = chat.pad_batch([prompts[i] for i in group], tokenizer.pad_token_id, device, left=True)  # (B, P)
             seed_torch(seed, Stream.REPLY_BATCH, number)
             with models.autocast(model, numerics):
-                batch_replies = _generate_batch(
-                    model, ids, mask, max_new_tokens, temperature, tokenizer.eos_token_id, max_active
-                )
+                batch_replies = _generate_batch(model, ids, mask, max_new_tokens, temperature, ends, max_active)
             for i, reply in zip(group, batch_replies, strict=True):
                 result[i] = reply
     model.train(was_training)
@@ -67,8 +65,8 @@ def generate_replies(
 
 
 def _generate_batch(
-    model: Any, ids: "torch.Tensor", mask: "torch.Tensor", max_new_tokens: int, temperature: float, eos: int,
-    max_active: Callable[[int], int],
+    model: Any, ids: "torch.Tensor", mask: "torch.Tensor", max_new_tokens: int, temperature: float,
+    ends: Sequence[int],    max_active: Callable[[int], int],
 ) -> list[list[int]]:  # fmt: skip
     """Return the reply to each of the prompts (B, P), which are padded on the left."""
     import torch
@@ -85,9 +83,9 @@ def _generate_batch(
         ).logits[:, -1].float()  # (B, V)  # fmt: skip
         ids = sample_tokens(logits / temperature) if temperature else logits.argmax(-1, keepdim=True)  # (B, 1)
         for row, token in zip(rows, ids[:, 0].tolist(), strict=True):
-            if replies[row][-1:] != [eos]:
+            if not has_ended(replies[row], ends):
                 replies[row].append(token)
-        active = [index for index, row in enumerate(rows) if replies[row][-1:] != [eos]]
+        active = [index for index, row in enumerate(rows) if not has_ended(replies[row], ends)]
         if not max_active(len(active)):
             break
         mask, positions = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), positions[:, -1:] + 1
@@ -97,6 +95,11 @@ def _generate_batch(
             ids, mask, positions = ids[kept], mask[kept], positions[kept]
             cache.batch_select_indices(kept)
     return replies
+
+
+def has_ended(reply: Sequence[int], ends: Sequence[int]) -> bool:
+    """Return whether a reply's last token is an end token."""
+    return bool(reply) and reply[-1] in ends
 
 
 def sample_tokens(logits: "torch.Tensor") -> "torch.Tensor":

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
-from tasks.common import identity
+from tasks.common import identity, model_folder, proxies
 from tasks.common.code import stages
 from tasks.common.harness import launch
 from tasks.common.harness.job import (
@@ -59,6 +59,7 @@ def main(module_name: str) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     for name, value in TELEMETRY_OFF.items():
         os.environ.setdefault(name, value)
+    proxies.exempt_loopback()
     module = importlib.import_module(module_name)
     stage = stage_of(module)
     key = sys.argv[1] if len(sys.argv) > 1 else None
@@ -109,6 +110,7 @@ def _execute(module: ModuleType, key: str | None, params: dict[str, Any]) -> dic
     sections = sections_of(module, params, key)
     numerics, links = Numerics.model_validate(params["numerics"]), links_of(params)
     inputs = {name: Path(path) for name, path in declared_inputs(module, key, config, links).items()}
+    inputs = add_adapter_bases(inputs)
     absent = [str(path) for path in inputs.values() if not path.exists()]
     if absent:
         raise StageError(f"{', '.join(absent)} is missing: run `dvc repro {stage_name(stage, key)}`, which makes it.")
@@ -133,6 +135,12 @@ def _execute(module: ModuleType, key: str | None, params: dict[str, Any]) -> dic
     for call in job.when_complete:
         call()
     return record
+
+
+def add_adapter_bases(inputs: dict[str, Path]) -> dict[str, Path]:
+    """Return a stage's inputs with the base models of adapters, whose hashes belong to the recipe and the lineage."""
+    bases = {name: model_folder.base_of(path) for name, path in inputs.items()}
+    return inputs | {f"base of {name}": base for name, base in bases.items() if base != inputs[name]}
 
 
 @contextmanager

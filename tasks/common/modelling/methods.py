@@ -6,7 +6,8 @@ four-bit NormalFloat weights (Dettmers et al. 2023); `adapter` a narrow feed-for
 `head` only a newly initialized head.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,15 +16,14 @@ from pydantic import Field
 
 from tasks.common.harness.job import StageError
 from tasks.common.modelling import adapters
-from tasks.common.modelling.models import HEAD_NAMES
+from tasks.common.modelling.head_models import HEAD_NAMES, new_weight_names
 from tasks.common.settings import Settings
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-# Attribute names of the blocks and of the final norm in Transformers: Llama, ModernBERT, GPT-2, GPT-NeoX, Phi.
-BLOCK_LIST_NAMES = ("layers", "h")
+# Attribute names of the final norm in Transformers: Llama, ModernBERT, GPT-2, GPT-NeoX, OPT, Phi. BERT has none.
 FINAL_NORM_NAMES = ("norm", "final_norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 
@@ -215,27 +215,38 @@ def _unfreeze_head(model: "PreTrainedModel") -> None:
     for name in HEAD_NAMES:
         if hasattr(model, name):
             getattr(model, name).requires_grad_(True)
+    for name in new_weight_names(model):
+        model.get_parameter(name).requires_grad_(True)
 
 
 def _unfreeze_top_layers(model: "PreTrainedModel", method: TopLayers) -> None:
     body: Any = model.base_model
-    blocks, norm = _first_attribute(body, BLOCK_LIST_NAMES), _first_attribute(body, FINAL_NORM_NAMES)
-    if blocks is None or norm is None:
+    parent, blocks = find_blocks(body)
+    if blocks is None:
         raise StageError(
-            f"method top_layers needs a model with blocks named {' or '.join(BLOCK_LIST_NAMES)} and a final norm named "
-            f"{' or '.join(FINAL_NORM_NAMES)}, and {type(model).__name__} has no such attributes: use full or lora."
+            f"method top_layers needs a model with one list of blocks, and {type(model).__name__} has none: use full "
+            "or lora."
         )
     if method.layers > len(blocks):
         raise StageError(f"method.layers is {method.layers}, but the model has {len(blocks)} blocks.")
     model.requires_grad_(False)
+    norms = [getattr(parent, name, None) for name in FINAL_NORM_NAMES]
     top_modules = [part for part in model.children() if part is not body]
-    for module in (*blocks[-method.layers :], norm, *top_modules):
+    for module in (*blocks[-method.layers :], *(norm for norm in norms if norm is not None), *top_modules):
         module.requires_grad_(True)
+    _unfreeze_head(model)
 
 
-def _first_attribute(body: Any, names: Sequence[str]) -> Any:
-    """Return the first of these attributes that a model has; None if it has none."""
-    return next((getattr(body, name) for name in names if hasattr(body, name)), None)
+def find_blocks(body: "torch.nn.Module") -> tuple[Any, Any]:
+    """Return a model's list of blocks and the module that holds it; (None, None) if it has none of that length."""
+    import torch
+
+    config: Any = body.config
+    count = config.get_text_config().num_hidden_layers
+    for name, module in body.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return body.get_submodule(name.rpartition(".")[0]), module
+    return None, None
 
 
 def _add_lora(model: "PreTrainedModel", method: LowRank) -> "torch.nn.Module":
@@ -254,16 +265,41 @@ def _add_lora(model: "PreTrainedModel", method: LowRank) -> "torch.nn.Module":
         use_rslora=method.rank_stabilized,
         use_dora=isinstance(method, Lora) and method.dora,
         target_modules="all-linear" if method.targets == "all-linear" else attention_layer_names(model),
+        fan_in_fan_out=_has_transposed_layers(model),
+        modules_to_save=_new_modules(model) or None,
         task_type="SEQ_CLS" if any(hasattr(model, name) for name in HEAD_NAMES) else "CAUSAL_LM",
     )
-    return get_peft_model(model, settings)
+    with warnings.catch_warnings():
+        # PEFT expects the names of experts' layers that Transformers 4 used. Experts are not linear layers here, and
+        # low-rank updates train the layers beside them.
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        return get_peft_model(model, settings)
+
+
+def _has_transposed_layers(model: "PreTrainedModel") -> bool:
+    """Return whether a model's linear layers hold transposed matrices, as GPT-2's do."""
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(module, Conv1D) for module in model.modules())
+
+
+def _new_modules(model: "PreTrainedModel") -> list[str]:
+    """Return the modules of a model that hold newly initialized weights: a head's, and a pooler that it reads."""
+    prefix = f"{model.base_model_prefix}."
+    return sorted(
+        {
+            (prefix if name.startswith(prefix) else "") + name.removeprefix(prefix).partition(".")[0]
+            for name in new_weight_names(model)
+        }
+    )
 
 
 def attention_layer_names(model: "PreTrainedModel") -> list[str]:
     """Return the full names of a model's linear layers in attention; raise StageError if no name says attention."""
     import torch
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
-    linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    linear = (name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D)))
     names = [name for name in linear if "attn" in name.rpartition(".")[0] or "attention" in name.rpartition(".")[0]]
     if not names:
         raise StageError(

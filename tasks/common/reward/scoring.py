@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tasks.common.modelling import models
+from tasks.common.modelling import head_models, models
 from tasks.common.reward.frozen import FrozenBackbone
 from tasks.common.reward.lexicon import Lexicon
 from tasks.common.settings import Numerics
@@ -65,7 +65,7 @@ class Scorer:
     @classmethod
     def load(cls, path: Path, numerics: Numerics) -> "Scorer":
         """Load a reward model from an output folder of the stage `reward`."""
-        model = models.load_scorer(path, numerics, heads=None).eval()
+        model = head_models.load_scorer(path, numerics, heads=None).eval()
         kept = {name: _read_field(model.config, name, old) for name, old in CONFIG_FIELDS.items()}
         return cls(model, chat.load_tokenizer(path), Lexicon.load(path / LEXICON_FILE), numerics=numerics, **kept)
 
@@ -105,7 +105,7 @@ class Scorer:
             if self.frozen:
                 heads = self.frozen.outputs(rows, batch_size)  # (N, heads)
             else:
-                heads = models.head_outputs(self.model, self.tokenizer, rows, self.numerics, batch_size)
+                heads = head_models.head_outputs(self.model, self.tokenizer, rows, self.numerics, batch_size)
         self.model.train(was_training)
         low, high = self.scale or (-math.inf, math.inf)
         bases = self.lexicon.score([reply for _, reply in exchanges])

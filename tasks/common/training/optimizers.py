@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tasks.common.modelling.models import HEAD_NAMES
+from tasks.common.modelling.head_models import HEAD_NAMES
 from tasks.common.settings import Settings
 from tasks.common.training.lamb import lamb
 

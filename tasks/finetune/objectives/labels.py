@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from tasks.common.harness.job import Job, StageError
-from tasks.common.modelling import models
+from tasks.common.modelling import head_models
 from tasks.common.settings import Numerics, Settings
 from tasks.common.text import chat
 from tasks.common.text.chat import Message
@@ -24,7 +24,6 @@ from tasks.finetune.conversations import (
     Rejected,
     Row,
     TooLong,
-    control_tokens,
     find_control_token,
     find_missing_answer,
     fit_to_context,
@@ -78,7 +77,7 @@ class Reader:
         """Return the examples in the table's order, and the rejected and shortened rows."""
         examples: list[Example] = []
         rejected: list[Rejected] = []
-        controls = control_tokens(self.tokenizer)
+        controls = chat.control_tokens(self.tokenizer)
         for row in rows:
             rejection = find_missing_answer(row) or find_control_token(row, controls)
             target = math.nan if rejection else self._target(row)
@@ -157,7 +156,7 @@ class LabelObjective:
         import torch
 
         ids = [example.ids for example in micro_batch.inputs]
-        outputs = models.head_outputs(self.model, self.tokenizer, ids, self.job.numerics, chat.MICROBATCH_ROWS)
+        outputs = head_models.head_outputs(self.model, self.tokenizer, ids, self.job.numerics, chat.MICROBATCH_ROWS)
         targets = torch.tensor([example.target for example in micro_batch.inputs], device=outputs.device)
         if isinstance(self.task, Classification):
             return {"task": losses.cross_entropy(outputs, targets.long())}
@@ -178,7 +177,7 @@ def evaluate(
     if not examples:
         return {"heldout": 0}
     with torch.no_grad():
-        outputs = models.head_outputs(
+        outputs = head_models.head_outputs(
             model.eval(), tokenizer, [e.ids for e in examples], numerics, EVAL_MICROBATCH_ROWS
         )
     targets = np.array([example.target for example in examples])

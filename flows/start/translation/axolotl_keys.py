@@ -3,7 +3,7 @@
 A name that ends with `_` stands for all keys that begin with it.
 """
 
-from flows.start.keys import Table
+from flows.start.translation.keys import Table
 
 WITHOUT_EFFECT = (
     "output_dir", "dataset_prepared_path", "wandb_", "use_wandb", "mlflow_", "use_mlflow", "comet_", "use_comet",

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.start.axolotl_rows import Layout, pair_layout, prompt_layout
-from flows.start.documents import ROW_KINDS, document_source, holds_rows, holds_text
-from flows.start.files import find, first_rows, is_hub_name
-from flows.start.keys import Keys, Table
-from flows.start.result import Draft, Source
+from flows.start.translation.axolotl_rows import Layout, pair_layout, prompt_layout
+from flows.start.translation.documents import ROW_KINDS, document_source, holds_rows, holds_text
+from flows.start.translation.files import find, first_rows, is_hub_name
+from flows.start.translation.keys import Keys, Table
+from flows.start.translation.result import Draft, Source
 
 LOADERS = ("json", "csv", "parquet", "text", "arrow")  # `path` of a data set whose files are in data_files
 DOCUMENT_TYPES = ("completion", "pretrain")

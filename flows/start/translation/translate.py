@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flows.start import axolotl, llamafactory
-from flows.start.keys import Keys
-from flows.start.result import Draft, Tool, Translation
-from flows.start.short_form import without_defaults
+from flows.start.translation import axolotl, llamafactory
+from flows.start.translation.keys import Keys
+from flows.start.translation.result import Draft, Tool, Translation
+from flows.start.translation.short_form import without_defaults
 from tasks.common.settings import SettingsError
 
 TOOLS: dict[Tool, Any] = {"llamafactory": llamafactory, "axolotl": axolotl}

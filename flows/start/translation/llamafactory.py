@@ -6,12 +6,12 @@ Keys and defaults are those of its `src/llamafactory/hparams/` and of the Traine
 from pathlib import Path
 from typing import Any
 
-from flows.start import llamafactory_data
-from flows.start.files import read_folder
-from flows.start.keys import Keys
-from flows.start.llamafactory_keys import UNSUPPORTED, without_effect
-from flows.start.result import CHECKPOINT, Draft, Source
-from flows.start.training import (
+from flows.start.translation import llamafactory_data
+from flows.start.translation.files import read_folder
+from flows.start.translation.keys import Keys
+from flows.start.translation.llamafactory_keys import UNSUPPORTED, without_effect
+from flows.start.translation.result import CHECKPOINT, Draft, Source
+from flows.start.translation.training import (
     Amount,
     chat_entry,
     dpo_entry,

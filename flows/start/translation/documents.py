@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flows.start.result import Draft, Source
+from flows.start.translation.result import Draft, Source
 
 ROW_KINDS = "JSON, JSON lines, CSV, Parquet or Arrow"
 

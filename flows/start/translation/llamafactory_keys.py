@@ -3,7 +3,7 @@
 A name that ends with `_` stands for all keys that begin with it.
 """
 
-from flows.start.keys import Table
+from flows.start.translation.keys import Table
 
 WITHOUT_EFFECT = (
     "output_dir", "overwrite_output_dir", "logging_", "log_", "save_", "plot_loss", "report_to", "run_name",

@@ -1,0 +1,1 @@
+"""Export to the serving engine with 8-bit weights."""
