@@ -28,7 +28,7 @@ STAGE_FIGURES = {  # patterns of the figures in each stage's metrics, by their f
         "pearson", "spearman",
     ),
     "reward": (
-        "accuracy", "rankings*", "truncated_responses", *LOSSES, "heldout*", "gap_at_least_*", "ranked_only",
+        "accuracy", "*rankings*", "alike_pairs", "truncated_responses", "score_mean_std", *LOSSES, "heldout*", "gap_at_least_*", "ranked_only",
         "disagreement", "length", "calibration",
     ),
     "align": ("updates", "rolled_back_to", "*_first", "*_last"),
