@@ -38,7 +38,10 @@ def without_sources(params: dict[str, Any], *tables: str) -> dict[str, Any]:
         ({"metric": "win_rate", "model": "tuned"}, "found 'win_rate', but tuned can have"),
         ({"metric": "toxic_share", "model": "policy"}, "found 'toxic_share', but policy can have"),
         ({"metric": "reward_mean", "model": "policy", "against": "encoder"}, "but encoder can have"),
-        ({"metric": "speed", "model": "quantize@chat"}, "quantize@chat can have bytes, fp32_bytes, ratio"),
+        (
+            {"metric": "speed", "model": "quantize@chat"},
+            "quantize@chat can have bytes, fp32_bytes, ratio, fp32_difference",
+        ),
         ({"metric": "bytes", "model": "nobody"}, "should be an entry of evaluate (base, encoder,"),
     ],
 )

@@ -28,12 +28,12 @@ STAGE_FIGURES = {  # patterns of the figures in each stage's metrics, by their f
         "pearson", "spearman",
     ),
     "reward": (
-        "accuracy", "*rankings*", "alike_pairs", "truncated_responses", "score_mean_std", *LOSSES, "heldout*", "gap_at_least_*", "ranked_only",
-        "disagreement", "length", "calibration",
+        "accuracy", "*rankings*", "alike_pairs", "truncated_responses", "score_mean_std", *LOSSES, "heldout*",
+        "gap_at_least_*", "ranked_only", "disagreement", "length", "calibration",
     ),
     "align": ("updates", "rolled_back_to", "*_first", "*_last"),
     "prune": ("parameters*", "removed", "feed_forward", *LOSSES),
-    "quantize": ("bytes", "fp32_bytes", "ratio"),
+    "quantize": ("bytes", "fp32_bytes", "ratio", "fp32_difference"),
 }  # fmt: skip
 
 
