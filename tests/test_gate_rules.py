@@ -40,7 +40,7 @@ def without_sources(params: dict[str, Any], *tables: str) -> dict[str, Any]:
         ({"metric": "reward_mean", "model": "policy", "against": "encoder"}, "but encoder can have"),
         (
             {"metric": "speed", "model": "quantize@chat"},
-            "quantize@chat can have bytes, fp32_bytes, ratio, fp32_difference",
+            "quantize@chat can have bytes, fp32_bytes, ratio",
         ),
         ({"metric": "bytes", "model": "nobody"}, "should be an entry of evaluate (base, encoder,"),
     ],
