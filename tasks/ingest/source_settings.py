@@ -21,7 +21,7 @@ BUILDERS = ("csv", "json", "parquet", "text")
 PLACEHOLDER = r"\$\{\w+\}"  # an environment variable in a URL
 UNKNOWN_LICENCE = "unknown"
 PARAGRAPH_FORMATS = ("txt", "md")  # split into paragraphs if the source names one file
-Layout = Literal["openai", "alpaca", "sharegpt", "preference", "argilla", "label_studio"]
+RowFormat = Literal["openai", "alpaca", "sharegpt", "preference", "argilla", "label_studio"]
 Format = Literal[
     "txt", "md", "html", "pdf", "json", "jsonl", "csv", "parquet", "arrow",
     "openai", "alpaca", "sharegpt", "preference", "argilla", "label_studio",
@@ -238,7 +238,7 @@ class Dataset(RowSettings):
     )
     streaming: bool = Field(default=False, description="Whether to stream it row by row instead of downloading it")
     limit: int | None = Field(default=None, description="Maximum rows to read; null: no limit", ge=1)
-    format: Layout | None = Field(default=None, description="Format of its rows; null: detected from their columns")
+    format: RowFormat | None = Field(default=None, description="Format of its rows; null: detected from their columns")
 
     @model_validator(mode="after")
     def _check_settings(self) -> "Dataset":
@@ -297,7 +297,7 @@ class Sql(RowSettings):
         default=None, description="Hash that the rows must have, as the manifest records it; null: any rows",
         pattern=r"^[0-9a-f]{64}$",
     )  # fmt: skip
-    format: Layout | None = Field(default=None, description="Format of its rows; null: detected from their columns")
+    format: RowFormat | None = Field(default=None, description="Format of its rows; null: detected from their columns")
 
     @property
     def sqlite_path(self) -> str | None:

@@ -19,9 +19,9 @@ from typing import Any
 from tasks.common import identity
 from tasks.common.harness.job import StageError
 from tasks.ingest import survey
-from tasks.ingest.json_values import Rows
 from tasks.ingest.reading import Reading
 from tasks.ingest.row_loading import load_iterated
+from tasks.ingest.source_files import Rows
 from tasks.ingest.source_settings import PLACEHOLDER, Sql
 
 BATCH_ROWS = 1000
