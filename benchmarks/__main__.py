@@ -14,7 +14,7 @@ from tasks.common.settings import BessemerError
 
 NAMES = (
     "pretrain", "speed", "optimizers", "mixing", "medquad", "lora_memory", "reward", "ppo", "seeds", "alternatives",
-    "curation", "data", "serve", "ranking", "pipeline",
+    "curation", "data", "sources", "serve", "ranking", "pipeline",
 )  # fmt: skip
 OPTIONAL_NAMES = ("gpu",)  # needs a GPU machine, so it runs only if it is named
 

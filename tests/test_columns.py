@@ -1,5 +1,6 @@
 """`columns` of a source: names, paths into nested fields, and templates, for every kind of file and format."""
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ def test_a_path_leads_into_json_in_a_cell() -> None:
 
 
 def test_a_template_is_filled_with_texts_and_numbers() -> None:
-    get = compile_columns({"text": "{title} {{{id}}}\n{meta.body.0.text}"})
-    assert get(ROW)["text"] == "Tea {7}\nGreen."
+    get = compile_columns({"text": "{title} {{{id}}}\n{meta.body.0.text} {at}"})
+    assert get({**ROW, "at": datetime.date(2026, 1, 2)})["text"] == "Tea {7}\nGreen. 2026-01-02"
 
 
 @pytest.mark.parametrize(
@@ -49,8 +50,8 @@ def test_a_template_is_filled_with_texts_and_numbers() -> None:
     [
         ("{absent}", "absent missing, which the template of text needs"),
         ("{none}", "none is null, which the template of text needs"),
-        ("{meta}", "meta must be text or a number below 2\\^53 in the template of text, found {'body'"),
-        ("{big}", "big must be text or a number below 2\\^53 in the template of text, found 1e\\+20"),
+        ("{meta}", "meta must be text, a time or a number below 2\\^53 in the template of text, found {'body'"),
+        ("{big}", "big must be text, a time or a number below 2\\^53 in the template of text, found 1e\\+20"),
     ],
 )
 def test_a_field_that_a_template_lacks_is_a_reason(template: str, expected: str) -> None:
@@ -181,6 +182,7 @@ def test_a_stated_table_decides_between_readings() -> None:
         "preference", "columns"
     ]  # fmt: skip
     assert layouts.detect({"turns": TURNS}, None, None, ()) is None
+    assert layouts.detect({"prompt": "a", "completion": "b", "label": False}, None, None, ()) is None
     assert layouts.detect({"turns": TURNS}, "instructions", None, ()) is None
 
 
@@ -199,5 +201,5 @@ def test_unknown_columns_are_listed_with_what_to_do(tmp_path: Path) -> None:
 
 def test_a_column_that_was_taken_for_another_is_noted(tmp_path: Path) -> None:
     folder = read(tmp_path, "mine.jsonl", [{"query": "Hi", "response": "Hello!"}])
-    note = "mine.jsonl was read as alpaca, where instruction is query, output is response"
+    note = "mine.jsonl: read as alpaca, where instruction is query, output is response"
     assert manifest(folder)["mine"]["notes"] == [note]

@@ -108,7 +108,7 @@ def test_a_mixed_folder_is_read_into_the_tables_and_the_rest_is_rejected(tmp_pat
     found = {row["row"]: row["reason"] for row in rejections(folder)}
     assert found.keys() == REASONS.keys()
     assert all(found[name].startswith(f"{name}: {reason}") for name, reason in REASONS.items())
-    assert "pages/more.csv is not UTF-8 and was read as windows-1252; set `encoding` if that is wrong" in entry["notes"]
+    assert "pages/more.csv: not UTF-8, read as windows-1252; set `encoding` if that is wrong" in entry["notes"]
 
 
 def test_files_are_read_in_the_order_of_their_paths(tmp_path: Path) -> None:
@@ -196,6 +196,15 @@ def test_a_large_folder_has_one_hash_in_the_manifest(tmp_path: Path, monkeypatch
     )
     assert first["files"] == {"pages": first["sha256"]}
     assert len({first["sha256"], other["sha256"], renamed["sha256"]}) == 3
+
+
+def test_a_note_names_the_first_files(tmp_path: Path) -> None:
+    files = {f"pages/{number}.txt": f"Schön {number}".encode("windows-1252") for number in range(5)}
+    folder = ingest_into(tmp_path / "out", copy_files(tmp_path, files), **NO_FACTS, sources=[DOCS])
+    assert manifest(folder)["pages"]["notes"] == [
+        "pages/0.txt, pages/1.txt, pages/2.txt and 2 more files: not UTF-8, read as windows-1252; set `encoding` if "
+        "that is wrong"
+    ]
 
 
 def test_sources_without_names_get_distinct_ones(tmp_path: Path) -> None:

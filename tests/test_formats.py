@@ -82,6 +82,7 @@ WRITERS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
     "objects.json": lambda rows: "\n".join(json.dumps(row, indent=1) for row in rows).encode(),
     "arrays.json": arrays,
     "wrapper.json": lambda rows: json.dumps({"version": 1, "none": [], "data": rows}, indent=1).encode(),
+    "texts.json": lambda rows: json.dumps([row if row["text"] in BAD_VALUES else row["text"] for row in rows]).encode(),
     "rows.data": lambda rows: json.dumps(rows).encode(),
     "rows.parquet": write_parquet,
     "rows.arrow": lambda rows: write_arrow(rows, pa.ipc.new_file),
@@ -201,6 +202,15 @@ def test_a_long_cell_is_a_row_like_others(tmp_path: Path) -> None:
     assert [len(text) for text in load(path)[0].prose] == [5, 200_000, 4]  # type: ignore[attr-defined]
 
 
+def test_a_last_row_without_its_end_is_rejected(tmp_path: Path) -> None:
+    """A row with fewer cells than columns is complete only if its line ends."""
+    path = tmp_path / "mine.csv"
+    path.write_text("text,more\nfirst\nsecond,1\nthi", encoding="utf-8")
+    reading, _, _ = load(path)
+    assert reading.prose == ["first", "second"]
+    assert reading.first_reason == "mine.csv, line 4: the file ends within this row, which has 1 of 2 cells"
+
+
 def test_a_cell_longer_than_any_text_stops_the_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delimited, "MAX_CELL_CHARACTERS", 1000)
     path = tmp_path / "mine.csv"
@@ -258,7 +268,8 @@ def test_a_bad_line_of_damaged_json_lines_is_rejected(tmp_path: Path) -> None:
         ({"a": [{"text": "x"}], "b": [{"text": "y"}]}, "line 1: the lists a, b may be the rows; name one of them with"),
         ({"text": "one row", "parts": [{"text": "x"}]}, ["one row"]),
         ({"data": {"items": [{"text": "x"}, {"text": "y"}]}}, "the columns data are no known form of rows of a table"),
-        ([], "expected rows with columns, found none"),
+        ([], "mine.json: expected rows with columns, found none; add rows, or remove it"),
+        ([[{"role": "user"}]], "found none; item 1: expected an object with columns, found list"),
     ],
 )
 def test_a_wrapper_has_one_list_of_objects(tmp_path: Path, content: Any, expected: str | list[str]) -> None:
@@ -290,13 +301,21 @@ def test_records_names_the_list_of_rows(tmp_path: Path, name: str) -> None:
         ("a.jsonl", b'{"a": 1}', "jsonl"),
         ("a.jsonl", b"{\n\"a\": 1}", "json"), ("a.jsonl", b"[{}]", "json"), ("a.jsonl", b'{"a": broken}\n{}', "jsonl"),
         ("a", b'\xef\xbb\xbf\n {"a": 1}\n{}', "jsonl"), ("a.txt.gz", gzip.compress(b"text", mtime=0), "txt"),
-        ("a.jsonl", b"%PDF-1.7 x", "pdf"), ("a.bin", b"ARROW1\0\0", "arrow"), ("a.txt", "x".encode("utf-16"), "txt"),
+        ("a.jsonl", b"%PDF-1.7 x", "pdf"),
+        ("a.txt", b'{"a": 1}\n{"a": 2}\n', "jsonl"), ("a.txt", b"{a}\n", "txt"),
+        ("a.bin", b"ARROW1\0\0", "arrow"), ("a.txt", "x".encode("utf-16"), "txt"),
     ],
 )  # fmt: skip
 def test_a_format_is_found_by_first_bytes_and_suffix(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     assert formats.detect(SourceFile(path, name)) == expected
+
+
+def test_the_query_of_an_address_is_not_part_of_its_suffix(tmp_path: Path) -> None:
+    path = tmp_path / "cached"
+    path.write_text("text,more\nHello,1\n", encoding="utf-8")
+    assert formats.detect(SourceFile(path, "https://example.org/a.b/rows.CSV.gz?download=1.txt")) == "csv"
 
 
 @pytest.mark.parametrize(

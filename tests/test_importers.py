@@ -273,7 +273,7 @@ def test_an_imported_chat_is_validated_like_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ('[\n{"instruction": "a", "output": "b"},\n{"instruction"', "found something else after item 1, in line 3: "),
+        ('[\n{"instruction": "a", "output": "b"},\n{"instruction"', "after item 1, in line 3: the file ends"),
         ("[{'instruction': 'a'}]", "after item 0, in line 1: Expecting property name enclosed in double quotes"),
         ('{"a": 1}\n{"b": 2}\n', "none of the 2 rows of"),
     ],
@@ -320,6 +320,15 @@ def test_other_content_after_an_array_is_an_error_with_its_place(tmp_path: Path,
         read_json(path)
 
 
+def test_a_truncated_array_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text('[{"a": 1}, {"a": "b', encoding="utf-8")
+    with pytest.raises(
+        UnreadableFile, match=r"after item 1, in line 1: the file ends within a value; correct it there"
+    ):
+        read_json(path)
+
+
 def test_an_array_nested_too_deep_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text("[1, " + "[" * 100_000, encoding="utf-8")
@@ -347,7 +356,7 @@ INFO: dict[str, Any] = {
     "plain": {"file_name": "plain.json"},
     "tagged": {
         "file_name": "tagged.jsonl", "formatting": "sharegpt",
-        "columns": {"messages": "dialogue"},
+        "columns": {"messages": "talk.dialogue"},
         "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
     },
     "preferred": {
@@ -368,11 +377,12 @@ def factory(folder: Path) -> Path:
     copied = copy_sources(folder)
     (copied / "lf").mkdir()
     (folder / "secret.json").write_text("[]")
-    dialogue = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
+    reply = {"role": "assistant", "content": "Me.", "thinking": "I."}
+    dialogue = [{"role": "user", "content": "Who?"}, reply]
     content = {
         "dataset_info.json": INFO,
         "plain.json": [ALPACA, {"instruction": "Hello"}],
-        "tagged.jsonl": {"dialogue": dialogue},
+        "tagged.jsonl": {"talk": {"dialogue": dialogue}},
         "preferred.json": [{"question": "Which?", "better": "This.", "worse": "That."}],
     }
     for name, value in content.items():
@@ -381,10 +391,10 @@ def factory(folder: Path) -> Path:
 
 
 def test_the_data_sets_named_are_read_into_their_tables(tmp_path: Path) -> None:
-    chosen = {**FACTORY, "datasets": ["plain", "tagged", "preferred"]}
+    chosen = {**FACTORY, "datasets": ["plain", "tagged", "preferred"], "reasoning": "keep"}
     folder = ingest_into(tmp_path / "out", factory(tmp_path), sources=[FACTS, chosen])
     chats = [row["messages"][-1]["content"] for row in table(folder, "instructions") if row["source"] == "factory"]
-    assert sorted(chats) == ["Bonjour", "Me."]
+    assert sorted(chats) == ["<think>\nI.\n</think>\n\nMe.", "Bonjour"]
     (ranking,) = table(folder, "rankings")
     assert (ranking["responses"], ranking["ranks"]) == (["This.", "That."], [1, 2])
     (rejected,) = rejections(folder)

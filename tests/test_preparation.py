@@ -188,12 +188,14 @@ def test_sixty_conversations_pass_with_defaults(tmp_path: Path) -> None:
 def test_long_documents_and_messages_pass_with_defaults(tmp_path: Path) -> None:
     text = "The river rises in the hills of the north, and that is all that we have to say. " * 2500
     rows = {"corpus": [document("d", text)], "instructions": [chat("c", "user:Tell all.", f"assistant:{text}")]}
-    run(tmp_path, rows)
+    run(tmp_path, rows, min_rows={"corpus": 1})
     assert len(table(tmp_path / "out", "corpus")[0]["text"]) == len(text) == 200_000
     report = json.loads((tmp_path / "out/report/validation.json").read_text(encoding="utf-8"))
     assert report[0]["limits"][0] == {
-        "setting": "max_text_characters", "value": None, "found": "longest kept: 200,000 characters"
+        "setting": "max_text_characters", "value": None, "origin": "default",
+        "found": "longest kept: 200,000 characters",
     }  # fmt: skip
+    assert [limit["origin"] for limit in report[0]["limits"]] == ["default", "default", "params.yaml"]
     assert "no limit" in page(tmp_path)
 
 
@@ -202,9 +204,27 @@ def test_heldout_conversations_alone_pass(tmp_path: Path) -> None:
     assert len(table(tmp_path / "out", "instructions")) == 1
 
 
+def test_conversations_of_both_splits_may_open_alike(tmp_path: Path) -> None:
+    """Their entity is the opening, which is no subject; the splits were stated by the source."""
+    rows = [
+        {**chat(split, *HELLO, f"user:{split}?", "assistant:Yes.", split=split), "entity": "Hello?"}
+        for split in ("train", "heldout")
+    ]
+    run(tmp_path, {"instructions": rows})
+    assert len(table(tmp_path / "out", "instructions")) == 2
+
+
+def test_tables_without_rows_pass_and_are_no_failure_on_the_page(tmp_path: Path) -> None:
+    figures = run(tmp_path, {})
+    assert figures["expectations_met"] == 0
+    assert "the run stopped here" not in page(tmp_path)
+    assert "✓ All 0 expectations are met." in page(tmp_path)
+
+
 def test_empty_table_needs_no_rows_unless_a_limit_asks_for_them(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"table corpus has no rows, but validate\.min_rows\.corpus asks for 3"):
         run(tmp_path, {"instructions": [chat("c", *HELLO)]}, min_rows={"corpus": 3})
+    assert "No row is kept of corpus; the run stopped here." in page(tmp_path)
 
 
 def test_rows_rejected_by_curation_do_not_stop_the_run(tmp_path: Path) -> None:

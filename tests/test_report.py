@@ -290,11 +290,11 @@ class TestFigures:
         path = project / "data/ingest/sources.json"
         sources = json.loads(path.read_text())
         assert "licence unknown" not in write_report(project)
-        sources[1] |= {"licence": "unknown", "notes": ["a.csv is not UTF-8 and was read as windows-1252"]}
+        sources[1] |= {"licence": "unknown", "notes": ["a.csv: not UTF-8, read as windows-1252"]}
         put(path, sources)
         text = Page(write_report(project)).text
         assert "licence unknown: stars" in text
-        assert "stars: a.csv is not UTF-8" in text
+        assert "stars: a.csv: not UTF-8" in text
 
     def test_limits_follow_from_the_sources(self, project: Path) -> None:
         page = Page(write_report(project))

@@ -1,12 +1,15 @@
 """Translation of configurations of LLaMA-Factory and axolotl; keys and values are those of the tools' examples."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from ruamel.yaml import YAML
 
+from flows.start.translated import amounts
+from flows.start.translation import files
 from flows.start.translation.result import CHECKPOINT, Translation
 from flows.start.translation.translate import translate
 from tasks.common import params_file
@@ -355,6 +358,21 @@ def test_data_folder_of_another_kind_in_the_current_folder_is_passed_over(folder
     assert source.copies["llamafactory/dataset_info.json"] == folder / "data/dataset_info.json"
 
 
+def test_rows_are_counted_whatever_their_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_lines(path, [{"dialogue": [{"who": "customer", "says": f"Question {number:04}"}]} for number in range(5000)])
+    assert files.count_rows(path) == 5000
+    monkeypatch.setattr(files, "ROWS_COUNTED", 2000)
+    assert files.count_rows(path) == pytest.approx(5000, rel=0.2)
+
+
+def test_epochs_are_of_all_rows_whatever_their_columns(folder: Path) -> None:
+    data, rows = CHAT_TYPES[3]
+    write_lines(folder / "rows.jsonl", rows * 80)
+    result = translated(folder, AXOLOTL, datasets=[{"path": "rows.jsonl", **data}])
+    assert amounts(result) == {"finetune.chat": 80}
+
+
 def test_files_in_the_current_folder_come_first(folder: Path, tmp_path: Path) -> None:
     write_lines(tmp_path / "elsewhere/alpaca.jsonl", ALPACA[:1])
     (source,) = translated(folder, AXOLOTL).sources
@@ -372,6 +390,11 @@ def test_files_in_the_current_folder_come_first(folder: Path, tmp_path: Path) ->
         (LORA, {"dataset_dir": "nowhere"}, "dataset_dir: found nowhere, expected a folder with dataset_info.json"),
         (LORA, {"model_name_or_path": "./absent"}, "model_name_or_path: found ./absent, expected the folder"),
         (LORA, {"learning_rate": "fast"}, "learning_rate: found 'fast', expected a number"),
+        (LORA, {"val_size": float("nan")}, "val_size: found nan, expected a number"),
+        (LORA, {"dataset_dir": "x" * 5000}, "expected a folder with dataset_info.json"),
+        (AXOLOTL, {"rl": ["dpo"]}, "rl: found ['dpo'], expected one of dpo, ipo"),
+        (AXOLOTL, {"datasets": [{"path": "openai.jsonl", "type": "sharegpt", "roles": ["user"]}]},
+         "datasets.0.roles: found ['user'], expected settings by name"),
         (LORA, {"per_device_train_batch_size": 0}, "per_device_train_batch_size: found 0, expected a number above 0"),
         (AXOLOTL, {"rl": "kto"}, "rl: found 'kto', which learns from single answers"),
         (AXOLOTL, {"rl": "orpo"}, "rl: found 'orpo', which learns from pairs without a reference model"),
@@ -409,3 +432,13 @@ def test_files_of_another_kind_are_refused(tmp_path: Path, text: str, expected: 
         translate(tmp_path / "run.yaml")
     with pytest.raises(SettingsError, match="found no file"):
         translate(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("content", [LORA, AXOLOTL])
+def test_value_of_a_wrong_type_never_ends_in_a_traceback(folder: Path, content: dict[str, Any]) -> None:
+    """Each is a problem of the file, is named as not translated, or means the default."""
+    for key in content:
+        for value in (None, -1, True, "", [[1]], {"a": [1]}):
+            with suppress(SettingsError):
+                result = translated(folder, content, **{key: value})
+                assert result.with_steps(dict.fromkeys(result.entries, 10)), (key, value)

@@ -9,6 +9,7 @@ from flows.start import machine
 from flows.start.brought import CHARACTERS_PER_TOKEN
 from flows.start.checkpoint import Checkpoint, read_checkpoint
 from flows.start.pipeline import LARGE_MODEL, MAX_TOKENS, Design, ending, shared_sections
+from flows.start.translation.files import count_rows
 from flows.start.translation.result import CHECKPOINT, Translation
 from tasks.common.settings import BessemerError
 
@@ -39,7 +40,7 @@ def checkpoint_of(translation: Translation, file: Path) -> Checkpoint:
 
 def design(translation: Translation, checkpoint: Checkpoint) -> Design:
     """Return the pipeline of a translated configuration, with an export, a scorecard and a package."""
-    sections = _replace(translation.with_steps(_amounts(translation)), CHECKPOINT, checkpoint.folder)
+    sections = _replace(translation.with_steps(amounts(translation)), CHECKPOINT, checkpoint.folder)
     sources = {"sources": [dict(source.settings) for source in translation.sources]}
     sections["ingest"] = {**sections.get("ingest", {}), **sources}
     context = min(checkpoint.context, MAX_TOKENS)
@@ -59,17 +60,17 @@ def files(translation: Translation, checkpoint: Checkpoint) -> dict[str, Path]:
     return checkpoint.files | copies
 
 
-def _amounts(translation: Translation) -> dict[str, int]:
+def amounts(translation: Translation) -> dict[str, int]:
     """Return the rows (for `pretrain`, the tokens) that each entry is trained on."""
     from tasks.ingest.inspection import inspect
 
-    found = [
-        inspect(path) for source in translation.sources for name, path in source.copies.items()
-        if not name.endswith("dataset_info.json")
-    ]  # fmt: skip
-    rows = sum(one.estimated_rows for one in found)
-    tokens = sum(one.estimated_rows * one.mean_characters for one in found) / CHARACTERS_PER_TOKEN
-    return {where: int(tokens) if where.startswith("pretrain.") else rows for where in translation.entries}
+    copied = [item for source in translation.sources for item in source.copies.items()]
+    paths = [path for name, path in copied if not name.endswith("dataset_info.json")]
+    if any(where.startswith("pretrain.") for where in translation.entries):
+        found = [inspect(path) for path in paths]
+        tokens = sum(one.estimated_rows * one.mean_characters for one in found) / CHARACTERS_PER_TOKEN
+        return dict.fromkeys(translation.entries, int(tokens))
+    return dict.fromkeys(translation.entries, sum(map(count_rows, paths)))
 
 
 def _replace(value: Any, old: str, new: str) -> Any:

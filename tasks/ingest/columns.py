@@ -4,6 +4,7 @@ The value is the name of a field, a path into nested fields (`meta.body.0.text`;
 template over fields (`{title}\\n{body}`; `{{` and `}}` are braces).
 """
 
+import datetime
 from collections.abc import Callable, Mapping
 from string import Formatter
 from typing import Any
@@ -51,6 +52,12 @@ def lookup(value: Any, path: str) -> Any:
     return MISSING
 
 
+def find(row: Mapping[str, Any], path: str) -> Any:
+    """Return the value of a field or at a path; None if it is missing."""
+    found = row[path] if path in row else lookup(row, path)
+    return None if found is MISSING else found
+
+
 def compile_columns(columns: Mapping[str, str], required: frozenset[str] = frozenset()) -> Getter:
     """Return a function that adds the columns to a row; it raises ValueError if a field of the row is missing.
 
@@ -92,11 +99,13 @@ def _compile_template(name: str, template: str) -> Getter:
 
 
 def _as_text(value: Any, field: str, name: str) -> str:
-    """Return a text or a number as text."""
+    """Return a text, a number or a time as text."""
     if value is MISSING or value is None:
         raise ValueError(f"{field} {'missing' if value is MISSING else 'is null'}, which the template of {name} needs")
-    if isinstance(value, str):
-        return value
+    if isinstance(value, str | datetime.date | datetime.time):
+        return str(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) >= MAX_EXACT_NUMBER:
-        raise ValueError(f"{field} must be text or a number below 2^53 in the template of {name}, found {value!r:.80}")
+        raise ValueError(
+            f"{field} must be text, a time or a number below 2^53 in the template of {name}, found {value!r:.80}"
+        )
     return str(value)

@@ -10,8 +10,7 @@ from collections.abc import Callable, Set
 from typing import Any
 
 from tasks.ingest import columnar, delimited, documents, json_values
-from tasks.ingest.json_values import Rows
-from tasks.ingest.source_files import PACKED_SIGNATURES, READ_ERRORS, SourceFile, UnreadableFile
+from tasks.ingest.source_files import PACKED_SIGNATURES, READ_ERRORS, Rows, SourceFile, UnreadableFile
 
 DOCUMENT_FORMATS = ("txt", "md", "html", "pdf")
 TABULAR_FORMATS = ("csv", "parquet", "arrow")  # all rows have the columns of the first
@@ -59,7 +58,8 @@ def detect(file: SourceFile) -> str:
     _check_is_text(file, head)
     text = head.decode("utf-16" if head.startswith(UTF16_MARKS) else "utf-8-sig", "replace").lstrip()
     named = SUFFIXES.get(file.suffix)
-    if named in ("json", "jsonl") or (named is None and text[:1] in ("{", "[")):
+    is_json = text[:1] in ("{", "[") if named is None else named in ("json", "jsonl")
+    if is_json or (named == "txt" and _is_object(text)):
         return _json_form(text, named)
     if named in ("parquet", "arrow", "pdf"):
         raise UnreadableFile(f"{file.label}: expected a {named} file by its name, found text; correct its name")
@@ -92,6 +92,14 @@ def _check_is_text(file: SourceFile, head: bytes) -> None:
         other = "binary data of an unknown kind; only text, JSON, CSV, Parquet, Arrow, HTML and PDF can be read"
     if other:
         raise UnreadableFile(f"{file.label}: {other}")
+
+
+def _is_object(text: str) -> bool:
+    """Whether the first line is a JSON object: lines of JSON in a file that is called text."""
+    try:
+        return isinstance(json.loads(text.partition("\n")[0]), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _json_form(text: str, named: str | None) -> str:

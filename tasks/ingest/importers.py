@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.ingest import annotations, preferences
+from tasks.ingest.columns import find
 from tasks.ingest.turns import (
     REASONING_FIELDS,
     REMEDY,
@@ -69,10 +70,10 @@ class Layout:
         if self.format in ANNOTATION_CONVERTERS:
             return ANNOTATION_CONVERTERS[self.format](row)
         columns = {**COLUMNS[self.format], **UNSUPPORTED_COLUMNS, **self.columns}
-        filled = [columns[name] for name in UNSUPPORTED_COLUMNS if row.get(columns[name]) not in (None, "", [])]
+        values = {name: find(row, column) for name, column in columns.items()}
+        filled = [columns[name] for name in UNSUPPORTED_COLUMNS if values[name] not in (None, "", [])]
         if filled:
             raise ValueError(f"{', '.join(filled)} cannot be represented in a text chat")
-        values = {name: row.get(column) for name, column in columns.items()}
         if self.format == "openai":
             return self._convert_openai(row, values)
         pair = ("chosen", "rejected") if self.table == "rankings" else ()

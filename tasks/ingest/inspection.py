@@ -94,7 +94,7 @@ class _Findings:
             unusable = str(error)
         limited.add_others()
         self.problems += [unusable] if unusable else [item.reason for item in limited.rejections[:1]]
-        self.problems += [f"{file.label} {note}" for note in file.notes]
+        self.problems += [f"{file.label}: {note}" for note in file.notes]
         self.formats += reading.formats
         self.tables += limited.tables
         self.columns |= dict.fromkeys(reading.columns)

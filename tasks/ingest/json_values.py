@@ -14,9 +14,8 @@ from typing import IO, Any
 import orjson
 
 from tasks.ingest import columns
-from tasks.ingest.source_files import SourceFile, UnreadableFile
+from tasks.ingest.source_files import Rows, SourceFile, UnreadableFile
 
-Rows = Iterator[tuple[str, Any]]
 BUFFER_CHARACTERS = 2**18
 MAX_VALUE_CHARACTERS = 2**28  # of an item of an array, or of a wrapper with its rows
 TRUNCATION_CHARACTERS = 16  # an error this near to the end of the buffer may be a value that goes on after it
@@ -24,12 +23,12 @@ WHITESPACE = re.compile(r"[ \t\n\r]*")
 DECODER = json.JSONDecoder()
 
 
-def decode(row: str | bytes) -> Any:
+def decode(row: bytes) -> Any:
     """Return the value of a line; raise ValueError with the reason if it is not valid JSON."""
     try:
         return orjson.loads(row)
     except orjson.JSONDecodeError:  # it also refuses NaN, half characters and deep nesting
-        text = row if isinstance(row, str) else row.decode()
+        text = row.decode()
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -37,7 +36,7 @@ def decode(row: str | bytes) -> Any:
 
 
 def read_lines(file: SourceFile, records: str | None) -> Rows:
-    """Yield the lines that are not blank, undecoded; with `records`, the items of that list in each."""
+    """Yield the lines that are not blank, as undecoded bytes; with `records`, the items of that list in each."""
     filled = ((number, line) for number, line in enumerate(_iter_lines(file), 1) if line.strip())
     if records is None:
         yield from ((f"line {number}", line) for number, line in filled)
@@ -50,15 +49,15 @@ def read_lines(file: SourceFile, records: str | None) -> Rows:
         yield from ((f"line {number}, item {item}", row) for item, row in enumerate(items, 1))
 
 
-def _iter_lines(file: SourceFile) -> Iterator[str | bytes]:
-    """Yield lines as bytes if they are UTF-8 or not decodable (then some lines are rejected), else as text."""
+def _iter_lines(file: SourceFile) -> Iterator[bytes]:
+    """Yield lines in UTF-8; those of text in an unknown encoding as they are, because only some may be damaged."""
     if file.find_encoding() in ("utf-8-sig", None):
         with file.open() as opened:
             for number, line in enumerate(opened):
                 yield line if number else line.removeprefix(b"\xef\xbb\xbf")
     else:
         with file.open_text(newline="\n") as text:
-            yield from text
+            yield from (line.encode("utf-8", "surrogatepass") for line in text)
 
 
 def read_values(file: SourceFile, records: str | None, row_keys: Set[str]) -> Rows:
@@ -76,10 +75,9 @@ def read_values(file: SourceFile, records: str | None, row_keys: Set[str]) -> Ro
                     number += 1
                     yield f"item {number}", row
         except (json.JSONDecodeError, RecursionError) as error:
-            reason = "its values are nested too deep" if isinstance(error, RecursionError) else error.msg
             raise UnreadableFile(
                 f"expected JSON in {file.label}, found something else after item {number}, in line "
-                f"{scanner.line_of(error)}: {reason}; correct it there"
+                f"{scanner.line_of(error)}: {scanner.describe(error)}; correct it there"
             ) from error
         except ValueError as error:
             raise UnreadableFile(f"{file.label}: {error}") from error
@@ -164,6 +162,13 @@ class _Scanner:
         if not isinstance(error, json.JSONDecodeError):
             return self.line
         return self.line + self._buffer.count("\n", self._at, error.pos)
+
+    def describe(self, error: json.JSONDecodeError | RecursionError) -> str:
+        """Return the reason of an error."""
+        if isinstance(error, RecursionError):
+            return "its values are nested too deep"
+        is_truncated = self._ended and (error.msg.startswith("Unterminated") or error.pos >= len(self._buffer))
+        return "the file ends within a value" if is_truncated else error.msg
 
     def _may_go_on(self, error: json.JSONDecodeError) -> bool:
         if len(self._buffer) - self._at > MAX_VALUE_CHARACTERS:

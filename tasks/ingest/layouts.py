@@ -120,6 +120,8 @@ def _chat_candidates(row: Row) -> Iterator[Detected]:
 
 def _question_candidates(row: Row) -> Iterator[Detected]:
     """Yield alpaca for a question and a reply, under the first names that are there."""
+    if isinstance(row.get("label"), bool):  # a thumb up or down: replies that people disliked are no examples
+        return
     question = next((name for name in QUESTIONS if name in row), None)
     reply = next((name for name in REPLIES if name in row), None)
     context = next((name for name in CONTEXTS if name in row and name != question), None)

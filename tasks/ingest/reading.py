@@ -70,7 +70,8 @@ class Reading:
     )
     rejected: Sink[Rejection] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)  # number of files by format
-    notes: dict[str, list[str]] = field(default_factory=dict)  # what to know about how it was read: names of files
+    notes: Counter[str] = field(default_factory=Counter)  # what to know about how it was read: number of files
+    noted: dict[str, list[str]] = field(default_factory=dict)  # the first files of each note
 
     def reject(self, row: str, reason: str) -> None:
         """Reject a row with a reason."""
@@ -86,7 +87,9 @@ class Reading:
 
     def note(self, text: str, label: str) -> None:
         """Note something that a user should know about how a file was read."""
-        self.notes.setdefault(text, []).append(label)
+        self.notes[text] += 1
+        if self.notes[text] <= NAMED_FILES:
+            self.noted.setdefault(text, []).append(label)
 
     def note_format(self, file_format: str, layout: str, columns: Mapping[str, str], label: str) -> None:
         """Note the format that a file was read in, and the columns that were taken for others."""
@@ -94,11 +97,15 @@ class Reading:
         self.formats[file_format if layout == "columns" else f"{layout} ({file_format})"] += 1
         if columns:
             taken = ", ".join(f"{name} is {found}" for name, found in sorted(columns.items()))
-            self.note(f"was read as {layout}, where {taken}", label)
+            self.note(f"read as {layout}, where {taken}", label)
 
     def describe_notes(self) -> list[str]:
         """Return each note as a sentence about its first files."""
-        return [f"{_join(labels)} {text}" for text, labels in self.notes.items()]
+        sentences = []
+        for text, count in self.notes.items():
+            others = f" and {count - NAMED_FILES} more files" if count > NAMED_FILES else ""
+            sentences.append(f"{', '.join(self.noted[text])}{others}: {text}")
+        return sentences
 
     def add_fact(self, kind: str, entity: str, relation: str, value: str) -> None:
         """Add and count one fact."""
@@ -118,8 +125,3 @@ class Reading:
         """Add and count one rated text."""
         self.rows_read += 1
         self.rated.append(RatedText(text, scores, prompt, group, self.source, self.licence, word))
-
-
-def _join(labels: list[str]) -> str:
-    more = f" and {len(labels) - NAMED_FILES} more files" if len(labels) > NAMED_FILES else ""
-    return f"{', '.join(labels[:NAMED_FILES])}{more}"

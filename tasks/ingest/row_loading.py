@@ -1,18 +1,17 @@
 """Loads the rows of a file or an iterator into a `Reading`: each is added, or rejected with its position and reason."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
 from tasks.common.harness.job import StageError
 from tasks.ingest import annotations, columns, formats, importers, json_values, layouts, rows
-from tasks.ingest.delimited import EXTRA_CELLS
-from tasks.ingest.json_values import Rows
+from tasks.ingest.delimited import PROBLEM
 from tasks.ingest.layouts import Detected
 from tasks.ingest.reading import Reading
-from tasks.ingest.source_files import SourceFile, UnreadableFile
+from tasks.ingest.source_files import Rows, SourceFile, UnreadableFile
 from tasks.ingest.turns import Reasoning
 
 RowConverter = Callable[[Any], Mapping[str, Any]]  # from a decoded row of a source to a row of a table
@@ -64,14 +63,14 @@ def open_rows(file: SourceFile, options: RowOptions, columns_found: dict[str, No
     if options.file_format:
         formats.check(file, form)
     by_paragraph = form in options.paragraph_formats
-    found, sample = _peek(formats.read(file, form, by_paragraph, options.records, options.row_keys), options)
+    found, sample, problem = _peek(formats.read(file, form, by_paragraph, options.records, options.row_keys), options)
     if columns_found is not None:
         columns_found |= dict.fromkeys(str(name) for name in sample if name not in options.columns)
     if form in formats.DOCUMENT_FORMATS and options.table is None:
         return OpenedRows(form, Detected("corpus", layouts.OWN), found)
     detected = layouts.detect(sample, options.table, options.layout, options.columns)
     if detected is None:
-        raise UnreadableFile(f"{file.label}: {_describe_unknown(sample, options.table)}")
+        raise UnreadableFile(f"{file.label}: {_describe_unknown(sample, options.table, problem)}")
     if form in formats.TABULAR_FORMATS:
         _check_columns(file, detected, sample)
     return OpenedRows(form, detected, found)
@@ -89,10 +88,10 @@ def load_file(file: SourceFile, options: RowOptions, reading: Reading) -> str:
 
 def load_iterated(found: Rows, label: str, kind: str, options: RowOptions, reading: Reading) -> None:
     """Load rows that are in no file; raise StageError if they are in no known form, or if none fits the table."""
-    found, sample = _peek(found, options)
+    found, sample, problem = _peek(found, options)
     detected = layouts.detect(sample, options.table, options.layout, options.columns)
     if detected is None:
-        raise StageError(f"source {reading.source}: {_describe_unknown(sample, options.table)}.")
+        raise StageError(f"source {reading.source}: {_describe_unknown(sample, options.table, problem)}.")
     reading.note_format(kind, detected.format, detected.columns, label)
     unusable = load_rows(detected, found, label, reading, options)
     if unusable:
@@ -143,8 +142,8 @@ def _load(detected: Detected, found: Rows, label: str, reading: Reading, convert
     return ""
 
 
-def _peek(found: Rows, options: RowOptions) -> tuple[Iterator[tuple[str, Any]], Mapping[str, Any]]:
-    """Return the rows, and a row with the columns of the first ones as the source maps them.
+def _peek(found: Rows, options: RowOptions) -> tuple[Rows, Mapping[str, Any], str]:
+    """Return the rows, a row with the columns of the first ones as the source maps them, and what is wrong with one.
 
     An error after the first row is raised when the rows before it have been loaded.
     """
@@ -156,13 +155,15 @@ def _peek(found: Rows, options: RowOptions) -> tuple[Iterator[tuple[str, Any]], 
             raise
         found = _raise_later(error)
     sample: dict[str, Any] = {}
-    for _, row in reversed(first):
+    problem = ""
+    for position, row in reversed(first):
         try:
             renamed = options.rename(_decode(row))
-        except ValueError:
+        except ValueError as error:
+            problem = f"{position}: {error}"
             continue
         sample |= {name: value for name, value in renamed.items() if value is not None or name not in sample}
-    return chain(first, found), sample
+    return chain(first, found), sample, problem
 
 
 def _raise_later(error: UnreadableFile) -> Rows:
@@ -170,9 +171,9 @@ def _raise_later(error: UnreadableFile) -> Rows:
     raise error
 
 
-def _describe_unknown(sample: Mapping[str, Any], table: str | None) -> str:
+def _describe_unknown(sample: Mapping[str, Any], table: str | None, problem: str) -> str:
     if not sample:
-        return "expected rows with columns, found none; add rows, or remove it"
+        return f"expected rows with columns, found none; {problem or 'add rows, or remove it'}"
     rows_of = f"rows of {table}" if table else "rows of a table"
     return f"the columns {', '.join(map(str, sample))} are no known form of {rows_of}; {TABLE_REMEDY}"
 
@@ -190,17 +191,17 @@ def _check_columns(file: SourceFile, detected: Detected, sample: Mapping[str, An
 
 
 def _decode(row: Any) -> Mapping[str, Any]:
-    if isinstance(row, str | bytes):
+    if isinstance(row, bytes):
         try:
             row = json_values.decode(row)
         except ValueError as error:
             raise ValueError(f"not JSON ({error})") from error
+    if isinstance(row, str):  # of a list of texts
+        return {"text": row}
     if not isinstance(row, Mapping):
         raise ValueError(f"expected an object with columns, found {type(row).__name__}")
-    if EXTRA_CELLS in row:
-        raise ValueError(
-            f"more cells than columns, {row[EXTRA_CELLS]} too many; a value with the delimiter needs quotes around it"
-        )
+    if PROBLEM in row:
+        raise ValueError(row[PROBLEM])
     return row
 
 
@@ -208,4 +209,4 @@ def _as_text(row: Any) -> str:
     """Return a row as it is stored with its reason."""
     if isinstance(row, bytes):
         return row.decode("utf-8", "backslashreplace").rstrip("\r\n")
-    return row.rstrip("\r\n") if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
+    return json.dumps(row, ensure_ascii=False, default=str)

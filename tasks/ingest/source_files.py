@@ -8,10 +8,12 @@ from codecs import BOM_UTF16_BE, BOM_UTF16_LE, getincrementaldecoder
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
+from urllib.parse import urlsplit
 
 from tasks.common import identity
 
+Rows = Iterator[tuple[str, Any]]  # a position, such as "line 3", and a mapping or an undecoded line of JSON
 BUFFER_BYTES = 2**16
 HEAD_BYTES = 2**16  # read to detect format and encoding
 SAMPLE_BYTES = 2**23
@@ -86,7 +88,8 @@ class SourceFile:
     @property
     def suffix(self) -> str:
         """The suffix of the name in lower case, without that of gzip or zstd."""
-        name = Path(self.label.lower())
+        address = self.label.lower()
+        name = Path(urlsplit(address).path if "://" in address else address)
         return (name.with_suffix("") if name.suffix in PACKED_SUFFIXES else name).suffix
 
     def head(self) -> bytes:
@@ -119,7 +122,7 @@ class SourceFile:
         if found is None:
             raise UnreadableFile(self._describe_encoding_error())
         if found == WESTERN and self.encoding is None:
-            self.notes.append(f"is not UTF-8 and was read as {WESTERN}; set `encoding` if that is wrong")
+            self.notes.append(f"not UTF-8, read as {WESTERN}; set `encoding` if that is wrong")
         return found
 
     def _chunks(self) -> Iterator[bytes]:

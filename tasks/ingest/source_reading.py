@@ -1,6 +1,7 @@
 """Reads each kind of source into a `Reading`; `source_settings.py` defines their settings."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,8 @@ def _read_llamafactory(source: LlamaFactory, folder: Path, reading: Reading) -> 
     reading.sha256 = stable_hash.digest(*reading.files.values())
     for entry in entries:
         source_file = SourceFile(entry.path, entry.path.name)
-        _read_strictly(source_file, partial(load_layout, entry.layout, source_file, reading), reading)
+        layout = replace(entry.layout, reasoning=source.reasoning)
+        _read_strictly(source_file, partial(load_layout, layout, source_file, reading), reading)
 
 
 def _read_remote(source: Remote, folder: Path, reading: Reading) -> None:

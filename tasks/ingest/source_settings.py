@@ -14,6 +14,7 @@ from tasks.common.settings import Settings, validate_url
 from tasks.common.source_names import NAME_PATTERN, RESERVED_NAMES
 from tasks.ingest import columns, formats, importers, layouts
 from tasks.ingest.row_loading import RowOptions
+from tasks.ingest.turns import Reasoning
 
 Table = Literal["corpus", "instructions", "rankings", "facts", "ratings"]
 # What the reader of a package gives.
@@ -21,16 +22,21 @@ READER_TABLES: dict[str, Table] = {
     "countries": "facts", "elements": "facts", "speeches": "corpus", "ratings": "ratings",
 }  # fmt: skip
 BUILDERS = ("csv", "json", "parquet", "text")
+SQLITE_PREFIX = "sqlite:///"
 PLACEHOLDER = r"\$\{\w+\}"  # an environment variable in a URL
 UNKNOWN_LICENCE = "unknown"
 PARAGRAPH_FORMATS = ("txt", "md")  # split into paragraphs if the source names one file
-Layout = Literal["openai", "alpaca", "sharegpt", "preference", "argilla", "label_studio"]
+RowFormat = Literal["openai", "alpaca", "sharegpt", "preference", "argilla", "label_studio"]
 Format = Literal[
     "txt", "md", "html", "pdf", "json", "jsonl", "csv", "parquet", "arrow",
     "openai", "alpaca", "sharegpt", "preference", "argilla", "label_studio",
 ]  # fmt: skip
 FORMAT_DESCRIPTION = (
     "Format of the files, or, from `openai` on, of their rows as another tool writes them; null: detected for each file"
+)
+REASONING_DESCRIPTION = (
+    "Replies with reasoning beside their content (reasoning_content, thinking): rejected; keep: it is put before the "
+    "reply as <think>...</think>; drop: it is left out"
 )
 TABLE_DESCRIPTION = (
     "Table of its rows; those of facts and ratings become rows of the others; null: detected from the columns"
@@ -63,12 +69,13 @@ def _validate_address(url: str) -> str:
 def _validate_database(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme == "sqlite":
-        if not url.startswith("sqlite:///") or not parts.path.strip("/"):
+        path = url.removeprefix(SQLITE_PREFIX)
+        if path == url or not path.strip("/"):
             raise ValueError(f"expected sqlite:///FILE with a file under data/sources/, found {url}")
-        _validate_path(parts.path.removeprefix("/"))
+        _validate_path(path)
     elif parts.scheme in ("postgresql", "postgres"):
-        written = [parts.password or "", *parse_qs(parts.query).get("password", [])]
-        if any(password and not re.fullmatch(PLACEHOLDER, password) for password in written):
+        is_written = parts.password and not re.fullmatch(PLACEHOLDER, parts.password)
+        if is_written or "password" in parse_qs(parts.query):
             raise ValueError(
                 "a password in params.yaml would be in every record: write ${NAME} in its place, and set the "
                 "environment variable NAME"
@@ -120,11 +127,7 @@ class RowSettings(DocumentSource):
         description="Column of the table or format: where it is in the rows; a field, a path (meta.body.0.text), or a "
         "template over fields ({title}\\n{body})",
     )
-    reasoning: Literal["reject", "keep", "drop"] = Field(
-        default="reject",
-        description="Replies with reasoning beside their content (reasoning_content, thinking): rejected; keep: it is "
-        "put before the reply as <think>...</think>; drop: it is left out",
-    )
+    reasoning: Reasoning = Field(default="reject", description=REASONING_DESCRIPTION)
 
     @property
     def layout(self) -> str | None:
@@ -221,6 +224,7 @@ class LlamaFactory(SourceSettings):
     kind: Literal["llamafactory"] = Field(description="Kind of source")
     path: SourcePath = Field(description="Path of the dataset_info.json under data/sources/")
     datasets: list[str] = Field(description="Names of its data sets to read", min_length=1)
+    reasoning: Reasoning = Field(default="reject", description=REASONING_DESCRIPTION)
 
     @property
     def group(self) -> None:
@@ -240,7 +244,7 @@ class Dataset(RowSettings):
     )
     streaming: bool = Field(default=False, description="Whether to stream it row by row instead of downloading it")
     limit: int | None = Field(default=None, description="Maximum rows to read; null: no limit", ge=1)
-    format: Layout | None = Field(default=None, description="Format of its rows; null: detected from their columns")
+    format: RowFormat | None = Field(default=None, description="Format of its rows; null: detected from their columns")
 
     @model_validator(mode="after")
     def _check_settings(self) -> "Dataset":
@@ -299,12 +303,12 @@ class Sql(RowSettings):
         default=None, description="Hash that the rows must have, as the manifest records it; null: any rows",
         pattern=r"^[0-9a-f]{64}$",
     )  # fmt: skip
-    format: Layout | None = Field(default=None, description="Format of its rows; null: detected from their columns")
+    format: RowFormat | None = Field(default=None, description="Format of its rows; null: detected from their columns")
 
     @property
     def sqlite_path(self) -> str | None:
         """The path of an SQLite file under data/sources; None for a server."""
-        return self.url.removeprefix("sqlite:///") if self.url.startswith("sqlite") else None
+        return self.url.removeprefix(SQLITE_PREFIX) if self.url.startswith(SQLITE_PREFIX) else None
 
     @model_validator(mode="after")
     def _check_settings(self) -> "Sql":

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tasks.common.harness.job import StageError
+from tasks.common.modelling import models
 from tasks.common.reward.rankings import UNLIMITED_TOKENS, Ranking, Row, first_difference, read_ranking
 from tasks.common.training.loop import MAX_LISTED_ITEMS
 
@@ -59,11 +60,12 @@ def check_differences(
 
 def _tokens_needed(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerFast") -> list[int]:
     """Return the number of tokens from which each pair differs; pairs that never differ are left out."""
-    found = [
-        first_difference(row, tokenizer, i, j)
-        for row in rows
-        for i, j, _ in read_ranking(row, tokenizer, UNLIMITED_TOKENS, "response").pairs
-    ]
+    with models.suppress_warnings("transformers"):  # of texts longer than the model's context
+        found = [
+            first_difference(row, tokenizer, i, j)
+            for row in rows
+            for i, j, _ in read_ranking(row, tokenizer, UNLIMITED_TOKENS, "response").pairs
+        ]
     return [tokens for tokens in found if tokens is not None]
 
 

@@ -23,8 +23,8 @@ SPLITS = ("train", "heldout")
 ROLES = ("system", "user", "assistant")
 TURNS_PATTERN = r"^(?:system )?(?:user assistant )*user assistant$"
 # U+FFFD, control characters (page breaks are none), and UTF-8 that was read as Latin-1 or Windows-1252 ("Ã©", "â€™").
-# U+FEFF is a zero-width space within a text, and pages have it.
-DAMAGE_PATTERN = "[\ufffd\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]|[ÂÃ][\u00a0-\u00bf]|â€|ï»¿"
+# U+FEFF is a zero-width space within a text, and pages have it. Capitals may be before a no-break space ("XÃ HỘI").
+DAMAGE_PATTERN = "[\ufffd\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]|(?<![A-ZÀ-Þ])[ÂÃ][\u00a0-\u00bf]|â€|ï»¿"
 DUPLICATE_ROW_REASON = "duplicate of an earlier row"
 
 
@@ -76,6 +76,7 @@ def instructions_features(row: Row) -> Features:
     messages = [message or {} for message in row["messages"] or []]
     contents = [message.get("content") or "" for message in messages]
     reply = contents[-1] if contents else ""
+    opening = next((message.get("content") for message in messages if message.get("role") == "user"), None)
     return {
         **{column: row[column] for column in ("id", "source", "entity", "split")},
         "text": "\n".join(contents),
@@ -85,7 +86,8 @@ def instructions_features(row: Row) -> Features:
         "answer_given": row["answer"] is None or (bool(row["answer"]) and row["answer"] in reply),
         "heldout_question": contents[-2] if row["split"] == "heldout" and len(contents) > 1 else None,
         "content_key": "\n".join(" ".join(text.split()) for text in contents),
-        "split_keys": (digest(row["entity"] or ""),),
+        # Without an entity of its own a row has its opening ("Hello!"), which may begin conversations of both splits.
+        "split_keys": () if row["entity"] == opening else (digest(row["entity"] or ""),),
     }
 
 

@@ -32,7 +32,7 @@ MIN_CHARACTERS, MIN_PROBABILITY = 50, 0.9  # with which a language counts as ide
 PASSAGES, PASSAGE_CHARACTERS = 5, 200  # of a document: its beginning alone may be a licence, a heading or code
 
 # Function words from the stop lists of Snowball (snowballstem.org; da de en es fi fr hu id it nl no pt ru sv) and of
-# stopwords-iso (github.com/stopwords-iso; all others). Those of English are Gopher's eight (Rae et al. 2021).
+# stopwords-iso (github.com/stopwords-iso; all others, Ukrainian from spaCy). Those of English are Gopher's eight.
 STOP_WORDS = {
     "ar": "في من على إلى أن عن هذا هذه التي الذي ما لا كان مع أو و",
     "bg": "и на в за от се да са не с по като",
@@ -62,7 +62,7 @@ STOP_WORDS = {
     "sl": "in je v na se da za so ki z pri kot ne",
     "sv": "och i att det en som på är av för med den till inte de ett om",
     "tr": "ve bir bu için ile de da olarak çok daha gibi ama olan",
-    "uk": "що з як до це та від для",
+    "uk": "і в не на що з у як до це та від за для по",
     "vi": "và của là có không các trong được cho một với những để này",
     "zh": "的 是 在 了 和 有 不 一 与 为 这 以 也 他 我 及 等 之 或 对 从 到 可 将 其 于 但 被",
 }

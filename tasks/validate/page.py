@@ -121,7 +121,8 @@ style="width:{{ '%.2f'|format(100 * row.heldout / (item.kept or 1)) }}%"></i></d
 <div class="scroll"><table>
 {% for limit in item.limits %}
 <tr><td class="name"><code>validate.{{ limit.setting }}</code></td><td>
-{{- "no limit" if limit.value is none else limit.value|thousands }}</td><td class="observed">{{ limit.found }}</td></tr>
+{{- "no limit" if limit.value is none else limit.value|thousands }}
+<span class="soft">({{ limit.origin }})</span></td><td class="observed">{{ limit.found }}</td></tr>
 {% endfor %}
 </table></div>
 {% if item.languages %}

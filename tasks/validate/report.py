@@ -52,7 +52,7 @@ def render_page(summaries: Sequence[Summary], ranking_figures: RankingFigures) -
         rejected=sum(summary.rejected for summary in summaries),
         marked=sum(summary.marked_rows for summary in summaries),
         shortened=sum(summary.shortened_rows for summary in summaries),
-        empty=[summary.table for summary in summaries if not summary.kept],
+        empty=[summary.table for summary in summaries if summary.lacks_rows],
     )
 
 
@@ -93,7 +93,7 @@ def render_markdown(summaries: Sequence[Summary], ranking_figures: RankingFigure
 
 def render_table_lines(item: Summary) -> list[str]:
     """Return what Markdown says of a table: rejections, changes, languages and failed expectations."""
-    lines = [] if item.kept or not item.read else ["- **no row of this table is kept**"]
+    lines = ["- **no row of this table is kept**"] if item.lacks_rows else []
     lines += [
         f"- rejected {format_row_count(reason.count)}: {reason.reason}{name_parts(reason)}" for reason in item.reasons
     ]

@@ -62,10 +62,11 @@ class LanguageRows:
 
 @dataclass(frozen=True)
 class LimitInUse:
-    """A limit on a table, its value (None for no limit), and what was found."""
+    """A limit on a table, its value (None for no limit), where the value comes from, and what was found."""
 
     setting: str
     value: float | None
+    origin: str
     found: str
 
 
@@ -108,6 +109,12 @@ class Summary:
     def shortened_rows(self) -> int:
         """Number of kept rows from which a message was removed."""
         return sum(bool(row.removed) for row in self.changes)
+
+    @property
+    def lacks_rows(self) -> bool:
+        """Whether no row is kept although there were some, or a limit asks for some."""
+        asked = any(limit.setting.startswith("min_rows") and limit.value for limit in self.limits)
+        return not self.kept and (self.read > 0 or asked)
 
     @property
     def failed(self) -> int:
@@ -218,12 +225,20 @@ def _summarize_limits(
     setting = LENGTH_LIMITS[table]
     column = "characters" if table == "corpus" else "longest"
     longest = int(frame[column].max()) if len(frame) else 0
-    limit: int | None = getattr(limits, setting)
-    return (
-        LimitInUse(setting, limit, f"longest kept: {longest:,} characters"),
-        LimitInUse("max_rejected_share", limits.max_rejected_share, f"invalid: {invalid_share:.1%} of the rows"),
-        LimitInUse(f"min_rows.{table}", getattr(limits.min_rows, table), f"kept: {len(frame):,} rows"),
-    )
+    found = {
+        setting: f"longest kept: {longest:,} characters",
+        "max_rejected_share": f"invalid: {invalid_share:.1%} of the rows",
+        f"min_rows.{table}": f"kept: {len(frame):,} rows",
+    }
+    return tuple(_limit_in_use(setting, limits, text) for setting, text in found.items())
+
+
+def _limit_in_use(setting: str, limits: Limits, found: str) -> LimitInUse:
+    """Return a limit by its path under `validate`; what is not in params.yaml is a default."""
+    group, _, name = setting.rpartition(".")
+    owner = getattr(limits, group) if group else limits
+    origin = "params.yaml" if name in owner.model_fields_set else "default"
+    return LimitInUse(setting, getattr(owner, name), origin, found)
 
 
 def rows_at(content: "pa.Table", positions: Iterable[int]) -> list[dict[str, Any]]:

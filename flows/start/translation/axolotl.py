@@ -48,7 +48,7 @@ def refuse_unusable(keys: Keys) -> None:
     rule = keys.content.get("rl")
     if isinstance(rule, str) and rule in OTHER_TRAINING:
         keys.problems.append(f"rl: found {rule!r}, which learns from {OTHER_TRAINING[rule]}")
-    elif rule and rule not in LOSSES:
+    elif rule and rule not in list(LOSSES):
         keys.problems.append(f"rl: found {rule!r}, expected one of {', '.join(LOSSES)}, or no such key")
     if keys.content.get("process_reward_model"):
         keys.problems.append("process_reward_model: scores of single steps are not available; reward_model is")
@@ -86,7 +86,8 @@ def translate_keys(keys: Keys, config: Path, draft: Draft) -> tuple[Source, ...]
     hold_out(draft, HELDOUT[stage], keys.number("val_set_size", 0.0))
     method = read_method(keys, stage)
     sections[stage] = read_stage(stage, keys, amount, method, draft)
-    only_padding = set(keys.content.get("special_tokens") or ()) <= {"pad_token"}  # which is not trained on
+    tokens = keys.content.get("special_tokens")
+    only_padding = isinstance(tokens, dict) and tokens.keys() <= {"pad_token"}  # which is not trained on
     unused = (("special_tokens",) if only_padding else ()) + (() if keys.take("adapter") else OF_ADAPTERS)
     keys.leave((*WITHOUT_EFFECT, *unused), UNSUPPORTED)
     return data.sources

@@ -106,7 +106,7 @@ def _message_layout(keys: Keys, rows: Sequence[Row], default: str, **pair: str) 
 
 def _message_fields(keys: Keys, default: str) -> tuple[str, str, str]:
     """Return the names of the column of messages, and of role and content within a message."""
-    mappings = keys.take("message_property_mappings", {})
+    mappings = keys.mapping("message_property_mappings")
     older = ("from", "value") if default == "conversations" else ("role", "content")
     role = keys.text("message_field_role") or mappings.get("role") or older[0]
     content = keys.text("message_field_content") or mappings.get("content") or older[1]
@@ -117,10 +117,11 @@ def _role_names(keys: Keys, rows: Sequence[Row], column: str, role: str) -> tupl
     """Return the names of the roles in the rows, and a note of the names that are left out: a role has one name."""
     messages = [message for row in rows if isinstance(row.get(column), list) for message in row[column]]
     found = {str(message.get(role)) for message in messages if isinstance(message, Mapping)}
-    aliases: Mapping[str, list[str]] = keys.take("roles", DEFAULT_ROLES)
+    aliases = keys.mapping("roles") or DEFAULT_ROLES
     names, others = {}, set()
     for target, usual in (ROLES if role == "role" else SHAREGPT_ROLES).items():
-        used = [name for name in aliases.get(target, [usual]) if name in found] or [usual]
+        known = aliases.get(target, usual)
+        used = [str(name) for name in (known if isinstance(known, list) else [known]) if str(name) in found] or [usual]
         names[target] = used[0]
         others |= set(used[1:])
     note = f"Turns of the roles {', '.join(sorted(others))} are rejected: give each role one name in the file."

@@ -13,6 +13,7 @@ from flows.start.translation.result import Draft
 HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zst")
 ROWS_LOOKED_AT = 50
+ROWS_COUNTED = 50_000  # of a file; the number of further rows is estimated from their bytes
 
 
 def find(path: str, config: Path) -> Path | None:
@@ -23,9 +24,16 @@ def find(path: str, config: Path) -> Path | None:
     """
     given = Path(path).expanduser()
     if given.is_absolute():
-        return given if given.exists() else None
+        return given if _exists(given) else None
     folders = (Path.cwd(), *config.resolve().parents)
-    return next(((folder / given).resolve() for folder in folders if (folder / given).exists()), None)
+    return next(((folder / given).resolve() for folder in folders if _exists(folder / given)), None)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long
+        return False
 
 
 def is_hub_name(path: str) -> bool:
@@ -57,6 +65,21 @@ def first_rows(path: Path) -> list[dict[str, Any]]:
     Raises UnreadableFile for a file of another kind.
     """
     return list(_objects(path))
+
+
+def count_rows(path: Path) -> int:
+    """Return the number of rows of a file, usable or not; of a large file, an estimate from its first rows.
+
+    Raises UnreadableFile for a file of another kind.
+    """
+    from tasks.ingest import formats
+    from tasks.ingest.source_files import SourceFile
+
+    file, number = SourceFile(path, path.name), 0
+    for number, _ in enumerate(formats.read(file, formats.detect(file), True, None, frozenset()), 1):
+        if number == ROWS_COUNTED and file.bytes_read:
+            return round(number * path.stat().st_size / file.bytes_read)
+    return number
 
 
 def _objects(path: Path) -> Iterator[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Reads another tool's configuration key by key, and keeps count of the keys that were read."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -36,7 +37,7 @@ class Keys:
         return int(self._check_sign(key, value, default, positive))
 
     def _check_sign(self, key: str, value: float, default: float, positive: bool) -> float:
-        if positive and not 0 < value < float("inf"):
+        if positive and value <= 0:
             self.report(key, f"found {value:g}, expected a number above 0")
             return default
         return value
@@ -49,6 +50,11 @@ class Keys:
         """Return a text; a list or a mapping is a problem."""
         value: str | None = self._convert(key, default, _to_text, "a text")
         return value
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        """Return a mapping, empty where the key is absent; any other value is a problem."""
+        found: dict[str, Any] = self._convert(key, {}, _to_mapping, "settings by name")
+        return found
 
     def _convert(self, key: str, default: Any, convert: Callable[[Any], Any], expected: str) -> Any:
         value = self.take(key)
@@ -97,9 +103,10 @@ def _covers(name: str, key: str) -> bool:
 
 
 def _to_float(value: Any) -> float:
-    if isinstance(value, bool):
-        raise TypeError
-    return float(value)
+    number = float(value)
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise ValueError
+    return number
 
 
 def _to_integer(value: Any) -> int:
@@ -111,6 +118,12 @@ def _to_integer(value: Any) -> int:
 
 def _to_flag(value: Any) -> bool:
     return value if isinstance(value, bool) else TRUTHS[str(value).lower()]
+
+
+def _to_mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise TypeError
+    return value
 
 
 def _to_text(value: Any) -> str:

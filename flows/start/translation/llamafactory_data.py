@@ -10,6 +10,7 @@ from flows.start.translation.keys import Keys
 from flows.start.translation.result import Draft, Source
 
 INFO_NAME = "dataset_info.json"
+DOCUMENT_KEYS = ("file_name", "columns", "formatting")  # of a data set of plain text
 FOLDER = "llamafactory"  # under data/sources/
 
 
@@ -30,6 +31,9 @@ def read_sources(keys: Keys, config: Path, stage: str, draft: Draft) -> tuple[So
         listed = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         keys.problems.append(f"dataset_dir: {path} is not JSON: {error}")
+        return ()
+    if not isinstance(listed, dict):
+        keys.problems.append(f"dataset_dir: expected data sets by name in {path}, found {type(listed).__name__}")
         return ()
     local = [name for name in names if not _on_hub(name, listed, draft)]
     documents = stage == "pt"
@@ -88,20 +92,21 @@ def _files(path: Path, entries: list[Any]) -> list[Path]:
     return [path.resolve(), *(entry.path.resolve() for entry in entries)]
 
 
-def _documents(path: Path, listed: Any, names: list[str], keys: Keys, draft: Draft) -> tuple[Source, ...]:
+def _documents(path: Path, listed: dict[str, Any], names: list[str], keys: Keys, draft: Draft) -> tuple[Source, ...]:
     """Return a source of documents for each data set; their text is in the column of the prompt."""
-    sources = []
-    for name in names:
-        entry = listed.get(name) if isinstance(listed, dict) else None
-        if not isinstance(entry, dict):
-            keys.problems.append(f"dataset: {path} has no data set {name}; it has {', '.join(listed) or 'none'}")
-            continue
-        file = path.parent / str(entry.get("file_name"))
-        columns = entry.get("columns") or {}
-        if not file.is_file():
-            keys.problems.append(f"dataset: {name} expects the file {file}; there is none")
-        elif not holds_text(file):
-            keys.problems.append(f"dataset: {name} is {file.name}, expected text, {ROW_KINDS}; convert it")
-        else:
-            sources.append(document_source(name, file, str(columns.get("prompt", "instruction")), draft))
-    return tuple(sources)
+    found = [_document(name, listed.get(name), path, keys, draft) for name in names]
+    return tuple(source for source in found if source)
+
+
+def _document(name: str, entry: Any, path: Path, keys: Keys, draft: Draft) -> Source | None:
+    columns = entry.get("columns") or {} if isinstance(entry, dict) else None
+    if not isinstance(columns, dict):
+        keys.problems.append(f"dataset: {path} should have an object for {name} with file_name, found {entry!r:.60}")
+        return None
+    file = path.parent / str(entry.get("file_name"))
+    if not file.is_file() or not holds_text(file):
+        keys.problems.append(f"dataset: {name} should be a file of text, {ROW_KINDS}; found {file}")
+        return None
+    for key in sorted(set(entry) - set(DOCUMENT_KEYS)):
+        draft.leave(f"dataset.{name}.{key}", entry[key], "all rows of a file are used", "make a file of the others")
+    return document_source(name, file, str(columns.get("prompt", "instruction")), draft)

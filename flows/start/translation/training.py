@@ -102,8 +102,7 @@ def read_schedule(keys: Keys, name_key: str, default: str, default_warmup: float
 
 def _floor(keys: Keys) -> float:
     """Return the rate at the end as a share of the peak: 0 in Transformers unless a key says otherwise."""
-    given = keys.take("lr_scheduler_kwargs", {})
-    options = Keys(given if isinstance(given, dict) else {}, f"{keys.where}lr_scheduler_kwargs.")
+    options = Keys(keys.mapping("lr_scheduler_kwargs"), f"{keys.where}lr_scheduler_kwargs.")
     share = options.number("min_lr_rate", keys.number("cosine_min_lr_ratio", 0.0))
     lowest, peak = options.number("min_lr", 0.0), keys.number("learning_rate", 5e-5)
     options.leave((), {})

@@ -140,7 +140,7 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Messa
 
 def control_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
     """Return the texts of a tokenizer's special tokens. A message that spells one would be encoded as the token."""
-    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content]
 
 
 def spells_control_token(controls: Sequence[str], messages: Sequence[Message]) -> bool:
