@@ -151,7 +151,7 @@ def served(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     inputs = {
         "chat": chain.path("data/quantize/chat/model"),
         "encoder": chain.path("data/quantize/encoder/model"),
-        "corpus": chain.path("data/validate/corpus"),
+        **{name: chain.path(f"data/validate/{name}") for name in ("corpus", "instructions", "rankings")},
     }
     parts = {name: f"data/quantize/{name}/model" for name in ("chat", "encoder")}
     settings = package.Config.model_validate(parts)
