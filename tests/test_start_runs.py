@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # what Great Expectations imports
 ]  # fmt: skip
 
-PLACES = [f"{name} {number}" for number in range(3) for name in CAPITALS]
+PLACES = [f"{name} {number}" for number in range(12) for name in CAPITALS]
 WORDS = ["harbour", "town", "sea", "with", "a", "proud", "lies", "old", "stone", "bridge", "river", "to", "new", "in"]
 SLOW = Machine(cores=1, device="cpu", training_flops=1e7)  # few steps
 
