@@ -53,7 +53,7 @@ def chat(project: Path, question: str | None, name: str | None) -> None:
     """Ask the packaged model, or the one called `name`, a question; an empty one starts a chat, None asks samples."""
     package = open_package(models.prepare_models(project, [name])[name] if name else None)
     if name is None and not package.has_chat:
-        print("The package contains only an encoder, which cannot chat: `bessemer serve` serves it at POST /fill-mask.")
+        print(f"{package.missing('chat')} `bessemer serve` starts the endpoint.")
         return
     if question is not None:
         terminal.chat(package, question or None)

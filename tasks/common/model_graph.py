@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import networkx as nx
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
-PACKAGE_PARTS = ("chat", "encoder")  # the settings of `package` that name a model
+PACKAGE_PARTS = ("chat", "encoder", "classifier")  # the settings of `package` that name a model
 INGESTED_CHECKPOINT = "data/ingest/checkpoint"
 
 Params = Mapping[str, Any]
