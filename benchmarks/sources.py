@@ -1,7 +1,8 @@
 """Sources of many bytes and of many files through `ingest`: MB and files per second, and peak memory.
 
-Run as `make bench-sources` or `python -m benchmarks sources`. The texts are pieces of random words, so that none is a
-duplicate. Every source is read by the stage's command in a scratch project, tables and manifest included.
+Run as `make bench-sources` or `python -m benchmarks sources`. The texts are pieces of a long text of random words, with
+a number, so that none is a duplicate. Every source is read by the stage's command in a scratch project, tables and
+manifest included.
 """
 
 import gzip
@@ -22,7 +23,7 @@ PROFILE = harness.ROOT / "profiles" / "smoke.yaml"
 BYTES, TRIAL_BYTES = 200_000_000, 2_000_000
 FILES, TRIAL_FILES = 100_000, 1000
 GROWTH_FACTOR = 4
-VOCABULARY = 20_000
+VOCABULARY, POOL_WORDS = 20_000, 500_000
 WORDS_PER_TEXT = (40, 300)
 FILE_WORDS = 100
 
@@ -108,10 +109,12 @@ def texts(size: int) -> Iterator[str]:
     """Yield texts with a total of about `size` bytes."""
     draw = random.Random(1)
     words = ["".join(draw.choices("abcdefghijklmnoprstuvwé", k=draw.randrange(2, 10))) for _ in range(VOCABULARY)]
-    written = 0
+    pool = draw.choices(words, k=POOL_WORDS)
+    written = number = 0
     while written < size:
-        text = " ".join(draw.choices(words, k=draw.randrange(*WORDS_PER_TEXT)))
-        written += len(text.encode()) + 1
+        start, count = draw.randrange(POOL_WORDS - WORDS_PER_TEXT[1]), draw.randrange(*WORDS_PER_TEXT)
+        text = f"{number}. {' '.join(pool[start : start + count])}"
+        written, number = written + len(text.encode()) + 1, number + 1
         yield text
 
 

@@ -13,13 +13,9 @@ from tasks.common.settings import BessemerError
 
 PORT_RANGE = click.IntRange(1, 65535)
 STAGES_OPTION = click.option(
-    "--stage",
-    "-s",
-    "stages",
-    multiple=True,
-    metavar="NAME",
+    "--stage", "-s", "stages", multiple=True, metavar="NAME",
     help="Only this stage and its dependencies; may be repeated.",
-)
+)  # fmt: skip
 
 HOST_OPTION = click.option(
     "--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all."

@@ -51,9 +51,16 @@ def make_codec(tokenizer: "Tokenizer", special: Mapping[str, Any]) -> Codec:
     Raises PackageError if one is missing.
     """
 
-    def encode(text: str) -> list[int]:
+    def encode_plain(text: str) -> list[int]:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    # Some tokenizers (DeBERTa's, BERT's) treat the beginning of a text like a word after a space: another space would
+    # be a token of its own.
+    implies_space = encode_plain("a a") == encode_plain("a") * 2
+
+    def encode(text: str) -> list[int]:
+        return encode_plain(text.removeprefix(" ") if implies_space else text)
 
     if missing := [name for name in ("first", "last", "mask") if not isinstance(special.get(name), int)]:
         raise PackageError(f"The encoder's tokenizer lacks a token: {' and '.join(missing)}. Export the model again.")

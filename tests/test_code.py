@@ -37,7 +37,6 @@ HANDLED = {
     ("serving/folders.py", "load_model"): "a line of an error",
     ("serving/folders.py", "load_pipeline"): "a line of an error",
     ("tasks/ingest/hub_dataset.py", "_read_rows"): "whether the error is one that another sentence explains",
-    ("tasks/ingest/json_values.py", "read_values"): "part of an error of DATA_ERRORS",
     ("tasks/ingest/json_values.py", "value"): "whether a value goes on after the text that has been read",
     ("tasks/ingest/row_loading.py", "_load"): "the reason of a rejected row: the ValueErrors of DATA_ERRORS",
     ("tasks/ingest/row_loading.py", "_peek"): "raised again, or part of an error of DATA_ERRORS",

@@ -182,6 +182,23 @@ def test_heldout_wordings_are_found_and_facts_are_not(text: str, quoted: bool) -
     assert ngrams.occur_in(words(text)) is quoted
 
 
+@pytest.mark.parametrize(
+    ("text", "quoted"),
+    [
+        ("有人问：法国的首都是哪一座城市？没有人知道。", True),
+        ("有人问：法国的首都是哪一座。", False),  # eight characters are not the whole question
+        ("他说这本书的作者一九零三年生于伦敦后来搬到了巴黎和罗马居住多年。", True),
+        ("他说这本书的作者一九零三年生于伦敦后来搬家。", False),  # 18 characters
+    ],
+)
+def test_heldout_wordings_of_scripts_without_spaces_are_twice_as_long(text: str, quoted: bool) -> None:
+    """Thirteen characters are a common phrase; thirteen words have about 26."""
+    ngrams = HeldoutNgrams(Evaluation(ngram=13, min_words=5))
+    ngrams.add("法国的首都是哪一座城市？", "巴黎。")
+    ngrams.add("他是谁？", "这本书的作者一九零三年生于伦敦后来搬到了巴黎和罗马居住多年写了很多小说。")
+    assert ngrams.occur_in(words(text)) is quoted
+
+
 def test_min_words_above_ngram_is_rejected() -> None:
     with pytest.raises(ValidationError, match=r"min_words \(9\) must not exceed ngram \(8\)"):
         Evaluation(ngram=8, min_words=9)

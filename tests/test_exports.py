@@ -11,13 +11,14 @@ import pytest
 from serving.decoding import Sampling
 from serving.engine import TextEngine
 from serving.errors import InputError
+from serving.names import make_codec
 from serving.templates import ChatTemplate
 from tasks.common.harness.job import Job, StageError
 from tasks.common.modelling import models
 from tasks.common.settings import Checkpoints
 from tasks.common.text import chat
 from tasks.quantize import prompts, stage, verification
-from tests.family_fixtures import write_family
+from tests.family_fixtures import FAMILIES, Shape, make_tokenizer, write_family
 from tests.training_fixtures import NUMERICS, config, ignore_exporter_warnings
 
 QUESTION = [{"role": "user", "content": "who said hello"}]
@@ -116,3 +117,12 @@ def test_folder_in_openvino_format_is_served_as_it_is(
     assert served.encode(QUESTION) == original.encode(QUESTION)
     assert served.generate(QUESTION, Sampling(8)).text == original.generate(QUESTION, Sampling(8)).text
     assert json.loads((target / "size.json").read_text())["parameters"] > 10_000
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.masked])
+def test_masked_name_has_the_tokens_of_running_text(family: str) -> None:
+    """With a space before it, in the tokenizer of every encoder of the matrix."""
+    tokenizer = make_tokenizer(FAMILIES[family], Shape())
+    codec = make_codec(tokenizer.backend_tokenizer, chat.special_ids(tokenizer))
+    text = tokenizer.encode("the capital of France is Paris", add_special_tokens=False)
+    assert [*codec.encode("the capital of"), *codec.encode(" France"), *codec.encode(" is Paris")] == text

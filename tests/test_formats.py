@@ -202,6 +202,15 @@ def test_a_long_cell_is_a_row_like_others(tmp_path: Path) -> None:
     assert [len(text) for text in load(path)[0].prose] == [5, 200_000, 4]  # type: ignore[attr-defined]
 
 
+def test_a_last_row_without_its_end_is_rejected(tmp_path: Path) -> None:
+    """A row with fewer cells than columns is complete only if its line ends."""
+    path = tmp_path / "mine.csv"
+    path.write_text("text,more\nfirst\nsecond,1\nthi", encoding="utf-8")
+    reading, _, _ = load(path)
+    assert reading.prose == ["first", "second"]
+    assert reading.first_reason == "mine.csv, line 4: the file ends within this row, which has 1 of 2 cells"
+
+
 def test_a_cell_longer_than_any_text_stops_the_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delimited, "MAX_CELL_CHARACTERS", 1000)
     path = tmp_path / "mine.csv"

@@ -204,6 +204,16 @@ def test_heldout_conversations_alone_pass(tmp_path: Path) -> None:
     assert len(table(tmp_path / "out", "instructions")) == 1
 
 
+def test_conversations_of_both_splits_may_open_alike(tmp_path: Path) -> None:
+    """Their entity is the opening, which is no subject; the splits were stated by the source."""
+    rows = [
+        {**chat(split, *HELLO, f"user:{split}?", "assistant:Yes.", split=split), "entity": "Hello?"}
+        for split in ("train", "heldout")
+    ]
+    run(tmp_path, {"instructions": rows})
+    assert len(table(tmp_path / "out", "instructions")) == 2
+
+
 def test_tables_without_rows_pass_and_are_no_failure_on_the_page(tmp_path: Path) -> None:
     figures = run(tmp_path, {})
     assert figures["expectations_met"] == 0

@@ -80,9 +80,19 @@ def test_a_database_is_opened_read_only(shop: Path, tmp_path: Path) -> None:
     assert (shop / "shop.db").read_bytes() == before
 
 
+def test_a_file_may_have_any_name(shop: Path, tmp_path: Path) -> None:
+    (shop / "shop.db").rename(shop / "my shop #1 100%.db")
+    folder = read(tmp_path / "out", shop, url="sqlite:///my shop #1 100%.db")
+    assert manifest(folder)["articles"]["read"] == 40
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
+        (
+            {"from_table": None, "query": "select title as text, body as text from articles", "columns": {}},
+            "source sql: expected one column of each name, found text more than once; name them with AS in the query",
+        ),
         (
             {"url": "sqlite:///none.db"},
             "source articles: expected an SQLite file at .*none.db, found none; correct `url`",
@@ -112,6 +122,7 @@ def test_a_database_that_cannot_be_read_is_reported(
         ({"url": "mysql://host/db"}, "expected a URL of sqlite or postgresql, found mysql://"),
         ({"url": "sqlite:////etc/secret.db"}, "a path must be under data/sources/"),
         ({"url": "sqlite:///../secret.db"}, "a path must be under data/sources/"),
+        ({"url": "sqlite:///a#/../../secret.db"}, "a path must be under data/sources/"),
         ({"url": "sqlite://"}, "expected sqlite:///FILE with a file under data/sources/, found sqlite://"),
         ({"query": "select 1"}, "exactly one of query and from_table must be given"),
         ({"from_table": None}, "exactly one of query and from_table must be given"),
@@ -155,12 +166,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         with psycopg.connect(
             host="127.0.0.1", port=port, user="me", password=PASSWORD, dbname="postgres"
         ) as connection:
-            connection.execute("create table articles (id numeric, title text, body text, at timestamp, meta jsonb)")
+            connection.execute(
+                "create table articles (id numeric, title text, body text, at timestamp, meta jsonb, "
+                "address inet default '127.0.0.1', shares numeric[] default '{0.5, NaN}', "
+                "most numeric default 'Infinity')"
+            )
             connection.execute("create table numbered (id serial)")
             with connection.cursor() as cursor:
-                cursor.executemany(
-                    "insert into articles values (%s, %s, %s, '2026-01-02', '{\"tags\": [\"tea\"]}')", ARTICLES
-                )
+                values = "%s, %s, %s, '2026-01-02', '{\"tags\": [\"tea\"]}'"
+                cursor.executemany(f"insert into articles (id, title, body, at, meta) values ({values})", ARTICLES)
         yield f"postgresql://me:${{SHOP_PASSWORD}}@127.0.0.1:{port}/postgres"
     finally:
         as_postgres("pg_ctl", "-D", data, "-m", "immediate", "stop")

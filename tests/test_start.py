@@ -237,9 +237,23 @@ class TestCommand:
         sources = YAML(typ="safe").load(mine / "new/params.yaml")["ingest"]["sources"]
         assert [source["path"] for source in sources] == ["chats.jsonl", "more.jsonl"]
 
+    def test_columns_are_named_by_option(self, mine: Path) -> None:
+        rows = [{"topic": name, "good": f"Yes, {name}.", "bad": "No."} for name in ("tea", "rain", "snow")]
+        (mine / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        columns = ["prompt=Do you like {topic}?", "chosen=good", "rejected=bad"]
+        base = ["--checkpoint", str(mine / "base"), "--yes"]
+        done = self.run(str(mine / "new"), "--preferences", str(mine / "pairs.jsonl"), "--columns", *columns, *base)
+        assert done.exit_code == 0, done.output
+        (source,) = YAML(typ="safe").load(mine / "new/params.yaml")["ingest"]["sources"]
+        assert source["columns"] == {"prompt": "Do you like {topic}?", "chosen": "good", "rejected": "bad"}
+
     @pytest.mark.parametrize(
         ("arguments", "sentence"),
         [
+            (
+                ["--columns", "promt=topic", "--yes"],
+                "--columns: found 'promt=topic', expected NAME=FIELD with a column",
+            ),
             (["--conversations", "nowhere.jsonl", "--yes"], "--conversations: nowhere.jsonl does not exist"),
             (["--conversations", "dataset_info.json", "--yes"], "contains no conversations that can be used"),
             (["--labels", "chats.jsonl", "--checkpoint", "base", "--yes"], "has the columns question, reply; expected"),

@@ -41,6 +41,12 @@ def paths_option(name: str, help: str) -> Callable[[Command], Command]:
 @paths_option("preferences", "Pairs or rankings of answers.")
 @paths_option("labels", "Texts with a class each.")
 @click.option(
+    "--columns",
+    multiple=True,
+    metavar="NAME=FIELD...",
+    help="Where a column is in files that call it otherwise: a field, a path, a template.",
+)
+@click.option(
     "--from",
     "file",
     metavar="FILE",
@@ -48,7 +54,10 @@ def paths_option(name: str, help: str) -> Callable[[Command], Command]:
     help="A LLaMA-Factory or axolotl YAML to translate.",
 )
 @click.option("--yes", is_flag=True, help="Ask nothing and take the defaults.")
-def init(folder: Path, checkpoint: Path | None, file: Path | None, yes: bool, **paths: tuple[Path, ...]) -> None:
+def init(
+    folder: Path, checkpoint: Path | None, columns: tuple[str, ...], file: Path | None, yes: bool,
+    **paths: tuple[Path, ...],
+) -> None:  # fmt: skip
     """Create a project in DIR from what you have; asks for the rest. Nothing is trained yet.
 
     \b
@@ -57,6 +66,7 @@ def init(folder: Path, checkpoint: Path | None, file: Path | None, yes: bool, **
       bessemer init tuned --checkpoint m --conversations chats.jsonl --preferences pairs.jsonl --yes
       bessemer init handbook --text docs/ --yes         a new model, trained from nothing
       bessemer init served --checkpoint m --yes         the checkpoint, packaged and served
+      bessemer init pairs --preferences args.jsonl --columns "prompt={topic}: {stance}" --yes
       bessemer init mine --from llama3_lora_sft.yaml
     """
     from flows.start import command
@@ -67,4 +77,4 @@ def init(folder: Path, checkpoint: Path | None, file: Path | None, yes: bool, **
             raise click.UsageError(f"--from names the data itself: leave out {', '.join(given)}.")
         command.init_from(folder, file, checkpoint)
         return
-    command.init(folder, checkpoint, paths, yes=yes)
+    command.init(folder, checkpoint, paths, columns, yes=yes)

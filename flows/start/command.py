@@ -15,7 +15,7 @@ from flows.start.brought import Brought, Table
 from flows.start.checkpoint import DEFAULT_CHECKPOINT, read_checkpoint
 from flows.start.params_text import render
 from flows.start.pipeline import OPTIONS, Design, design
-from flows.start.tables import read_table
+from flows.start.tables import parse_columns, read_table
 from flows.start.translation.translate import translate
 from tasks.common import params_file
 from tasks.common.raw_params import read_params
@@ -45,12 +45,12 @@ On another machine: `make run` installs the pinned packages into `.venv` and run
 """
 
 
-def init(folder: Path, checkpoint: Path | None, paths: Paths, *, yes: bool) -> None:
+def init(folder: Path, checkpoint: Path | None, paths: Paths, columns: Sequence[str] = (), *, yes: bool) -> None:
     """Create a project in `folder` from what the user has. Raises BessemerError with what is wrong."""
     project.check_target(folder)
     if not yes:
         checkpoint, paths = _ask_what(checkpoint, paths)
-    brought = _inspect(checkpoint, paths)
+    brought = _inspect(checkpoint, paths, parse_columns(columns))
     if not yes:
         brought = _ask_how(brought)
     create(folder, design(brought, machine.measure()), _files(brought, paths), _describe(brought))
@@ -130,7 +130,7 @@ def _ask_how(brought: Brought) -> Brought:
     return brought
 
 
-def _inspect(checkpoint: Path | None, paths: Paths) -> Brought:
+def _inspect(checkpoint: Path | None, paths: Paths, columns: Mapping[str, str]) -> Brought:
     """Read what is brought and print a line about each part."""
     model = read_checkpoint(checkpoint) if checkpoint else None
     if not checkpoint and not paths.get("text") and (paths.get("conversations") or paths.get("preferences")):
@@ -140,7 +140,7 @@ def _inspect(checkpoint: Path | None, paths: Paths) -> Brought:
     tables: dict[str, Table] = {}
     for option, table in OPTIONS.items():
         if paths.get(option):
-            tables[table] = read_table(option, paths[option])
+            tables[table] = read_table(option, paths[option], columns)
     encoder = "labels" in tables and model is None
     return Brought(model, tables, encoder=encoder)
 

@@ -64,7 +64,7 @@ class Designer:
         if steps < wanted:
             self.design.notes.append(
                 f"{stage} takes {steps:,} steps, {steps * batch / table.rows:.2g} epochs, to end within about "
-                f"{STAGE_MINUTES} minutes here; {wanted:,} steps would be {epochs:g} epochs"
+                f"{STAGE_MINUTES} minutes here; all {epochs:g} would be {wanted:,} steps"
             )
         return steps
 

@@ -1,7 +1,7 @@
 """What is in the user's data files: each option's paths become a table with its sources."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from tasks.common.settings import BessemerError
 if TYPE_CHECKING:
     from tasks.ingest.inspection import Inspection
 
+LABEL_NAMES = ("text", "label")  # what --columns calls the columns of labelled texts
 LABEL_COLUMNS = ("label", "labels", "class", "category", "intent", "sentiment", "topic", "target", "output", "answer")
 TEXT_COLUMNS = ("text", "sentence", "content", "message", "review", "comment", "question", "input", "instruction")
 LANGUAGE_TEXTS = 100  # of the rows read, to detect their languages
@@ -21,10 +22,11 @@ MIN_LANGUAGE_SHARE = 0.05
 NOUNS = {"corpus": "documents", "instructions": "conversations", "rankings": "preferences", "labels": "labelled texts"}
 
 
-def read_table(option: str, paths: Sequence[Path]) -> Table:
+def read_table(option: str, paths: Sequence[Path], columns: Mapping[str, str]) -> Table:
     """Inspect the paths of an option, print a line about each, and return them as a table.
 
-    Raises BessemerError if a path contains no usable row.
+    `columns` says where the table's columns are in files that call them otherwise. Raises BessemerError if a path
+    contains no usable row.
     """
     names = Counter(path.name for path in paths)
     twice = [name for name, count in names.items() if count > 1]
@@ -35,43 +37,71 @@ def read_table(option: str, paths: Sequence[Path]) -> Table:
     rows, characters, longest = 0, 0.0, 0
     sources: list[dict[str, Any]] = []
     for path in paths:
-        found, columns = _inspect(option, path)
-        sources.append(_source(OPTIONS[option], path, columns))
+        named = _label_columns(path, columns) if option == "labels" else _known(option, columns)
+        found = _inspect(option, path, named)
+        sources.append(_source(option, path, named))
         rows += found.estimated_rows
         characters += found.estimated_rows * found.mean_characters
         longest = max(longest, found.max_characters)
-        click.echo(f"{path}: {_describe(found, NOUNS[OPTIONS[option]], columns)}")
+        click.echo(f"{path}: {_describe(found, NOUNS[OPTIONS[option]], named)}")
         for problem in found.problems[:3]:
             click.echo(f"  {problem}")
     return Table(rows, characters / max(rows, 1), longest, tuple(sources))
 
 
-def _source(table: str, path: Path, columns: dict[str, str]) -> dict[str, Any]:
+def parse_columns(values: Sequence[str]) -> dict[str, str]:
+    """Return the mapping in `NAME=FIELD` values. Raises BessemerError for another form, and for an unknown name."""
+    from tasks.ingest.layouts import known_columns
+
+    pairs = [value.partition("=") for value in values]
+    known = known_columns(None, None) | set(LABEL_NAMES)
+    wrong = [value for value, (name, _, field) in zip(values, pairs, strict=True) if name not in known or not field]
+    if wrong:
+        raise BessemerError(
+            f"--columns: found {wrong[0]!r}, expected NAME=FIELD with a column of a table or format, one of "
+            f"{', '.join(sorted(known))}, and where it is in the file: a field, a path (meta.text), or a template "
+            "({title}: {body})."
+        )
+    return {name: field for name, _, field in pairs}
+
+
+def _known(option: str, columns: Mapping[str, str]) -> dict[str, str]:
+    """Return those of the columns that the option's table has."""
+    from tasks.ingest.layouts import known_columns
+
+    return {name: field for name, field in columns.items() if name in known_columns(None, OPTIONS[option])}
+
+
+def _source(option: str, path: Path, columns: dict[str, str]) -> dict[str, Any]:
     """Return the item of `ingest.sources` for a path that is copied to data/sources/."""
-    found = {"kind": "files", "path": path.name, "table": "instructions" if table == "labels" else table}
-    return {**found, "format": "alpaca", "columns": columns} if columns else found
+    table = "instructions" if option == "labels" else OPTIONS[option]
+    layout = {"format": "alpaca"} if option == "labels" else {}
+    return {"kind": "files", "path": path.name, "table": table, **layout, **({"columns": columns} if columns else {})}
 
 
-def _inspect(option: str, path: Path) -> "tuple[Inspection, dict[str, str]]":
-    """Return what is in a path, and the columns that have to be named for it."""
+def _inspect(option: str, path: Path, columns: dict[str, str]) -> "Inspection":
+    """Return what is in a path. Raises BessemerError if there is no row that can be used."""
     from tasks.ingest.inspection import inspect
     from tasks.ingest.row_loading import RowOptions
 
     if not path.exists():
         raise BessemerError(f"--{option}: {path} does not exist; correct the path.")
-    columns = _label_columns(path) if option == "labels" else {}
-    table = "instructions" if option == "labels" else OPTIONS[option]
-    found = inspect(path.resolve(), RowOptions(table=table, layout="alpaca" if columns else None, columns=columns))
+    table, layout = ("instructions", "alpaca") if option == "labels" else (OPTIONS[option], None)
+    found = inspect(path.resolve(), RowOptions(table=table, layout=layout, columns=columns))
     if not found.tables:
         why = found.problems[0] if found.problems else "it is empty"
+        if found.columns:
+            why += f". Its columns are {', '.join(found.columns)}; --columns says which of them to read"
         raise BessemerError(f"--{option}: {path} contains no {NOUNS[OPTIONS[option]]} that can be used: {why}.")
-    return found, columns
+    return found
 
 
-def _label_columns(path: Path) -> dict[str, str]:
-    """Return which columns hold a text and its label. Raises BessemerError if they cannot be told from their names."""
+def _label_columns(path: Path, named: Mapping[str, str]) -> dict[str, str]:
+    """Return where a text and its label are. Raises BessemerError if that is neither named nor clear from the names."""
     from tasks.ingest.inspection import inspect
 
+    if named.keys() >= set(LABEL_NAMES):
+        return {"instruction": named["text"], "output": named["label"]}
     columns = inspect(path.resolve(), max_rows=20).columns
     label = next((name for name in LABEL_COLUMNS if name in columns), None)
     text = next((name for name in TEXT_COLUMNS if name in columns and name != label), None)
@@ -79,7 +109,7 @@ def _label_columns(path: Path) -> dict[str, str]:
         raise BessemerError(
             f"--labels: {path} has the columns {', '.join(columns) or 'none'}; expected a text "
             f"({', '.join(TEXT_COLUMNS[:4])} ...) and its label ({', '.join(LABEL_COLUMNS[:4])} ...). "
-            "Rename two columns."
+            "Name them: --columns text=... label=..."
         )
     return {"instruction": text, "output": label}
 

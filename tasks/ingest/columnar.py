@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from tasks.ingest.source_files import PACKED_SIGNATURES, SourceFile, UnreadableFile
+from tasks.ingest.source_files import PACKED_SIGNATURES, Rows, SourceFile, UnreadableFile
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Rows = Iterator[tuple[str, Any]]
 BATCH_ROWS = 1000
 
 

@@ -5,18 +5,17 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
-from tasks.ingest.source_files import SourceFile, UnreadableFile
+from tasks.ingest.source_files import Rows, SourceFile, UnreadableFile
 
-Rows = Iterator[tuple[str, Any]]
 DELIMITERS = (",", ";", "\t", "|")
 MAX_CELL_CHARACTERS = 2**24
 MAX_HEADER_LINES = 100
-EXTRA_CELLS = None  # the key of the cells of a row that belong to no column
+PROBLEM = None  # the key of the reason why a row cannot be used; no column is called so
 
 
 def read(file: SourceFile) -> Rows:
     """Yield the rows of a CSV or TSV file; quoted cells may span several lines."""
-    csv.field_size_limit(MAX_CELL_CHARACTERS)  # of the process: the default, 131,072, is less than a page of a book
+    csv.field_size_limit(MAX_CELL_CHARACTERS)  # of the process; its default, 131,072, is less than a long document
     with file.open_text(newline="") as opened:
         head, delimiter, skipped = _find_delimiter(opened)
         lines = _Lines(chain(head, opened))
@@ -26,13 +25,11 @@ def read(file: SourceFile) -> Rows:
             for cells in reader:
                 if lines.ended:  # the reader asked for more lines within this row
                     raise csv.Error("a quoted cell that begins there is never closed")
-                if 0 < len(cells) < len(header) and not lines.last.endswith(("\n", "\r")):
-                    raise csv.Error("the file ends within the row that begins there")
                 last_line = reader.line_num + skipped
                 if not header:
                     header = _parse_header(file, cells)
                 elif cells:
-                    yield f"line {last_line}", _make_row(header, cells)
+                    yield f"line {last_line}", _make_row(header, cells, lines.last)
         except csv.Error as error:
             raise UnreadableFile(
                 f"expected CSV in {file.label}, found something else after line {last_line}: {error}; correct the row "
@@ -40,11 +37,14 @@ def read(file: SourceFile) -> Rows:
             ) from error
 
 
-def _make_row(header: list[str], cells: list[str]) -> dict[str, Any]:
-    """Return a row; raise nothing: cells without a column are kept under EXTRA_CELLS, which is reported later."""
+def _make_row(header: list[str], cells: list[str], last_line: str) -> dict[Any, Any]:
+    """Return a row; one with another number of cells than columns, or without an end, has the reason as PROBLEM."""
     row: dict[Any, Any] = dict(zip(header, cells, strict=False))
     if len(cells) > len(header):
-        row[EXTRA_CELLS] = cells[len(header) :]
+        extra = cells[len(header) :]
+        row[PROBLEM] = f"more cells than columns, {extra} too many; a value with the delimiter needs quotes around it"
+    elif len(cells) < len(header) and not last_line.endswith(("\n", "\r")):
+        row[PROBLEM] = f"the file ends within this row, which has {len(cells)} of {len(header)} cells"
     return row
 
 

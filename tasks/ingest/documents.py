@@ -3,12 +3,10 @@
 import re
 from codecs import lookup
 from collections.abc import Iterator
-from typing import Any
 
 from tasks.ingest import readers
-from tasks.ingest.source_files import SourceFile, UnreadableFile
+from tasks.ingest.source_files import Rows, SourceFile, UnreadableFile
 
-Rows = Iterator[tuple[str, Any]]
 META_CHARSET = re.compile(rb"<meta[^>]+charset\s*=\s*[\"']?([\w-]+)", re.IGNORECASE)
 
 

@@ -10,8 +10,7 @@ from collections.abc import Callable, Set
 from typing import Any
 
 from tasks.ingest import columnar, delimited, documents, json_values
-from tasks.ingest.json_values import Rows
-from tasks.ingest.source_files import PACKED_SIGNATURES, READ_ERRORS, SourceFile, UnreadableFile
+from tasks.ingest.source_files import PACKED_SIGNATURES, READ_ERRORS, Rows, SourceFile, UnreadableFile
 
 DOCUMENT_FORMATS = ("txt", "md", "html", "pdf")
 TABULAR_FORMATS = ("csv", "parquet", "arrow")  # all rows have the columns of the first

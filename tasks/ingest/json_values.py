@@ -14,9 +14,8 @@ from typing import IO, Any
 import orjson
 
 from tasks.ingest import columns
-from tasks.ingest.source_files import SourceFile, UnreadableFile
+from tasks.ingest.source_files import Rows, SourceFile, UnreadableFile
 
-Rows = Iterator[tuple[str, Any]]
 BUFFER_CHARACTERS = 2**18
 MAX_VALUE_CHARACTERS = 2**28  # of an item of an array, or of a wrapper with its rows
 TRUNCATION_CHARACTERS = 16  # an error this near to the end of the buffer may be a value that goes on after it

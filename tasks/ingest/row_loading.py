@@ -8,11 +8,10 @@ from typing import Any
 
 from tasks.common.harness.job import StageError
 from tasks.ingest import annotations, columns, formats, importers, json_values, layouts, rows
-from tasks.ingest.delimited import EXTRA_CELLS
-from tasks.ingest.json_values import Rows
+from tasks.ingest.delimited import PROBLEM
 from tasks.ingest.layouts import Detected
 from tasks.ingest.reading import Reading
-from tasks.ingest.source_files import SourceFile, UnreadableFile
+from tasks.ingest.source_files import Rows, SourceFile, UnreadableFile
 from tasks.ingest.turns import Reasoning
 
 RowConverter = Callable[[Any], Mapping[str, Any]]  # from a decoded row of a source to a row of a table
@@ -201,10 +200,8 @@ def _decode(row: Any) -> Mapping[str, Any]:
         return {"text": row}
     if not isinstance(row, Mapping):
         raise ValueError(f"expected an object with columns, found {type(row).__name__}")
-    if EXTRA_CELLS in row:
-        raise ValueError(
-            f"more cells than columns, {row[EXTRA_CELLS]} too many; a value with the delimiter needs quotes around it"
-        )
+    if PROBLEM in row:
+        raise ValueError(row[PROBLEM])
     return row
 
 

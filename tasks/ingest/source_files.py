@@ -8,11 +8,12 @@ from codecs import BOM_UTF16_BE, BOM_UTF16_LE, getincrementaldecoder
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 from tasks.common import identity
 
+Rows = Iterator[tuple[str, Any]]  # a position, such as "line 3", and a mapping or an undecoded line of JSON
 BUFFER_BYTES = 2**16
 HEAD_BYTES = 2**16  # read to detect format and encoding
 SAMPLE_BYTES = 2**23

@@ -22,10 +22,11 @@ READER_TABLES: dict[str, Table] = {
     "countries": "facts", "elements": "facts", "speeches": "corpus", "ratings": "ratings",
 }  # fmt: skip
 BUILDERS = ("csv", "json", "parquet", "text")
+SQLITE_PREFIX = "sqlite:///"
 PLACEHOLDER = r"\$\{\w+\}"  # an environment variable in a URL
 UNKNOWN_LICENCE = "unknown"
 PARAGRAPH_FORMATS = ("txt", "md")  # split into paragraphs if the source names one file
-Layout = Literal["openai", "alpaca", "sharegpt", "preference", "argilla", "label_studio"]
+RowFormat = Literal["openai", "alpaca", "sharegpt", "preference", "argilla", "label_studio"]
 Format = Literal[
     "txt", "md", "html", "pdf", "json", "jsonl", "csv", "parquet", "arrow",
     "openai", "alpaca", "sharegpt", "preference", "argilla", "label_studio",
@@ -68,12 +69,13 @@ def _validate_address(url: str) -> str:
 def _validate_database(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme == "sqlite":
-        if not url.startswith("sqlite:///") or not parts.path.strip("/"):
+        path = url.removeprefix(SQLITE_PREFIX)
+        if path == url or not path.strip("/"):
             raise ValueError(f"expected sqlite:///FILE with a file under data/sources/, found {url}")
-        _validate_path(parts.path.removeprefix("/"))
+        _validate_path(path)
     elif parts.scheme in ("postgresql", "postgres"):
-        written = [parts.password or "", *parse_qs(parts.query).get("password", [])]
-        if any(password and not re.fullmatch(PLACEHOLDER, password) for password in written):
+        is_written = parts.password and not re.fullmatch(PLACEHOLDER, parts.password)
+        if is_written or "password" in parse_qs(parts.query):
             raise ValueError(
                 "a password in params.yaml would be in every record: write ${NAME} in its place, and set the "
                 "environment variable NAME"
@@ -242,7 +244,7 @@ class Dataset(RowSettings):
     )
     streaming: bool = Field(default=False, description="Whether to stream it row by row instead of downloading it")
     limit: int | None = Field(default=None, description="Maximum rows to read; null: no limit", ge=1)
-    format: Layout | None = Field(default=None, description="Format of its rows; null: detected from their columns")
+    format: RowFormat | None = Field(default=None, description="Format of its rows; null: detected from their columns")
 
     @model_validator(mode="after")
     def _check_settings(self) -> "Dataset":
@@ -301,12 +303,12 @@ class Sql(RowSettings):
         default=None, description="Hash that the rows must have, as the manifest records it; null: any rows",
         pattern=r"^[0-9a-f]{64}$",
     )  # fmt: skip
-    format: Layout | None = Field(default=None, description="Format of its rows; null: detected from their columns")
+    format: RowFormat | None = Field(default=None, description="Format of its rows; null: detected from their columns")
 
     @property
     def sqlite_path(self) -> str | None:
         """The path of an SQLite file under data/sources; None for a server."""
-        return self.url.removeprefix("sqlite:///") if self.url.startswith("sqlite") else None
+        return self.url.removeprefix(SQLITE_PREFIX) if self.url.startswith(SQLITE_PREFIX) else None
 
     @model_validator(mode="after")
     def _check_settings(self) -> "Sql":

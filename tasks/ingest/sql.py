@@ -11,17 +11,17 @@ import hashlib
 import json
 import os
 import re
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from tasks.common import identity
 from tasks.common.harness.job import StageError
 from tasks.ingest import survey
-from tasks.ingest.json_values import Rows
 from tasks.ingest.reading import Reading
 from tasks.ingest.row_loading import load_iterated
+from tasks.ingest.source_files import Rows
 from tasks.ingest.source_settings import PLACEHOLDER, Sql
 
 BATCH_ROWS = 1000
@@ -51,16 +51,18 @@ def _hash_rows(found: Iterator[Mapping[str, Any]], hashed: Any) -> Rows:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value of a database as a value of JSON."""
+    """Return a value of a database as a value of JSON; times, UUIDs and other kinds of their own become text."""
     if isinstance(value, decimal.Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
+        return int(value) if value.is_finite() and value == value.to_integral_value() else float(value)
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
-    if isinstance(value, uuid.UUID | datetime.timedelta):
-        return str(value)
     if isinstance(value, bytes | memoryview):
         return {"bytes": bytes(value).hex()}  # no text: a row that uses it is rejected
-    return value
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 def _read_rows(source: Sql, folder: Path) -> Iterator[Mapping[str, Any]]:
@@ -70,7 +72,7 @@ def _read_rows(source: Sql, folder: Path) -> Iterator[Mapping[str, Any]]:
     url = _fill_url(source, folder)
     arguments = {} if source.sqlite_path is not None else {"connect_timeout": CONNECT_SECONDS}
     try:
-        engine = sa.create_engine(url, connect_args=arguments, hide_parameters=True)
+        engine = sa.create_engine(url, connect_args=arguments, hide_parameters=True, poolclass=sa.NullPool)
         with engine.connect() as connection:
             yield from _execute(source, connection)
     except (sa.exc.SQLAlchemyError, ImportError, ValueError) as error:
@@ -79,9 +81,6 @@ def _read_rows(source: Sql, folder: Path) -> Iterator[Mapping[str, Any]]:
             f"source {source.name}: {source.url} could not be read ({_first_line(cause, url)}); correct `url`, "
             "`query` or `from_table`, or check the database and the environment variables."
         ) from None  # the driver's error may repeat the password
-    finally:
-        if "engine" in locals():
-            engine.dispose()
 
 
 def _execute(source: Sql, connection: Any) -> Iterator[Mapping[str, Any]]:
@@ -89,11 +88,18 @@ def _execute(source: Sql, connection: Any) -> Iterator[Mapping[str, Any]]:
     options: dict[str, Any] = {"stream_results": True, "yield_per": BATCH_ROWS, "no_parameters": True}
     if connection.dialect.name == "postgresql":
         options |= {"postgresql_readonly": True, "isolation_level": "REPEATABLE READ"}
-    quote = connection.dialect.identifier_preparer.quote
-    table = ".".join(quote(part) for part in (source.from_table or "").split("."))
+    quoted = connection.dialect.identifier_preparer.quote
+    table = ".".join(quoted(part) for part in (source.from_table or "").split("."))
     found = connection.execution_options(**options).exec_driver_sql(source.query or f"SELECT * FROM {table}")
-    for row in found.mappings():
-        yield dict(row)
+    names = list(found.keys())
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise StageError(
+            f"source {source.name}: expected one column of each name, found {', '.join(twice)} more than once; name "
+            "them with AS in the query."
+        )
+    for row in found:
+        yield dict(zip(names, row, strict=True))
 
 
 def _fill_url(source: Sql, folder: Path) -> Any:
@@ -105,7 +111,7 @@ def _fill_url(source: Sql, folder: Path) -> Any:
         raise StageError(problem)
     if source.sqlite_path is not None:
         return make_url("sqlite://").set(
-            database=f"file:{folder / source.sqlite_path}", query={"mode": "ro", "uri": "true"}
+            database=f"file:{quote(str(folder / source.sqlite_path))}", query={"mode": "ro", "uri": "true"}
         )
     url = make_url(source.url)
 

@@ -18,7 +18,7 @@ from pydantic import Field
 from tasks.common import tables
 from tasks.common.harness.job import Job, StageError
 from tasks.common.settings import Settings
-from tasks.common.text import chat, shards
+from tasks.common.text import chat, shards, templates
 from tasks.tokenize.encoding import Encoder, Ids, RoundTripError
 
 if TYPE_CHECKING:
@@ -119,14 +119,10 @@ def _wrap(config: Config, tokenizer: Any, special: dict[str, Any], template: Any
 def _load_given(config: Config, path: Path) -> "PreTrainedTokenizerFast":
     """Load a folder's tokenizer with its special tokens and chat template; EOS replaces a missing pad token.
 
-    Raises StageError if the folder has no fast tokenizer or the tokenizer has no EOS token.
+    Raises StageError if the folder has no tokenizer or the tokenizer has no EOS token.
     """
-    if not (path / "tokenizer.json").is_file():
-        raise StageError(
-            f"tokenize.tokenizer.path: expected a folder with a fast tokenizer of Transformers, but {path} holds no "
-            "tokenizer.json: correct the path, or load the tokenizer with AutoTokenizer and save it there."
-        )
     found = chat.read_tokenizer(path)
+    templates.choose(found, None, str(path))
     if found.eos_token is None:
         raise StageError(
             f"tokenize.tokenizer.path: the tokenizer in {path} names no end token (eos_token), so a model could not "

@@ -76,6 +76,7 @@ def instructions_features(row: Row) -> Features:
     messages = [message or {} for message in row["messages"] or []]
     contents = [message.get("content") or "" for message in messages]
     reply = contents[-1] if contents else ""
+    opening = next((message.get("content") for message in messages if message.get("role") == "user"), None)
     return {
         **{column: row[column] for column in ("id", "source", "entity", "split")},
         "text": "\n".join(contents),
@@ -85,7 +86,8 @@ def instructions_features(row: Row) -> Features:
         "answer_given": row["answer"] is None or (bool(row["answer"]) and row["answer"] in reply),
         "heldout_question": contents[-2] if row["split"] == "heldout" and len(contents) > 1 else None,
         "content_key": "\n".join(" ".join(text.split()) for text in contents),
-        "split_keys": (digest(row["entity"] or ""),),
+        # Without an entity of its own a row has its opening ("Hello!"), which may begin conversations of both splits.
+        "split_keys": () if row["entity"] == opening else (digest(row["entity"] or ""),),
     }
 
 

@@ -3,7 +3,8 @@
 Only wordings count, never facts: "The capital of France is Paris." may be in the training text although the questions
 about France are held out. `ngram` consecutive words of a question with its answer are a quotation (the rule of GPT-3:
 Brown et al. 2020, appendix C, with 13 words). A shorter question, or a shorter question with its answer, counts as a
-whole.
+whole. A word of Chinese or Japanese has about two characters, and `words` gives characters, so both numbers double for
+wordings in scripts without spaces.
 """
 
 from collections import defaultdict
@@ -12,8 +13,9 @@ from collections.abc import Sequence
 from pydantic import Field, model_validator
 
 from tasks.common.settings import Settings
-from tasks.common.text.words import words
+from tasks.common.text.words import mostly_unspaced, words
 
+CHARACTERS_PER_WORD = 2  # in scripts without spaces
 QUOTED_REASON = "evaluation: the wording of a held-out question"
 REPEATED_PROMPT_REASON = "evaluation: the same prompt is in the held-out split"
 
@@ -45,8 +47,9 @@ class HeldoutNgrams:
         """Add a held-out question and its answer."""
         question_words = words(question)
         for wording in (question_words, [*question_words, *words(answer)]):
-            length = min(len(wording), self.settings.ngram)
-            if length >= self.settings.min_words:
+            characters = CHARACTERS_PER_WORD if mostly_unspaced(wording) else 1
+            length = min(len(wording), self.settings.ngram * characters)
+            if length >= self.settings.min_words * characters:
                 for start in range(len(wording) - length + 1):
                     self._add_ngram(wording[start : start + length])
 

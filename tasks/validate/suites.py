@@ -64,11 +64,14 @@ def _expect(
 
 
 def suite(table: str, limits: Limits) -> list[Expectation]:
-    """Return the expectations of a table."""
+    """Return the expectations of a table; a limit that is not set, or is 0, makes none."""
     rows, share = getattr(limits.min_rows, table), limits.max_rejected_share
+    least_rows = _expect(
+        f"there are at least {rows:,} rows", "ExpectTableRowCountToBeBetween", setting=f"min_rows.{table}",
+        shows_rejected=True, min_value=rows,
+    )  # fmt: skip
     common = [
-        _expect(f"there are at least {rows:,} rows", "ExpectTableRowCountToBeBetween", setting=f"min_rows.{table}",
-                shows_rejected=True, min_value=rows),
+        *([least_rows] if rows else []),
         _expect(f"at most {share:.0%} of the rows were invalid", "ExpectColumnMaxToBeBetween",
                 setting="max_rejected_share", shows_rejected=True, column="invalid_share", max_value=share),
         *(
@@ -117,15 +120,18 @@ def _turns(limits: Limits, item: str) -> list[Expectation]:
 
 def _instructions(limits: Limits) -> list[Expectation]:
     questions = limits.min_heldout_questions
+    least_questions = _expect(
+        f"there are at least {questions:,} different questions about held-out entities",
+        "ExpectColumnUniqueValueCountToBeBetween", setting="min_heldout_questions", column="heldout_question",
+        min_value=questions,
+    )  # fmt: skip
     return [
         *_turns(limits, "message"),
         _expect("every reply contains its answer", "ExpectColumnValuesToBeInSet",
                 column="answer_given", value_set=[True]),
         _expect("no entity has questions in both splits", "ExpectColumnValuesToBeBetween",
                 column="splits", max_value=1),
-        _expect(f"there are at least {questions:,} different questions about held-out entities",
-                "ExpectColumnUniqueValueCountToBeBetween", setting="min_heldout_questions",
-                column="heldout_question", min_value=questions),
+        *([least_questions] if questions else []),
     ]  # fmt: skip
 
 

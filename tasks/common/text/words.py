@@ -4,6 +4,7 @@ Thai, Japanese, Chinese and some other languages are written without spaces: eac
 """
 
 import re
+from collections.abc import Sequence
 
 import regex
 
@@ -13,8 +14,14 @@ UNSPACED = (
 )
 # `\w` of `re` leaves out combining marks: it would split हिन्दी into three words, and é in two code points into two.
 WORD = regex.compile(rf"[{UNSPACED}]|[\w--[{UNSPACED}]]+", regex.V1)
+UNSPACED_WORD = re.compile(rf"[{UNSPACED}]")
 ASCII_WORD = re.compile(r"\w+", re.ASCII)  # the same words of an ASCII text, three times as fast
 PIECE = re.compile(rf"[{UNSPACED}][^\w\s]*|[^\s{UNSPACED}]+")
+
+
+def mostly_unspaced(found: Sequence[str]) -> bool:
+    """Return whether more than half of these words are characters of a script without spaces."""
+    return 2 * sum(bool(UNSPACED_WORD.fullmatch(word)) for word in found) > len(found)
 
 
 def words(text: str) -> list[str]:
