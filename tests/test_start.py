@@ -134,7 +134,17 @@ class TestPipeline:
             (["corpus"], checkpoint(), {"pretrain@causal", "quantize@chat"}),
             (["corpus"], None, {"pretrain@causal", "quantize@chat"}),
             (["corpus", "instructions"], None, {"pretrain@causal", "finetune@chat", "quantize@chat"}),
-            (["labels"], checkpoint("masked"), {"finetune@labels", "quantize@encoder"}),
+            (["labels"], checkpoint("masked"), {"finetune@labels", "quantize@classifier"}),
+            (["labels"], checkpoint(), {"finetune@labels", "quantize@classifier"}),
+            (["corpus"], checkpoint("masked"), {"pretrain@masked", "quantize@encoder"}),
+            (
+                ["corpus", "labels"], checkpoint("masked"),
+                {"pretrain@masked", "finetune@labels", "quantize@classifier"},
+            ),
+            (
+                ["rankings", "labels"], checkpoint(),
+                {"align@policy", "finetune@labels", "quantize@chat", "quantize@classifier"},
+            ),
         ],
     )  # fmt: skip
     def test_only_the_stages_that_the_files_ask_for(
@@ -170,6 +180,10 @@ class TestPipeline:
                 Brought(checkpoint("masked"), {"instructions": table()}),
                 "mine is a masked model, which cannot answer conversations",
             ),
+            (
+                Brought(checkpoint(), {"instructions": table(), "labels": table()}),
+                "--labels and --conversations both fill the table instructions",
+            ),
         ],
     )
     def test_what_makes_no_model_is_refused(self, brought: Brought, sentence: str) -> None:
@@ -191,7 +205,7 @@ class TestParamsText:
         assert all(len(line) <= 120 for line in text.splitlines() if "y, z" not in line)
 
     def test_longest_pipeline_fits_forty_lines(self) -> None:
-        tables = {name: table() for name in ("corpus", "instructions", "rankings", "labels")}
+        tables = {name: table() for name in ("corpus", "instructions", "rankings")}
         planned = design(Brought(checkpoint(), tables), MACHINE)
         assert len(params_text.render("everything", planned.sections).splitlines()) <= params_text.MAX_LINES
 

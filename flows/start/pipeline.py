@@ -35,11 +35,11 @@ class Design:
 
 
 class Designer:
-    """Builds the graph step by step; `model` is the folder of the last causal model so far."""
+    """Builds the graph step by step; the folders are those of the last models so far."""
 
     def __init__(self, brought: Brought, machine: Machine) -> None:
         self.brought, self.machine, self.design = brought, machine, Design()
-        self.model = self.encoder = ""
+        self.model = self.encoder = self.classifier = ""
         self.parameters = 0
         self.context = 0
 
@@ -91,9 +91,10 @@ class Designer:
 
     def pretrain(self, corpus: Table) -> None:
         """Train a new model on the corpus, or continue the checkpoint's training."""
-        if self.model:
+        start = self.model or self.encoder
+        if start:
             window = min(self.context, 256)
-            model: dict[str, Any] = {"name": "from", "path": self.model}
+            model: dict[str, Any] = {"name": "from", "path": start}
             rate, epochs, batch = 5.0e-5, EPOCHS["continue"], 8
         else:
             characters = corpus.rows * corpus.mean_characters
@@ -105,7 +106,7 @@ class Designer:
             model = {"name": "new", "path": "data/tokenize/tokenizer", **shape}
             self.parameters = vocabulary * hidden + layers * (4 * hidden**2 + 3 * hidden * 4 * hidden)
             rate, epochs, batch = 2.0e-3, EPOCHS["pretrain"], 32
-        objective = "masked" if self.brought.encoder and not self.model else "causal"
+        objective = "masked" if self.encoder or (self.brought.encoder and not self.model) else "causal"
         windows = Table(ceil(corpus.tokens / window), window * CHARACTERS_PER_TOKEN, 0, ())
         entry = {
             "objective": objective, "model": model, "window": window, "batch": batch,
@@ -131,14 +132,14 @@ class Designer:
 
     def classify(self, labels: Table) -> None:
         """Train a classifier of the labels on the encoder, or else on the causal model."""
-        tokens = min(labels.mean_characters / CHARACTERS_PER_TOKEN, self.context)
+        tokens = min(labels.mean_characters / CHARACTERS_PER_TOKEN, self.context, MAX_TOKENS)
         entry = {
             "model": self.encoder or self.model, "task": {"name": "classification"}, **self.method(),
-            "too_long": "truncate", "batch": 16,
+            "max_tokens": min(self.context, MAX_TOKENS), "too_long": "truncate", "batch": 16,
             "steps": self.steps("finetune@labels", EPOCHS["labels"], labels, 16, tokens),
             "optimizer": self.optimizer(1.0e-4, 5.0e-4),
         }  # fmt: skip
-        self.encoder = self.add("finetune", "labels", entry)
+        self.classifier = self.add("finetune", "labels", entry)
 
     def align_by_ppo(self, rankings: Table) -> None:
         """Train a reward model and a judge, and optimize the policy with PPO."""
@@ -199,9 +200,13 @@ def design(brought: Brought, machine: Machine) -> Design:
         by_ppo = brought.align == "ppo" and "instructions" in tables
         (builder.align_by_ppo if by_ppo else builder.align_by_dpo)(tables["rankings"])
         evaluated["policy"] = builder.model
+    parts = {"chat": builder.model, "encoder": builder.encoder}
     if "labels" in tables:
         builder.classify(tables["labels"])
-    parts = {part: folder for part, folder in (("chat", builder.model), ("encoder", builder.encoder)) if folder}
+        evaluated["labels"] = builder.classifier
+        # Whoever brings labels asks for a classifier; the model that it starts from is served if it learnt to answer.
+        parts = {"chat": builder.model if len(evaluated) > 2 else "", "classifier": builder.classifier}
+    parts = {part: folder for part, folder in parts.items() if folder}
     builder.design.sections |= ending(evaluated, parts, builder.context, large=builder.low_rank)
     return builder.design
 
@@ -241,6 +246,11 @@ def _check(brought: Brought) -> None:
         raise BessemerError(
             f"{checkpoint.path} is a masked model, which cannot answer conversations: use a causal model, or leave "
             "out --conversations and --preferences."
+        )
+    if {"labels", "instructions"} <= tables.keys():
+        raise BessemerError(
+            "--labels and --conversations both fill the table instructions, and every answer would become a label: "
+            "make a project of each."
         )
 
 

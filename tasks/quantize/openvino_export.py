@@ -32,7 +32,7 @@ HEAD_FAMILIES = ("falcon", "mixtral", "stablelm")
 
 
 def export_float32(source: Path, target: Path, kind: str) -> None:
-    """Export a folder of a kind in KINDS to OpenVINO in float32; raise StageError if Optimum does not know the family."""
+    """Export a folder of a kind in KINDS to OpenVINO in float32; raise StageError if Optimum lacks the family."""
     with _suppress_export_output():
         register_families()
         model_class = _model_class(kind)
