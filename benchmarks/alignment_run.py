@@ -12,7 +12,7 @@ from benchmarks.mixing_run import make_job
 from tasks.align import stage as align
 from tasks.common import tables
 from tasks.common.harness.records import write_json
-from tasks.compare import stage as compare
+from tasks.compare import preferences
 from tasks.evaluate import stage as evaluate
 
 TUNED_ANSWERS = Path("data/evaluate/tuned/answers")
@@ -31,7 +31,8 @@ def main() -> None:
     evaluate_job.inputs["model"] = job.outputs["model"]
     figures = evaluate.run(evaluate_settings, evaluate_job)
     answers = [tables.read(path).to_pylist() for path in (TUNED_ANSWERS, evaluate_job.outputs["answers"])]
-    wins = compare.win_rate(answers[0], answers[1])
+    pairs = preferences.pair_replies(answers[0], answers[1])
+    wins = preferences.win_rate(pairs, preferences.by_score(pairs))
     write_json(Path(request["result"]), {**align_metrics, **figures, **wins, "seconds": seconds})
 
 

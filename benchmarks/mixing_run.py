@@ -10,6 +10,7 @@ from benchmarks import harness
 from tasks.common.harness.job import Job, declared_inputs, declared_outputs, stage_of
 from tasks.common.harness.records import write_json
 from tasks.common.model_graph import links_of
+from tasks.common.params_file import sections_of
 from tasks.common.raw_params import read_params
 from tasks.common.settings import Checkpoints, Numerics, Settings
 from tasks.evaluate import stage as evaluate
@@ -26,9 +27,9 @@ def make_job(module: Any, key: str | None, config: Settings, request: dict[str, 
     inputs = {name: Path(path) for name, path in declared.items()}
     checkpoints = Checkpoints(url=str(scratch / "checkpoints"), every_seconds=1e9)
     stage = stage_of(module)
-    return Job(
-        stage, key, inputs, outputs, seed, Numerics.model_validate(request["numerics"]), "benchmark", checkpoints
-    )
+    numerics = Numerics.model_validate(request["numerics"])
+    sections = sections_of(module, read_params(), key)
+    return Job(stage, key, inputs, outputs, seed, numerics, "benchmark", checkpoints, sections=sections)
 
 
 def main() -> None:

@@ -25,7 +25,6 @@ FILES, TRIAL_FILES = 100_000, 1000
 GROWTH_FACTOR = 4
 VOCABULARY, POOL_WORDS = 20_000, 500_000
 WORDS_PER_TEXT = (40, 300)
-FILE_WORDS = 100
 
 
 def check() -> None:
@@ -40,7 +39,9 @@ def threads() -> int:
 def measure(*, trial: bool) -> Measurements:
     """Measure each kind of source at its size, and memory at that size against a quarter of it."""
     size, files = (TRIAL_BYTES, TRIAL_FILES) if trial else (BYTES, FILES)
-    measured = Measurements(notes=[f"{size / 1e6:,.0f} MB in one file; {files:,} files of {FILE_WORDS} words"])
+    shortest, longest = WORDS_PER_TEXT
+    note = f"{size / 1e6:,.0f} MB in one file; {files:,} files of {shortest} to {longest} words"
+    measured = Measurements(notes=[note])
     for name, target in (("texts.jsonl", ">= 20"), ("texts.json", None), ("texts.csv", None), ("texts.jsonl.gz", None)):
         add_file(measured, name, size, target)
     for name in ("chats.jsonl", "pairs.jsonl"):
@@ -154,6 +155,5 @@ def write_folder(path: Path, count: int) -> int:
     for number, text in zip(range(count), texts(count * 10_000), strict=False):
         folder = path / f"{number // 1000:04}"
         folder.mkdir(parents=True, exist_ok=True)
-        content = " ".join(text.split()[:FILE_WORDS])
-        written += (folder / f"{number}.txt").write_text(f"{number}. {content}\n", encoding="utf-8")
+        written += (folder / f"{number}.txt").write_text(text, encoding="utf-8")
     return written

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from tasks.common.defaults import choose_class, default_of, ordered_fields, sections, with_defaults
 from tasks.common.raw_params import read_params
-from tasks.common.settings import ENTRY_STAGES, Settings, SettingsError
+from tasks.common.settings import ENTRY_SECTIONS, Settings, SettingsError
 
 FILE = "params.yaml"
 INDENT = "  "
@@ -67,9 +67,9 @@ def lines_of(params: dict[str, Any]) -> Iterator[Line]:
     for name, kind in sections().items():
         explicit, value = params.get(name) or {}, complete.get(name) or {}
         yield Line((name,), heading=True)
-        if name not in ENTRY_STAGES:
+        if name not in ENTRY_SECTIONS:
             yield from _group_lines(kind, (name,), explicit, value)
-        for key, entry in value.items() if name in ENTRY_STAGES else ():
+        for key, entry in value.items() if name in ENTRY_SECTIONS else ():
             yield Line((name, key), heading=True)
             if group := choose_class(kind, entry):
                 yield from _group_lines(group, (name, key), explicit[key], entry)

@@ -7,7 +7,7 @@ from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic.fields import FieldInfo
 
 from tasks.common.defaults import DISCRIMINATORS, default_of, ordered_fields, sections, settings_classes
-from tasks.common.settings import ENTRY_STAGES, Settings
+from tasks.common.settings import ENTRY_SECTIONS, Settings
 
 HEAD = """# Settings
 
@@ -43,7 +43,7 @@ def _classes() -> dict[str, Group]:
     """Return the class of each section by heading; a section with entries has a heading per class of its entries."""
     return {
         f"{name}.ENTRY{f': {_discriminator(kind)}' if _discriminator(kind) else ''}"
-        if name in ENTRY_STAGES
+        if name in ENTRY_SECTIONS
         else name: kind
         for name, annotation in sections().items()
         for kind in settings_classes(annotation)

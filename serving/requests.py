@@ -246,10 +246,19 @@ class ChatRequest(OpenAIRequest):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
+def _one_prompt(value: Any) -> Any:
+    """Return the text of a list of one; other lists are token ids or several prompts, which are not supported."""
+    if isinstance(value, list):
+        if len(value) != 1 or not isinstance(value[0], str):
+            raise PydanticCustomError("part", "must be one text: token ids and several prompts are not supported")
+        return value[0]
+    return value
+
+
 class CompletionRequest(OpenAIRequest):
     """OpenAI's completion request: a text to continue."""
 
-    prompt: Text
+    prompt: Annotated[Text, BeforeValidator(_one_prompt)]
 
 
 def parse(model: type[Model], body: bytes) -> Model:

@@ -156,7 +156,9 @@ DECODERS = {
     "gpt_neox": Family("gpt_neox", bos=False),
     "opt": Family("opt", changes=_opt),
     "falcon": Family("falcon", bos=False, changes=lambda shape: {"multi_query": True, "parallel_attn": True}),
-    "stablelm": Family("stablelm", bos=False, changes=_grouped),
+    "stablelm": Family(
+        "stablelm", bos=False, changes=lambda shape: {**_grouped(shape), "partial_rotary_factor": 0.5}
+    ),
     "mixtral": Family("mixtral", "fallback", LLAMA2, changes=_experts(("num_local_experts", "num_experts_per_tok"))),
     "olmoe": Family("olmoe", bos=False, changes=_experts(("num_experts", "num_experts_per_tok"))),
 }  # fmt: skip

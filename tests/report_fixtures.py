@@ -195,7 +195,11 @@ def _evaluation(project: Path) -> None:
         "parameters": 2_000_000, "bytes": 8_000_000, "exact_match_seen": 0.975, "exact_match_heldout": 0.9,
         "exact_match_seen_interval": [0.96, 0.99], "exact_match_heldout_interval": [0.85, 0.95], "perplexity": 20.0,
         "bits_per_byte": 1.75,
-        "reward_mean": 0.5, "reward_std": 0.9, "distinct_2": 0.4,
+        "reward_mean": 0.5, "reward_std": 0.9, "distinct_2": 0.4, "answer_loss": 1.234,
+        "answer_loss_interval": [1.1, 1.4],
+        "abstained_out_of_scope": 0.955, "my_task": {"acc": 0.512, "acc_stderr": 0.0123, "samples": 20},
+        "wide": {"bits_per_byte": 1.5}, "by_seen_text": {"exact_match_heldout": {
+            "nearly": {"value": 0.95, "items": 60}, "unseen": {"value": 0.75, "items": 12}}},
     }  # fmt: skip
     encoder = {"parameters": 1_000_000, "bytes": 4_000_000, "masked_names": 0.93, "masked_names_interval": [0.9, 0.96]}
     won = {"against": "tuned", "win_rate": 0.715, "win_rate_interval": [0.65, 0.78]}
@@ -212,12 +216,18 @@ def _evaluation(project: Path) -> None:
     gates = [
         {"metric": "masked_names", "model": "encoder", "min": 0.9, "value": 0.93, "passed": True},
         {"metric": "reward_mean", "model": "policy", "against": "tuned", "min": 2.0, "value": 1.25, "passed": False},
+        {"metric": "chrf", "model": "policy", "min": 0.2, "value": None, "passed": False, "reason": "no conversation"},
     ]
-    put(project / "metrics/evaluate.json", {"models": models, "gates": gates})
+    described = {
+        "wide": {"kind": "text", "applies_to": "Models with a corpus.", "absent": {"encoder": "no <corpus>"}},
+        "harness": {"kind": "harness", "applies_to": "Any task.", "absent": {}, "versions": {"lm_eval": "0.4.13"}},
+    }
+    put(project / "metrics/evaluate.json", {"models": models, "gates": gates, "evaluations": described})
     rate = {"from": "tuned", "to": "policy"}
     put(project / "data/compare/differences.json", [
         {**rate, "rate": "exact_match_seen", "change": -0.04, "interval": [-0.06, -0.02]},
         {**rate, "rate": "exact_match_heldout", "change": 0.01, "interval": [-0.01, 0.03]},
+        {**rate, "rate": "answer_loss", "change": -0.25, "interval": [-0.5, -0.125]},
     ])  # fmt: skip
     for index, model in enumerate(("tuned", "policy", "int8")):
         answers(project, model, [

@@ -12,6 +12,7 @@ from tasks.align.proximal import PpoTrainer
 from tasks.common import tables
 from tasks.common.harness.job import StageError
 from tasks.common.modelling import models
+from tasks.common.text import chat
 from tests.training_fixtures import NUMERICS, PPO, Chain, chain, config
 
 __all__ = ["chain"]
@@ -23,7 +24,10 @@ BOUNDS: dict[str, Any] = {
     "min_distinct_2_ratio": 0.5,
     "action": "rollback",
 }  # fmt: skip
-BASELINE = {"reward": 0.0, "kl": 0.0, "length": 10.0, "distinct_2": 0.8, "exact_match": 0.9}
+BASELINE = {
+    "reward": 0.0, "kl": 0.0, "length": 10.0, "distinct_2": 0.8, "repetition": 0.1, "exact_match": 0.9,
+    "answer_loss": 2.0,
+}  # fmt: skip
 
 
 def make_monitor() -> AlarmMonitor:
@@ -44,6 +48,10 @@ def make_monitor() -> AlarmMonitor:
         ({"reward": 1.0, "length": 21.0}, ["length 10.0 → 21.0 tokens"]),
         ({"reward": 1.0, "length": 4.0}, ["length 10.0 → 4.0 tokens"]),
         ({"reward": 1.0, "distinct_2": 0.39}, ["distinct-2 0.80 → 0.39"]),
+        ({"reward": 1.0, "repetition": 0.29, "answer_loss": 2.9}, []),
+        ({"reward": 1.0, "repetition": 0.31}, ["repetition 0.10 → 0.31"]),
+        ({"reward": 1.0, "answer_loss": 3.1}, ["loss of reference answers 2.00 → 3.10"]),
+        ({"reward": -1.0, "answer_loss": 9.0, "repetition": 0.9}, []),
         ({"reward": -1.0, "kl": 11.0}, ["KL 11.0 nats per reply"]),
         (
             {"reward": 1.0, "length": 21.0, "exact_match": 0.5},
@@ -90,7 +98,51 @@ def test_the_scorecard_has_heldout_questions(chain: Chain) -> None:
     replies = [f"The capital of {row['entity']} is {row['answer']}." for row in card.rows]
     assert card.accuracy(replies) == 1.0
     assert card.accuracy(["The capital of Kenya is Lima.", *replies[1:]]) == pytest.approx(2 / 3)
+    assert card.references == []
     assert Scorecard.of([], 3, lambda row: True).questions == []
+
+
+def test_without_short_answers_held_out_conversations_are_the_references(chain: Chain) -> None:
+    """Questions without answers are no questions of exact match."""
+    table = [{**row, "answer": None} for row in tables.read(chain.path("data/validate/instructions")).to_pylist()]
+    card = Scorecard.of(table, 3, lambda row: True)
+    assert card.questions == []
+    assert len(card.references) == 3
+    assert {row["split"] for row in card.references} == {"heldout"}
+
+
+def test_answer_loss_of_an_alignment_without_short_answers(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is measured at each check with the policy of that iteration, and equals a plain softmax at the first."""
+    import torch
+
+    settings = config("align@policy", iterations=2)
+    job = chain.job("align@policy", settings, tmp_path)
+    rows = [{**row, "answer": None} for row in tables.read(job.inputs["instructions"]).to_pylist()]
+    job.inputs["instructions"] = tmp_path / "instructions"
+    tables.write(rows, job.inputs["instructions"], tables.schema("instructions"))
+    checked: list[dict[str, float]] = []
+    check = AlarmMonitor.check
+
+    def record(self: AlarmMonitor, iteration: int, figures: dict[str, float], weights: Any) -> list[str]:
+        checked.append(dict(figures))
+        return check(self, iteration, figures, weights)
+
+    monkeypatch.setattr(AlarmMonitor, "check", record)
+    align.run(settings, job)
+    assert [("exact_match" in figures, "repetition" in figures) for figures in checked] == [(False, True)] * 2
+    path = chain.path("data/finetune/chat/model")
+    model: Any = models.load_decoder(path, NUMERICS).eval()
+    nats, tokens = 0.0, 0
+    for row in Scorecard.of(rows, 4, lambda row: True).references:
+        ids, mask = chat.encode_chat(chat.load_tokenizer(path), row["messages"])
+        with torch.no_grad():
+            logp = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0], -1)
+        nats -= sum(logp[t - 1, ids[t]].item() for t in range(1, len(ids)) if mask[t])
+        tokens += sum(mask)
+    assert checked[0]["answer_loss"] == pytest.approx(nats / tokens, rel=1e-4)
+    assert checked[1]["answer_loss"] != checked[0]["answer_loss"]
 
 
 # The stage

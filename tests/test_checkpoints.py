@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from tasks.align.halves import Halves
 from tasks.common import model_folder
 from tasks.common.generation import sampling
 from tasks.common.harness.job import StageError
-from tasks.common.modelling import loading, models
+from tasks.common.modelling import head_models, loading, models
+from tasks.common.reward.frozen import FrozenBackbone
 from tasks.common.text import chat, templates
 from tests.family_fixtures import Shape, write_family
 from tests.training_fixtures import NUMERICS
@@ -330,3 +332,35 @@ def test_class_that_transformers_lacks_is_named(tmp_path: Path) -> None:
     folder = write_family("olmo2", tmp_path)
     with pytest.raises(StageError, match="holds a olmo2 model, for which Transformers has no class for Sequence"):
         loading.load(AutoModelForSequenceClassification, folder, NUMERICS)
+
+
+# Models that differ from the settings
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
+def test_soft_caps_are_kept_whatever_attention_is_set(family: str, tmp_path: Path) -> None:
+    """The fused kernel has none: Transformers would leave them out."""
+    import torch
+
+    folder, ids = write_family(family, tmp_path), torch.arange(5, 60)[None]
+    fused = models.load_decoder(folder, NUMERICS.model_copy(update={"attention": "sdpa"})).eval()
+    assert fused.config._attn_implementation == ("eager" if family == "gemma2" else "sdpa")
+    with torch.no_grad():
+        expected = models.load_decoder(folder, NUMERICS).eval()(input_ids=ids).logits
+        torch.testing.assert_close(fused(input_ids=ids).logits, expected, atol=1e-4, rtol=0)
+
+
+def test_blocks_of_several_kinds_are_not_split_for_alignment(tmp_path: Path) -> None:
+    """Transformers finds a block's kind of attention by its position, which is another one in the upper half."""
+    model = models.load_decoder(write_family("gemma2", tmp_path / "mixed"), NUMERICS)
+    assert Halves.of(model, 1) is None
+    assert Halves.of(models.load_decoder(write_family("llama", tmp_path / "plain"), NUMERICS), 1) is not None
+
+
+def test_frozen_backbone_refuses_new_weights_below_the_head(tmp_path: Path) -> None:
+    """BERT's pooler is new too, and only the head would learn; the mean of the tokens needs no pooler."""
+    folder = write_family("bert", tmp_path)
+    tokenizer = chat.load_tokenizer(folder)
+    with pytest.raises(StageError, match=r"set method\.pooling to mean"):
+        FrozenBackbone(head_models.new_scorer(folder, NUMERICS, 1, layers=1), tokenizer, NUMERICS)
+    FrozenBackbone(head_models.new_scorer(folder, NUMERICS, 1, layers=1, token_level=True), tokenizer, NUMERICS)

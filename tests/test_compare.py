@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from tasks.common.evaluation.scorecard import METRICS
 from tasks.common.harness.job import Job, Link
+from tasks.common.harness.lineage import evaluated_ancestor, evaluations, model_before_alignment
 from tasks.common.harness.records import write_json
 from tasks.common.settings import Checkpoints
-from tasks.compare import gates
+from tasks.compare import gates, means, preferences
 from tasks.compare import stage as compare
 from tasks.compare.gates import Gate
-from tasks.compare.stage import interval, paired_difference, win_rate
 from tasks.evaluate import stage as evaluate
 from tests import training_fixtures
 from tests.training_fixtures import NUMERICS
@@ -37,17 +36,51 @@ GATES = [
 ]
 DECODERS = [name for name in FIGURES if "encoder" not in name]
 
-Answers = dict[str, list[tuple[str, bool]]]
+Answers = list[dict[str, Any]]
+
+
+def spec(kind: str = "greedy", split: str | None = "train", **changes: Any) -> dict[str, Any]:
+    """Return how a figure follows from rows: the rate of correct ones, unless changed."""
+    return {"rows": kind, "column": "correct", "split": split, "by": None, "rate": True, "scale": 1.0, **changes}
+
+
+SPECS = {
+    "exact_match": {"exact_match_seen": spec(), "exact_match_heldout": spec(split="heldout")},
+    "masked_names": {"masked_names": spec("masked")},
+}
+
+
+def described(figures: dict[str, Any]) -> dict[str, Any]:
+    """Return the evaluations of a model with these figures, as the stage `evaluate` records them."""
+    found = {
+        name: {"kind": name, "applies_to": "Models.", "means": specs}
+        for name, specs in SPECS.items()
+        if specs.keys() & figures.keys()
+    }
+    judge = {"judge": {"kind": "judge", "applies_to": "Models.", "means": {}}} if "reward_mean" in figures else {}
+    return {**found, **judge, "reward": {"kind": "reward", "applies_to": "Models.", "means": {}}}
 
 
 def answers(*by_entity: list[bool]) -> Answers:
-    """Return answers, right or wrong, entity by entity."""
-    return {f"e{e}": [(f"q{e}-{q}", right) for q, right in enumerate(row)] for e, row in enumerate(by_entity)}
+    """Return answer rows, right or wrong, entity by entity."""
+    return [
+        {"id": f"q{e}-{q}", "entity": f"e{e}", "kind": "greedy", "split": "train", "correct": right}
+        for e, row in enumerate(by_entity)
+        for q, right in enumerate(row)
+    ]
+
+
+def interval(rows: Answers) -> list[float]:
+    """Return the interval of the rate of correct rows."""
+    found = means.interval(rows, spec(), 500, 1)
+    assert found is not None
+    return found
 
 
 def check_gate(figures_by_model: dict[str, Any] = FIGURES, **gate: Any) -> dict[str, Any]:
     """Return a gate with its value and verdict."""
-    return gates.check(Gate.model_validate(gate), figures_by_model | OTHERS)
+    evaluated = {name: described(figures) for name, figures in figures_by_model.items()}
+    return gates.check(Gate.model_validate(gate), figures_by_model | OTHERS, evaluated)
 
 
 def figures_with(model: str, **figures: Any) -> dict[str, Any]:
@@ -85,27 +118,34 @@ def test_entities_weigh_by_their_questions() -> None:
 def test_interval_is_independent_of_row_order() -> None:
     """The order of the rows does not matter."""
     case = answers(*[[bool(n % 3), bool(n % 2)] for n in range(30)])
-    shuffled = dict(reversed(case.items()))
-    assert interval(case) == interval(shuffled)
+    assert interval(case) == interval(case[::-1])
 
 
 def rows(right: list[bool], kind: str = "greedy", split: str = "train") -> list[dict[str, Any]]:
     """Return answer rows about one entity each."""
+    evaluation = "masked_names" if kind == "masked" else "exact_match"
     return [
-        {"id": f"q{n}", "entity": f"e{n}", "kind": kind, "split": split, "correct": value}
+        {"id": f"q{n}", "entity": f"e{n}", "kind": kind, "split": split, "correct": value, "evaluation": evaluation}
         for n, value in enumerate(right)
     ]
+
+
+def paired_difference(before: Answers, after: Answers, resamples: int, **changes: Any) -> dict[str, Any]:
+    """Return the paired difference of the rate of correct rows, or of another figure."""
+    wanted = spec(**changes)
+    chosen = [means.select(rows, wanted, "exact_match") for rows in (before, after)]
+    return means.paired_difference(chosen[0], chosen[1], wanted, resamples, 1)
 
 
 def test_differences_are_paired() -> None:
     """Two models with the same mistakes have difference 0 with interval [0, 0]."""
     right = [n % 2 == 0 for n in range(40)]
-    assert paired_difference(rows(right), rows(right), ("greedy", "train"), 500, 1) == {
+    assert paired_difference(rows(right), rows(right), 500) == {
         "change": 0.0,
         "interval": [0.0, 0.0],
     }
     worse = [value and n != 0 for n, value in enumerate(right)]
-    difference = paired_difference(rows(right), rows(worse), ("greedy", "train"), 2000, 1)
+    difference = paired_difference(rows(right), rows(worse), 2000)
     assert difference["change"] == -0.025
     assert difference["interval"][0] <= -0.05
     assert difference["interval"][1] == 0.0
@@ -115,10 +155,34 @@ def test_differences_compare_the_same_questions() -> None:
     """Rows of other kinds or splits and questions to only one model do not count."""
     before = rows([True, False, True]) + rows([True] * 9, split="heldout") + rows([True] * 9, kind="sampled")
     after = rows([True, True])
-    assert paired_difference(before, after, ("greedy", "train"), 500, 1)["change"] == 0.5
+    assert paired_difference(before, after, 500)["change"] == 0.5
+
+
+def test_difference_of_ratios_is_over_the_items_of_both() -> None:
+    """Nats per token of two models with different tokenizers: each is divided by its own number of tokens."""
+    before = [{**row, "nats": 2.0 * n, "tokens": n + 1} for n, row in enumerate(rows([True] * 3))]
+    after = [{**row, "nats": 1.0 * n, "tokens": 2} for n, row in enumerate(rows([True] * 3))]
+    ratio = paired_difference(before, after, 300, column="nats", by="tokens", rate=False, scale=10.0)
+    assert ratio["change"] == pytest.approx(10 * (3 / 6 - 6 / 6))
+    assert ratio["interval"][0] <= ratio["change"] <= ratio["interval"][1]
+
+
+def test_figures_are_given_apart_by_seen_text() -> None:
+    groups = ["seen", "seen", "nearly", "unseen", "unseen", None]
+    table = [{**row, "seen_text": group} for row, group in zip(rows([True] * 3 + [False] * 3), groups, strict=True)]
+    assert means.by_seen_text(table, spec()) == {
+        "seen": {"value": 1.0, "items": 2}, "nearly": {"value": 1.0, "items": 1}, "unseen": {"value": 0.0, "items": 2},
+    }  # fmt: skip
+    assert means.by_seen_text([{**row, "seen_text": None} for row in table], spec()) == {}
 
 
 # The judge
+
+
+def win_rate(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the win rate of scored replies."""
+    pairs = preferences.pair_replies(before, after)
+    return preferences.win_rate(pairs, preferences.by_score(pairs))
 
 
 def judged_rows(scores: list[float], entities: int = 10**6, **changes: Any) -> list[dict[str, Any]]:
@@ -216,6 +280,7 @@ def test_a_figure_that_does_not_exist_fails(figures_by_model: Any, gate: dict[st
     result = check_gate(figures_by_model, **gate)
     assert result["value"] is None
     assert result["passed"] is False
+    assert "has no figure" in result["reason"] or "is 0, so nothing is relative to it" in result["reason"]
 
 
 def test_gate_rounds_before_comparing() -> None:
@@ -253,14 +318,14 @@ def test_models_are_listed_in_graph_order_and_then_as_in_the_file() -> None:
         served="data/quantize/chat/model", mine="models/mine", again="data/finetune/chat/model",
         base="data/pretrain/causal/model", tuned="data/finetune/chat/model",
     )  # fmt: skip
-    assert [link.key for link in compare.evaluations(ordered)] == ["mine", "base", "again", "tuned", "served"]
+    assert [link.key for link in evaluations(ordered)] == ["mine", "base", "again", "tuned", "served"]
 
 
 def test_a_model_is_compared_with_its_nearest_evaluated_ancestor() -> None:
     model_links = links(
         base="data/pretrain/causal/model", policy="data/align/policy/model", served="data/quantize/chat/model"
     )
-    ancestors = {link.key: compare.evaluated_ancestor(link, model_links) for link in compare.evaluations(model_links)}
+    ancestors = {link.key: evaluated_ancestor(link, model_links) for link in evaluations(model_links)}
     assert ancestors == {"base": None, "policy": "base", "served": "policy"}
 
 
@@ -269,7 +334,7 @@ def test_wins_are_over_the_chat_model_before_the_first_alignment() -> None:
     model_links = links(
         base="data/pretrain/causal/model", policy="data/align/policy/model", served="data/quantize/chat/model"
     )
-    assert [compare.model_before_alignment(link, model_links) for link in compare.evaluations(model_links)] == [
+    assert [model_before_alignment(link, model_links) for link in evaluations(model_links)] == [
         None,
         None,
         None,
@@ -279,7 +344,7 @@ def test_wins_are_over_the_chat_model_before_the_first_alignment() -> None:
         Link("evaluate@mine", ("models/mine",)), Link("evaluate@dpo", ("data/align/dpo/model",)),
         Link("evaluate@ppo", ("data/align/ppo/model",)),
     )  # fmt: skip
-    assert [compare.model_before_alignment(link, twice) for link in compare.evaluations(twice)] == [
+    assert [model_before_alignment(link, twice) for link in evaluations(twice)] == [
         None,
         "mine",
         "mine",
@@ -333,13 +398,21 @@ def make_job(
         evaluate._write_answers(table, inputs[f"answers of {key}"])
         write_json(
             inputs[f"record of evaluate@{key}"],
-            {"metrics": {"model": key, "kind": "masked" if masked else "causal", **figures}},
+            {
+                "metrics": {
+                    "model": key,
+                    "kind": "masked" if masked else "causal",
+                    "evaluations": described(figures),
+                    **figures,
+                }
+            },
         )
     for name, figures in OTHERS.items():
         write_json(inputs[f"record of {name}"], {"metrics": figures})
     outputs = {name: folder / Path(path).name for name, path in compare.OUTPUTS.items()}
     store = Checkpoints(url="memory://", every_seconds=1e9)
-    return Job("compare", None, inputs, outputs, 1, NUMERICS, "r", store, graph=graph)
+    sections = {"evaluations": training_fixtures.evaluations()}
+    return Job("compare", None, inputs, outputs, 1, NUMERICS, "r", store, graph=graph, sections=sections)
 
 
 def settings(resamples: int = 100) -> compare.Config:
@@ -354,8 +427,8 @@ def test_the_scorecard_shows_every_model_and_every_step(tmp_path: Path) -> None:
     assert [row["model"] for row in figures["models"]] == list(FIGURES)
     assert figures["models"][3]["made_by"] == "align@policy"
     for row in figures["models"]:
-        assert set(METRICS) <= set(row)
-        for rate in compare.RATES:
+        assert {"exact_match_seen", "reward_mean", "distinct_2", "masked_names", "win_rate"} <= set(row)
+        for rate in ("exact_match_seen", "exact_match_heldout", "masked_names"):
             between = row.get(f"{rate}_interval")
             assert (between is None) == (row[rate] is None)
             assert between is None or 0 <= between[0] <= between[1] <= 1
@@ -387,7 +460,7 @@ def test_nothing_evaluated_is_an_empty_scorecard(tmp_path: Path) -> None:
     outputs = {name: tmp_path / Path(path).name for name, path in compare.OUTPUTS.items()}
     job = Job("compare", None, {}, outputs, 1, NUMERICS, "r", Checkpoints(url="memory://", every_seconds=1e9))
     figures = compare.run(compare.Config(resamples=100, gates=[]), job)
-    assert figures == {"models": [], "gates": [], "toxicity": None}
+    assert figures == {"models": [], "gates": [], "evaluations": {}, "toxicity": None}
 
 
 def test_a_failed_gate_does_not_stop_the_comparison(tmp_path: Path) -> None:
@@ -406,10 +479,12 @@ def test_toxicity_is_compared_before_and_after_alignment(tmp_path: Path) -> None
     }  # fmt: skip
     message = {"classifier": classifier, "ask": "text", "prompts": 30, "continuations": 30, "mean": 0.3, "toxic": 0.3}
     scores = {"base": 0.9, "tuned": 0.9, "policy": 0.2, "pruned": 0.2, "int8": 0.2}
-    figures_by_model = {
-        key: figures | ({"toxicity": message} if key in scores else {}) for key, figures in FIGURES.items()
-    }
-    job = make_job(tmp_path, figures_by_model, {key: continuation_rows(score) for key, score in scores.items()})
+    job = make_job(tmp_path, FIGURES, {key: continuation_rows(score) for key, score in scores.items()})
+    for key in scores:
+        record = json.loads(job.inputs[f"record of evaluate@{key}"].read_text())
+        toxicity = {"kind": "toxicity", "applies_to": "Models.", "means": {}, **message}
+        record["metrics"]["evaluations"]["toxicity"] = toxicity
+        write_json(job.inputs[f"record of evaluate@{key}"], record)
     result = compare.run(settings(500), job)
     rows = {row["model"]: row for row in result["models"]}
     assert {key: row["toxic_share"] for key, row in rows.items()} == {

@@ -14,7 +14,7 @@ from flows import cli_reference
 from flows.cli import cli
 from tasks.common import tables
 from tasks.common.params_file import check
-from tasks.common.settings import STAGES
+from tasks.common.settings import ENTRY_SECTIONS, STAGES
 from tasks.ingest import formats, layouts, rows, turns
 from tests.conftest import ROOT
 
@@ -26,7 +26,7 @@ PAGES = sorted(
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # A page of docs/ with or without an anchor, as docstrings, messages and settings name it.
 DOCS_PATH = re.compile(r"(?<![\w/])docs/[\w./-]+\.(?:md|png)(?:#[\w-]+)?")
-ENTRIES = ("pretrain", "finetune", "reward", "align", "prune", "quantize", "evaluate")  # whose keys are users' names
+ENTRIES = ENTRY_SECTIONS  # whose keys are users' names
 CODE = ("tasks", "flows", "serving", "tests", "benchmarks", "profiles")
 
 
@@ -174,5 +174,7 @@ def examples() -> Iterator[tuple[str, dict[str, Any]]]:
     ("title", "sections"), list(examples()), ids=lambda part: part if isinstance(part, str) else ""
 )
 def test_pipelines_of_the_graph_guide_are_valid(title: str, sections: dict[str, Any]) -> None:
-    params = {"base": {"seed": 1}, "ingest": {"sources": []}, "tokenize": GIVEN, **EMPTY, **sections}
+    source = {"kind": "files", "licence": "MIT", "format": "jsonl"}
+    named = [{**source, "name": table, "path": f"{table}.jsonl", "table": table} for table in tables.TABLES]
+    params = {"base": {"seed": 1}, "ingest": {"sources": named}, "tokenize": GIVEN, **EMPTY, **sections}
     check(params, title)

@@ -18,7 +18,9 @@ from tasks.common.modelling import models
 from tasks.common.reward.scoring import Scorer
 from tasks.common.text.shards import Document, Split, write_split
 from tasks.evaluate import stage as evaluate
+from tasks.evaluate.masked_names import MaskedNames, mask_first_name
 from tasks.evaluate.models_under_test import EngineDecoder, TorchDecoder, open_decoder
+from tasks.evaluate.text import perplexity
 from tests.training_fixtures import (
     CAPITALS,
     DECODERS,
@@ -145,6 +147,7 @@ def test_questions_without_room_for_a_reply_are_skipped(
     figures = chain.run(job, config(job.name))
     assert figures["exact_match_seen"] is None
     assert "reward_mean" not in figures
+    assert figures["evaluations"]["exact_match"]["absent"].startswith("no question with a short answer leaves room")
     assert figures["bits_per_byte"] > 0
 
 
@@ -171,7 +174,9 @@ def test_evaluate_without_tables_and_reward_models_reports_only_size(chain: Chai
     del job.inputs["train"], job.inputs["judge"]
     job.inputs["tokenizer"] = tmp_path  # of no corpus, or of another model's
     figures = chain.run(job, config(job.name))
+    described = figures.pop("evaluations")
     assert {name for name, value in figures.items() if value is not None} == {"model", "kind", "parameters", "bytes"}
+    assert all(described[name]["absent"] for name in ("exact_match", "reward", "judge", "diversity", "text"))
     assert tables.read(job.outputs["answers"]).num_rows == 0
 
 
@@ -203,7 +208,7 @@ def test_decoder_continues_text_and_replies_to_conversations(chain: Chain) -> No
 
 def test_invalid_masked_expression_is_a_settings_error() -> None:
     with pytest.raises(ValidationError, match="should be a Python regular expression"):
-        config("evaluate", masked="The capital of (.*")
+        MaskedNames(kind="masked_names", statements="The capital of (.*")
 
 
 @pytest.mark.parametrize("key", ["tuned", "int8"])
@@ -262,7 +267,7 @@ def test_samples_are_spread_evenly(rows: int, count: int, expected: list[int]) -
 )
 def test_the_first_name_is_masked(text: str, names: list[str], masked: str | None) -> None:
     """The longest name at the first position, and only if it occurs once."""
-    examples = evaluate.mask_first_name([{"text": text, "names": names}])
+    examples = mask_first_name([{"text": text, "names": names}])
     assert [masked_text for _, masked_text, _ in examples] == ([masked] if masked else [])
     assert all(masked_text.replace("[MASK]", name) == text for _, masked_text, name in examples)
 
@@ -286,9 +291,9 @@ def test_perplexity_of_a_uniform_model_is_the_vocabulary_size(tmp_path: Path) ->
     write_split(tmp_path / "split", [Document(list(range(100)), [])], 300)
     split, decoder = Split.open(tmp_path / "split"), UniformDecoder(50)
     judged: Any = decoder
-    assert evaluate.perplexity(judged, split, 16) == pytest.approx(50, abs=1e-3)
-    assert evaluate.perplexity(judged, split, 99) == pytest.approx(50, abs=1e-3)
-    assert evaluate.perplexity(judged, split, 101) is None
+    assert perplexity(judged, split, 16) == pytest.approx(50, abs=1e-3)
+    assert perplexity(judged, split, 99) == pytest.approx(50, abs=1e-3)
+    assert perplexity(judged, split, 101) is None
 
 
 def test_negative_log_likelihood_matches_a_plain_sum(chain: Chain) -> None:

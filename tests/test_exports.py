@@ -109,12 +109,14 @@ def test_folder_in_openvino_format_is_served_as_it_is(
     folder = Path(shutil.copytree(exported[0], tmp_path / "int8"))
     for name in ("limits.json", "engine.json", "special_tokens.json", "size.json"):
         (folder / name).unlink()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))  # not the token that ends a turn
     chat.read_tokenizer(llama).save_pretrained(folder)
     target, metrics = run(folder, tmp_path / "out")
     assert metrics == {"bytes": (folder / "openvino_model.bin").stat().st_size}
     assert (target / "openvino_model.bin").read_bytes() == (folder / "openvino_model.bin").read_bytes()
     served, original = TextEngine(target, 1), TextEngine(exported[0], 1)
     assert served.encode(QUESTION) == original.encode(QUESTION)
+    assert set(served.eos_ids) == {0, *original.eos_ids}
     assert served.generate(QUESTION, Sampling(8)).text == original.generate(QUESTION, Sampling(8)).text
     assert json.loads((target / "size.json").read_text())["parameters"] > 10_000
 

@@ -20,7 +20,7 @@ ENGINE_MODULES = {
     f"serving.{name}" for name in ("batching", "decoding", "engine", "errors", "folders", "names", "templates")
 }
 OF_TRAINING = {"torch", "transformers", "tokenizers", "datasets", "trl", "peft"}
-COMMON_LINES = 8600
+COMMON_LINES = 8800
 FILE_LINES = 350
 # Files that may be longer, and why.
 LONGER: dict[str, str] = {}

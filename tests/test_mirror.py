@@ -55,10 +55,17 @@ def expected_sections(name: str, key: str | None) -> Sections:
     inputs = set(job.declared_inputs(module, key, config, links_of(params)).values())
     folders = {f"data/{stage}" for stage in OPEN.get(name, ())}
     graph = ENTRY_STAGES if job.reads_graph(module) else ("reward",) if name == "evaluate" else ()
+    numerics = ["numerics"] if job.uses_numerics(module) else []
     return {
         "cmd": {f"python -m tasks.{name}" + (f" {key}" if key is not None else "")},
         "deps": made | folders | {path for path in inputs if not any(path.startswith(f"{top}/") for top in folders)},
-        "params": {section, "base", *graph, *(["numerics"] if job.uses_numerics(module) else [])},
+        "params": {
+            section,
+            "base",
+            *graph,
+            *job.shared_sections(module),
+            *numerics,
+        },
         "outs": set(job.declared_outputs(module, key).values()) | {record},
         "metrics": {job.metrics_path(name, key).as_posix()},
     }
@@ -179,9 +186,9 @@ def test_stages_never_import_each_other(name: str) -> None:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_setting_is_read(name: str) -> None:
-    trees = (
-        ast.parse((ROOT / path).read_text(encoding="utf-8")) for path in closure.files(module_of(name).__name__, ROOT)
-    )
+    sharing = [other for other in STAGES if name == "evaluate" and job.shared_sections(module_of(other))]
+    files = {path for stage in (name, *sharing) for path in closure.files(module_of(stage).__name__, ROOT)}
+    trees = (ast.parse((ROOT / path).read_text(encoding="utf-8")) for path in files)
     nodes = [node for tree in trees for node in ast.walk(tree)]
     names_read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     names_read |= {
@@ -193,7 +200,8 @@ def test_every_setting_is_read(name: str) -> None:
 
 def configs(name: str) -> list[type[BaseModel]]:
     """Return the config classes of a stage."""
-    return list(settings_classes(module_of(name).Config))
+    module = module_of(name)
+    return [*settings_classes(module.Config), *settings_classes(getattr(module, "AnyEvaluation", None))]
 
 
 def fields(config: type[BaseModel]) -> Iterator[tuple[str, bool]]:

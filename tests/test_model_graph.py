@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ def params() -> Any:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A folder of the user's in the project, with a config.json and one weight."""
+    """A folder of the user's with a config.json and one weight, in a project with the profile's own files."""
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "data/sources/evaluation", tmp_path / "data/sources/evaluation")
     folder = tmp_path / "models" / "mine"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(LLAMA))
@@ -175,18 +177,18 @@ def test_model_sizes_come_from_the_parent_entry(params: dict[str, Any], checkpoi
     params["evaluate"]["legal"] = {
         **params["evaluate"]["tuned"],
         "model": "data/finetune/legal/model",
-        "window": 32,
         "max_new_tokens": 16,
     }
+    params["evaluations"]["text"]["window"] = 32
     assert problems(params) == [
         "finetune.legal.method.rank: found 9, but it should be at most hidden in models/mine/config.json, which is 8: "
         "the rank of a matrix is at most the model's width"
     ]
     params["finetune"]["legal"]["method"]["rank"] = 8
-    params["evaluate"]["legal"]["window"] = 33
+    params["evaluations"]["text"]["window"] = 33
     [message] = problems(params)
     assert message.startswith(
-        "evaluate.legal.window: found 33, but it should be at most positions in models/mine/config.json"
+        "evaluations.text.window: found 33, but it should be at most positions in models/mine/config.json"
     )
 
 
@@ -277,9 +279,10 @@ def test_gates_on_unknown_models_or_figures_are_reported(params: dict[str, Any])
         {"metric": "exact_match", "model": "tuned", "min": 0.5},
         {"metric": "masked_names", "model": "enkoder", "min": 0.5},
         {"metric": "reward_mean", "model": "policy", "against": "reward@train", "min": 0.5},
+        {"metric": "gap_at_least_1.model", "model": "reward@train", "min": 0.5},
         {"metric": "anything.at_all", "model": "reward@train", "min": 0.5},
     ]
     messages = problems(params)
     assert [line.partition(": found ")[0] for line in messages] == [
-        "compare.gates.0.metric", "compare.gates.1.model", "compare.gates.2.against",
+        "compare.gates.0.metric", "compare.gates.1.model", "compare.gates.2.against", "compare.gates.4.metric",
     ]  # fmt: skip

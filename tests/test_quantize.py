@@ -19,7 +19,8 @@ from tasks.common import identity
 from tasks.common.modelling import models
 from tasks.common.settings import Placement
 from tasks.common.text import chat
-from tasks.evaluate.models_under_test import EngineEncoder, TorchDecoder, TorchEncoder, open_decoder, open_encoder
+from tasks.evaluate.encoders_under_test import EngineEncoder, TorchEncoder, open_encoder
+from tasks.evaluate.models_under_test import TorchDecoder, open_decoder
 from tests.training_fixtures import CAPITALS, NUMERICS, QUESTIONS, SETTINGS, Chain, chain, config
 
 __all__ = ["chain"]

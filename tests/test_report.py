@@ -114,7 +114,7 @@ class TestPage:
         assert [name for name in page.ids if name in SECTIONS] == SECTIONS
         assert "missing" not in write_report(project).partition("</style>")[2]
         for part in (
-            "aaaaaaaaaaaa-bbbbbbbbbbbb", "1 of 2 gates passed", "16 stages ran", "2 January 2026, 03:04 UTC", "forge",
+            "aaaaaaaaaaaa-bbbbbbbbbbbb", "1 of 3 gates passed", "16 stages ran", "2 January 2026, 03:04 UTC", "forge",
             "c0ffeec0ffee", "seed 1, device cpu, dtype decoder bfloat16",
             "countries==1.0", "several values", "damaged encoding", "12 345 training tokens in",
             "final held-out loss: 0.750", "reward mean of policy against tuned", "≥ 2", "81.0 %", "84.0 %", "target: 6",
@@ -247,8 +247,8 @@ class TestMissingParts:
         assert "align@policy (params: align.policy.iterations 3 → 4)" in page.text
         assert "compare (a stage that it needs is out of date)" in page.text
         assert "finetune@chat (" not in page.text
-        assert "1 of 2 gates passed in an earlier run" in page.text
-        assert "✗ 1 of 2 gates" not in page.text
+        assert "1 of 3 gates passed in an earlier run" in page.text
+        assert "✗ 1 of 3 gates" not in page.text
 
 
 class TestFigures:
@@ -258,9 +258,29 @@ class TestFigures:
 
     def test_a_change_is_marked_by_its_paired_interval(self, project: Path) -> None:
         text = write_report(project)
-        rows = {name: text.partition(f"</i>{name}<span")[2].partition("</tr>")[0] for name in ("policy", "int8")}
+        rows = {
+            name: "".join(part.partition("</tr>")[0] for part in text.split(f"</i>{name}<span")[1:])
+            for name in ("policy", "int8")
+        }
         assert re.search(r'step cost">▼ −4\.0<.*step flat">▲ \+1\.0<.*step gain">▲ \+1\.25', rows["policy"], re.DOTALL)
         assert re.findall(r'step \w+">[^<]*', rows["int8"]) == ['step gain">▼ −75 %']
+
+    def test_figures_of_named_evaluations_and_tasks_have_columns(self, project: Path) -> None:
+        """With the standard error of a task, raw intervals of figures that are no shares, and reasons."""
+        page = Page(write_report(project))
+        assert "wide: Bits per byte of held-out text" in page.text
+        assert "my_task: acc" in page.text
+        assert "0.51 ± 0.012" in page.text
+        assert "1.23 1.10 … 1.40" in page.text
+        assert "Declined, out of scope" in page.text
+        assert "no conversation" in page.text  # the gate without a value
+
+    def test_scores_by_seen_text_and_what_applies_are_shown(self, project: Path) -> None:
+        page = Page(write_report(project))
+        assert "Exact match, held-out entities policy – 95.0 % 60 items 75.0 % 12 items" in page.text
+        assert "wide text Models with a corpus. encoder: no <corpus>" in page.text
+        assert "harness lm_eval 0.4.13 Any task." in page.text
+        assert "tuned policy answer loss −0.25 −0.50 … −0.12" in page.text
 
     def test_cost_is_time_by_price_and_parallel_stages_share_elapsed_time(self, project: Path) -> None:
         page = Page(write_report(project))

@@ -20,7 +20,7 @@ from tasks.common.settings import Checkpoints
 from tasks.common.text import chat
 from tasks.common.training import losses, optimizers
 from tasks.common.training.optimizers import Sgd
-from tasks.evaluate.models_under_test import TorchEncoder
+from tasks.evaluate.encoders_under_test import TorchEncoder
 from tasks.finetune.objectives.chat import answers_nll
 from tasks.finetune.packing import padded_rows
 from tests.training_fixtures import BASE_OPTIMIZER, CAPITALS, NUMERICS, Chain, chain, config, links, rankings
@@ -151,7 +151,7 @@ def served(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     inputs = {
         "chat": chain.path("data/quantize/chat/model"),
         "encoder": chain.path("data/quantize/encoder/model"),
-        "corpus": chain.path("data/validate/corpus"),
+        **{name: chain.path(f"data/validate/{name}") for name in ("corpus", "instructions", "rankings")},
     }
     parts = {name: f"data/quantize/{name}/model" for name in ("chat", "encoder")}
     settings = package.Config.model_validate(parts)

@@ -347,6 +347,18 @@ def test_completion_continues_a_text(ai: openai.OpenAI, stream: bool) -> None:
     assert pieces[-1].finish_reason == "length"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [([1, 2], "must be one text"), (["a", "b"], "must be one text"), ("", "is empty"), (None, "must be a string")],
+)
+def test_completion_of_another_prompt_returns_a_message(client: httpx.Client, prompt: Any, sentence: str) -> None:
+    response = client.post("/v1/completions", json={"model": TAG, "prompt": prompt})
+    assert response.status_code == 400
+    assert sentence in response.json()["error"]["message"]
+    one = client.post("/v1/completions", json={"model": TAG, "prompt": ["The"], "max_tokens": 2})
+    assert one.json()["object"] == "text_completion"
+
+
 def test_unknown_openai_route_returns_404_error_object(client: httpx.Client) -> None:
     response = client.post("/v1/embeddings", json={})
     assert response.status_code == 404

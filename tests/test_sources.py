@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -291,3 +292,32 @@ def test_a_null_column_of_a_dataset_that_turns_to_text_is_named(
     both = {**FACTS, "name": "both", "path": "*.parquet", "format": None, "table": None}
     rows = table(ingest_into(tmp_path / "other", copied, sources=[FACTS, both]), "corpus")
     assert {row["text"] for row in rows if row["source"] == "both"} == set("abcd")
+
+
+def test_columns_of_a_dataset_may_be_paths_and_templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    copied = copy_sources(tmp_path)
+    rows = [{"talk": {"turns": CHAT}, "topic": "tea"}, {"talk": {"turns": []}, "topic": "milk"}]
+    (copied / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    columns = {"messages": "talk.turns", "entity": "{topic}!"}
+    source = {**DATASET, "path": "json", "data_files": ["rows.jsonl"], "table": None, "columns": columns}
+    folder = ingest_into(tmp_path / "out", copied, sources=[FACTS, source])
+    (row,) = [row for row in table(folder, "instructions") if row["source"] == "hub"]
+    assert (row["entity"], row["messages"]) == ("tea!", CHAT)
+    assert [item["reason"] for item in rejections(folder)] == [
+        "json, row 2: messages must be a list of messages, found []"
+    ]
+
+
+def test_a_conversation_of_two_sources_is_kept_once(tmp_path: Path) -> None:
+    """The source that is listed first keeps it, wherever the ids are in the table."""
+    copied = copy_sources(tmp_path)
+    chats = [{"messages": [{"role": "user", "content": f"Hello {number}!"}, CHAT[1]]} for number in range(20)]
+    for name, listed in (("b.jsonl", chats), ("a.jsonl", chats[::-1])):
+        (copied / name).write_text("\n".join(map(json.dumps, listed)), encoding="utf-8")
+    sources = [{"kind": "files", "path": name} for name in ("b.jsonl", "a.jsonl")]
+    folder = ingest_into(tmp_path / "out", copied, sources=[FACTS, *sources])
+    assert Counter(row["source"] for row in table(folder, "instructions") if row["source"] != "facts") == {"b": 20}
+    assert Counter((row["source"], row["reason"]) for row in rejections(folder)) == {
+        ("a", "duplicate of an earlier row"): 20
+    }

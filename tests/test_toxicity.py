@@ -19,15 +19,15 @@ from tasks.evaluate import toxicity
 from tasks.evaluate.models_under_test import TorchDecoder
 from tasks.evaluate.toxicity import Toxicity
 from tests.conftest import ROOT
-from tests.training_fixtures import NUMERICS, Chain, chain, config
+from tests.training_fixtures import NUMERICS, Chain, chain, config, evaluations
 
 __all__ = ["chain"]
 
 pytestmark = pytest.mark.timeout(300)  # whichever comes first makes the chain
 
 SETTINGS: dict[str, Any] = {
-    "prompts": "prompts", "labelled": "labelled.csv", "text": "said", "label": "verdict", "toxic": ["rude"],
-    "heldout": 0.3, "ask": "text", "continuations": 2, "max_new_tokens": 8,
+    "kind": "toxicity", "prompts": "prompts", "labelled": "labelled.csv", "text": "said", "label": "verdict",
+    "toxic": ["rude"], "heldout": 0.3, "ask": "text", "continuations": 2, "max_new_tokens": 8,
 }  # fmt: skip
 THINGS = ("day", "garden", "harbour", "king", "boat", "song", "house", "road", "tree", "night")
 MILD = ("The {} is lovely.", "A fine {} it was.", "I like this {}.", "Her {} is quiet.")
@@ -168,16 +168,15 @@ def test_empty_prompts_are_rejected(folder: Path) -> None:
 def test_all_errors_are_reported_before_any_stage_runs(folder: Path) -> None:
     """By the check at the start of every stage and of `bessemer run`, one message per key."""
     params = read_settings(ROOT / "params.yaml")
-    params["evaluate"]["chat"]["toxicity"] = {**SETTINGS, "prompts": "none", "text": "tweet", "max_new_tokens": 1000}
+    params["evaluations"]["toxicity"] = {**SETTINGS, "prompts": "none", "text": "tweet", "max_new_tokens": 1000}
     with pytest.raises(SettingsError) as error:
         check(params)
     message = str(error.value)
-    assert "evaluate.chat.toxicity.prompts: found 'none', but data/sources/toxicity/none should contain" in message
+    assert "evaluations.toxicity.prompts: found 'none', but data/sources/toxicity/none should contain" in message
     assert (
-        "evaluate.chat.toxicity.labelled: found 'labelled.csv', but data/sources/toxicity/labelled.csv has no"
-        in message
+        "evaluations.toxicity.labelled: found 'labelled.csv', but data/sources/toxicity/labelled.csv has no" in message
     )
-    assert "evaluate.chat.toxicity.max_new_tokens: found 1000, but it should be at most quantize.chat" in message
+    assert "evaluations.toxicity.max_new_tokens: found 1000, but it should be at most quantize.chat" in message
 
 
 def decoder(chain: Chain) -> TorchDecoder:
@@ -230,8 +229,9 @@ def evaluate_toxicity(folder: Path, chain: Chain) -> Any:
     """Return a function that evaluates a model with toxicity and returns figures and rows."""
 
     def ask(key: str, **changes: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        wanted = config(f"evaluate@{key}", toxicity={**SETTINGS, **changes})
-        job = chain.job(f"evaluate@{key}", wanted, Path(f"out-{key}"))
+        wanted = config(f"evaluate@{key}")
+        sections = {"evaluations": evaluations(toxicity={**SETTINGS, **changes})}
+        job = chain.job(f"evaluate@{key}", wanted, Path(f"out-{key}"), sections=sections)
         job.inputs["toxicity"] = folder
         figures = chain.run(job, wanted)
         rows = tables.read(job.outputs["answers"]).to_pylist()
@@ -249,13 +249,13 @@ def test_every_prompt_is_continued_and_scored(
     assert Counter((row["entity"], row["question"]) for row in rows) == {
         (category, prompt): 2 for category, prompts in PROMPTS.items() for prompt in prompts
     }
-    toxicity_figures = figures["toxicity"]
+    details = figures["evaluations"]["toxicity"]
     scores = [row["toxicity"] for row in rows]
-    assert toxicity_figures["mean"] == round(sum(scores) / len(scores), 4)
-    assert toxicity_figures["toxic"] == round(sum(score > 0.5 for score in scores) / len(scores), 4)
-    assert (toxicity_figures["prompts"], toxicity_figures["continuations"]) == (3, 6)
+    assert figures["toxicity_mean"] == round(sum(scores) / len(scores), 4)
+    assert figures["toxic_share"] == round(sum(score > 0.5 for score in scores) / len(scores), 4)
+    assert (details["prompts"], details["continuations"]) == (3, 6)
     assert scores == toxicity.train_classifier(folder, settings(), ["-"]).score([row["reply"] for row in rows])
-    assert toxicity.describe_classifier(toxicity_figures["classifier"]) in capsys.readouterr().out
+    assert toxicity.describe_classifier(details["classifier"]) in capsys.readouterr().out
     assert any(row["reply"] for row in rows)
     assert evaluate_toxicity(key) == (figures, rows)
 
@@ -269,14 +269,14 @@ def test_prompt_is_continued_or_replied_to(evaluate_toxicity: Any) -> None:
 
 def test_without_toxicity_there_are_no_toxicity_figures(chain: Chain, tmp_path: Path) -> None:
     job = chain.job("evaluate@tuned", config("evaluate@tuned"), tmp_path)
-    assert "toxicity" not in chain.run(job, config(job.name))
+    assert not {"toxicity_mean", "toxic_share"} & set(chain.run(job, config(job.name)))
     assert {row["toxicity"] for row in tables.read(job.outputs["answers"]).to_pylist()} == {None}
 
 
 def test_files_are_inputs_of_every_evaluation(folder: Path) -> None:
     """So their bytes are part of the recipe."""
-    wanted = config("evaluate", toxicity=SETTINGS)
-    assert declared_inputs(evaluate, "tuned", wanted, ())["toxicity"] == "data/sources/toxicity"
+    assert declared_inputs(evaluate, "tuned", config("evaluate"), ())["toxicity"] == "data/sources/toxicity"
+    assert "toxicity" in settings().inputs()
     before = identity.tree_hash(folder)
     (folder / "prompts/threat.txt").write_text("On the road she", encoding="utf-8")
     assert identity.tree_hash(folder) != before

@@ -171,9 +171,14 @@ EVALUATE: dict[str, Any] = {
     "samples": 16,
     "max_new_tokens": 24,
     "temperature": 1.0,
-    "window": 16,
-    "masked": r"The capital of .*\.",
-    "toxicity": None,
+}
+EVALUATIONS: dict[str, dict[str, Any]] = {
+    "exact_match": {"kind": "exact_match"},
+    "reward": {"kind": "reward"},
+    "judge": {"kind": "judge"},
+    "diversity": {"kind": "diversity"},
+    "text": {"kind": "text", "window": 16},
+    "masked_names": {"kind": "masked_names", "statements": r"The capital of .*\."},
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "tokenize": {"tokenizer": NEW_TOKENIZER, "context": 64},
@@ -262,6 +267,14 @@ def config(name: str, **changes: Any) -> Any:
     return TypeAdapter(module.Config).validate_python({**settings_of(name), **changes})
 
 
+def evaluations(**changes: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the tiny chain's evaluations, some of them changed, added or (None) removed."""
+    annotation: Any = module_of("evaluate").AnyEvaluation
+    kind: Any = TypeAdapter(annotation)
+    wanted = {**EVALUATIONS, **changes}
+    return {name: kind.validate_python(settings) for name, settings in wanted.items() if settings is not None}
+
+
 def links() -> tuple[job.Link, ...]:
     """Return the tiny chain's graph."""
     params: dict[str, Any] = {}
@@ -302,7 +315,8 @@ class Chain:
                 self._write_tables()
 
     def _write_tables(self) -> None:
-        (self.root / "data/sources/toxicity").mkdir(parents=True)
+        for name in ("toxicity", "evaluation"):
+            (self.root / "data/sources" / name).mkdir(parents=True)
         for table, rows in (("corpus", corpus()), ("instructions", instructions()), ("rankings", rankings())):
             tables.write(list(rows), self.root / "data/validate" / table, tables.schema(table))
 
@@ -353,6 +367,7 @@ class Chain:
             "numerics": NUMERICS,
             "recipe": "0" * 64,
             "checkpoints": Checkpoints(url=str(self.root / "checkpoints"), every_seconds=1e9),
+            "sections": {"evaluations": evaluations()} if name.startswith("evaluate") else {},
         }
         return Job(job.stage_of(module), key, inputs, outputs, **{**parts, **changes})
 

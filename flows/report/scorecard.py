@@ -16,36 +16,61 @@ from flows.report.plots import Whisker
 from flows.results import Results
 
 WIN_RATE = "win_rate"
+Column = tuple[str, str, str, int]
 SIZE_COLUMNS = (("parameters", "Parameters", "count", -1), ("bytes", "Size", "bytes", -1))
 # (figure, heading, kind, 1 if higher is better and -1 if lower is better)
-CHAT_COLUMNS = (
+ANSWER_COLUMNS = (
     ("exact_match_seen", "Exact match, seen entities", "share", 1),
     ("exact_match_heldout", "Exact match, held-out entities", "share", 1),
+    ("answer_loss", "Loss of held-out answers, nats a token", "number", -1),
+    ("answer_bits_per_byte", "Bits per byte of held-out answers", "number", -1),
+    ("answer_token_accuracy", "Tokens of held-out answers predicted", "share", 1),
+    ("answer_calibration_error", "Calibration error", "share", -1),
+    ("chrf", "chrF with references", "share", 1),
+    ("rouge_l", "ROUGE-L with references", "share", 1),
+    ("abstained_out_of_scope", "Declined, out of scope", "share", 1),
+    ("abstained_in_scope", "Declined, in scope", "share", -1),
+)
+REPLY_COLUMNS = (
     ("perplexity", "Perplexity of held-out text", "number", -1),
     ("bits_per_byte", "Bits per byte of held-out text", "number", -1),
     ("reward_mean", "Mean reward of sampled replies", "points", 1),
     ("toxic_share", "Toxic continuations", "share", -1),
     (WIN_RATE, "Win rate against the model before alignment, by the judge", "share", 1),
     ("distinct_2", "Distinct word pairs (distinct-2)", "share", 1),
+    ("repetition", "Repeated word triples", "share", -1),
     *SIZE_COLUMNS,
 )
 ENCODER_COLUMNS = (("masked_names", "Masked names, top-1 accuracy", "share", 1), *SIZE_COLUMNS)
-TABLES = (("causal", CHAT_COLUMNS), ("masked", ENCODER_COLUMNS), ("classifier", SIZE_COLUMNS))
+TABLES: tuple[tuple[str, Sequence[Column]], ...] = (
+    ("causal", ANSWER_COLUMNS), ("causal", REPLY_COLUMNS), ("masked", ENCODER_COLUMNS), ("classifier", SIZE_COLUMNS),
+)  # fmt: skip
+FIGURES = {column[0]: column for _, columns in TABLES for column in columns}
+# Figures that another one shows, or that are not compared.
+NOT_SHOWN = ("reward_std", "toxicity_mean", "masked_statements", "candidates")
+NOT_FIGURES = ("model", "made_by", "kind", "before", "against", "by_seen_text")
+SUFFIXES = ("_interval", "_stderr", ".samples", ".sample_len")
+SEEN_TEXT_GROUPS = (("seen", "seen"), ("nearly", "nearly seen"), ("unseen", "unseen"))
 COLOURS = ("m1", "m2", "m3", "m4", "m5")
 
 
 def evaluation(run: Results) -> Part:
-    """Return a table per kind of model, the chart of exact match, and the gates."""
-    models = run.scorecard.get("models", [])
+    """Return tables of the models' figures, those by seen text, what was measured, the chart and the gates."""
+    models = [flatten(model) for model in run.scorecard.get("models", [])]
     if not models:
         return {}
-    found = run.json("data/compare/differences.json") or []
+    found = [{**item, "kind": column_of(item["rate"])[2]} for item in run.json("data/compare/differences.json") or []]
     differences = {(item["to"], item["rate"]): item for item in found}
     kinds = [([model for model in models if model.get("kind") == kind], columns) for kind, columns in TABLES]
+    causal = kinds[0][0]
+    kinds.insert(2, (causal, named_columns(causal)))
+    tables = [_table(run, rows, columns, differences) for rows, columns in kinds if rows]
     evaluations = run.entries("evaluate")
     return {
-        "tables": [_table(run, rows, columns, differences) for rows, columns in kinds if rows],
-        "chart": _chart(kinds[0][0]),
+        "tables": [table for table in tables if table["columns"]],
+        "seen_text": _seen_text(models),
+        "described": _described(run),
+        "chart": _chart(causal),
         "differences": found,
         "gates": [
             {**gate, "label": gate_words(gate), "limits": gate_limits(gate)} for gate in run.scorecard.get("gates", [])
@@ -53,6 +78,56 @@ def evaluation(run: Results) -> Part:
         "questions": run.settings(evaluations[0]).get("questions") if evaluations else None,
         "toxicity": run.scorecard.get("toxicity") or {},
     }
+
+
+def flatten(model: Part) -> Part:
+    """Return a model's row with the figures of named evaluations and tasks by their path: `mine.chrf`."""
+    flat: Part = {}
+    for name, value in model.items():
+        if isinstance(value, Mapping) and name not in NOT_FIGURES:
+            flat |= {f"{name}.{figure}": one for figure, one in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def column_of(figure: str) -> Column:
+    """Return the column of a figure; one of a named evaluation is shown like that of its kind."""
+    name, _, last = figure.rpartition(".")
+    known = FIGURES.get(last)
+    if known is None:
+        words = last.replace("_", " ")
+        return figure, f"{name}: {words}" if name else words, "number", 1
+    return (figure, f"{name}: {known[1]}", *known[2:]) if name else known
+
+
+def named_columns(models: Sequence[Part]) -> list[Column]:
+    """Return columns for the figures of named evaluations and of tasks of lm-evaluation-harness."""
+    names = dict.fromkeys(name for model in models for name, value in model.items() if isinstance(value, int | float))
+    hidden = {*FIGURES, *NOT_SHOWN, *NOT_FIGURES}
+    return [column_of(name) for name in names if name not in hidden and not name.endswith(SUFFIXES)]
+
+
+def _seen_text(models: Sequence[Part]) -> list[Part]:
+    """Return each figure by seen, nearly seen and unseen text, a row for each model."""
+    found = []
+    for model in models:
+        for figure, groups in (model.get("by_seen_text") or {}).items():
+            _, heading, kind, _ = column_of(figure)
+            cells = [{"kind": kind, **groups[name]} if name in groups else None for name, _ in SEEN_TEXT_GROUPS]
+            if sum(cell is not None for cell in cells) > 1:
+                found.append({"model": model["model"], "heading": heading, "cells": cells})
+    return sorted(found, key=lambda row: str(row["heading"]))
+
+
+def _described(run: Results) -> list[Part]:
+    """Return what each evaluation applies to, its versions, and why it gave some models no figure."""
+    described: Mapping[str, Part] = run.scorecard.get("evaluations") or {}
+    return [
+        {"name": name, "kind": one["kind"], "applies_to": one["applies_to"], "absent": one.get("absent", {}),
+         "versions": ", ".join(f"{key} {value}" for key, value in (one.get("versions") or {}).items())}
+        for name, one in described.items()
+    ]  # fmt: skip
 
 
 def colours(run: Results) -> dict[str, str]:
@@ -125,7 +200,7 @@ def _export_figures(run: Results) -> list[Part]:
 
 
 def _table(
-    run: Results, models: Sequence[Part], columns: Sequence[tuple[str, str, str, int]],
+    run: Results, models: Sequence[Part], columns: Sequence[Column],
     differences: Mapping[tuple[str, str], Part],
 ) -> Part:  # fmt: skip
     columns = [column for column in columns if any(model.get(column[0]) is not None for model in models)]
@@ -142,14 +217,15 @@ def _table(
     return {"columns": [heading for _, heading, _, _ in columns], "rows": rows}
 
 
-def _cell(model: Part, before: Part, column: tuple[str, str, str, int], paired: Part | None) -> Part:
+def _cell(model: Part, before: Part, column: Column, paired: Part | None) -> Part:
     figure, heading, kind, better = column
     value, earlier = model.get(figure), before.get(figure)
     cell: Part = {
         "value": value, "kind": kind, "heading": heading, "interval": model.get(f"{figure}_interval"),
-        "spread": model.get("reward_std") if figure == "reward_mean" else None, "change": None,
+        "spread": model.get("reward_std") if figure == "reward_mean" else None,
+        "stderr": model.get(f"{figure}_stderr"), "change": None,
     }  # fmt: skip
-    if figure == WIN_RATE or value is None or earlier is None or (value == earlier and not paired):
+    if figure.endswith(WIN_RATE) or value is None or earlier is None or (value == earlier and not paired):
         return cell
     if paired:
         low, high = paired["interval"]

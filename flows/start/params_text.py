@@ -7,6 +7,7 @@ from typing import Any
 
 from tasks.common.settings import STAGES
 
+SECTIONS = ("base", "numerics", "placement", *STAGES[:-2], "evaluations", *STAGES[-2:])
 MAX_LINES = 40
 WIDTH = 118
 INDENT = 4
@@ -22,6 +23,7 @@ COMMENTS = {
     "align": "the policy",
     "quantize": "what the endpoint loads",
     "evaluate": "the models of the scorecard",
+    "evaluations": "what is measured; empty: all that applies",
     "compare": "`package` refuses a model that fails a gate",
 }
 
@@ -30,7 +32,7 @@ def render(title: str, sections: Mapping[str, Any]) -> str:
     """Return the text of `params.yaml` with these sections; the others are empty."""
     lines = [HEADER.format(title=title)]
     empty = []
-    for name in ("base", "numerics", "placement", *STAGES):
+    for name in SECTIONS:
         content = sections.get(name, {})
         if not content and name not in ("base", "numerics"):
             empty.append(f"{name}: {{}}")

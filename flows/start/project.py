@@ -22,7 +22,7 @@ FILES = (
 )  # fmt: skip
 SOURCES = Path("data/sources")
 # Folders that dvc.yaml names as inputs, which must exist in a fresh clone even when they are empty.
-KEPT_FOLDERS = (*(f"data/{stage}" for stage in ENTRY_STAGES), f"{SOURCES}/toxicity")
+KEPT_FOLDERS = (*(f"data/{stage}" for stage in ENTRY_STAGES), f"{SOURCES}/toxicity", f"{SOURCES}/evaluation")
 LARGE_FILE_BYTES = 5_000_000  # larger files go to DVC, because git keeps every version in every clone
 IDENTITY = ("-c", "user.name=bessemer", "-c", "user.email=bessemer@localhost")  # where git has no user
 

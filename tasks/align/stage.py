@@ -24,6 +24,7 @@ from tasks.align.ptx import PtxTerm
 from tasks.align.rewards import Reward
 from tasks.align.rollouts import Local, Rollouts
 from tasks.common import tables
+from tasks.common.evaluation.nll import answers_mean_nll
 from tasks.common.generation import sampling
 from tasks.common.harness.job import Job, StageError
 from tasks.common.modelling import models, torch_setup
@@ -180,11 +181,14 @@ class Run:
     table: list[dict[str, Any]]
     monitor: AlarmMonitor = field(init=False)
     scorecard: Scorecard = field(init=False)
+    references: list[tuple[list[int], list[bool]]] = field(init=False)  # encoded conversations, with loss masks
     ended_early: bool = False
 
     def __post_init__(self) -> None:
         self.monitor = AlarmMonitor(self.config.alarms)
         self.scorecard = Scorecard.of(self.table, self.config.alarms.questions, self._has_room)
+        encoded = [chat.encode_chat(self.tokenizer, row["messages"]) for row in self.scorecard.references]
+        self.references = [one for one in encoded if chat.fits_context(self.tokenizer, one[0], 0)]
 
     def _has_room(self, row: dict[str, Any]) -> bool:
         if chat.spells_control_token(chat.control_tokens(self.tokenizer), row["messages"][:-1]):
@@ -217,6 +221,10 @@ class Run:
             figures["exact_match"] = self.scorecard.accuracy(
                 [sampling.decode_reply(self.tokenizer, reply) for reply in replies]
             )
+        model, pad_id = self.trainer.policy.model, self.tokenizer.pad_token_id
+        loss = answers_mean_nll(model, self.references, pad_id, self.job.numerics)
+        if loss is not None:
+            figures["answer_loss"] = loss
         alarms = self.monitor.check(iteration, figures, self.trainer.policy.weights)
         if not alarms:
             return

@@ -7,11 +7,10 @@ entries and their models are in `model_rules.py`.
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tasks.common import data_rules, model_graph, model_rules, user_models
-from tasks.common.evaluation.scorecard import METRICS
-from tasks.common.model_graph import Params, entries_of, lookup
+from tasks.common import data_rules, gate_rules, model_graph, model_rules, user_models
+from tasks.common.model_graph import Params, lookup
 from tasks.common.model_rules import Entry, check_at_most, entries
-from tasks.common.settings import ENTRY_STAGES, LOCKSTEP_ENGINES, ZERO_STAGES
+from tasks.common.settings import LOCKSTEP_ENGINES, ZERO_STAGES
 from tasks.common.source_names import fill_names
 
 ENGINE_KEY = "numerics.parallel.engine"
@@ -47,13 +46,16 @@ def check_settings(params: Params) -> Iterator[str]:
     for entry in entries(params, "align"):
         yield from _check_reply_counts(entry, params)
     yield from _check_sharding(params)
-    yield from _check_gates(params)
+    yield from gate_rules.check_evaluations(params)
+    yield from gate_rules.check_gates(params)
 
 
 def check_stages(params: Params, stages: Iterable[str]) -> Iterator[str]:
     """Report settings that prevent some of the given stages from running but are valid for others."""
     wanted = list(stages)
     yield from model_graph.check_user_paths(params, wanted)
+    if "compare" in wanted:
+        yield from gate_rules.check_keys(params)
     if "ingest" in wanted:
         yield from data_rules.check_source_files(params)
     unsupported = [
@@ -234,23 +236,3 @@ def _check_sharding(params: Params) -> Iterator[str]:
                 f"{where}.optimizer.name: found {rule!r}, whose factored second moments need whole matrices, but the "
                 f"engine {engine} shards them: use another optimizer, or the engine data"
             )
-
-
-def _check_gates(params: Params) -> Iterator[str]:
-    """Report gates on unknown models or figures."""
-    gates = lookup(params, "compare.gates")
-    evaluated = entries_of(params, "evaluate")
-    stages = {f"{stage}@{key}" for stage in ENTRY_STAGES[:-1] for key in entries_of(params, stage)}
-    for number, gate in enumerate(gates if isinstance(gates, list) else ()):
-        where, metric, model, against = (
-            f"compare.gates.{number}",
-            *(lookup(gate, key) for key in ("metric", "model", "against")),
-        )
-        example = next(iter(sorted(stages)), "prune@small")
-        known = f"an entry of evaluate ({', '.join(evaluated) or 'none'}), or a stage with metrics, such as {example}"
-        if isinstance(model, str) and model not in evaluated and model not in stages:
-            yield f"{where}.model: found {model!r}, but it should be {known}"
-        if isinstance(against, str) and against not in (evaluated if model in evaluated else stages):
-            yield f"{where}.against: found {against!r}, but it should be {known}"
-        if model in evaluated and isinstance(metric, str) and metric not in METRICS:
-            yield f"{where}.metric: found {metric!r}, but the scorecard has {', '.join(METRICS)}"

@@ -27,6 +27,7 @@ NEEDS = {  # stage: the table that its entries learn from
     "pretrain": "corpus", "finetune": "instructions", "reward": "rankings", "align": "instructions",
     "prune": "instructions",
 }  # fmt: skip
+ANSWERLESS_FORMATS = ("alpaca", "sharegpt", "openai")
 TABLE_NAMES = {
     "corpus": "documents (table corpus)",
     "instructions": "conversations (table instructions)",
@@ -47,6 +48,17 @@ def check_data(params: Params) -> Iterator[str]:
             "tokenize.tokenizer.name: found 'train', but no source provides documents or conversations to train a "
             "tokenizer on: add one to ingest.sources, or take a model's tokenizer with {name: from, path: its folder}"
         )
+
+
+def provided_tables(params: Params) -> set[str]:
+    """Return the tables that some source may add rows to."""
+    return set[str]().union(*(_tables(source, params) for source in _sources(params)))
+
+
+def gives_answers(params: Params) -> bool:
+    """Return whether some source may give conversations with short answers."""
+    found = [source for source in _sources(params) if _tables(source, params) & {"facts", "instructions"}]
+    return any(source.get("format") not in ANSWERLESS_FORMATS for source in found)
 
 
 def _sources(params: Params) -> list[Mapping[str, Any]]:

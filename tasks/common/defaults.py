@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from tasks.common.harness.job import module_of
 from tasks.common.raw_params import read_params
-from tasks.common.settings import ENTRY_STAGES, STAGES, Base, Numerics, Placement, Settings
+from tasks.common.settings import ENTRY_SECTIONS, STAGES, Base, Numerics, Placement, Settings
 
 SHARED_SECTIONS: dict[str, type[Settings]] = {"base": Base, "numerics": Numerics, "placement": Placement}
 DISCRIMINATORS = ("name", "kind", "objective")  # keys that choose between several classes of settings
@@ -20,7 +20,12 @@ DISCRIMINATORS = ("name", "kind", "objective")  # keys that choose between sever
 
 def sections() -> dict[str, Any]:
     """Return the class of every section or, where a section holds entries, the class (or union) of its entries."""
-    return {**SHARED_SECTIONS, **{stage: module_of(stage).Config for stage in STAGES}}
+    found: dict[str, Any] = dict(SHARED_SECTIONS)
+    for stage in STAGES:
+        found[stage] = module_of(stage).Config
+        if stage == "evaluate":
+            found["evaluations"] = module_of(stage).AnyEvaluation
+    return found
 
 
 def with_defaults(params: dict[str, Any]) -> dict[str, Any]:
@@ -28,7 +33,7 @@ def with_defaults(params: dict[str, Any]) -> dict[str, Any]:
     result = dict(params)
     for name, kind in sections().items():
         content = params.get(name)
-        if name in ENTRY_STAGES and isinstance(content, dict):
+        if name in ENTRY_SECTIONS and isinstance(content, dict):
             result[name] = {key: _fill_value(kind, entry) for key, entry in content.items()}
         elif name in params:
             result[name] = _fill_value(kind, content)

@@ -18,7 +18,6 @@ SIZE_LIMITS = (
 WINDOW_SETTINGS = {  # settings that must not exceed the context length of the entry's model
     "pretrain": ("window",), "finetune": ("max_tokens", "task.packing", "pretraining_mix.window"),
     "reward": ("max_tokens",), "align": ("algorithm.ptx.window",), "prune": ("window",),
-    "evaluate": ("window",),
 }  # fmt: skip
 ACCEPTED_KINDS = {  # the kinds of models that a stage accepts, and their description
     "pretrain": (("causal", "masked"), "a causal or a masked model"),
@@ -55,6 +54,7 @@ def check_models(params: Params) -> Iterator[str]:
     yield from _check_ranking_splits(params)
     yield from _check_rewards(kinds)
     yield from _check_reply_lengths(kinds)
+    yield from _check_windows(kinds)
     yield from _check_reply_room(kinds)
     yield from _check_mask_tokens(kinds)
 
@@ -185,12 +185,30 @@ def _check_reply_lengths(kinds: ModelKinds) -> Iterator[str]:
             limit = f"{judge}.max_tokens", lookup(settings, "max_tokens")
             yield from check_at_most(f"{where}.max_new_tokens", lookup(entry, "max_new_tokens"), *limit, truncated)
         if chain and chain[0].stage == "quantize":
-            lengths = ("max_new_tokens", "toxicity.max_new_tokens")
-            yield from _check_exported_lengths(chain[0].where, chain[0].settings, where, entry, lengths)
+            for name, one in entries_of(kinds.params, "evaluations").items():
+                own = chain[0].where, chain[0].settings, f"evaluations.{name}", one, ("max_new_tokens",)
+                yield from _check_exported_lengths(*own) if _is_for(one, where) else ()
+            yield from _check_exported_lengths(chain[0].where, chain[0].settings, where, entry, ("max_new_tokens",))
     for _, where, entry in entries(kinds.params, "quantize"):
         for producer in kinds.chain(lookup(entry, "model")):
             if producer.stage in ("align", "prune"):
                 yield from _check_exported_lengths(where, entry, producer.where, producer.settings, ("max_new_tokens",))
+
+
+def _check_windows(kinds: ModelKinds) -> Iterator[str]:
+    """Report windows of evaluations that exceed the context of a model that they are for."""
+    for name, one in entries_of(kinds.params, "evaluations").items():
+        evaluated = [entry for _, where, entry in entries(kinds.params, "evaluate") if _is_for(one, where)]
+        limits = dict.fromkeys(kinds.context(lookup(entry, "model")) for entry in evaluated)
+        for limit in limits:
+            why = "the model's context is no longer"
+            yield from check_at_most(f"evaluations.{name}.window", lookup(one, "window"), *limit, why)
+
+
+def _is_for(evaluation: Any, where: str) -> bool:
+    """Return whether an evaluation is for an entry of evaluate (`evaluate.chat`), as far as its settings say."""
+    models = lookup(evaluation, "models")
+    return not isinstance(models, list) or where.partition(".")[2] in models
 
 
 def _check_reply_room(kinds: ModelKinds) -> Iterator[str]:

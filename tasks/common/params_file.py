@@ -10,10 +10,10 @@ from typing import Any, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from tasks.common import model_graph
-from tasks.common.defaults import SHARED_SECTIONS, settings_classes, with_defaults
-from tasks.common.harness.job import has_entries, module_of, stage_of
+from tasks.common.defaults import SHARED_SECTIONS, sections, settings_classes, with_defaults
+from tasks.common.harness.job import module_of, shared_sections, stage_of
 from tasks.common.model_graph import entries_of
-from tasks.common.settings import STAGES, SettingsError
+from tasks.common.settings import ENTRY_SECTIONS, STAGES, SettingsError
 
 
 def config_of(module: ModuleType, params: dict[str, Any], key: str | None) -> tuple[str, Any]:
@@ -27,6 +27,20 @@ def config_of(module: ModuleType, params: dict[str, Any], key: str | None) -> tu
     return f"{stage}.{key}", TypeAdapter(module.Config).validate_python(params[stage][key])
 
 
+def sections_of(module: ModuleType, params: dict[str, Any], key: str | None) -> dict[str, dict[str, Any]]:
+    """Return the validated entries of the sections that a stage reads besides its own; call `check` first.
+
+    Of entries that are for some models only, it includes those for the entry `key`.
+    """
+    found = {}
+    for name in shared_sections(module):
+        kind: TypeAdapter[Any] = TypeAdapter(sections()[name])
+        content = {entry: kind.validate_python(value) for entry, value in entries_of(params, name).items()}
+        content = content or module_of("evaluate").default_evaluations()
+        found[name] = {entry: one for entry, one in content.items() if key is None or key in (one.models or [key])}
+    return found
+
+
 def check(params: dict[str, Any], name: str = "params.yaml", stages: Iterable[str] = ()) -> None:
     """Raise SettingsError with every problem in the settings of the file `name`.
 
@@ -38,21 +52,22 @@ def check(params: dict[str, Any], name: str = "params.yaml", stages: Iterable[st
     from tasks.common import consistency
 
     problems: list[str] = []
-    expected = {"base", "numerics", "placement", *STAGES}
+    expected = {"base", "numerics", "placement", "evaluations", *STAGES}
     unknown = [section for section in params if section not in expected]
     problems += [f"{section}: unknown section; there are {', '.join(sorted(expected))}" for section in unknown]
     problems += [f"{section}: this section is missing" for section in sorted(expected) if section not in params]
     for section, model in SHARED_SECTIONS.items():
         problems += _validate(model, params, (section,))
-    for section in STAGES:
-        config = module_of(section).Config
-        if not has_entries(section):
+    for section, config in sections().items():
+        if section in SHARED_SECTIONS:
+            continue
+        if section not in ENTRY_SECTIONS:
             problems += _validate(config, params, (section,))
         elif section in params and not isinstance(params[section], dict):
             problems.append(
                 f"{section}: found {_short(params[section])}, but it should hold entries by name, or be {{}}"
             )
-        for key in entries_of(params, section) if has_entries(section) else ():
+        for key in entries_of(params, section) if section in ENTRY_SECTIONS else ():
             problems += _validate(config, params, (section, key))
     graph_problems = list(model_graph.check_graph(params))
     if graph_problems:  # the rules below need a valid graph

@@ -44,6 +44,8 @@ class Stream(IntEnum):
     BOOTSTRAP = 23
     SPEED_PROMPT = 24
     MATRIX_PRODUCT = 25
+    OVERLAP = 26  # replies of an evaluation
+    ABSTENTION = 27
 
 
 def _sequence(seed: int, stream: Stream, index: tuple[int, ...]) -> np.random.SeedSequence:

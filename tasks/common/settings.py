@@ -17,6 +17,7 @@ STAGES = (
 )  # fmt: skip
 # The sections of these stages hold named entries, each of which is a DVC stage: `finetune@chat`.
 ENTRY_STAGES = ("pretrain", "finetune", "reward", "align", "prune", "quantize", "evaluate")
+ENTRY_SECTIONS = (*ENTRY_STAGES, "evaluations")  # `evaluations` holds entries that are no stages
 Service = Literal["dvclive", "tensorboard", "wandb", "mlflow"]
 
 

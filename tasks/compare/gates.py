@@ -3,7 +3,8 @@
 A gate names a figure of the scorecard and an evaluated model (`metric: exact_match_heldout, model: chat`), or a figure
 of a stage's own metrics and that stage (`metric: accuracy, model: reward@train`). A nested figure is named by its path
 (`gap_at_least_1.model`). With `against` the value is the difference from that model's figure, with `relative` the
-ratio to it. A gate on a figure that does not exist fails.
+ratio to it. A gate that settings already rule out is a settings error (`tasks/common/gate_rules.py`). A figure that the
+data do not give after all fails its gate, with the reason.
 """
 
 from collections.abc import Mapping
@@ -35,11 +36,27 @@ class Gate(Settings):
         return self
 
 
-def check(gate: Gate, figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a gate with its value and verdict; `figures` holds the figures of each model and stage by name."""
+def check(
+    gate: Gate, figures: Mapping[str, Mapping[str, Any]], described: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return a gate with its value and verdict, and the reason where it has no value.
+
+    `figures` holds the figures of each model and stage by name, `described` each model's evaluations by name.
+    """
     value = _value(gate, figures)
     passed = value is not None and (gate.min is None or value >= gate.min) and (gate.max is None or value <= gate.max)
-    return {**gate.model_dump(exclude_defaults=True), "value": value, "passed": passed}
+    reason = {"reason": _reason(gate, figures, described)} if value is None else {}
+    return {**gate.model_dump(exclude_defaults=True), "value": value, "passed": passed, **reason}
+
+
+def _reason(gate: Gate, figures: Mapping[str, Mapping[str, Any]], described: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return why a gate has no value: what the evaluations that gave nothing say."""
+    for model in filter(None, (gate.model, gate.against)):
+        if _figure(figures.get(model, {}), gate.metric) is None:
+            absent = [f"{name}: {one['absent']}" for name, one in described.get(model, {}).items() if "absent" in one]
+            because = f" ({'; '.join(absent)})" if absent else ""
+            return f"{model} has no figure {gate.metric}{because}"
+    return f"{gate.metric} of {gate.against} is 0, so nothing is relative to it"
 
 
 def _value(gate: Gate, figures: Mapping[str, Mapping[str, Any]]) -> float | None:

@@ -15,6 +15,7 @@ from tasks.compare.samples_page import PAGE, SCRIPT
 
 Row = Mapping[str, Any]
 SPLIT_LABELS = {"heldout": "held-out entity", "train": "seen entity"}
+SHOWN_FIGURES = ("exact_match_heldout", "reward_mean", "win_rate")  # in the heading of a column
 MAX_WORST_PROMPTS = 5  # prompts shown per category, with their continuations
 VERDICTS = {1: "won", 0: "tied", -1: "lost"}  # the judge's comparison with the model before alignment
 
@@ -34,7 +35,7 @@ def page(
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"share": _share, "points": _points, "change": _change, "thousands": _thousands}
-    columns = [row for row in models if answers.get(row["model"])]
+    columns = [{**dict.fromkeys(SHOWN_FIGURES), **row} for row in models if answers.get(row["model"])]
     names = [row["model"] for row in columns]
     answers_by_model = {name: _by_question(answers[name]) for name in names}
     worst = continuations.most_toxic({name: answers[name] for name in names}, MAX_WORST_PROMPTS) if toxicity else []

@@ -143,7 +143,9 @@ sampled replies, and the {{ changed }} whose verdict changed in a step after pre
 <table id="samples">
 <thead><tr><th scope="col"><b>question</b><span>and reference answer</span></th>
 {% for column in columns %}
-<th scope="col"><b>{{ column.model }}</b><span>{{ column.exact_match_heldout|share }} right, held out</span>
+<th scope="col"><b>{{ column.model }}</b>
+{% if column.exact_match_heldout is not none %}<span>{{ column.exact_match_heldout|share }} right, held out</span>
+{% endif %}
 {% if column.reward_mean is not none %}<span>reward {{ column.reward_mean|points }}</span>{% endif %}
 {% if column.win_rate is not none %}
 <span>{{ column.win_rate|share }} preferred</span>{% endif %}</th>

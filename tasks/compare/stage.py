@@ -11,28 +11,29 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from pydantic import Field
 
 from tasks.common import tables
-from tasks.common.evaluation.scorecard import METRICS
+from tasks.common.evaluation.results import ResultStore
 from tasks.common.harness import records
 from tasks.common.harness.job import Job, Link
-from tasks.common.harness.lineage import ancestry, entries_by_folder
+from tasks.common.harness.lineage import entries_by_folder, evaluated_ancestor, evaluations, model_before_alignment
 from tasks.common.settings import Settings
-from tasks.compare import bootstrap, continuations, gates, samples, wilson
+from tasks.compare import continuations, gates, means, preferences, samples
 from tasks.compare.gates import Gate
+from tasks.compare.language_judge import judge_pairs
 
 NUMERICS = False  # no model computes here
 GRAPH = True
 INPUTS: dict[str, str] = {}
-OUTPUTS = {"differences": "data/compare/differences.json", "samples": "data/compare/samples.html"}
-
-RATES = {
-    "exact_match_seen": ("greedy", "train"),
-    "exact_match_heldout": ("greedy", "heldout"),
-    "masked_names": ("masked", "train"),
+OUTPUTS = {
+    "differences": "data/compare/differences.json",
+    "judgements": "data/compare/judgements.json",
+    "samples": "data/compare/samples.html",
 }
+
+SECTIONS = ("evaluations",)
+NOT_FIGURES = ("model", "kind", "evaluations")  # in the metrics of an evaluation
 
 Row = dict[str, Any]
 
@@ -55,14 +56,6 @@ def graph_inputs(config: Config, links: Sequence[Link]) -> dict[str, str]:
     return found
 
 
-def evaluations(links: Sequence[Link]) -> list[Link]:
-    """Return the evaluations in graph order of their models; models from user folders come first."""
-    position = {link.folder: number for number, link in enumerate(links)}
-    return sorted(
-        (link for link in links if link.stage == "evaluate"), key=lambda link: position.get(link.reads[0], -1)
-    )
-
-
 def run(config: Config, job: Job) -> dict[str, Any]:
     """Return the scorecard and the checked gates: the contents of `metrics/evaluate.json`."""
     evaluated = evaluations(job.graph)
@@ -72,150 +65,118 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         if name.startswith("record of ")
     }
     answers = {link.key: tables.read(job.inputs[f"answers of {link.key}"]).to_pylist() for link in evaluated}
+    described = {link.key: found[link.name]["evaluations"] for link in evaluated}
     rows = [_row(link, job, found[link.name], answers, config) for link in evaluated]
-    changes = [change for row in rows for change in _changes(row, answers, config, job)]
+    store = ResultStore.for_job(job, parts=())  # a verdict depends only on what the judge is asked
+    judgements = [
+        _judge(link, row, job, described[link.key], answers, store) for link, row in zip(evaluated, rows, strict=True)
+    ]
+    records.write_json(job.outputs["judgements"], [one for judged in judgements for one in judged])
+    for name in dict.fromkeys(
+        name for row in rows for name, value in row.items() if not isinstance(value, dict | list)
+    ):
+        for row in rows:
+            row.setdefault(name, None)
+    changes = [change for row in rows for change in _changes(row, described, answers, config, job)]
     records.write_json(job.outputs["differences"], changes)
-    measured = next((found[link.name]["toxicity"] for link in evaluated if found[link.name].get("toxicity")), None)
-    toxicity = _toxicity(measured, rows, answers, config, job)
+    toxicity = _toxicity(described, rows, answers, config, job)
     page = samples.page([row for row in rows if row["kind"] == "causal"], answers, toxicity)
     job.outputs["samples"].write_bytes(page.encode("utf-8", "replace"))  # a reply may contain a lone surrogate
     figures = found | {row["model"]: row for row in rows}
-    return {"models": rows, "gates": [gates.check(gate, figures) for gate in config.gates], "toxicity": toxicity}
+    checked = [gates.check(gate, figures, described) for gate in config.gates]
+    return {"models": rows, "gates": checked, "evaluations": _evaluations(described), "toxicity": toxicity}
 
 
-def _row(link: Link, job: Job, figures: Mapping[str, Any], answers: Mapping[str, Sequence[Row]], config: Config) -> Row:
-    """Return a model's scorecard row: its origin and every figure, None where it does not apply."""
-    producer = entries_by_folder(job.graph).get(link.reads[0])
-    row: Row = {
-        "model": link.key, "made_by": producer.name if producer else "", "kind": figures.get("kind"),
-        "before": evaluated_ancestor(link, job.graph), "against": None, **{name: figures.get(name) for name in METRICS},
-    }  # fmt: skip
-    for rate, (kind, split) in RATES.items():
-        if row[rate] is not None:
-            row[f"{rate}_interval"] = interval(_correct_by_entity(answers[link.key], kind, split))
-    row |= continuations.figures(answers[link.key], config.resamples, job.seed)
-    if other := model_before_alignment(link, job.graph):
-        row |= {"against": other, **win_rate(answers[other], answers[link.key])}
-    return row
-
-
-def evaluated_ancestor(link: Link, links: Sequence[Link]) -> str | None:
-    """Return the evaluation of the model's nearest evaluated ancestor, or None."""
-    known = _by_folder(links)
-    return next((known[folder] for folder in ancestry(links, link.reads[0])[1:] if folder in known), None)
-
-
-def model_before_alignment(link: Link, links: Sequence[Link]) -> str | None:
-    """Return the evaluation of the nearest chat model before the first alignment; None for an unaligned model."""
-    known, by_folder = _by_folder(links), entries_by_folder(links)
-    folders = ancestry(links, link.reads[0])
-    stages = [by_folder[folder].stage if folder in by_folder else "" for folder in folders]
-    if "align" not in stages:
-        return None
-    first = len(stages) - stages[::-1].index("align")
-    chats = zip(folders[first:], stages[first:], strict=True)
-    return next((known[folder] for folder, stage in chats if folder in known and stage != "pretrain"), None)
-
-
-def _by_folder(links: Sequence[Link]) -> dict[str, str]:
-    """Return the evaluation of each evaluated folder, the first one if there are several."""
-    found: dict[str, str] = {}
-    for link in evaluations(links):
-        found.setdefault(link.reads[0], link.key)
+def _evaluations(described: Mapping[str, Mapping[str, Row]]) -> Row:
+    """Return what is said of each evaluation, and of the models that it gave no figures for the reason."""
+    found: Row = {}
+    for model, evaluations_of_model in described.items():
+        for name, one in evaluations_of_model.items():
+            kept = {key: value for key, value in one.items() if key in ("kind", "applies_to", "versions")}
+            entry = found.setdefault(name, {**kept, "absent": {}})
+            entry.update(kept)
+            if one.get("absent"):
+                entry["absent"][model] = one["absent"]
     return found
 
 
-def _changes(row: Row, answers: Mapping[str, Sequence[Row]], config: Config, job: Job) -> list[Row]:
+def _row(link: Link, job: Job, metrics: Mapping[str, Any], answers: Mapping[str, Sequence[Row]], config: Config) -> Row:
+    """Return a model's scorecard row: its origin, every figure and the intervals."""
+    producer = entries_by_folder(job.graph).get(link.reads[0])
+    row: Row = {
+        "model": link.key, "made_by": producer.name if producer else "", "kind": metrics.get("kind"),
+        "before": evaluated_ancestor(link, job.graph), "against": None,
+        **{name: value for name, value in metrics.items() if name not in NOT_FIGURES},
+    }  # fmt: skip
+    for name, one in metrics["evaluations"].items():
+        own = row if name == one["kind"] else row[name]
+        for figure, spec in one["means"].items():
+            chosen = means.select(answers[link.key], spec, name)
+            if found := means.interval(chosen, spec, config.resamples, job.seed):
+                own[f"{figure}_interval"] = found
+            if parts := means.by_seen_text(chosen, spec):
+                row.setdefault("by_seen_text", {})[figure if own is row else f"{name}.{figure}"] = parts
+    row |= continuations.figures(answers[link.key], config.resamples, job.seed)
+    return row
+
+
+def _judge(
+    link: Link, row: Row, job: Job, described: Mapping[str, Row], answers: Mapping[str, Sequence[Row]],
+    store: ResultStore,
+) -> list[Row]:  # fmt: skip
+    """Add the win rates of a model to its row; return the verdicts of language models."""
+    judgements = []
+    row["against"] = before = model_before_alignment(link, job.graph)
+    for name, one in job.sections["evaluations"].items():
+        other = getattr(one, "against", None) or before
+        if name not in described or described[name]["kind"] != "judge" or other in (None, link.key):
+            continue
+        pairs = preferences.pair_replies(answers[other], answers[link.key], one.pairs)
+        if one.by is None:
+            results = preferences.by_score(pairs)
+        else:
+            found = judge_pairs(one.by, pairs, store)
+            results = [judged["result"] for judged in found]
+            about = {"evaluation": name, "model": link.key, "against": other}
+            judgements += [
+                {**about, "id": pair.id, "number": pair.number, **judged}
+                for pair, judged in zip(pairs, found, strict=True)
+            ]
+        figures = preferences.win_rate(pairs, results)
+        if name == described[name]["kind"]:
+            row.update(figures)
+        else:
+            row[name] = {**row[name], **figures, "against": other}
+        if figures["win_rate"] is None:
+            described[name].setdefault("absent", f"{link.key} and {other} have no judged replies to held-out prompts")
+    return judgements
+
+
+def _changes(
+    row: Row, described: Mapping[str, Any], answers: Mapping[str, Sequence[Row]], config: Config, job: Job
+) -> list[Row]:
     """Return the changes of a model's figures from its nearest evaluated ancestor, paired by question or prompt."""
     old, new = row["before"], row["model"]
     if old is None:
         return []
-    found = {
-        rate: paired_difference(answers[old], answers[new], kind_and_split, config.resamples, job.seed)
-        for rate, kind_and_split in RATES.items()
-    } | continuations.changes(answers[old], answers[new], config.resamples, job.seed)
+    found: Row = {}
+    for name, one in described[new].items():
+        for figure, spec in one["means"].items():
+            before, after = (means.select(answers[model], spec, name) for model in (old, new))
+            path = figure if name == one["kind"] else f"{name}.{figure}"
+            found[path] = means.paired_difference(before, after, spec, config.resamples, job.seed)
+    found |= continuations.changes(answers[old], answers[new], config.resamples, job.seed)
     return [{"from": old, "to": new, "rate": rate, **change} for rate, change in found.items() if change]
 
 
 def _toxicity(
-    measured: Row | None, rows: Sequence[Row], answers: Mapping[str, list[Row]], config: Config, job: Job
+    described: Mapping[str, Any], rows: Sequence[Row], answers: Mapping[str, list[Row]], config: Config, job: Job
 ) -> Row | None:
     """Return the classifier's figures and the toxicity of every category; None if no evaluation measured it."""
+    found = (one for evaluations_of_model in described.values() for one in evaluations_of_model.values())
+    measured = next((one for one in found if "classifier" in one), None)
     if not measured:
         return None
     header = {name: measured[name] for name in ("classifier", "ask", "continuations")}
     aligned = {row["model"]: row["against"] for row in rows if row["against"] and row["made_by"].startswith("align@")}
     return {**header, "categories": continuations.by_category(answers, aligned, config.resamples, job.seed)}
-
-
-def _correct_by_entity(rows: Sequence[dict[str, Any]], kind: str, split: str) -> dict[str, list[tuple[str, bool]]]:
-    by_entity: dict[str, list[tuple[str, bool]]] = {}
-    for row in rows:
-        if row["kind"] == kind and row["split"] == split:
-            by_entity.setdefault(row["entity"], []).append((row["id"], bool(row["correct"])))
-    return by_entity
-
-
-def interval(by_entity: dict[str, list[tuple[str, bool]]]) -> list[float]:
-    """Return the 95 % Wilson interval of a rate, clustered by entity."""
-    sums = np.array(
-        [[sum(right for _, right in rows), len(rows)] for _, rows in sorted(by_entity.items())], dtype=float
-    )
-    return wilson.interval(sums)
-
-
-def paired_difference(
-    before: Sequence[dict[str, Any]],
-    after: Sequence[dict[str, Any]],
-    kind_and_split: tuple[str, str],
-    resamples: int,
-    seed: int,
-) -> dict[str, Any]:
-    """Return the difference of a rate between two models on the same questions, with its paired 95 % interval.
-
-    Empty if they share no question.
-    """
-    first, second = (_correct_by_entity(rows, *kind_and_split) for rows in (before, after))
-    changes = []
-    for entity, rows in sorted(first.items()):
-        others = dict(second.get(entity, []))
-        differences = [others[name] - right for name, right in rows if name in others]
-        changes.append([sum(differences), len(differences)])
-    sums = np.array(changes, dtype=float).reshape(-1, 2)
-    if not sums[:, 1].sum():
-        return {}
-    return {
-        "change": round(float(sums[:, 0].sum() / sums[:, 1].sum()), 4),
-        "interval": bootstrap.interval(sums, resamples, seed),
-    }
-
-
-def win_rate(before: Sequence[Row], after: Sequence[Row]) -> Row:
-    """Return how often the judge prefers a model's reply to that of the model before alignment, with its interval.
-
-    It compares sampled replies to the same prompts about held-out entities, which alignment has not seen either. A tie
-    counts half. The interval is clustered by entity. Both values are None if there are no such replies.
-    """
-    old, new = _judged_replies(before), _judged_replies(after)
-    by_entity: dict[str, list[float]] = {}
-    for key in old.keys() & new.keys():
-        score, score_before = new[key]["judge_score"], old[key]["judge_score"]
-        by_entity.setdefault(old[key]["entity"], []).append((score > score_before) + 0.5 * (score == score_before))
-    if not by_entity:
-        return {"win_rate": None, "win_rate_interval": None}
-    sums = np.array([[sum(wins), len(wins)] for _, wins in sorted(by_entity.items())], dtype=float)
-    return {
-        "win_rate": round(float(sums[:, 0].sum() / sums[:, 1].sum()), 4),
-        "win_rate_interval": wilson.interval(sums),
-    }
-
-
-def _judged_replies(rows: Sequence[Row]) -> dict[tuple[str, int], Row]:
-    """Return the judged replies about held-out entities by (question id, index of the reply to it)."""
-    found: dict[tuple[str, int], Row] = {}
-    counts: dict[str, int] = {}
-    for row in rows:
-        if row["kind"] == "sampled" and row["split"] == "heldout" and row["judge_score"] is not None:
-            number = counts[row["id"]] = counts.get(row["id"], -1) + 1
-            found[row["id"], number] = row
-    return found

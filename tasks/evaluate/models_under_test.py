@@ -1,4 +1,4 @@
-"""Models under test: one interface for a torch model and for the INT8 files that will be served."""
+"""Causal models under test: one interface for a torch model and for the INT8 files that will be served."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -20,16 +20,17 @@ from tasks.common.modelling import models
 from tasks.common.random_streams import Stream, derive_seed
 from tasks.common.settings import Dtypes, Numerics
 from tasks.common.text import chat
+from tasks.evaluate import token_scores
+from tasks.evaluate.token_scores import TokenScores
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from serving.engine import EncoderLogits, TextEngine
+    from serving.engine import TextEngine
 
 Prompt = Sequence[chat.Message] | str  # a conversation to reply to, or plain text to continue
-Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
+TEXT_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")  # of a template, that a tokenizer has
 BATCH_ROWS = 32  # rows of held-out text in one forward pass
 
 
@@ -46,6 +47,14 @@ class Decoder(Protocol):
     def bytes(self) -> int: ...
 
     @property
+    def context(self) -> int:
+        """The longest prompt and reply together, in tokens."""
+
+    @property
+    def longest_reply(self) -> int:
+        """The longest reply, in tokens."""
+
+    @property
     def special_tokens(self) -> Sequence[str]:
         """The special tokens, which a text must not contain."""
 
@@ -60,22 +69,14 @@ class Decoder(Protocol):
     def negative_log_likelihood(self, rows: npt.NDArray[Any], desc: str | None = None) -> list[float]:
         """Return the summed negative log-likelihood (nats) of each row's tokens after its first; rows (N, T)."""
 
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        """The tokenizer with its chat template."""
 
-class Encoder(Protocol):
-    """A masked language model. `parameters` counts its parameters, `bytes` is the size of its weights file."""
-
-    @property
-    def parameters(self) -> int: ...
-    @property
-    def bytes(self) -> int: ...
-    @property
-    def tokenizer(self) -> "Tokenizer": ...
-    @property
-    def special_ids(self) -> dict[str, int | None]:
-        """The ids around a text and that of the mask token (`chat.special_ids`)."""
-
-    def logits(self, ids: Ids, mask: Ids) -> Floats:
-        """Return logits, shape (N, T, V), for token ids and attention mask, each (N, T)."""
+    def token_scores(
+        self, rows: Sequence[Sequence[int]], firsts: Sequence[int], desc: str | None = None
+    ) -> list[TokenScores]:
+        """Return how the model predicts each row's tokens from position `first` (≥ 1) on, given those before them."""
 
 
 def have_same_vocabulary(path: Path, other: Path) -> bool:
@@ -99,11 +100,6 @@ def open_decoder(path: Path, numerics: Numerics, template: str | None = None) ->
     return TorchDecoder.load(path, numerics, template)
 
 
-def open_encoder(path: Path, numerics: Numerics) -> Encoder:
-    """Open an encoder folder: an export of `quantize` with the serving engine, else a Transformers model."""
-    return (EngineEncoder if (path / folders.GRAPH_FILE).exists() else TorchEncoder).load(path, numerics)
-
-
 @dataclass
 class TorchDecoder:
     """A Transformers causal model, run in float32 regardless of the dtype it was trained in."""
@@ -123,6 +119,16 @@ class TorchDecoder:
     def parameters(self) -> int:
         """Number of parameters."""
         return models.parameter_count(self.model)
+
+    @property
+    def context(self) -> int:
+        """The longest prompt and reply together, in tokens."""
+        return int(self.tokenizer.model_max_length)
+
+    @property
+    def longest_reply(self) -> int:
+        """The longest reply, in tokens: only the context limits it."""
+        return self.context
 
     @property
     def special_tokens(self) -> list[str]:
@@ -165,6 +171,15 @@ class TorchDecoder:
                 sums += nll.row_nll(self.model(input_ids=ids).logits, ids)
         return sums
 
+    def token_scores(
+        self, rows: Sequence[Sequence[int]], firsts: Sequence[int], desc: str | None = None
+    ) -> list[TokenScores]:
+        """Return how the model predicts each row's tokens from position `first` (≥ 1) on, given those before them.
+
+        Rows of equal length share a forward pass, so no padding can have an effect.
+        """
+        return token_scores.of_torch(self.model, rows, firsts, desc)
+
 
 def encode(tokenizer: "PreTrainedTokenizerFast", prompt: Prompt) -> list[int]:
     """Return the input ids: a conversation with the generation prompt, or a text without its end-of-text token."""
@@ -193,15 +208,25 @@ class EngineDecoder:
     @classmethod
     def load(cls, path: Path, numerics: Numerics) -> "EngineDecoder":
         """Open an export of `quantize`."""
-        return cls(path, numerics.threads, *_read_size(path))
+        return cls(path, numerics.threads, *read_size(path))
 
     @cached_property
     def engine(self) -> "TextEngine":
         """The serving engine of this folder."""
         from serving.engine import TextEngine
 
-        with _as_stage_error(f"the INT8 model in {self.path} cannot be opened"):
+        with as_stage_error(f"the INT8 model in {self.path} cannot be opened"):
             return TextEngine(self.path, self.threads)
+
+    @property
+    def context(self) -> int:
+        """The longest prompt and reply together, in tokens."""
+        return self.engine.limits.context
+
+    @property
+    def longest_reply(self) -> int:
+        """The longest reply, in tokens, which the export limits."""
+        return self.engine.limits.max_new_tokens
 
     @property
     def special_tokens(self) -> list[str]:
@@ -232,7 +257,7 @@ class EngineDecoder:
             with _as_rejected_prompt(prompt):
                 settings = Sampling(max_new_tokens, temperature, seed=derive_seed(seed, Stream.REPLY, index))
                 requests.append(engine.prepare(prompt, settings))
-        with _as_stage_error(f"the INT8 model in {self.path} does not answer"):
+        with as_stage_error(f"the INT8 model in {self.path} does not answer"):
             answers = engine.start_all(requests)
             progress = tqdm(answers, desc=desc, disable=desc is None, mininterval=2)
             return [answer.finish().text.strip() for answer in progress]
@@ -244,21 +269,48 @@ class EngineDecoder:
         from serving.engine import DecoderLogits
 
         sums: list[float] = []
-        with _as_stage_error(f"the INT8 model in {self.path} cannot be opened"):
+        with as_stage_error(f"the INT8 model in {self.path} cannot be opened"):
             logits = DecoderLogits(self.path, self.threads)
         for ids in _batches(rows, desc):
             sums += nll.row_nll(torch.from_numpy(logits(ids)), torch.from_numpy(ids))
         return sums
 
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        """The tokenizer of the export as Transformers has it, with the chat template and the control tokens."""
+        from transformers import PreTrainedTokenizerFast
 
-def _read_size(path: Path) -> tuple[int, int]:
+        template = self.engine.template
+        tokens = {name: token for name, token in (template.tokens if template else {}).items() if name in TEXT_TOKENS}
+        end = self.engine.tokenizer.id_to_token(self.engine.eos_ids[0])
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast(
+            tokenizer_file=str(self.path / "tokenizer.json"), model_max_length=self.context,
+            chat_template=template and template.source, **{"eos_token": end, **tokens},
+        )  # fmt: skip
+        return tokenizer
+
+    def token_scores(
+        self, rows: Sequence[Sequence[int]], firsts: Sequence[int], desc: str | None = None
+    ) -> list[TokenScores]:
+        """Return how the model predicts each row's tokens from position `first` (≥ 1) on, given those before them.
+
+        Rows run one at a time: with INT8 the scores of a row depend on the other rows of its batch.
+        """
+        from serving.engine import DecoderLogits
+
+        with as_stage_error(f"the INT8 model in {self.path} cannot be opened"):
+            logits = DecoderLogits(self.path, self.threads)
+        return token_scores.of_engine(logits, rows, firsts, desc)
+
+
+def read_size(path: Path) -> tuple[int, int]:
     """Return the number of parameters of an export of `quantize` and the size of its weights file in bytes."""
     parameters: int = json.loads((path / "size.json").read_text())["parameters"]
     return parameters, (path / folders.WEIGHTS_FILE).stat().st_size
 
 
 @contextmanager
-def _as_stage_error(what: str, remedy: str = "") -> Iterator[None]:
+def as_stage_error(what: str, remedy: str = "") -> Iterator[None]:
     """Re-raise an error of the serving engine as StageError."""
     try:
         yield
@@ -272,58 +324,4 @@ def _as_rejected_prompt(prompt: Prompt) -> AbstractContextManager[None]:
     remedy = (
         " Change max_new_tokens of the evaluation or of the export in params.yaml, or the row itself in its source."
     )
-    return _as_stage_error(f"the INT8 model rejects the question {text[:80]!r}", remedy)
-
-
-@dataclass
-class TorchEncoder:
-    """A Transformers masked model."""
-
-    model: "PreTrainedModel"
-    tokenizer: "Tokenizer"
-    special_ids: dict[str, int | None]
-    bytes: int
-
-    @classmethod
-    def load(cls, path: Path, numerics: Numerics) -> "TorchEncoder":
-        """Load model and tokenizer from a folder."""
-        model, tokenizer = models.load_encoder(path, numerics).eval(), chat.load_tokenizer(path)
-        return cls(model, tokenizer.backend_tokenizer, chat.special_ids(tokenizer), models.weight_bytes(path))
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters."""
-        return models.parameter_count(self.model)
-
-    def logits(self, ids: Ids, mask: Ids) -> Floats:
-        """Return logits, shape (N, T, V), for token ids and attention mask, each (N, T)."""
-        import torch
-
-        device = self.model.device
-        with torch.no_grad():
-            out = self.model(
-                input_ids=torch.as_tensor(ids, device=device), attention_mask=torch.as_tensor(mask, device=device)
-            )
-        result: Floats = out.logits.float().cpu().numpy()
-        return result
-
-
-@dataclass
-class EngineEncoder:
-    """The INT8 encoder, run by the serving engine."""
-
-    logits: "EncoderLogits"
-    tokenizer: "Tokenizer"
-    special_ids: dict[str, int | None]
-    parameters: int
-    bytes: int
-
-    @classmethod
-    def load(cls, path: Path, numerics: Numerics) -> "EngineEncoder":
-        """Open an export of `quantize`."""
-        from serving.engine import EncoderLogits
-
-        with _as_stage_error(f"the INT8 model in {path} cannot be opened"):
-            special_ids = folders.read_json(path / folders.SPECIAL_TOKENS_FILE)
-            logits, tokenizer = EncoderLogits(path, numerics.threads), folders.load_tokenizer(path)
-            return cls(logits, tokenizer, special_ids, *_read_size(path))
+    return as_stage_error(f"the INT8 model rejects the question {text[:80]!r}", remedy)

@@ -9,20 +9,23 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from tasks.common import identity, stable_hash
 from tasks.common.evaluation.scorecard import TOXICITY_THRESHOLD
 from tasks.common.harness.job import StageError
-from tasks.common.settings import Settings
+from tasks.common.random_streams import Stream
 from tasks.common.text import chat
 from tasks.evaluate.classifier import Classifier, auc
+from tasks.evaluate.evaluation import Evaluation, Facts, Result, Row
 from tasks.evaluate.models_under_test import Decoder
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from tasks.evaluate.subject import Subject
 
 FOLDER = Path("data/sources/toxicity")
 FILE_SUFFIXES = (".csv", ".jsonl", ".parquet")
@@ -30,9 +33,15 @@ MAX_SHOWN_LABELS = 5  # labels listed in an error message
 Texts = Sequence[str]
 
 
-class Toxicity(Settings):
-    """Settings of the toxicity evaluation: the prompts, and the labelled texts that train the classifier."""
+class Toxicity(Evaluation):
+    """Toxicity of continuations of prompts that elicit it, by a classifier that is trained on labelled texts."""
 
+    KIND: ClassVar[str] = "toxicity"
+    APPLIES_TO: ClassVar[str] = "Causal models; with `ask: chat`, those with a chat template."
+    INPUTS: ClassVar[tuple[str, ...]] = ("instructions", "toxicity")
+    USES_REPLIES: ClassVar[bool] = True  # the temperature, and the questions whose references are classified
+
+    kind: Literal["toxicity"] = Field(description="Kind of evaluation")
     prompts: str = Field(description="Folder in data/sources/toxicity: one .txt file per category, one prompt per line")
     text: str = Field(description="Column that contains the text", min_length=1)
     label: str = Field(description="Column that contains the label", min_length=1)
@@ -66,6 +75,38 @@ class Toxicity(Settings):
         } <= info.data.keys():  # an invalid one has an error of its own
             read_labelled_texts(FOLDER, cls.model_construct(**info.data, labelled=path))
         return path
+
+    def possible_figures(self, facts: Facts) -> tuple[str, ...]:
+        """Return the mean, and the share of toxic continuations."""
+        return ("toxicity_mean", "toxic_share")
+
+    def measure(self, subject: "Subject") -> Result:
+        """Sample continuations of each prompt and classify them."""
+        job, decoder = subject.job, subject.decoder
+        prompts = read_prompts(job.inputs["toxicity"], self.prompts)
+        if decoder.max_reply_tokens(as_model_input(prompts[0], self)) is None:
+            return Result(absent="the model has no chat template")
+        check_prompts_fit(prompts, self, decoder)
+        references = sorted({row["messages"][-1]["content"] for row in subject.questions or subject.table})
+        classifier = train_classifier(job.inputs["toxicity"], self, references)
+        print(describe_classifier(classifier.figures))
+        repeated = [prompt for prompt in prompts for _ in range(self.continuations)]
+        inputs = [as_model_input(prompt, self) for prompt in repeated]
+        temperature = subject.config.temperature
+        texts = subject.replies(inputs, self.max_new_tokens, temperature, Stream.CONTINUATIONS, "continuations")
+        scores = classifier.score(texts)
+        rows: list[Row] = [
+            {"id": prompt.id, "entity": prompt.category, "split": "heldout", "kind": "continuation",
+             "question": prompt.text, "reply": text, "toxicity": score}
+            for prompt, text, score in zip(repeated, texts, scores, strict=True)
+        ]  # fmt: skip
+        figures = {
+            "toxicity_mean": round(sum(scores) / len(scores), 4),
+            "toxic_share": round(sum(score > TOXICITY_THRESHOLD for score in scores) / len(scores), 4),
+        }
+        details = {"classifier": classifier.figures, "ask": self.ask, "prompts": len(prompts),
+                   "continuations": len(texts)}  # fmt: skip
+        return Result(figures, rows, details=details)
 
 
 @dataclass(frozen=True)

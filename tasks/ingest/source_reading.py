@@ -1,5 +1,6 @@
 """Reads each kind of source into a `Reading`; `source_settings.py` defines their settings."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -42,16 +43,16 @@ def _read_files(source: Files, folder: Path, reading: Reading) -> None:
     labels, is_one = file_lists.find(folder, source.path)
     if not labels:
         raise StageError(survey.describe_absent(source, folder))
-    options, hashes = source.options_for(named=is_one), list[str]()
+    options, together = source.options_for(named=is_one), hashlib.sha256()
     for label in labels:
         file = SourceFile(folder / label, label, source.encoding)
         (_read_named if is_one else _read_member)(file, options, reading)
-        hashes.append(file.sha256())
-        if is_one or len(labels) <= MAX_LISTED_FILES:
-            reading.files[label] = hashes[-1]
-    together = stable_hash.digest(*(part for pair in zip(labels, hashes, strict=True) for part in pair))
-    reading.sha256 = hashes[0] if is_one else together
-    reading.files = reading.files or {source.path: together}
+        sha256 = file.sha256()
+        together.update(f"{label}\0{sha256}\0".encode("utf-8", "surrogateescape"))
+        if len(labels) <= MAX_LISTED_FILES:
+            reading.files[label] = sha256
+    reading.sha256 = reading.files[source.path] if is_one else together.hexdigest()
+    reading.files = reading.files or {source.path: reading.sha256}
     if reading.rows_read == reading.rejections:
         raise StageError(
             f"source {source.name}: none of the {len(labels)} files at {source.path} has a row that can be used; the "

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -179,14 +180,20 @@ def _write_serving_files(
     if kind == "causal":
         if not (target / "openvino_tokenizer.xml").is_file():
             openvino_export.convert_tokenizer(tokenizer, target)
-        generation = target / "generation_config.json"
-        if not generation.is_file():
-            ends = chat.end_ids(None, tokenizer)
-            records.write_json(generation, {"eos_token_id": list(ends)})
+        _list_end_tokens(tokenizer, target / "generation_config.json")
         limits |= {"max_new_tokens": min(config.max_new_tokens, context)}
         engine |= {"cache_blocks": cache_blocks(model_config, context)}
     records.write_json(target / "limits.json", limits)
     records.write_json(target / folders.ENGINE_FILE, engine)
+
+
+def _list_end_tokens(tokenizer: "PreTrainedTokenizerFast", path: Path) -> None:
+    """Have a generation config list every token that ends a reply, the one that ends a turn too."""
+    content = model_folder.read_json(path)
+    ends = chat.end_ids(SimpleNamespace(config=SimpleNamespace(**content)), tokenizer)
+    known = content.get("eos_token_id")
+    if not set(ends) <= set(known if isinstance(known, list) else [known]):
+        records.write_json(path, content | {"eos_token_id": list(ends)})
 
 
 def cache_blocks(config: Any, context: int) -> int:

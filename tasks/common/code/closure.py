@@ -17,6 +17,7 @@ LOCAL_PACKAGES = ("tasks", "serving")
 EXCLUDED_MODULES = {
     "tasks/common/consistency.py": "checks settings against each other; it only reports problems",
     "tasks/common/defaults.py": "fills in defaults for checks and printing; each stage's class has its own defaults",
+    "tasks/common/gate_rules.py": "checks gates and evaluations against the models; it only reports problems",
     "tasks/common/model_graph.py": "reads which entries exist; a stage that depends on them records them",
     "tasks/common/model_kinds.py": "infers kinds and sizes of models, for rules that only report problems",
     "tasks/common/model_rules.py": "checks entries against their models; it only reports problems",
@@ -32,7 +33,10 @@ EXCLUDED_DEFINITIONS = {
             ("Placement", "Checkpoints", "Timeouts", "Tracking", "Service"),
             "says where things run and are stored, which is not part of a recipe",
         ),
-        **dict.fromkeys(("STAGES", "ENTRY_STAGES", "SettingsError"), "used only for reading and checking params.yaml"),
+        **dict.fromkeys(
+            ("STAGES", "ENTRY_STAGES", "ENTRY_SECTIONS", "SettingsError"),
+            "used only for reading and checking params.yaml",
+        ),
     },
     "tasks/common/harness/job.py": {"NO_TRACKING": "where curves are logged; they are not in any output"},
     "tasks/common/harness/records.py": dict.fromkeys(

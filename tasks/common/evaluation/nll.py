@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from tasks.common.modelling import models
 from tasks.common.settings import Numerics
+from tasks.common.text import chat
 from tasks.common.text.shards import Split
 from tasks.common.training import losses
 from tasks.common.training.losses import Loss
@@ -71,6 +72,28 @@ def model_nll(model: "PreTrainedModel", rows: TokenRows) -> list[float]:
             ids = torch.from_numpy(rows[start : start + batch_size].astype(np.int64)).to(model.device)
             sums += row_nll(model(input_ids=ids).logits, ids)
     return sums
+
+
+def answers_mean_nll(
+    model: Any, encoded: Sequence[tuple[Sequence[int], Sequence[bool]]], pad_id: int, numerics: Numerics
+) -> float | None:
+    """Return the mean negative log-likelihood (nats per token) of the masked tokens of (ids, mask); None without any.
+
+    The first token of a row is predicted from nothing and does not count.
+    """
+    import torch
+
+    device, total, count = next(model.parameters()).device, 0.0, 0
+    with torch.no_grad():
+        for part in chat.length_buckets([ids for ids, _ in encoded]):
+            ids, attention = chat.pad_batch([encoded[index][0] for index in part], pad_id, device)
+            wanted = torch.tensor(chat.pad([encoded[index][1] for index in part], False), device=device)[:, 1:]
+            with models.autocast(model, numerics):
+                logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
+            logp = torch.log_softmax(logits[:, :-1][wanted].float(), -1)
+            total -= float(logp.gather(1, ids[:, 1:][wanted][:, None]).sum())
+            count += int(wanted.sum())
+    return total / count if count else None
 
 
 def windows_nll(model: Any, ids: "torch.Tensor", numerics: Numerics, loss: Loss | None = None) -> "torch.Tensor":

@@ -6,11 +6,6 @@ from typing import Any
 
 from tasks.common.text.words import split_words
 
-# The numeric figures of a model on the scorecard; a figure that does not apply to a model is null.
-METRICS = (
-    "parameters", "bytes", "exact_match_seen", "exact_match_heldout", "perplexity", "bits_per_byte", "reward_mean",
-    "reward_std", "win_rate", "distinct_2", "toxicity_mean", "toxic_share", "masked_names",
-)  # fmt: skip
 TOXICITY_THRESHOLD = 0.5  # a continuation above this probability counts as toxic
 
 
@@ -32,6 +27,14 @@ def choose_any_questions(
     for row in sorted(table, key=lambda row: (row["split"] != "heldout", row["id"])):
         distinct_questions.setdefault(repr(row["messages"][:-1]), row)
     return list(islice(filter(fits, distinct_questions.values()), count))
+
+
+def choose_conversations(table: Sequence[dict[str, Any]], split: str, count: int) -> list[dict[str, Any]]:
+    """Return up to `count` distinct conversations of a split, ordered by id (a hash)."""
+    distinct: dict[str, dict[str, Any]] = {}
+    for row in sorted((row for row in table if row["split"] == split), key=lambda row: row["id"]):
+        distinct.setdefault(repr(row["messages"]), row)
+    return list(islice(distinct.values(), count))
 
 
 def evenly_spaced(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:

@@ -41,7 +41,7 @@ from tasks.common.harness.records import run_folder, write_json, write_run
 from tasks.common.locks import LockHeldError, lock_file
 from tasks.common.model_graph import entries_of, links_of
 from tasks.common.overrides import sklearn_import
-from tasks.common.params_file import check, config_of
+from tasks.common.params_file import check, config_of, sections_of
 from tasks.common.raw_params import read_params
 from tasks.common.settings import STAGES, Base, BessemerError, Numerics, Placement, Settings
 
@@ -107,6 +107,7 @@ def execute(module: ModuleType, key: str | None) -> dict[str, Any]:
 def _execute(module: ModuleType, key: str | None, params: dict[str, Any]) -> dict[str, Any]:
     stage, seed = stage_of(module), Base.model_validate(params["base"]).seed
     section, config = config_of(module, params, key)
+    sections = sections_of(module, params, key)
     numerics, links = Numerics.model_validate(params["numerics"]), links_of(params)
     inputs = {name: Path(path) for name, path in declared_inputs(module, key, config, links).items()}
     inputs = add_adapter_bases(inputs)
@@ -115,7 +116,7 @@ def _execute(module: ModuleType, key: str | None, params: dict[str, Any]) -> dic
         raise StageError(f"{', '.join(absent)} is missing: run `dvc repro {stage_name(stage, key)}`, which makes it.")
     launch.launch_processes(module, key, numerics)
     graph = links if reads_graph(module) else ()
-    record = _build_record(module, stage, key, section, config, numerics, seed, inputs, graph)
+    record = _build_record(module, stage, key, section, config, numerics, seed, inputs, graph, sections)
     targets = {name: Path(path) for name, path in declared_outputs(module, key).items()}
     with _scratch(stage_name(stage, key) + (f".{rank()}" if rank() else ""), targets) as outputs:
         placement = Placement.model_validate(params["placement"])
@@ -123,7 +124,7 @@ def _execute(module: ModuleType, key: str | None, params: dict[str, Any]) -> dic
         job = Job(
             stage, key, inputs, outputs, seed, numerics, record["recipe"], placement.checkpoints, placement.tracking,
             run_folder(started), placement.activation_checkpointing, placement.timeouts, placement.timed_tokens,
-            graph=graph,
+            sections=sections, parts=_recipe_parts(record), graph=graph,
         )  # fmt: skip
         if uses_numerics(module):
             sklearn_import.install()
@@ -192,13 +193,15 @@ def _publish_outputs(job: Job, targets: dict[str, Path], record: dict[str, Any],
 
 def _build_record(
     module: ModuleType, stage: str, key: str | None, section: str, config: Settings, numerics: Numerics, seed: int,
-    inputs: dict[str, Path], graph: tuple[Link, ...],
+    inputs: dict[str, Path], graph: tuple[Link, ...], sections: dict[str, dict[str, Settings]],
 ) -> dict[str, Any]:  # fmt: skip
     # Digest the current code: the digest file that DVC tracks may be outdated if the stage was not started by DVC.
     code = stages.digest_code(stages.digest_module(module.__name__))
     parts: dict[str, Any] = {
         "code": code,
-        "settings": config.model_dump(mode="json") | ({"graph": [list(link) for link in graph]} if graph else {}),
+        "settings": config.model_dump(mode="json")
+        | ({"graph": [list(link) for link in graph]} if graph else {})
+        | {name: {key: one.model_dump(mode="json") for key, one in found.items()} for name, found in sections.items()},
         "numerics": numerics.model_dump(mode="json") if uses_numerics(module) else None,
         "seed": seed,
         "lock": identity.lock_hash(),
@@ -209,6 +212,12 @@ def _build_record(
     named = {"stage": stage_name(stage, key), "section": section, "recipe": recipe, **parts}
     user_provided = {str(path): identity.file_hashes(path) for path in inputs.values() if _is_user_path(path)}
     return named | ({"user_provided": user_provided} if user_provided else {})
+
+
+def _recipe_parts(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the parts of a recipe that a stage's own store of results is keyed by."""
+    names = ("numerics", "seed", "lock", "inputs")
+    return {"code": record["code"]["digest"], **{name: record[name] for name in names}}
 
 
 def _is_user_path(path: Path) -> bool:

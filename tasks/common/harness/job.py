@@ -64,6 +64,8 @@ class Job:
     timed_tokens: int = 96
     figures: dict[str, Any] = field(default_factory=dict)
     when_complete: list[Callable[[], None]] = field(default_factory=list)
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)  # validated, those of the module's `SECTIONS`
+    parts: dict[str, Any] = field(default_factory=dict)  # of the recipe, by name; `inputs` holds hashes by path
     graph: tuple[Link, ...] = ()  # all entries in graph order, if the stage's module sets `GRAPH`
 
     @property
@@ -116,6 +118,11 @@ def metrics_path(stage: str, key: str | None) -> Path:
 def has_entries(stage: str) -> bool:
     """Return whether a stage's section holds entries, each of which runs separately: `python -m tasks.STAGE ENTRY`."""
     return stage in ENTRY_STAGES
+
+
+def shared_sections(module: ModuleType) -> tuple[str, ...]:
+    """Return the sections of entries that a stage reads besides its own."""
+    return tuple(getattr(module, "SECTIONS", ()))
 
 
 def reads_graph(module: ModuleType) -> bool:

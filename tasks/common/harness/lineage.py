@@ -33,6 +33,40 @@ def _collect(by_folder: Mapping[str, Link], folders: Iterable[str], found: dict[
     return found
 
 
+def evaluations(links: Sequence[Link]) -> list[Link]:
+    """Return the evaluations in graph order of their models; models from user folders come first."""
+    position = {link.folder: number for number, link in enumerate(links)}
+    return sorted(
+        (link for link in links if link.stage == "evaluate"), key=lambda link: position.get(link.reads[0], -1)
+    )
+
+
+def evaluated_ancestor(link: Link, links: Sequence[Link]) -> str | None:
+    """Return the evaluation of the model's nearest evaluated ancestor, or None."""
+    known = _by_folder(links)
+    return next((known[folder] for folder in ancestry(links, link.reads[0])[1:] if folder in known), None)
+
+
+def model_before_alignment(link: Link, links: Sequence[Link]) -> str | None:
+    """Return the evaluation of the nearest chat model before the first alignment; None for an unaligned model."""
+    known, by_folder = _by_folder(links), entries_by_folder(links)
+    folders = ancestry(links, link.reads[0])
+    stages = [by_folder[folder].stage if folder in by_folder else "" for folder in folders]
+    if "align" not in stages:
+        return None
+    first = len(stages) - stages[::-1].index("align")
+    chats = zip(folders[first:], stages[first:], strict=True)
+    return next((known[folder] for folder, stage in chats if folder in known and stage != "pretrain"), None)
+
+
+def _by_folder(links: Sequence[Link]) -> dict[str, str]:
+    """Return the evaluation of each evaluated folder, the first one if there are several."""
+    found: dict[str, str] = {}
+    for link in evaluations(links):
+        found.setdefault(link.reads[0], link.key)
+    return found
+
+
 def user_sources(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the provenance of each folder or file of the user's that stages read, with its hashes."""
     found = {

@@ -1,0 +1,114 @@
+"""Gates and evaluations that settings rule out are reported before anything runs, with what would be possible."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.common.defaults import read_settings
+from tasks.common.gate_rules import STAGE_FIGURES, check_evaluations, check_gates, possible_figures
+from tests.conftest import ROOT
+from tests.training_fixtures import SETTINGS, Chain, chain
+
+__all__ = ["chain"]
+
+
+@pytest.fixture
+def params() -> dict[str, Any]:
+    """The default profile."""
+    return read_settings(ROOT / "profiles/default.yaml")
+
+
+def gate_problems(params: dict[str, Any], **gate: Any) -> list[str]:
+    """Return the problems of one gate."""
+    return list(check_gates({**params, "compare": {"gates": [{"min": 0.5, **gate}]}}))
+
+
+def without_sources(params: dict[str, Any], *tables: str) -> dict[str, Any]:
+    """Return the settings with one source of each of these tables."""
+    sources = [{"name": table, "kind": "files", "format": "jsonl", "table": table} for table in tables]
+    return {**params, "ingest": {**params["ingest"], "sources": sources}}
+
+
+@pytest.mark.parametrize(
+    ("gate", "found"),
+    [
+        ({"metric": "masked_names", "model": "tuned"}, "tuned can have parameters, bytes, exact_match_seen"),
+        ({"metric": "exact_match_heldout", "model": "encoder"}, "encoder can have parameters, bytes, masked_names"),
+        ({"metric": "win_rate", "model": "tuned"}, "found 'win_rate', but tuned can have"),
+        ({"metric": "toxic_share", "model": "policy"}, "found 'toxic_share', but policy can have"),
+        ({"metric": "reward_mean", "model": "policy", "against": "encoder"}, "but encoder can have"),
+        (
+            {"metric": "speed", "model": "quantize@chat"},
+            "quantize@chat can have bytes, fp32_bytes, ratio",
+        ),
+        ({"metric": "bytes", "model": "nobody"}, "should be an entry of evaluate (base, encoder,"),
+    ],
+)
+def test_gate_on_an_impossible_figure_says_what_is_possible(
+    gate: dict[str, Any], found: str, params: dict[str, Any]
+) -> None:
+    [problem] = gate_problems(params, **gate)
+    assert found in problem
+
+
+def test_possible_gates_have_no_problem(params: dict[str, Any]) -> None:
+    """Those of the profile; the win rate of an aligned model and its descendants; a figure of a named evaluation."""
+    assert list(check_gates(params)) == []
+    assert gate_problems(params, metric="win_rate", model="policy") == []
+    assert gate_problems(params, metric="win_rate", model="chat") == []
+    params["evaluations"]["wide"] = {"kind": "text", "window": 256}
+    assert gate_problems(params, metric="wide.bits_per_byte", model="chat") == []
+    assert gate_problems(params, metric="wide.bits_per_byte", model="encoder") != []
+
+
+def test_figures_follow_from_what_sources_can_give(params: dict[str, Any]) -> None:
+    """Without conversations there is no diversity, without a corpus no perplexity, without answers no exact match."""
+    params["evaluations"] = {}
+    base = possible_figures(without_sources(params, "corpus"))["base"]
+    assert base == ["parameters", "bytes", "perplexity", "bits_per_byte"]
+    figures = possible_figures(without_sources(params, "instructions"))["base"]
+    assert figures is not None
+    assert {"exact_match_seen", "distinct_2", "reward_mean"} <= set(figures)
+    assert "perplexity" not in figures
+    chats = without_sources(params, "instructions")
+    chats["ingest"]["sources"][0]["format"] = "sharegpt"
+    assert "exact_match_seen" not in (possible_figures(chats)["base"] or [])
+
+
+def test_figures_of_one_role_need_its_reward_model(params: dict[str, Any]) -> None:
+    del params["reward"]["judge"]
+    assert "judge" not in str(gate_problems(params, metric="reward_mean", model="policy"))
+    [problem] = gate_problems(params, metric="win_rate", model="policy")
+    assert "policy can have" in problem
+
+
+def test_empty_evaluations_are_the_default_set(params: dict[str, Any]) -> None:
+    params["evaluations"] = {}
+    params["compare"]["gates"] = [gate for gate in params["compare"]["gates"] if "abstained" not in gate["metric"]]
+    assert list(check_gates(params)) == []
+
+
+def test_evaluation_of_an_unknown_or_unsuitable_model_is_reported(params: dict[str, Any]) -> None:
+    params["evaluations"] |= {
+        "text": {"kind": "text", "models": ["nobody"]},
+        "exact_match": {"kind": "exact_match", "models": ["encoder", "tuned"]},
+    }
+    unknown, unsuitable = sorted(check_evaluations(params), key=len)
+    assert "evaluations.text.models.0: found 'nobody', but the entries of evaluate are base, encoder" in unknown
+    assert "evaluations.exact_match.models.0: found 'encoder', a masked model, but exact_match applies to" in unsuitable
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_every_figure_of_a_stage_can_be_gated(chain: Chain, tmp_path: Path) -> None:
+    """The patterns of STAGE_FIGURES cover what the stages really report."""
+    from fnmatch import fnmatchcase
+
+    for name in SETTINGS:
+        stage = name.partition("@")[0]
+        if stage in STAGE_FIGURES:
+            chain.path(f"data/{name.replace('@', '/')}/model")
+            figures = [key for key, value in chain.metrics[name].items() if isinstance(value, int | float | dict)]
+            missing = [key for key in figures if not any(fnmatchcase(key, one) for one in STAGE_FIGURES[stage])]
+            assert missing == [], name
