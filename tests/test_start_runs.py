@@ -155,7 +155,7 @@ def test_encoder_or_classifier_runs_from_files_to_an_answer(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
     paths = {option: getattr(files, option) for option in options}
-    command.init(tmp_path / "project", model and request.getfixturevalue(model), paths, yes=True)
+    command.init(tmp_path / "project", request.getfixturevalue(model) if model else None, paths, yes=True)
     package = run_project(tmp_path / "project", monkeypatch)
     assert package.parts == parts
     provenance = json.loads((tmp_path / "project/data/package/provenance.json").read_text(encoding="utf-8"))
