@@ -5,13 +5,14 @@ for a model without one, between its special tokens. Texts run one at a time, so
 neighbours.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from serving import folders, names
-from serving.engine import EncoderLogits, read_template
+from serving.engine import EncoderLogits, Message, read_template
 from serving.errors import InputError
 
 
@@ -46,9 +47,7 @@ class ClassifierEngine:
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text; raise InputError if it has a control token or is too long."""
         folders.check_reserved_tokens(self.tokenizer, text)
-        rendered = self.template.render([{"role": "user", "content": text}]) if self.template else text
-        ids: list[int] = self.tokenizer.encode(rendered, add_special_tokens=False).ids
-        ids = ids if self.template else [self.ends[0], *ids, self.ends[1]]
+        ids = self.encode_messages([{"role": "user", "content": text}])
         if len(ids) > self.context:
             raise InputError(
                 f"The text is too long: it has {len(ids)} tokens, and {self.context} are allowed. Shorten it.",
@@ -56,14 +55,27 @@ class ClassifierEngine:
             )  # fmt: skip
         return ids
 
+    def encode_messages(self, messages: Sequence[Message]) -> list[int]:
+        """Return the token ids of a conversation up to where its label begins, without any check."""
+        if self.template:
+            ids: list[int] = self.tokenizer.encode(self.template.render(messages), add_special_tokens=False).ids
+            return ids
+        text = "\n".join(message["content"] for message in messages)
+        return [self.ends[0], *self.tokenizer.encode(text, add_special_tokens=False).ids, self.ends[1]]
+
+    def run(self, ids: Sequence[int]) -> names.Floats:
+        """Return the outputs of a text as token ids: logits of the labels, or the value."""
+        row = np.array([ids], np.int64)
+        outputs: names.Floats = self.logits(row, np.ones_like(row))[0]
+        return outputs
+
     def classify(self, text: str, top: int | None = None) -> Classified:
         """Return the `top` likeliest labels of a text, by default all, or its value."""
         return self.classify_ids(self.encode(text), top)
 
     def classify_ids(self, ids: list[int], top: int | None = None) -> Classified:
         """Return the labels or the value of a text as token ids."""
-        row = np.array([ids], np.int64)
-        [outputs] = self.logits(row, np.ones_like(row))  # (labels,)
+        outputs = self.run(ids)
         if self.labels is None:
             return Classified([], float(outputs[0]))
         scores = names.probabilities(outputs)

@@ -19,7 +19,8 @@ import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from serving import openai_api
+from serving import openai_api, pages
+from serving.errors import InputError
 from serving.middleware import MAX_BODY_BYTES
 from serving.package import open_package
 from tests.servers import environment, free_port, serving
@@ -205,6 +206,29 @@ def test_models_are_listed_while_the_package_is_rewritten(package: Path, tmp_pat
     models = TestClient(app).get("/v1/models").json()["data"]
     assert {entry["created"] for entry in models} == {served.created}
     assert served.created == int((package / "provenance.json").stat().st_mtime)
+
+
+def test_package_without_chat_model_says_what_to_use_instead(package: Path, tmp_path: Path) -> None:
+    shutil.copytree(package, tmp_path / "package")
+    shutil.rmtree(tmp_path / "package/chat")
+    shutil.rmtree(tmp_path / "package/encoder")
+    served = open_package(tmp_path / "package")
+    sentence = "The package contains no chat model: use POST /classify."
+    app = Starlette(routes=pages.ROUTES)
+    app.state.models, app.state.package = {"bessemer": served}, served
+    client = TestClient(app)
+    for path in ("/", "/rank"):
+        page = client.get(path)
+        assert (page.status_code, sentence in page.text, "textarea" in page.text) == (200, True, False)
+    examples = client.get("/api").text
+    assert "/classify" in examples
+    assert "Labels: Europe, elsewhere." in examples
+    assert "/generate" not in examples
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        print(served.text)
+    with pytest.raises(InputError, match=r"The package contains no encoder: use POST /classify\."):
+        print(served.masks)
+    assert served.classifier.classify(question("Italy"), 1).labels[0].label == "Europe"
 
 
 @pytest.mark.parametrize("model", [TAG, "bessemer"])

@@ -20,11 +20,11 @@ from serving import folders
 from tasks.common import model_folder
 from tasks.common.harness import records
 from tasks.common.harness.job import Job, StageError
-from tasks.common.modelling import head_models, loading, models, torch_setup
+from tasks.common.modelling import head_models, labels, loading, models, torch_setup
 from tasks.common.random_streams import Stream, generator
 from tasks.common.settings import Dtypes, Numerics, Settings
 from tasks.common.text import chat
-from tasks.quantize import labels, openvino_export, prompts, verification
+from tasks.quantize import openvino_export, prompts, verification
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
