@@ -40,7 +40,7 @@ def export(chain: Chain, trained: Job, folder: Path) -> Path:
 def evaluate(chain: Chain, model: Path, table: Path, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     sections = {"evaluations": evaluations(**{**ONLY, **KINDS})}
     job = chain.job("evaluate@encoder", config("evaluate@encoder"), folder, sections=sections)
-    job.inputs |= {"model": model, "instructions": table}
+    job.inputs.update(model=model, instructions=table)
     return chain.run(job, config(job.name)), tables.read(job.outputs["answers"]).to_pylist()
 
 
@@ -66,12 +66,12 @@ def test_a_classifier_is_scored_alike_before_and_after_export(base: str, chain: 
     engine, tokenizer = ClassifierEngine(exported, 1), chat.load_tokenizer(trained.outputs["model"])
     for row in rows[:3]:
         assert engine.encode_messages(row["messages"][:-1]) == chat.encode_prompt(tokenizer, row["messages"][:-1])
-    confidence = [
-        engine.classify(row["messages"][0]["content"], 1).labels[0] for row in rows if row["split"] != "train"
-    ]
-    correct = np.array([label == row["messages"][-1]["content"] for (label, _), row in
-                        zip(confidence, [row for row in rows if row["split"] != "train"], strict=True)])  # fmt: skip
-    expected = expected_calibration_error(np.array([score for _, score in confidence]), correct)
+    heldout = [row for row in rows if row["split"] == "heldout"]
+    best = [engine.classify(row["messages"][0]["content"], 1).labels[0] for row in heldout]
+    correct = np.array(
+        [found.label == row["messages"][-1]["content"] for found, row in zip(best, heldout, strict=True)]
+    )
+    expected = expected_calibration_error(np.array([found.score for found in best]), correct)
     assert figures["label_calibration_error"] == pytest.approx(expected, abs=1e-4)
 
 

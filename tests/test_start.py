@@ -104,7 +104,7 @@ class TestCheckpoint:
         folder = write_foreign(tmp_path / "mine")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         (folder / "config.json").write_text(json.dumps({**config, "architectures": ["CLIPModel"]}), encoding="utf-8")
-        with pytest.raises(BessemerError, match="holds CLIPModel; expected a causal or a masked language model"):
+        with pytest.raises(BessemerError, match="CLIPModel; expected a causal or a masked language model, or a class"):
             read_checkpoint(folder)
 
     def test_adapter_comes_with_its_base_model(self, tmp_path: Path) -> None:
@@ -125,6 +125,7 @@ class TestPipeline:
         [
             ([], checkpoint(), {"quantize@chat"}),
             ([], checkpoint("masked"), {"quantize@encoder"}),
+            ([], checkpoint("classifier"), {"quantize@classifier"}),
             (["instructions"], checkpoint(), {"finetune@chat", "quantize@chat"}),
             (
                 ["instructions", "rankings"], checkpoint(),
@@ -180,6 +181,7 @@ class TestPipeline:
                 Brought(checkpoint("masked"), {"instructions": table()}),
                 "mine is a masked model, which cannot answer conversations",
             ),
+            (Brought(checkpoint("classifier"), {"labels": table()}), "mine is a classifier already"),
             (
                 Brought(checkpoint(), {"instructions": table(), "labels": table()}),
                 "--labels and --conversations both fill the table instructions",

@@ -166,6 +166,25 @@ def test_encoder_or_classifier_runs_from_files_to_an_answer(
         assert best.name.isalpha()
     else:
         assert {name for name, _ in package.classifier.classify("I like Peru 1.").labels} == {"true", "false"}
+        scorecard = json.loads((tmp_path / "project/metrics/evaluate.json").read_text(encoding="utf-8"))
+        assert [row["model"] for row in scorecard["models"]] == ["labels", "classifier"]
+        assert all(0 <= row["accuracy_interval"][0] <= row["accuracy"] <= 1 for row in scorecard["models"])
+
+
+def test_classifier_folder_is_served_as_it_is(tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = write_family("roberta", tmp_path / "checkpoint", Shape(positions=64))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, id2label={0: "no", 1: "yes", 2: "perhaps"})
+    model.save_pretrained(folder)
+    command.init(tmp_path / "project", folder, {}, yes=True)
+    package = run_project(tmp_path / "project", monkeypatch)
+    assert package.parts == ("classifier",)
+    ids = tokenizer("Rome is my home.", return_tensors="pt")
+    expected = dict(zip(("no", "yes", "perhaps"), model.eval()(**ids).logits.softmax(-1)[0].tolist(), strict=True))
+    found = dict(package.classifier.classify("Rome is my home.").labels)
+    assert found == pytest.approx(expected, abs=0.02)
 
 
 def test_text_becomes_an_encoder_that_fills_masks(

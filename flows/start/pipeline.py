@@ -84,6 +84,8 @@ class Designer:
         self.parameters, self.context = checkpoint.parameters, checkpoint.context
         if checkpoint.kind == "masked":
             self.encoder = folder
+        elif checkpoint.kind == "classifier":
+            self.classifier = folder
         else:
             self.model = folder
         context = min(checkpoint.context, MAX_TOKENS)
@@ -192,7 +194,7 @@ def design(brought: Brought, machine: Machine) -> Design:
         builder.start_from_checkpoint(brought.checkpoint)
     if "corpus" in tables:
         builder.pretrain(tables["corpus"])
-    evaluated = {"start": builder.model or builder.encoder}
+    evaluated = {"start": builder.model or builder.encoder or builder.classifier}
     if "instructions" in tables:
         builder.finetune(tables["instructions"])
         evaluated["tuned"] = builder.model
@@ -200,12 +202,13 @@ def design(brought: Brought, machine: Machine) -> Design:
         by_ppo = brought.align == "ppo" and "instructions" in tables
         (builder.align_by_ppo if by_ppo else builder.align_by_dpo)(tables["rankings"])
         evaluated["policy"] = builder.model
-    parts = {"chat": builder.model, "encoder": builder.encoder}
+    parts = {"chat": builder.model, "encoder": builder.encoder, "classifier": builder.classifier}
     if "labels" in tables:
         builder.classify(tables["labels"])
-        evaluated["labels"] = builder.classifier
         # Whoever brings labels asks for a classifier; the model that it starts from is served if it learnt to answer.
-        parts = {"chat": builder.model if len(evaluated) > 2 else "", "classifier": builder.classifier}
+        if "rankings" not in tables:
+            parts, evaluated = {}, {}
+        parts, evaluated = parts | {"classifier": builder.classifier}, evaluated | {"labels": builder.classifier}
     parts = {part: folder for part, folder in parts.items() if folder}
     builder.design.sections |= ending(evaluated, parts, builder.context, large=builder.low_rank)
     return builder.design
@@ -225,7 +228,7 @@ def ending(evaluated: Mapping[str, str], parts: Mapping[str, str], context: int,
     reply = {"max_new_tokens": min(MAX_TOKENS, context // 2)}
     exported = {part: f"data/quantize/{part}/model" for part in parts}
     items = 100 if large else 300
-    size = {"questions": items, "samples": items, "max_new_tokens": min(64, context // 2)}
+    size = {"questions": items, "samples": items, "max_new_tokens": min(64, context // 2)} if "chat" in parts else {}
     return {
         "quantize": {part: {"model": parts[part], **(reply if part == "chat" else {})} for part in parts},
         "evaluate": {name: {"model": folder, **size} for name, folder in {**evaluated, **exported}.items()},
@@ -246,6 +249,11 @@ def _check(brought: Brought) -> None:
         raise BessemerError(
             f"{checkpoint.path} is a masked model, which cannot answer conversations: use a causal model, or leave "
             "out --conversations and --preferences."
+        )
+    if checkpoint and checkpoint.kind == "classifier" and tables:
+        raise BessemerError(
+            f"{checkpoint.path} is a classifier already, which is served as it is: leave out the data, or start from "
+            "the encoder or the causal model that it was trained from."
         )
     if {"labels", "instructions"} <= tables.keys():
         raise BessemerError(

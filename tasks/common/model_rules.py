@@ -178,7 +178,7 @@ def _check_reply_lengths(kinds: ModelKinds) -> Iterator[str]:
             limit = f"{producer.where}.max_tokens", lookup(producer.settings, "max_tokens")
             yield from check_at_most(f"{where}.max_new_tokens", lookup(entry, "max_new_tokens"), *limit, truncated)
     for _, where, entry in entries(kinds.params, "evaluate"):
-        if kinds.is_encoder(lookup(entry, "model")):
+        if not kinds.gives_replies(lookup(entry, "model")):
             continue  # it gives no replies
         chain = kinds.chain(lookup(entry, "model"))
         for _, judge, settings in entries(kinds.params, "reward"):
@@ -215,7 +215,7 @@ def _check_reply_room(kinds: ModelKinds) -> Iterator[str]:
     """Report replies that leave no room for a prompt in the model's context."""
     for _, where, entry in entries(kinds.params, "align", "prune", "quantize", "evaluate"):
         model = lookup(entry, "model")
-        if kinds.is_encoder(model):
+        if not kinds.gives_replies(model):
             continue
         limit, context = kinds.context(model)
         length = lookup(entry, "max_new_tokens")
