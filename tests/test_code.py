@@ -36,6 +36,7 @@ HANDLED = {
     ("serving/batching.py", "_run"): "an error for everybody who waits",
     ("serving/folders.py", "load_model"): "a line of an error",
     ("serving/folders.py", "load_pipeline"): "a line of an error",
+    ("serving/templates.py", "render"): "part of an error",
     ("tasks/ingest/hub_dataset.py", "_read_rows"): "whether the error is one that another sentence explains",
     ("tasks/ingest/json_values.py", "value"): "whether a value goes on after the text that has been read",
     ("tasks/ingest/row_loading.py", "_load"): "the reason of a rejected row: the ValueErrors of DATA_ERRORS",
@@ -44,8 +45,7 @@ HANDLED = {
     ("tasks/ingest/sql.py", "_read_rows"): "part of an error",
     ("tasks/ingest/survey.py", "_survey_files"): "part of an error",
     ("tasks/ingest/survey.py", "_survey_llamafactory"): "part of an error",
-    ("tasks/pretrain/pretrained.py", "_validate_folder"): "a line of an error",
-    ("tasks/pretrain/pretrained.py", "_validate_weights"): "a line of an error",
+    ("tasks/quantize/prompts.py", "_try"): "whether a template rejects a conversation",
     ("tasks/tokenize/stage.py", "_encode_rows"): "raised again",
 }
 

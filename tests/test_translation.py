@@ -110,7 +110,7 @@ def checked(translation: Translation, amount: int = 1000) -> dict[str, Any]:
     """Return the sections with steps, after the checks of `params.yaml`: with every other section in its short form."""
     sections = translation.with_steps(dict.fromkeys(translation.entries, amount))
     shortest: dict[str, Any] = {
-        name: {} for name in ("base", "numerics", "placement", "validate", "compare", *ENTRY_STAGES)
+        name: {} for name in ("base", "numerics", "placement", "validate", "compare", "evaluations", *ENTRY_STAGES)
     }
     made = [entry for entry in translation.entries if not entry.startswith("reward")]
     served = f"data/{made[-1].replace('.', '/')}/model" if made else CHECKPOINT
