@@ -318,14 +318,18 @@ def torch_equal(left: Any, right: Any) -> bool:
 
 
 @pytest.fixture
-def params(foreign: Foreign) -> dict[str, Any]:
-    """The default profile's settings with a given model."""
+def params(foreign: Foreign, tmp_path: Path) -> dict[str, Any]:
+    """The default profile's settings with a given model, whose tokenizer has a mask token for the encoder."""
     params: dict[str, Any] = json.loads(json.dumps(read_settings(ROOT / "profiles/default.yaml")))
-    source = {"name": "from", "path": str(foreign.model)}
+    folder = shutil.copytree(foreign.model, tmp_path / "given")
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokenizer["mask_token"] = "<|endoftext|>"
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    source = {"name": "from", "path": str(folder)}
     params["pretrain"]["causal"]["model"] = params["tokenize"]["tokenizer"] = source
     params["tokenize"]["context"] = POSITIONS
-    for entry in params["evaluate"].values():
-        entry["window"] = POSITIONS
+    params["evaluations"], params["compare"]["gates"] = {}, []
+    params["quantize"]["chat"]["max_new_tokens"] = POSITIONS // 2
     return params
 
 
@@ -371,6 +375,8 @@ def test_examples_of_the_guide_are_valid() -> None:
     checks: dict[str, Callable[..., Any]] = {
         "model": partial(config, "pretrain@causal"), "tokenizer": partial(config, "tokenize"),
         "checkpoint": ingest_config,
+        "finetune": lambda finetune: [config("finetune@chat", **entry) for entry in finetune.values()],
+        "quantize": lambda quantize, package: [config("quantize@chat", **entry) for entry in quantize.values()],
     }  # fmt: skip
     parts = [YAML(typ="safe", pure=True).load(block) for block in blocks]
     for part in parts:

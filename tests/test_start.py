@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,15 @@ class TestPipeline:
         entry = design(Brought(checkpoint(), {"rankings": table()}), MACHINE).sections["align"]["policy"]
         assert entry["algorithm"]["name"] == "dpo"
         assert entry["model"] == "models/mine"
+
+    @pytest.mark.parametrize("table_name", ["instructions", "labels", "rankings"])
+    def test_checkpoint_without_a_chat_template_gets_the_plain_one(self, table_name: str) -> None:
+        brought = Brought(replace(checkpoint(), chat_template=False), {table_name: table()})
+        sections = design(brought, MACHINE).sections
+        [entry] = (sections.get("finetune") or sections["align"]).values()
+        assert entry["chat_template"] == "plain"
+        both = replace(brought, tables={"instructions": table(), "rankings": table()})
+        assert "chat_template" not in design(both, MACHINE).sections["align"]["policy"]  # of the fine-tuned model
 
     def test_steps_fit_into_the_time_of_a_stage(self) -> None:
         slow = design(Brought(checkpoint(), {"instructions": table(rows=100_000)}), MACHINE)

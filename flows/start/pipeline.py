@@ -76,6 +76,13 @@ class Designer:
         """Return the setting `method`, where it is not the default."""
         return {"method": {"name": "lora"}} if self.low_rank else {}
 
+    def template(self) -> dict[str, Any]:
+        """Return the setting `chat_template` for training from a causal checkpoint that has none."""
+        checkpoint = self.brought.checkpoint
+        trained = "finetune" in self.design.sections or "align" in self.design.sections  # it has one by now
+        without = checkpoint is not None and checkpoint.kind == "causal" and not checkpoint.chat_template
+        return {"chat_template": "plain"} if without and not trained else {}
+
     def start_from_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Take the user's checkpoint as the model so far."""
         folder = checkpoint.folder
@@ -126,7 +133,8 @@ class Designer:
         longest = min(self.context, MAX_TOKENS)
         tokens = min(conversations.mean_characters / CHARACTERS_PER_TOKEN, longest)
         entry = {
-            "model": self.model, **self.method(), "max_tokens": longest, "too_long": "truncate", "batch": 8,
+            "model": self.model, **self.template(), **self.method(), "max_tokens": longest,
+            "too_long": "truncate", "batch": 8,
             "steps": self.steps("finetune@chat", EPOCHS["finetune"], conversations, 8, tokens),
             "optimizer": self.optimizer(3.0e-4, 2.0e-4),
         }  # fmt: skip
@@ -136,7 +144,8 @@ class Designer:
         """Train a classifier of the labels on the encoder, or else on the causal model."""
         tokens = min(labels.mean_characters / CHARACTERS_PER_TOKEN, self.context, MAX_TOKENS)
         entry = {
-            "model": self.encoder or self.model, "task": {"name": "classification"}, **self.method(),
+            "model": self.encoder or self.model, **self.template(), "task": {"name": "classification"},
+            **self.method(),
             "max_tokens": min(self.context, MAX_TOKENS), "too_long": "truncate", "batch": 16,
             "steps": self.steps("finetune@labels", EPOCHS["labels"], labels, 16, tokens),
             "optimizer": self.optimizer(1.0e-4, 5.0e-4),
@@ -176,7 +185,7 @@ class Designer:
         pairs = 16
         updates = self.steps("align@policy", EPOCHS["dpo"], rankings, pairs, 2 * tokens)
         entry = {
-            "model": self.model, "algorithm": {"name": "dpo"}, **self.method(),
+            "model": self.model, **self.template(), "algorithm": {"name": "dpo"}, **self.method(),
             "reward": {"name": "rankings", "path": "data/validate/rankings", "judge_share": 0.0},
             "iterations": updates, "episodes": 2 * pairs, "minibatch": 2 * pairs,
             "max_new_tokens": min(64, self.context // 2), "optimizer": self.optimizer(5.0e-6, 5.0e-5),

@@ -82,7 +82,8 @@ class ModelKinds:
         root, chain = self.root(folder), self.chain(folder)
         if any(lookup(producer.settings, "task.name") in HEAD_TASKS for producer in chain):
             return False
-        return (_kind_of(root) if root else lookup(chain[-1].settings, "objective")) != "masked"
+        kind = model_folder.kind_of(config_of_folder(root)) if root else lookup(chain[-1].settings, "objective")
+        return kind not in ("masked", "classifier")
 
     def size(self, folder: Any, name: str) -> tuple[str, Any]:
         """Return the setting of a model's size and its value; the value is None if unknown."""
