@@ -18,9 +18,9 @@ from tasks.common.code import stages
 from tasks.common.harness.lineage import user_sources
 from tasks.common.harness.records import write_json
 from tasks.common.model_graph import entries_of, links_of, lookup
-from tasks.common.model_kinds import ModelKinds
 from tasks.common.raw_params import read_params
 from tasks.common.settings import Base, BessemerError, Numerics
+from tasks.rules.model_kinds import ModelKinds
 
 CACHE = Path("data/.cache/models")
 EXPORTER = "tasks.quantize.stage"

@@ -119,7 +119,7 @@ REWORDINGS = (
     (GAE, ") -> ", ') -> "Any | " + '),
     ("tasks/common/training/checkpoints.py", "checkpoints cannot be written to", "no checkpoint can be written to"),
     ("tasks/common/training/checkpoints.py", 'print(f"resuming at step', 'print(f"going on at step'),
-    ("tasks/common/consistency.py", "isinstance(value, int) and value > 0", "isinstance(value, int) and 0 < value"),
+    ("tasks/rules/consistency.py", "isinstance(value, int) and value > 0", "isinstance(value, int) and 0 < value"),
     ("tasks/common/settings.py", 'description="Seed of', 'description="The seed of'),
     ("serving/errors.py", '"""', '"""Reworded: '),
 )
@@ -142,7 +142,8 @@ def test_rewording_keeps_each_module_digest(rewording: tuple[str, str, str]) -> 
     path, old, new = rewording
     text = (ROOT / path).read_text(encoding="utf-8")
     assert old in text
-    assert digest_source(text.replace(old, new, 1)) == digest_source(text) or path in closure.EXCLUDED_MODULES
+    outside = path in closure.EXCLUDED_MODULES or path.startswith("tasks/rules/")  # which no stage imports
+    assert digest_source(text.replace(old, new, 1)) == digest_source(text) or outside
 
 
 def test_changed_gae_operator_reruns_align_and_downstream_stages(

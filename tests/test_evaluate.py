@@ -151,6 +151,21 @@ def test_questions_without_room_for_a_reply_are_skipped(
     assert figures["bits_per_byte"] > 0
 
 
+def test_conversations_that_spell_special_tokens_are_left_out(
+    chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An engine rejects such a question, which would stop the stage after all training."""
+    settings = config("evaluate@chat")
+    job = chain.job("evaluate@chat", settings, tmp_path)
+    first, *others = tables.read(chain.path("data/validate/instructions")).to_pylist()
+    spelled = {**first, "id": "odd", "messages": [{"role": "user", "content": "Is <|end|> it?"}, first["messages"][1]]}
+    job.inputs["instructions"] = tmp_path / "instructions"
+    tables.write([spelled, first, *others], job.inputs["instructions"], tables.schema("instructions"))
+    chain.run(job, settings)
+    assert "odd" not in {row["id"] for row in tables.read(job.outputs["answers"]).to_pylist()}
+    assert "1 conversations spell special tokens and are left out" in capsys.readouterr().out
+
+
 def test_conversations_without_short_answers_get_sampled_replies(chain: Chain, tmp_path: Path) -> None:
     """A user's conversations give diversity, reward and judge scores, but no exact match."""
     job = chain.job("evaluate@tuned", config("evaluate@tuned"), tmp_path)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tasks.common.defaults import read_settings
-from tasks.common.gate_rules import STAGE_FIGURES, check_evaluations, check_gates, possible_figures
+from tasks.rules.gates import STAGE_FIGURES, check_evaluations, check_gates, possible_figures
 from tests.conftest import ROOT
 from tests.training_fixtures import SETTINGS, Chain, chain
 

@@ -13,13 +13,13 @@ from pydantic import ValidationError
 from tasks.common.defaults import read_settings
 from tasks.common.evaluation.judge_model import JudgeModel
 from tasks.common.evaluation.results import ResultStore
-from tasks.common.gate_rules import check_evaluations, check_keys, possible_figures
 from tasks.common.harness.job import StageError
 from tasks.common.settings import Checkpoints
 from tasks.compare import language_judge
 from tasks.compare import stage as compare
 from tasks.compare.language_judge import judge_pairs, read_verdict
 from tasks.compare.preferences import Pair
+from tasks.rules.gates import check_evaluations, check_keys, possible_figures
 from tests.conftest import ROOT
 from tests.test_compare import FIGURES, described, judged_rows, make_job, settings
 from tests.training_fixtures import evaluations

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from tasks.common import consistency, model_folder
+from tasks.common import model_folder
 from tasks.common.harness import execution
-from tasks.common.user_models import check_user_models
+from tasks.rules import consistency
+from tasks.rules.user_models import check_user_models
 from tests.family_fixtures import write_family
 
 

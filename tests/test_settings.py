@@ -391,7 +391,7 @@ def test_every_default_is_within_its_bounds(section: str) -> None:
 
 
 def test_the_default_profile_is_short() -> None:
-    assert len(DEFAULT.read_text(encoding="utf-8").splitlines()) <= 130
+    assert len(DEFAULT.read_text(encoding="utf-8").splitlines()) <= 120
 
 
 def test_types_are_not_converted() -> None:

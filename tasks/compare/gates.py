@@ -3,7 +3,7 @@
 A gate names a figure of the scorecard and an evaluated model (`metric: exact_match_heldout, model: chat`), or a figure
 of a stage's own metrics and that stage (`metric: accuracy, model: reward@train`). A nested figure is named by its path
 (`gap_at_least_1.model`). With `against` the value is the difference from that model's figure, with `relative` the
-ratio to it. A gate that settings already rule out is a settings error (`tasks/common/gate_rules.py`). A figure that the
+ratio to it. A gate that settings already rule out is a settings error (`tasks/rules/gates.py`). A figure that the
 data do not give after all fails its gate, with the reason.
 """
 

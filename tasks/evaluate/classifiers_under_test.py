@@ -38,6 +38,10 @@ class Classifier(Protocol):
     def labels(self) -> list[str] | None:
         """The labels in the order of the logits; None for a model that gives a number."""
 
+    @property
+    def special_tokens(self) -> Sequence[str]:
+        """The special tokens, which a text must not contain."""
+
     def encode(self, messages: Sequence[chat.Message]) -> list[int]:
         """Return the ids of a conversation up to its label."""
 
@@ -84,6 +88,11 @@ class TorchClassifier:
         config = self.model.config.to_dict()
         return labels.labels_of(config) if labels.is_text_classifier(config) else None
 
+    @property
+    def special_tokens(self) -> list[str]:
+        """The special tokens, which a text must not contain."""
+        return chat.control_tokens(self.tokenizer)
+
     def encode(self, messages: Sequence[chat.Message]) -> list[int]:
         """Return the ids of a conversation up to its label."""
         return chat.encode_prompt(self.tokenizer, messages)
@@ -123,6 +132,11 @@ class EngineClassifier:
     def labels(self) -> list[str] | None:
         """The labels; None for a regression model."""
         return self.engine.labels
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The special tokens, which a text must not contain."""
+        return [token.content for token in self.engine.tokenizer.get_added_tokens_decoder().values() if token.special]
 
     def encode(self, messages: Sequence[chat.Message]) -> list[int]:
         """Return the ids of a conversation up to its label."""

@@ -149,9 +149,17 @@ class Subject:
 
     @cached_property
     def table(self) -> Rows:
-        """The rows of the instructions table."""
+        """The rows of the instructions table, without those that spell a special token of the model.
+
+        Training leaves them out too, and the endpoint rejects them.
+        """
         rows: Rows = tables.read(self.job.inputs["instructions"]).to_pylist()
-        return rows
+        model = self.classifier if self.kind == "classifier" else self.decoder
+        controls = model.special_tokens
+        plain = [row for row in rows if not chat.spells_control_token(controls, row["messages"])]
+        if len(plain) < len(rows):
+            print(f"{self.job.name}: {len(rows) - len(plain)} conversations spell special tokens and are left out")
+        return plain
 
     @cached_property
     def questions(self) -> Rows:

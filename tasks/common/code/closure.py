@@ -15,12 +15,8 @@ STATEMENT_FIELDS = ("body", "orelse", "finalbody", "handlers", "cases")  # AST f
 LOCAL_PACKAGES = ("tasks", "serving")
 # Modules that are excluded, and why; `tests/test_closure.py` checks each.
 EXCLUDED_MODULES = {
-    "tasks/common/consistency.py": "checks settings against each other; it only reports problems",
     "tasks/common/defaults.py": "fills in defaults for checks and printing; each stage's class has its own defaults",
-    "tasks/common/gate_rules.py": "checks gates and evaluations against the models; it only reports problems",
     "tasks/common/model_graph.py": "reads which entries exist; a stage that depends on them records them",
-    "tasks/common/model_kinds.py": "infers kinds and sizes of models, for rules that only report problems",
-    "tasks/common/model_rules.py": "checks entries against their models; it only reports problems",
     "tasks/common/params_file.py": "checks params.yaml and describes problems; the settings are recorded",
     "tasks/common/raw_params.py": "reads params.yaml; the settings that it reads are recorded",
     "tasks/common/harness/execution.py": "starts a stage, moves its outputs into place and writes the record",

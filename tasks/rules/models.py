@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tasks.common.model_graph import Params, entries_of, lookup
-from tasks.common.model_kinds import ModelKinds
+from tasks.rules.model_kinds import ModelKinds
 
 # A setting, the size of the entry's model that it must not exceed, and why.
 SIZE_LIMITS = (

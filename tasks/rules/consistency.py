@@ -1,17 +1,18 @@
 """Rules between settings that are valid individually, and settings that prevent a stage from running.
 
 Missing values and values of the wrong type are skipped here, because `params_file.check` reports them. Rules between
-entries and their models are in `model_rules.py`.
+entries and their models are in `models.py`.
 """
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tasks.common import data_rules, gate_rules, model_graph, model_rules, user_models
+from tasks.common import model_graph
 from tasks.common.model_graph import Params, lookup
-from tasks.common.model_rules import Entry, check_at_most, entries
 from tasks.common.settings import LOCKSTEP_ENGINES, ZERO_STAGES
 from tasks.common.source_names import fill_names
+from tasks.rules import data, gates, models, user_models
+from tasks.rules.models import Entry, check_at_most, entries
 
 ENGINE_KEY = "numerics.parallel.engine"
 PROCESSES_KEY = "numerics.parallel.processes"
@@ -33,8 +34,8 @@ TRL_ALGORITHMS = ("dpo", "rloo", "grpo")
 def check_settings(params: Params) -> Iterator[str]:
     """Report settings that contradict each other; the graph must have no cycles."""
     yield from user_models.check_user_models(params)
-    yield from model_rules.check_models(params)
-    yield from data_rules.check_data(params)
+    yield from models.check_models(params)
+    yield from data.check_data(params)
     for entry in entries(params):
         yield from _check_requirements(entry, params)
     yield from _check_curated_sources(params)
@@ -46,8 +47,8 @@ def check_settings(params: Params) -> Iterator[str]:
     for entry in entries(params, "align"):
         yield from _check_reply_counts(entry, params)
     yield from _check_sharding(params)
-    yield from gate_rules.check_evaluations(params)
-    yield from gate_rules.check_gates(params)
+    yield from gates.check_evaluations(params)
+    yield from gates.check_gates(params)
 
 
 def check_stages(params: Params, stages: Iterable[str]) -> Iterator[str]:
@@ -55,9 +56,9 @@ def check_stages(params: Params, stages: Iterable[str]) -> Iterator[str]:
     wanted = list(stages)
     yield from model_graph.check_user_paths(params, wanted)
     if "compare" in wanted:
-        yield from gate_rules.check_keys(params)
+        yield from gates.check_keys(params)
     if "ingest" in wanted:
-        yield from data_rules.check_source_files(params)
+        yield from data.check_source_files(params)
     unsupported = [
         f"{stage}@{where.partition('.')[2]}"
         for stage, where, entry in entries(params)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.common.model_graph import Params, lookup
-from tasks.common.model_rules import Entry, entries
+from tasks.rules.models import Entry, entries
 
 SOURCES = Path("data/sources")
 DETECTION_ROWS = 20  # of each file, read to detect its table

@@ -12,12 +12,12 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from tasks.common import data_rules
 from tasks.common.harness.job import module_of
 from tasks.common.harness.lineage import evaluations, model_before_alignment
 from tasks.common.model_graph import Params, entries_of, links_of, lookup
-from tasks.common.model_kinds import ModelKinds
 from tasks.common.settings import ENTRY_STAGES
+from tasks.rules import data
+from tasks.rules.model_kinds import ModelKinds
 
 SIZES = ("parameters", "bytes")  # of every evaluated model
 LOSSES = ("loss", "*_loss")
@@ -117,9 +117,9 @@ def _kind(kinds: ModelKinds, folder: str) -> str | None:
 
 def _tables(params: Params) -> dict[str, bool]:
     """Return which tables, and whether short answers, the sources can give."""
-    provided = data_rules.provided_tables(params)
+    provided = data.provided_tables(params)
     found = {name: name in provided for name in ("corpus", "instructions")}
-    return {**found, "answers": data_rules.gives_answers(params)}
+    return {**found, "answers": data.gives_answers(params)}
 
 
 def check_evaluations(params: Params) -> Iterator[str]:

@@ -6,8 +6,8 @@ from typing import Any
 
 from tasks.common import model_folder
 from tasks.common.model_graph import Params, entries_of, lookup
-from tasks.common.model_kinds import HEAD_TASKS, ModelKinds, config_of_folder
 from tasks.common.settings import ENTRY_STAGES
+from tasks.rules.model_kinds import HEAD_TASKS, ModelKinds, config_of_folder
 
 SHARD_SETTINGS = {  # settings that, if they are not 0, train an entry's model on the token shards
     "finetune": "pretraining_mix.weight", "align": "algorithm.ptx.weight", "prune": "windows",
