@@ -178,6 +178,15 @@ class TestPipeline:
         assert fast.sections["finetune"]["chat"]["steps"] == 37_500
         assert not fast.notes
 
+    def test_each_step_has_a_gate_where_the_data_can_judge_it(self) -> None:
+        tables = {name: table(rows=400) for name in ("instructions", "rankings")}
+        gates = design(Brought(checkpoint(), tables), MACHINE).sections["compare"]["gates"]
+        assert [(gate["model"], gate["against"]) for gate in gates] == [
+            ("tuned", "start"), ("policy", "tuned"), ("chat", "policy"),
+        ]  # fmt: skip
+        few = {"instructions": table(rows=40)}
+        assert design(Brought(checkpoint(), few), MACHINE).sections["compare"]["gates"] == []
+
     def test_small_models_are_trained_whole(self) -> None:
         small = design(Brought(checkpoint(parameters=5_000_000), {"instructions": table()}), MACHINE)
         assert "method" not in small.sections["finetune"]["chat"]

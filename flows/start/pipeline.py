@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
+from flows.start import gates
 from flows.start.brought import CHARACTERS_PER_TOKEN, Brought, Table
 from flows.start.checkpoint import Checkpoint
 from flows.start.machine import Machine
@@ -220,6 +221,9 @@ def design(brought: Brought, machine: Machine) -> Design:
         parts, evaluated = parts | {"classifier": builder.classifier}, evaluated | {"labels": builder.classifier}
     parts = {part: folder for part, folder in parts.items() if folder}
     builder.design.sections |= ending(evaluated, parts, builder.context, large=builder.low_rank)
+    if builder.model:
+        rows = {name: table.rows for name, table in tables.items()}
+        builder.design.sections["compare"] = {"gates": gates.propose(rows, list(evaluated))}
     return builder.design
 
 
