@@ -221,9 +221,11 @@ def design(brought: Brought, machine: Machine) -> Design:
         parts, evaluated = parts | {"classifier": builder.classifier}, evaluated | {"labels": builder.classifier}
     parts = {part: folder for part, folder in parts.items() if folder}
     builder.design.sections |= ending(evaluated, parts, builder.context, large=builder.low_rank)
-    if builder.model:
+    if "chat" in parts:
         rows = {name: table.rows for name, table in tables.items()}
-        builder.design.sections["compare"] = {"gates": gates.propose(rows, list(evaluated))}
+        builder.design.sections["compare"] = {
+            "gates": gates.propose(rows, [name for name in evaluated if name != "labels"])
+        }
     return builder.design
 
 
