@@ -36,8 +36,7 @@ def rank(project: Path, host: str, port: int, others: Sequence[str]) -> None:
     instructions = f"Rank answers at http://{name}:{port}/rank, and then: bessemer rank export"
     served = endpoint.served_models(port, host)
     if served is None:
-        package = open_package()
-        if not others and not package.has_chat:
+        if not others and package_folder().is_dir() and not (package := open_package()).has_chat:
             raise BessemerError(f"{package.missing('chat')} To rank the answers of another model, name it: --with.")
         file = rankings.store_folder(project) / FILE
         offered = f"The page offers the questions in {file}, one per line; without any, prompts of the project's data."

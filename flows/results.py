@@ -15,8 +15,7 @@ from flows.code_changes import is_digest_file
 from flows.graph import Graph, GraphError
 from tasks.common.defaults import read_settings
 from tasks.common.harness.job import record_path
-from tasks.common.model_graph import PACKAGE_PARTS
-from tasks.common.settings import SettingsError
+from tasks.common.settings import PACKAGE_PARTS, SettingsError
 
 DONE_STATUSES = ("ran", "restored", "up to date", "earlier")
 

@@ -22,8 +22,7 @@ from tasks.common.harness import execution
 from tasks.common.harness.job import Job, Link, StageError
 from tasks.common.harness.lineage import lineage, user_sources
 from tasks.common.harness.records import write_json
-from tasks.common.model_graph import PACKAGE_PARTS
-from tasks.common.settings import Settings
+from tasks.common.settings import PACKAGE_PARTS, Settings
 
 DATA_STAGES = ("ingest", "validate", "tokenize")
 NUMERICS = False  # no model computes here
