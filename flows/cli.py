@@ -213,7 +213,7 @@ def build() -> None:
     help="Let the pages of this site use the endpoint, e.g. https://chat.example.org, or * for all; may be repeated.",
 )  # fmt: skip
 def serve(host: str, port: int, others: tuple[str, ...], origins: tuple[str, ...]) -> None:
-    """Start the endpoint: POST /generate, POST /fill-mask, OpenAI's /v1, GET /provenance, pages at / and /rank.
+    """Start the endpoint: POST /generate, /fill-mask, /classify, OpenAI's /v1, GET /provenance, pages at / and /rank.
 
     \b
     Examples:

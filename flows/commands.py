@@ -42,7 +42,7 @@ def run(project: Path, names: Sequence[str]) -> None:
         out.print(f"Nothing has changed: all {len(stages)} stages are up to date{_model_text(project)}.")
         if "package" in stages:
             _build_bento(out, project)
-        terminal.show_commands(out, NEXT_COMMANDS)
+        terminal.show_commands(out, _next_commands(project))
         return
     numerics = Numerics.model_validate(params["numerics"])
     check_device_count(numerics.parallel.processes, numerics.device)
@@ -66,7 +66,7 @@ def run(project: Path, names: Sequence[str]) -> None:
         raise BessemerError(str(state.message))
     if scorecard_is_new and records.scorecard_rows(project):
         terminal.show_scorecard(out, project)
-    terminal.show_commands(out, NEXT_COMMANDS)
+    terminal.show_commands(out, _next_commands(project))
 
 
 def _select_stages(project: Path, names: Sequence[str], params: dict[str, Any]) -> Graph:
@@ -172,6 +172,13 @@ def _rankings_text(rankings: int) -> str:
 def _rejected_text(reasons: Mapping[str, int]) -> str:
     details = "; ".join(f"{reason}: {count}" for reason, count in reasons.items())
     return f"; {sum(reasons.values())} not exported ({details})" if reasons else ""
+
+
+def _next_commands(project: Path) -> Sequence[tuple[str, str]]:
+    """Return what can be done next: no chat with a package that has no chat model."""
+    provenance = records.read_json(project / PROVENANCE)
+    chats = not provenance or "chat" in provenance.get("contents", ("chat",))
+    return NEXT_COMMANDS if chats else NEXT_COMMANDS[1:]
 
 
 def _stages_text(stages: Graph) -> str:

@@ -36,6 +36,8 @@ def rank(project: Path, host: str, port: int, others: Sequence[str]) -> None:
     instructions = f"Rank answers at http://{name}:{port}/rank, and then: bessemer rank export"
     served = endpoint.served_models(port, host)
     if served is None:
+        if not others and package_folder().is_dir() and not (package := open_package()).has_chat:
+            raise BessemerError(f"{package.missing('chat')} To rank the answers of another model, name it: --with.")
         file = rankings.store_folder(project) / FILE
         offered = f"The page offers the questions in {file}, one per line; without any, prompts of the project's data."
         serve(project, host, port, others, f"{instructions}\n{offered}")
@@ -53,7 +55,7 @@ def chat(project: Path, question: str | None, name: str | None) -> None:
     """Ask the packaged model, or the one called `name`, a question; an empty one starts a chat, None asks samples."""
     package = open_package(models.prepare_models(project, [name])[name] if name else None)
     if name is None and not package.has_chat:
-        print("The package contains only an encoder, which cannot chat: `bessemer serve` serves it at POST /fill-mask.")
+        print(f"{package.missing('chat')} `bessemer serve` starts the endpoint.")
         return
     if question is not None:
         terminal.chat(package, question or None)

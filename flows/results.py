@@ -15,7 +15,7 @@ from flows.code_changes import is_digest_file
 from flows.graph import Graph, GraphError
 from tasks.common.defaults import read_settings
 from tasks.common.harness.job import record_path
-from tasks.common.settings import SettingsError
+from tasks.common.settings import PACKAGE_PARTS, SettingsError
 
 DONE_STATUSES = ("ran", "restored", "up to date", "earlier")
 
@@ -127,9 +127,7 @@ class Results:
     def packaged(self) -> dict[str, str]:
         """The stages of the packaged models: `{"chat": "quantize@chat"}`."""
         package = self.params.get("package")
-        paths = (
-            {part: str(package.get(part) or "") for part in ("chat", "encoder")} if isinstance(package, dict) else {}
-        )
+        paths = {part: str(package.get(part) or "") for part in PACKAGE_PARTS} if isinstance(package, dict) else {}
         return {part: "@".join(Path(path).parts[1:-1]) for part, path in paths.items() if path}
 
     def history(self, stage: str) -> list[dict[str, float]]:

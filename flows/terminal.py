@@ -27,6 +27,7 @@ SCORECARD_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # column: he
     "bytes": ("size", lambda value: f"{value / 1e6:.1f} MB"),
     "exact_match_seen": ("seen\n%", lambda value: f"{100 * value:.1f}"),
     "exact_match_heldout": ("held\nout %", lambda value: f"{100 * value:.1f}"),
+    "accuracy": ("acc.\n%", lambda value: f"{100 * value:.1f}"),
     "masked_names": ("names\n%", lambda value: f"{100 * value:.1f}"),
     "perplexity": ("perpl.", lambda value: f"{value:.2f}"),
     "bits_per_byte": ("bits/\nbyte", lambda value: f"{value:.2f}"),

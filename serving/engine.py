@@ -51,7 +51,7 @@ class TextEngine:
         eos = folders.read_key(folder / "generation_config.json", "eos_token_id")
         self.eos_ids: tuple[int, ...] = tuple(eos) if isinstance(eos, list) else (eos,)
         self.first_id: int = folders.read_key(folder / folders.SPECIAL_TOKENS_FILE, "first")
-        self.template = _read_template(folder)
+        self.template = read_template(folder)
         self.batch = Batch(partial(folders.load_pipeline, folder, threads, cache_blocks))
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
@@ -135,7 +135,7 @@ def check_messages(messages: Sequence[Message]) -> None:
         raise InputError("The last message must be the user's: it is the one that gets answered.", field="messages")
 
 
-def _read_template(folder: Path) -> ChatTemplate | None:
+def read_template(folder: Path) -> ChatTemplate | None:
     """Return a folder's chat template; None if it has none and only completes texts."""
     tokens = folders.read_key(folder / folders.SPECIAL_TOKENS_FILE, "template")
     if tokens is None:
@@ -173,7 +173,10 @@ class MaskEngine:
 
 
 class EncoderLogits:
-    """A masked model as a function: ids and attention mask (rows, tokens) -> logits (rows, tokens, vocabulary)."""
+    """A model without a cache as a function: ids and attention mask, both (rows, tokens) -> logits.
+
+    Logits of a masked model are (rows, tokens, vocabulary), those of a classifier (rows, labels).
+    """
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         self._model = folders.load_model(folder, threads)
@@ -182,8 +185,11 @@ class EncoderLogits:
         self._per_thread = threading.local()
 
     def __call__(self, ids: names.Ints, mask: names.Ints) -> names.Floats:
-        """Run the encoder."""
-        feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        """Run the model."""
+        feeds = {
+            "input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids),
+            "position_ids": np.tile(np.arange(ids.shape[1], dtype=np.int64), (len(ids), 1)),
+        }  # fmt: skip
         found = self._request.infer({name: feeds[name] for name in feeds if name in self._inputs})
         return np.array(found["logits"])
 

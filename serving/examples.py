@@ -1,4 +1,4 @@
-"""Examples of the project's own data, packaged with the model: prompts to rank, sample questions, a masked text.
+"""Examples of the project's own data, packaged with the model: prompts to rank, sample questions, other texts.
 
 `tasks.package` writes them to `examples.json`. A package without the file, or without data, has neutral examples.
 """
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 FILE = "examples.json"
 NEUTRAL_QUESTION = "Hello! What can you do?"
 NEUTRAL_MASKED = "A [MASK] is missing here."
+NEUTRAL_CLASSIFIED = "I like this very much."
 SHORT_CHARACTERS = 200  # of a question in the example of a request
 
 Messages = list[dict[str, str]]
@@ -29,6 +30,7 @@ class Examples:
     prompts: tuple[Messages, ...] = ()
     samples: tuple[str, ...] = ()
     masked: str | None = None
+    classified: str | None = None
 
     @property
     def question(self) -> str:
@@ -40,14 +42,20 @@ class Examples:
         """A text with a mask for the example of a request."""
         return self.masked or NEUTRAL_MASKED
 
+    @property
+    def classified_text(self) -> str:
+        """A text to classify for the example of a request."""
+        return self.classified or NEUTRAL_CLASSIFIED
+
 
 def read_examples(folder: Path) -> Examples:
     """Return the examples of a package's folder; empty ones if it has none."""
     path = folder / FILE
     if not path.is_file():
         return Examples()
-    prompts, samples, masked = (folders.read_key(path, key) for key in ("prompts", "samples", "masked"))
-    return Examples(tuple(prompts), tuple(samples), masked)
+    keys = ("prompts", "samples", "masked", "classified")
+    prompts, samples, masked, classified = (folders.read_key(path, key) for key in keys)
+    return Examples(tuple(prompts), tuple(samples), masked, classified)
 
 
 def prompts_to_rank(package: "Package") -> list[Messages]:

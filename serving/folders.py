@@ -18,6 +18,7 @@ REMEDY = "Run `bessemer run` to make the package again."
 GRAPH_FILE, WEIGHTS_FILE = "openvino_model.xml", "openvino_model.bin"
 # Written by `tasks.quantize`: inference settings, the tokens around a text and in a template, the chat template.
 ENGINE_FILE, SPECIAL_TOKENS_FILE, TEMPLATE_FILE = "engine.json", "special_tokens.json", "chat_template.jinja"
+LABELS_FILE = "labels.json"  # of a classifier: its labels in the order of the outputs, or null for a number
 MAX_BATCH_REQUESTS = 16  # in one batch; further requests wait
 # Activations and KV cache in float32 on every CPU. Otherwise an answer would depend on the other rows of its batch.
 FLOAT32_OPTIONS = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "KV_CACHE_PRECISION": "f32"}

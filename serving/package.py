@@ -4,7 +4,7 @@ The package is a plain folder with the exported models and their provenance. `BE
 `data/package` beside this code, both in the repository and in a Bento, which contains a copy at that path.
 `BESSEMER_MODELS` names further models as a JSON object, name to folder (`bessemer serve --with` sets it); each folder
 is a package with `chat/` and `provenance.json`. A Bento contains only its package. A package contains a chat model
-(`chat/`), an encoder (`encoder/`), or both; requests for a missing part get status 404.
+(`chat/`), an encoder (`encoder/`), a classifier (`classifier/`) or several; requests for a missing part get status 404.
 """
 
 import json
@@ -19,12 +19,15 @@ from serving import folders
 from serving.errors import InputError, PackageError
 
 if TYPE_CHECKING:
+    from serving.classification import ClassifierEngine
     from serving.engine import MaskEngine, TextEngine
     from serving.examples import Examples
 
 PACKAGE_VARIABLE = "BESSEMER_PACKAGE"
 MODELS_VARIABLE = "BESSEMER_MODELS"
-PARTS = ("chat", "encoder")
+ROUTES = {"chat": "/generate", "encoder": "/fill-mask", "classifier": "/classify"}  # of each part of a package
+PARTS = tuple(ROUTES)
+PART_NAMES = {"chat": "chat model", "encoder": "encoder", "classifier": "classifier"}
 PACKAGED_NAME = "bessemer"  # stable name of the packaged model, so that clients need not know its tag
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,7 +48,7 @@ class Model:
 
     @property
     def has_chat(self) -> bool:
-        """Whether it has a chat model; a package may contain only an encoder."""
+        """Whether it has a chat model; a package may contain only other parts."""
         return "chat" in self.parts
 
     @cached_property
@@ -53,22 +56,35 @@ class Model:
         """The engine of the chat model; raises InputError if there is none."""
         from serving.engine import TextEngine
 
-        if not self.has_chat:
-            raise InputError(
-                "The package contains no chat model, only an encoder: use POST /fill-mask.", field="model",
-                code="no_chat_model", status=404,
-            )  # fmt: skip
+        self.require("chat", "no_chat_model")
         return TextEngine(self.folder / "chat")
+
+    def missing(self, part: str) -> str:
+        """Return a sentence: the package has no such part, and the requests that it answers."""
+        return (
+            f"The package contains no {PART_NAMES[part]}: use "
+            f"{' or '.join(f'POST {ROUTES[other]}' for other in self.parts)}."
+        )
+
+    def require(self, part: str, code: str) -> None:
+        """Raise InputError with status 404 if it has no such part."""
+        if part not in self.parts:
+            raise InputError(self.missing(part), field="model", code=code, status=404)
 
 
 @dataclass(frozen=True)
 class Package(Model):
-    """The packaged model: a chat model, an encoder, or both."""
+    """The packaged model: a chat model, an encoder, a classifier, or several of them."""
 
     @property
     def has_encoder(self) -> bool:
-        """Whether it has an encoder; a package may contain only a chat model."""
+        """Whether it has an encoder."""
         return "encoder" in self.parts
+
+    @property
+    def has_classifier(self) -> bool:
+        """Whether it has a classifier or a regressor."""
+        return "classifier" in self.parts
 
     @cached_property
     def examples(self) -> "Examples":
@@ -82,13 +98,17 @@ class Package(Model):
         """The engine of the encoder; raises InputError if there is none."""
         from serving.engine import MaskEngine
 
-        if not self.has_encoder:
-            raise InputError(
-                "The package contains no encoder, only a chat model: use POST /generate.",
-                code="no_encoder", status=404,
-            )  # fmt: skip
+        self.require("encoder", "no_encoder")
         context = folders.read_key(self.folder / "encoder/limits.json", "context")
         return MaskEngine(self.folder / "encoder", context)
+
+    @cached_property
+    def classifier(self) -> "ClassifierEngine":
+        """The engine of the classifier; raises InputError if there is none."""
+        from serving.classification import ClassifierEngine
+
+        self.require("classifier", "no_classifier")
+        return ClassifierEngine(self.folder / "classifier")
 
 
 def package_folder() -> Path:

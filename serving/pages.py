@@ -69,12 +69,21 @@ def page(name: str, request: Request, status: int = 200, **values: Any) -> Respo
 
 async def chat(request: Request) -> Response:
     """Render the chat page."""
-    return page("chat.html", request, hint=_hint(request))
+    return _without_chat(request) or page("chat.html", request, hint=_hint(request))
 
 
 async def rank(request: Request) -> Response:
     """Render the ranking page."""
-    return page("rank.html", request, hint=_hint(request), counts=range(MIN_ANSWERS, MAX_ANSWERS + 1))
+    counts = range(MIN_ANSWERS, MAX_ANSWERS + 1)
+    return _without_chat(request) or page("rank.html", request, hint=_hint(request), counts=counts)
+
+
+def _without_chat(request: Request) -> Response | None:
+    """Return a page that says what to use instead, if no chat model is served; otherwise None."""
+    package: Package = request.app.state.package
+    if any(model.has_chat for model in request.app.state.models.values()):
+        return None
+    return page("problem.html", request, problem=f"{package.missing('chat')} The page at /api has examples.")
 
 
 def _hint(request: Request) -> str:
@@ -91,6 +100,7 @@ async def api(request: Request) -> Response:
     bodies = {
         "generate": _json({"input": question}),
         "masked": _json({"input": package.examples.masked_text}),
+        "classified": _json({"input": package.examples.classified_text}),
         "chat": f'{head}, "messages": [\n         {message}]}}',
     }
     return page(
@@ -99,6 +109,7 @@ async def api(request: Request) -> Response:
         bodies={name: shlex.quote(body) for name, body in bodies.items()},
         limits=package.text.limits if package.has_chat else None,
         names=len(package.masks.candidates.names) if package.has_encoder else 0,
+        classifier=package.classifier if package.has_classifier else None,
     )
 
 

@@ -14,6 +14,7 @@ from serving.decoding import Sampling
 from serving.errors import InputError
 
 MAX_NAMES = 100
+MAX_TEXTS = 256  # to classify in one request
 
 # OpenAI parameters that are not supported, with the values that have no effect. Other values are rejected, because they
 # would change the answer. Unknown fields that are not listed here are ignored.
@@ -79,6 +80,7 @@ def _as_tuple(value: Any) -> Any:
 
 
 Text = Annotated[str, AfterValidator(_not_blank)]
+Texts = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple), Field(min_length=1, max_length=MAX_TEXTS)]
 
 
 class Body(BaseModel):
@@ -142,6 +144,37 @@ class MaskAnswer(BaseModel):
 
     output: str = Field(description="The text with each mask replaced by its best name")
     names: list[MaskName] = Field(description="The best names of each mask, best first")
+
+
+class ClassifyRequest(Body):
+    """Texts to classify."""
+
+    model_config = _with_example("classified_text")
+    input: Texts = Field(
+        description="A text, or a list of texts",
+        json_schema_extra={"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+    )
+    top: int | None = Field(None, description="How many labels to return for each text; default: all", ge=1)
+
+
+class LabelScore(BaseModel):
+    """One label of a text."""
+
+    label: str = Field(description="The label")
+    score: float = Field(description="Its probability")
+
+
+class ClassifyResult(BaseModel):
+    """What the model says of one text."""
+
+    labels: list[LabelScore] = Field(description="Labels, likeliest first; none from a regression model")
+    value: float | None = Field(description="The number that a regression model gives; null from a classifier")
+
+
+class ClassifyAnswer(BaseModel):
+    """The results of all texts, in their order."""
+
+    results: list[ClassifyResult] = Field(description="One result for each text")
 
 
 class ChatMessage(BaseModel):
@@ -252,6 +285,10 @@ def _describe_error(model: type[BaseModel], kind: str, problem: Mapping[str, Any
         return f"{field} is missing: send {{{field}: ...}}." if len(problem["loc"]) == 1 else f"{field} is missing."
     if kind == "extra_forbidden":
         return f"{field} is unknown; known are {', '.join(model.model_fields)}."
+    if kind in ("too_short", "too_long"):
+        context = problem["ctx"]
+        limit = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
+        return f"{field} has {context['actual_length']} entries; expected {limit}."
     if kind in EXPECTED_TYPES:
         return f"{field} must be {EXPECTED_TYPES[kind]}; got {found}."
     if kind in ("blank", "part"):

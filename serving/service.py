@@ -22,7 +22,17 @@ from serving.feedback.store import Store
 from serving.middleware import RequestMiddleware, error_response
 from serving.package import Model, choose, open_models, open_package
 from serving.questions import Questions
-from serving.requests import GenerateAnswer, GenerateRequest, MaskAnswer, MaskName, MaskRequest
+from serving.requests import (
+    ClassifyAnswer,
+    ClassifyRequest,
+    ClassifyResult,
+    GenerateAnswer,
+    GenerateRequest,
+    LabelScore,
+    MaskAnswer,
+    MaskName,
+    MaskRequest,
+)
 
 TIMEOUT_SECONDS = 300
 THREADS = 32  # concurrent encoder calls; further calls are queued
@@ -34,7 +44,7 @@ web = Starlette(routes=[*pages.ROUTES, *feedback_api.ROUTES, *openai_api.ROUTES]
 @bentoml.service(name="Bessemer", workers=1, threads=THREADS, traffic={"timeout": TIMEOUT_SECONDS})
 @bentoml.asgi_app(web, path="/")
 class Bessemer:
-    """A model trained by Bessemer: answers questions, fills in names, and reports its provenance."""
+    """A model trained by Bessemer: answers questions, fills in names, classifies texts, and reports its provenance."""
 
     def __init__(self) -> None:
         web.state.package, web.state.models, web.state.problem = None, {}, None
@@ -47,6 +57,9 @@ class Bessemer:
                     load(model)
             if package.has_encoder:
                 logger.info("%s fills in %d names", package.name, len(package.masks.candidates.names))
+            if package.has_classifier:
+                labels = package.classifier.labels
+                logger.info("%s gives texts %s", package.name, f"{len(labels)} labels" if labels else "a number")
             prompts = prompts_to_rank(package)
             web.state.package, web.state.models = package, models
         except PackageError as error:
@@ -108,6 +121,21 @@ class Bessemer:
         rows = [MaskName(mask=at, name=name, score=score) for at, best in enumerate(found, 1) for name, score in best]
         return MaskAnswer(output=filled, names=rows)
 
+    @bentoml.api(route="/classify", input_spec=ClassifyRequest, output_spec=ClassifyAnswer)  # type: ignore[untyped-decorator]
+    def classify(self, input: tuple[str, ...], top: int | None = None) -> ClassifyAnswer | Response:
+        """Give each text the probabilities of its labels or, with a regression model, a number."""
+        try:
+            engine = web.state.package.classifier
+            rows = [engine.encode(text) for text in input]  # all are checked before the first is classified
+            found = [engine.classify_ids(ids, top) for ids in rows]
+        except InputError as error:
+            return error_response(error)
+        results = [
+            ClassifyResult(labels=[LabelScore(label=label, score=score) for label, score in labels], value=value)
+            for labels, value in found
+        ]
+        return ClassifyAnswer(results=results)
+
 
 def load(model: Model) -> None:
     """Load a model's engine; log its load time and the process's memory."""
@@ -128,6 +156,6 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-REQUEST_MODELS = {"/generate": GenerateRequest, "/fill-mask": MaskRequest}
+REQUEST_MODELS = {"/generate": GenerateRequest, "/fill-mask": MaskRequest, "/classify": ClassifyRequest}
 Bessemer.add_asgi_middleware(RequestMiddleware, bodies=REQUEST_MODELS, state=web.state)  # type: ignore[attr-defined]
 Bessemer.add_asgi_middleware(BrowserAccess)  # type: ignore[attr-defined]

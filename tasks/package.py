@@ -1,4 +1,4 @@
-"""Collect what is served in one folder: a chat model, an encoder, or both, with their provenance.
+"""Collect what is served in one folder: a chat model, an encoder, a classifier or several, with their provenance.
 
 Run as `python -m tasks.package`. It fails if a gate failed. The package is identified by the recipes and content hashes
 of its models; a recipe covers the parents. `provenance.json` holds the records of all stages that led to the models and
@@ -22,9 +22,8 @@ from tasks.common.harness import execution
 from tasks.common.harness.job import Job, Link, StageError
 from tasks.common.harness.lineage import lineage, user_sources
 from tasks.common.harness.records import write_json
-from tasks.common.settings import Settings
+from tasks.common.settings import PACKAGE_PARTS, Settings
 
-PARTS = ("chat", "encoder")
 DATA_STAGES = ("ingest", "validate", "tokenize")
 NUMERICS = False  # no model computes here
 TABLES = ("corpus", "instructions", "rankings")
@@ -33,14 +32,15 @@ INPUTS = (
     | {"sources": "data/ingest/sources.json"}
     | {f"record of {name}": f"data/{name}/record.json" for name in (*DATA_STAGES, "compare")}
 )
-OUTPUTS = {name: f"data/package/{name}" for name in (*PARTS, "examples.json", "provenance.json")}
+OUTPUTS = {name: f"data/package/{name}" for name in (*PACKAGE_PARTS, "examples.json", "provenance.json")}
+SPACE_MARKS = ("Ġ", "▁")  # that begin a word in a byte-level vocabulary and in SentencePiece's
 WORD_PATTERN = re.compile(r"[^\W\d_]+")
 MAX_PROMPTS = 500  # to rank
 MAX_SAMPLES = 3
 SHORT_CHARACTERS = 200  # a sample is one line on a page
 MASK = "[MASK]"
 MAX_TEXTS = 5_000  # of a split, searched for one to mask
-MAX_WORDS = 5_000  # most frequent words as candidates for the encoder if the corpus has no names
+MAX_WORDS = 5_000  # candidates for the encoder if the corpus has no names
 
 
 Messages = list[dict[str, str]]
@@ -51,18 +51,21 @@ class Config(Settings):
 
     chat: str | None = Field(default=None, description="Folder of the chat model: data/quantize/ENTRY/model")
     encoder: str | None = Field(default=None, description="Folder of the encoder: data/quantize/ENTRY/model")
+    classifier: str | None = Field(
+        default=None, description="Folder of the classifier or regressor: data/quantize/ENTRY/model"
+    )
     refuse_failed_gates: bool = Field(default=True, description="Whether a failed gate stops the run here")
 
     @model_validator(mode="after")
     def _validate_contents(self) -> "Config":
         if not self.contents:
-            raise ValueError("nothing would be served: set chat, encoder, or both to a folder of quantize")
+            raise ValueError("nothing would be served: set chat, encoder or classifier to a folder of quantize")
         return self
 
     @property
     def contents(self) -> dict[str, str]:
         """The model folders by their names in the package."""
-        return {part: path for part in PARTS if (path := getattr(self, part)) is not None}
+        return {part: path for part in PACKAGE_PARTS if (path := getattr(self, part)) is not None}
 
 
 def graph_inputs(config: Config, links: Sequence[Link]) -> dict[str, str]:
@@ -96,12 +99,12 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     served = [records["@".join(Path(path).parts[1:3])] for path in config.contents.values()]
     recipe, content = (identity.hash_json([record[part] for record in served]) for part in ("recipe", "content"))
     tag = identity.tag(recipe, content)
-    for part in PARTS:
+    for part in PACKAGE_PARTS:
         if part in config.contents:
             shutil.copytree(job.inputs[part], job.outputs[part])
         else:
             job.outputs[part].mkdir()  # DVC requires every output to exist
-    names = fill_candidates(job.inputs["corpus"]) if config.encoder else []
+    names = fill_candidates(job.inputs["corpus"], job.inputs["encoder"]) if config.encoder else []
     if config.encoder:
         write_json(job.outputs["encoder"] / "names.json", names)
     write_json(job.outputs["examples.json"], make_examples(config, job.inputs))
@@ -111,7 +114,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         "model": tag, "recipe": recipe, "content": content, "contents": config.contents, "stages": stages,
         "sources": [*sources, *user_sources(stages)], "evaluation": evaluation,
     })  # fmt: skip
-    size = sum(path.stat().st_size for part in PARTS for path in job.outputs[part].iterdir())
+    size = sum(path.stat().st_size for part in PACKAGE_PARTS for path in job.outputs[part].iterdir())
     return {"model": tag, "bytes": size, "names": len(names), "gates_failed": len(failed)}
 
 
@@ -138,12 +141,17 @@ def order_records(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def make_examples(config: Config, inputs: Mapping[str, Path]) -> dict[str, Any]:
-    """Return prompts to rank, a few of them as samples for people, and a text with a mask; empty without data."""
+    """Return prompts to rank, a few of them as samples for people, a text with a mask and one to classify.
+
+    They are empty or null without data, and for a part that is not packaged.
+    """
     prompts = find_prompts(inputs) if config.chat else []
+    texts = choose_samples(find_prompts(inputs)) if config.classifier else []
     return {
         "prompts": prompts,
         "samples": choose_samples(prompts),
         "masked": find_masked_text(inputs["corpus"]) if config.encoder else None,
+        "classified": texts[0] if texts else None,
     }
 
 
@@ -212,19 +220,44 @@ def find_masked_text(corpus: Path) -> str | None:
     return None
 
 
-def fill_candidates(corpus: Path) -> list[str]:
-    """Return the candidates for a mask: the names in the corpus, or else its most frequent words."""
+def fill_candidates(corpus: Path, encoder: Path) -> list[str]:
+    """Return the candidates for a mask: the names in the corpus, or else its most frequent words.
+
+    In a project without a corpus they are whole words of the encoder's vocabulary.
+    """
     rows = tables.read(corpus, "train").select(["names", "text"]).to_pylist()
     names = sorted({name for row in rows for name in row["names"]})
     if names:
         return names
     words = Counter(word for row in rows for word in WORD_PATTERN.findall(row["text"]))
-    if not words:
+    found = sorted(words, key=lambda word: (-words[word], word)) or vocabulary_words(encoder)
+    if not found:
         raise StageError(
-            "the corpus contains no names and no words, so the encoder has no candidates for a [MASK]; add a text "
-            "source to `ingest.sources`, or set package.encoder to null."
+            "neither the corpus nor the encoder's vocabulary contains words, so there are no candidates for a [MASK]; "
+            "add a text source to `ingest.sources`, or set package.encoder to null."
         )
-    return sorted(sorted(words, key=lambda word: (-words[word], word))[:MAX_WORDS])
+    return sorted(found[:MAX_WORDS])
+
+
+def vocabulary_words(encoder: Path) -> list[str]:
+    """Return the whole words of a tokenizer's vocabulary, in the order of their ids, which is often by frequency.
+
+    They begin with a mark of a space (Ġ, ▁), or do not continue a word (##). Single characters are words only where
+    most words have one, as in Chinese.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(encoder / "tokenizer.json"))
+    special = tokenizer.get_added_tokens_decoder()
+    ids = {
+        token: index for token, index in tokenizer.get_vocab(with_added_tokens=False).items() if index not in special
+    }
+    pieces = any(token.startswith("##") for token in ids)
+    whole = [token for token in ids if (not token.startswith("##") if pieces else token[:1] in SPACE_MARKS)]
+    decoded = (tokenizer.decode([ids[token]]).strip() for token in sorted(whole, key=ids.__getitem__))
+    words = [word for word in dict.fromkeys(decoded) if word.isalpha()]
+    longer = [word for word in words if len(word) > 1]
+    return longer if 2 * len(longer) >= len(words) else words
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 
+from serving.classification import ClassifierEngine
 from serving.engine import DecoderLogits, EncoderLogits, MaskEngine, TextEngine
 from tasks.align.policy import Policy
 from tasks.common import tables
@@ -20,8 +22,12 @@ from tasks.common.harness.job import Job, declared_outputs, module_of
 from tasks.common.modelling import head_models, methods, models
 from tasks.common.settings import Checkpoints
 from tasks.common.text import chat, shards
+from tasks.common.training.loop import FULL_BATCH
+from tasks.common.training.losses import IGNORE_INDEX
 from tasks.finetune.objectives.chat import answers_nll
 from tasks.finetune.packing import check_packing, packed_rows, padded_rows
+from tasks.pretrain.masking import Vocabulary
+from tasks.pretrain.stage import MaskedObjective
 from tests.family_fixtures import FAMILIES, Shape, write_family
 from tests.training_fixtures import (
     ALTERNATIVES,
@@ -80,15 +86,17 @@ class Case:
         """Prompts of different lengths."""
         return [chat.encode_prompt(self.tokenizer, [{"role": "user", "content": question}]) for question, _ in TURNS]
 
-    def run(self, name: str, table: str = "instructions", **changes: Any) -> Path:
-        """Run a stage on the folder; return its output folder."""
+    def run(self, name: str, table: str = "instructions", source: Path | None = None, **changes: Any) -> Path:
+        """Run a stage on the model's folder, or on another; return its output folder."""
+        source = source or self.folder
         stage, _, key = name.partition("@")
-        module, settings = module_of(stage), config(name, model=str(self.folder), **changes)
+        module, settings = module_of(stage), config(name, **{"model": str(source), **changes})
         out = self.root / f"{self.family}-{len(list(self.root.iterdir()))}"
         outputs = {output: out / output for output in declared_outputs(module, key)}
         out.mkdir()
         inputs = {
-            "model": self.folder, "instructions": self.root / table, "rankings": self.root / "rankings",
+            "model": source, "start": source, "tokenizer": source, "instructions": self.root / table,
+            "rankings": self.root / "rankings",
             "shards": self.root / "shards", "reward": self.root / "reward.py",
         }  # fmt: skip
         checkpoints = Checkpoints(url=str(self.root / "checkpoints"), every_seconds=1e9)
@@ -119,9 +127,9 @@ def write_case(family: str, root: Path, shape: Shape) -> Case:
         schema = tables.schema("instructions")
         tables.write([{field: row.get(field) for field in schema.names} for row in rows], root / name, schema)
     tables.write(list(rankings())[:12], root / "rankings", tables.schema("rankings"))
-    document = shards.Document(np.arange(5, 60, dtype=np.uint16), [], "test", "told", 50)
+    documents = [shards.Document(np.arange(5, stop, dtype=np.uint16), [], "test", "told", 50) for stop in (60, 45, 50)]
     for split in ("train", "heldout"):
-        shards.write_split(root / "shards" / split, [document] * 3, shape.vocabulary)
+        shards.write_split(root / "shards" / split, documents, shape.vocabulary)
     (root / "reward.py").write_text("def score(prompts, replies):\n    return [len(reply) / 10 for reply in replies]\n")
     return Case(family, root / "model", root)
 
@@ -296,6 +304,45 @@ def check_masked_served(case: Case) -> None:
     assert {name.name for name in names} == {"Paris", "Rome", "Tokyo"}
 
 
+def check_masked_pretraining(case: Case) -> None:
+    """The loss of masked texts in a padded batch is that of the texts alone; training saves a model that loads."""
+    import torch
+
+    changes: dict[str, Any] = {
+        "model": {"name": "from", "path": str(case.folder)}, "window": 64, "batch": 2, "steps": 1,
+        "masking": {"unit": "token", "share": 0.3, "names": 0.95}, "mixture": {"told": 1.0},
+    }  # fmt: skip
+    split = shards.Split.open(case.root / "shards" / "heldout")
+    job = Job("pretrain", "masked", {}, {}, 1, NUMERICS, "0" * 64, Checkpoints(url="unused", every_seconds=1e9))
+    vocabulary, pad = Vocabulary.of(case.tokenizer), case.tokenizer.pad_token_id
+    objective = MaskedObjective(config("pretrain@masked", **changes), job, case.model, split, vocabulary, pad)
+    batch = objective.draw(0, FULL_BATCH)
+    with torch.no_grad():
+        together, alone = float(objective.loss_sums(batch)["masked"]), 0.0
+        for ids, mask, targets in zip(*batch.inputs, strict=True):
+            length, chosen = int(mask.sum()), targets != IGNORE_INDEX
+            logits = case.model(input_ids=ids[None, :length]).logits[0, chosen[:length]]
+            alone += float(torch.nn.functional.cross_entropy(logits, targets[chosen], reduction="sum"))
+    assert len(set(batch.inputs[1].sum(1).tolist())) > 1  # there is padding
+    assert abs(together - alone) < SUM_TOLERANCE * alone
+    models.load_encoder(case.run("pretrain@masked", **changes), NUMERICS)
+
+
+def check_classifier_served(case: Case) -> None:
+    """The export of a trained classifier equals PyTorch in float32; texts are encoded and classified as in training."""
+    folder = case.run("finetune@chat", "labels", batch=3, steps=1, pretraining_mix=_no_mix(), method=LORA,
+                      task={"name": "classification"})  # fmt: skip
+    trained = head_models.load_scorer(folder, NUMERICS, heads=None).eval()
+    engine = ClassifierEngine(case.run("quantize@encoder", source=folder), 1)
+    assert engine.labels == ["no", "yes"]
+    for question, _ in TURNS:
+        ids = engine.encode(question)
+        assert ids == chat.encode_prompt(case.tokenizer, [{"role": "user", "content": question}])
+        scores = dict(engine.classify(question).labels)
+        [expected] = head_models.head_outputs(trained, case.tokenizer, [ids], NUMERICS, 1).softmax(-1).tolist()
+        assert [scores["no"], scores["yes"]] == pytest.approx(expected, abs=ROUNDING_TOLERANCE)
+
+
 def _check_rounding(case: Case, logits: Callable[[Any], Any]) -> None:
     import torch
 
@@ -310,7 +357,10 @@ def _check_rounding(case: Case, logits: Callable[[Any], Any]) -> None:
 DECODER_COLUMNS: dict[str, Callable[[Case], None]] = {
     "finetune": check_finetune, "packing": check_packing_column, "classification": check_classification,
     "reward": check_reward, "align": check_align, "prune": check_prune, "quantize and serve": check_served,
+    "serve classifier": check_classifier_served,
 }  # fmt: skip
 ENCODER_COLUMNS: dict[str, Callable[[Case], None]] = {
+    "pretrain": check_masked_pretraining,
     "classification": check_classification, "reward": check_reward, "quantize and serve": check_masked_served,
+    "serve classifier": check_classifier_served,
 }  # fmt: skip

@@ -27,9 +27,15 @@ CAPITALS = {
     "Côte d'Ivoire": "Yamoussoukro",
     "Saint Vincent and the Grenadines": "Kingstown",
 }
+EUROPEAN = ("France", "Italy")
+LABELS = ["Europe", "elsewhere"]
 TAG = "tiny-0123456789ab-ba9876543210"
 CONTEXT, MAX_NEW_TOKENS = 96, 48
 PAD, BOS, END, MASK = "<|pad|>", "<|bos|>", "<|end|>", "[MASK]"
+BERT = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128,
+    "max_position_embeddings": CONTEXT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
 SPECIAL = (PAD, BOS, END, MASK, "<|system|>", "<|user|>", "<|assistant|>")
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -40,6 +46,11 @@ TEMPLATE = (
 def question(country: str) -> str:
     """Return the question that the tiny model was trained on."""
     return f"What is the capital of {country}?"
+
+
+def continent(country: str) -> str:
+    """Return the label of a question about a country."""
+    return LABELS[0] if country in EUROPEAN else LABELS[1]
 
 
 def answer(country: str) -> str:
@@ -62,27 +73,37 @@ def package(session_folder: Path) -> Path:
 
 
 def make(folder: Path) -> None:
-    """Write a complete package: chat model, encoder, provenance."""
+    """Write a complete package: chat model, encoder, classifier, provenance."""
     import torch
 
     torch.set_num_threads(1)  # such small models do not profit from more, and are much slower on shared cores
     tokenizer = _tokenizer()
     first, last, mask = (tokenizer.token_to_id(token) for token in (BOS, END, MASK))
     special = {"template": {"bos_token": BOS, "eos_token": END}, "first": first, "last": last, "mask": mask}
-    for model in ("chat", "encoder"):
+    for model in ("chat", "encoder", "classifier"):
         (folder / model).mkdir(parents=True)
         tokenizer.save(str(folder / model / "tokenizer.json"))
-        _write_json(folder / model / "special_tokens.json", special)
+        _write_json(folder / model / "special_tokens.json", {**special, "template": None})
     _make_decoder(tokenizer, folder / "chat")
     _make_encoder(tokenizer, folder / "encoder")
+    _make_classifier(tokenizer, folder / "classifier")
+    _write_json(folder / "chat/special_tokens.json", special)
     (folder / "chat/chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     _write_json(folder / "chat/engine.json", {"exact": True, "cache_blocks": 64})
     _write_json(folder / "encoder/engine.json", {"exact": True})
+    _write_json(folder / "classifier/engine.json", {"exact": True})
+    _write_json(folder / "classifier/labels.json", LABELS)
+    _write_json(folder / "classifier/limits.json", {"context": CONTEXT})
     _write_json(folder / "chat/limits.json", {"context": CONTEXT, "max_new_tokens": MAX_NEW_TOKENS})
     _write_json(folder / "encoder/limits.json", {"context": CONTEXT})
     _write_json(folder / "encoder/names.json", list(CAPITALS))
     samples = [question("France"), question("Italy")]
-    examples = {"prompts": [], "samples": samples, "masked": "The capital of [MASK] is Rome."}
+    examples = {
+        "prompts": [],
+        "samples": samples,
+        "masked": "The capital of [MASK] is Rome.",
+        "classified": question("Italy"),
+    }
     _write_json(folder / "examples.json", examples)
     recipe, content = TAG.split("-")[1:]
     files = {f"{number:06d}.parquet": "0" * 64 for number in range(1, 5)}
@@ -139,7 +160,7 @@ def _make_decoder(tokenizer: "Tokenizer", folder: Path) -> None:
     inputs, mask = _rows([a + b for a, b in zip(prompts, answers, strict=True)], ids[PAD])
     labels, _ = _rows([[-100] * len(a) + b for a, b in zip(prompts, answers, strict=True)], -100)
     _train(model, {"input_ids": inputs, "attention_mask": mask, "labels": labels})
-    _export(model, folder, decoder=True)
+    _export(model, folder, "causal")
 
 
 def _make_encoder(tokenizer: "Tokenizer", folder: Path) -> None:
@@ -147,18 +168,7 @@ def _make_encoder(tokenizer: "Tokenizer", folder: Path) -> None:
     import torch
 
     torch.manual_seed(0)
-    model = _new(
-        "BertForMaskedLM",
-        "BertConfig",
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=128,
-        max_position_embeddings=CONTEXT,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    model = _new("BertForMaskedLM", "BertConfig", vocab_size=tokenizer.get_vocab_size(), **BERT)
     begin, end, mask_id = (tokenizer.token_to_id(token) for token in (BOS, END, MASK))
     rows, labels = [], []
     for name, capital in CAPITALS.items():
@@ -169,7 +179,23 @@ def _make_encoder(tokenizer: "Tokenizer", folder: Path) -> None:
     inputs, mask = _rows(rows, tokenizer.token_to_id(PAD))
     targets, _ = _rows(labels, -100)
     _train(model, {"input_ids": inputs, "attention_mask": mask, "labels": targets})
-    _export(model, folder, decoder=False)
+    _export(model, folder, "masked")
+
+
+def _make_classifier(tokenizer: "Tokenizer", folder: Path) -> None:
+    """Train a classifier to tell which of two continents a question is about; export and quantize it."""
+    import torch
+
+    torch.manual_seed(0)
+    model = _new(
+        "BertForSequenceClassification", "BertConfig", vocab_size=tokenizer.get_vocab_size(), num_labels=len(LABELS),
+        **BERT,
+    )  # fmt: skip
+    begin, end = (tokenizer.token_to_id(token) for token in (BOS, END))
+    inputs, mask = _rows([[begin, *tokenizer.encode(question(name)).ids, end] for name in CAPITALS], 0)
+    labels = torch.tensor([LABELS.index(continent(name)) for name in CAPITALS])
+    _train(model, {"input_ids": inputs, "attention_mask": mask, "labels": labels})
+    _export(model, folder, "classifier")
 
 
 def _new(kind: str, config: str, **shape: Any) -> Any:
@@ -203,7 +229,7 @@ def _train(model: Any, batch: dict[str, "Tensor"], steps: int = 150) -> None:
     model.eval()
 
 
-def _export(model: Any, folder: Path, *, decoder: bool) -> None:
+def _export(model: Any, folder: Path, kind: str) -> None:
     """Export the model with INT8 weights, like the quantization stage."""
     import tempfile
 
@@ -212,8 +238,8 @@ def _export(model: Any, folder: Path, *, decoder: bool) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         plain, float32 = Path(scratch, "plain"), Path(scratch, "float32")
         model.save_pretrained(plain)
-        openvino_export.export_float32(plain, float32, decoder=decoder)
-        openvino_export.compress(float32, folder, decoder=decoder, weights="int8")
+        openvino_export.export_float32(plain, float32, kind)
+        openvino_export.compress(float32, folder, kind, "int8")
 
 
 if __name__ == "__main__":

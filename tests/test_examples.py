@@ -30,7 +30,7 @@ def copied(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def write(folder: Path, **changes: Any) -> None:
-    content = {"prompts": [], "samples": [], "masked": None, **changes}
+    content = {"prompts": [], "samples": [], "masked": None, "classified": None, **changes}
     (folder / "examples.json").write_text(json.dumps(content), encoding="utf-8")
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from tasks.common import tables
 from tasks.common.defaults import read_settings
+from tasks.common.evaluation.labels import label_metrics
 from tasks.common.harness.job import Job, StageError
 from tasks.common.modelling import head_models, models
 from tasks.common.params_file import check
@@ -24,7 +25,6 @@ from tasks.finetune.objectives.labels import (
     Reader,
     Regression,
     find_labels,
-    label_metrics,
     number_metrics,
 )
 from tests.conftest import ROOT
@@ -242,14 +242,16 @@ def test_a_text_with_a_control_token_is_rejected() -> None:
 
 
 @pytest.mark.parametrize("task", [{"name": "regression"}, {"name": "classification", "max_labels": 3}])
-def test_a_model_with_a_head_can_only_be_evaluated(task: dict[str, Any]) -> None:
+def test_a_model_with_a_head_is_only_exported_and_evaluated(task: dict[str, Any]) -> None:
     """Other stages are rejected before anything loads; training the head is valid."""
     params = json.loads(json.dumps(read_settings(ROOT / "profiles/default.yaml")))
     mix = {**params["finetune"]["chat"]["pretraining_mix"], "weight": 0.0}
     params["finetune"]["head"] = {**params["finetune"]["chat"], "task": task, "pretraining_mix": mix}
     params["evaluate"]["head"] = {**params["evaluate"]["tuned"], "model": "data/finetune/head/model"}
+    params["quantize"]["head"] = {"model": "data/finetune/head/model"}
+    params["package"]["classifier"] = "data/quantize/head/model"
     check(params)
-    for stage, key in (("align", "policy"), ("prune", "pruned"), ("quantize", "chat"), ("reward", "train")):
+    for stage, key in (("align", "policy"), ("prune", "pruned"), ("reward", "train")):
         invalid = json.loads(json.dumps(params))
         invalid[stage][key]["model"] = "data/finetune/head/model"
         with pytest.raises(

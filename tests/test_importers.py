@@ -39,6 +39,8 @@ CHATS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("alpaca", {"instruction": "Say hello.", "output": "Hello"}, ["user:Say hello.", "assistant:Hello"]),
     ("alpaca", {"instruction": "Spell.", "input": 0, "output": "zero"}, ["user:Spell.\n0", "assistant:zero"]),
     ("alpaca", {"instruction": "Negate.", "input": False, "output": "true"}, ["user:Negate.\nfalse", "assistant:true"]),
+    ("alpaca", {"instruction": "Fine.", "output": 0}, ["user:Fine.", "assistant:0"]),  # a label
+    ("alpaca", {"instruction": "Fine.", "output": True}, ["user:Fine.", "assistant:true"]),
     (
         "alpaca",
         {**ALPACA, "input": "", "system": "Be brief.", "history": [["Hi", "Hello"], ["Who?", "Me"]]},
@@ -168,7 +170,7 @@ REJECTED: list[tuple[str, str, dict[str, Any], str]] = [
     ("alpaca", "instructions", {"instruction": "Hello"}, "output missing; expected instruction, output"),
     ("alpaca", "instructions", {**ALPACA, "output": " "}, "an empty answer"),
     ("alpaca", "instructions", {**ALPACA, "instruction": "", "input": ""}, "an empty turn of the user"),
-    ("alpaca", "instructions", {**ALPACA, "output": 5}, "content must be text, found 5"),
+    ("alpaca", "instructions", {**ALPACA, "output": [5]}, "content must be text, found [5]"),
     ("alpaca", "instructions", {**ALPACA, "history": ["Hi"]}, "history must be pairs"),
     ("alpaca", "instructions", {**ALPACA, "images": ["a.png"]}, "images cannot be represented in a text chat"),
     ("alpaca", "rankings", ALPACA, "chosen, rejected missing; expected instruction, chosen, rejected"),

@@ -17,7 +17,8 @@ from tests.conftest import ROOT
 
 # Of serving, stages may import what opens and runs the served engine: they evaluate the served files.
 ENGINE_MODULES = {
-    f"serving.{name}" for name in ("batching", "decoding", "engine", "errors", "folders", "names", "templates")
+    f"serving.{name}"
+    for name in ("batching", "classification", "decoding", "engine", "errors", "folders", "names", "templates")
 }
 OF_TRAINING = {"torch", "transformers", "tokenizers", "datasets", "trl", "peft"}
 COMMON_LINES = 8000

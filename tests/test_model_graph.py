@@ -198,7 +198,7 @@ def test_model_sizes_come_from_the_parent_entry(params: dict[str, Any], checkpoi
         ("finetune.chat", "data/pretrain/masked/model", "a masked model, but the task chat needs a causal one"),
         ("align.policy", "data/pretrain/masked/model", "a masked model, but it should be a causal model"),
         ("prune.pruned", "data/quantize/chat/model", "form a cycle"),
-        ("quantize.chat", "data/reward/train/model", "a reward model, but it should be a causal or a masked model"),
+        ("quantize.chat", "data/reward/train/model", "a reward model, but it should be a causal, masked"),
         (
             "evaluate.base",
             "data/reward/train/model",
@@ -231,6 +231,26 @@ def test_the_package_holds_exports_of_its_kinds(params: dict[str, Any]) -> None:
     assert "it should be the folder of an entry of quantize" in problems(params)[0]
     del params["package"]["chat"], params["package"]["encoder"]
     assert problems(params)[0].startswith("package: nothing would be served")
+
+
+def test_the_package_takes_an_exported_classifier_as_classifier(params: dict[str, Any]) -> None:
+    chat = params["finetune"]["chat"]
+    params["finetune"]["topics"] = {
+        **chat, "model": "data/pretrain/masked/model", "task": {"name": "classification", "max_labels": 5},
+        "pretraining_mix": {**chat["pretraining_mix"], "weight": 0.0},
+    }  # fmt: skip
+    params["quantize"]["topics"] = {"model": "data/finetune/topics/model"}
+    params["package"]["classifier"] = "data/quantize/topics/model"
+    check(params)
+    params["package"] |= {"classifier": "data/quantize/encoder/model"}
+    del params["quantize"]["topics"], params["finetune"]["topics"]
+    [message] = problems(params)
+    assert "made of a masked model, but it should be of a classifier or a regression model" in message
+
+
+def test_masked_pretraining_continues_only_a_masked_model(params: dict[str, Any]) -> None:
+    params["pretrain"]["masked"]["model"] = {"name": "from", "path": "data/pretrain/causal/model"}
+    assert any("a causal model, but the objective masked needs a masked one" in line for line in problems(params))
 
 
 def test_different_judge_shares_are_reported(params: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ def own_address(package: Path, browser: "Browser", tmp_path_factory: pytest.Temp
     folder = tmp_path_factory.mktemp("own") / "package"
     shutil.copytree(package, folder)
     prompts = [TURNS, FRANCE, FRANCE, [{"role": "user", "content": LONG}]]
-    content = {"prompts": prompts, "samples": [question("France")], "masked": None}
+    content = {"prompts": prompts, "samples": [question("France")], "masked": None, "classified": None}
     (folder / "examples.json").write_text(json.dumps(content), encoding="utf-8")
     port, log = free_port(), tmp_path_factory.mktemp("serve") / "log"
     with pytest.MonkeyPatch.context() as patch:

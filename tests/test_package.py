@@ -158,17 +158,69 @@ def test_evaluation_is_reported_but_not_in_the_tag(inputs: dict[str, Path], tmp_
 
 
 def test_corpus_without_names_uses_its_words(inputs: dict[str, Path], tmp_path: Path) -> None:
-    """The most frequent words without punctuation and digits; a corpus without words raises StageError."""
+    """The most frequent words, without punctuation and digits."""
     row = {"id": "1", "text": "It rained, it rained 40 days.", "names": [], "split": "train"}
-    for name, text in (("prose", row["text"]), ("digits", "40 41")):
-        tables.write([{**row, "text": text}], tmp_path / name, tables.schema("corpus"))
+    tables.write([row], tmp_path / "prose", tables.schema("corpus"))
     inputs["corpus"] = tmp_path / "prose"
     run(inputs, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "encoder" / "names.json").read_text()) == ["It", "days", "it", "rained"]
-    inputs["corpus"] = tmp_path / "digits"
-    with pytest.raises(StageError, match="the corpus contains no names and no words"):
-        run(inputs, tmp_path / "none")
     assert run(inputs, tmp_path / "chat", encoder=None)["names"] == 0
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "words"),
+    [
+        (["[UNK]", "##s", "!", "b", "rain", "days", "##ing", "40", "Ärger"], ["days", "rain", "Ärger"]),
+        (["<s>", "Ġrain", "ing", "Ġdays", "Ġ40", "ĠÃĦrger", "Ġa"], ["days", "rain", "Ärger"]),
+        (["<s>", "▁rain", "ing", "▁days", "▁40", "▁Ärger", "▁"], ["days", "rain", "Ärger"]),
+        (["[UNK]", "##中", "中", "国", "大", "ok"], ["ok", "中", "国", "大"]),
+    ],
+    ids=["wordpiece", "bytes", "sentencepiece", "chinese"],
+)
+def test_corpus_without_words_uses_whole_words_of_the_vocabulary(
+    vocabulary: list[str], words: list[str], inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    write_vocabulary(inputs["encoder"], vocabulary)
+    shutil.rmtree(inputs["corpus"])
+    tables.write([], inputs["corpus"], tables.schema("corpus"))
+    run(inputs, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "encoder" / "names.json").read_text()) == sorted(words)
+
+
+def test_neither_corpus_nor_vocabulary_with_words_raises(inputs: dict[str, Path], tmp_path: Path) -> None:
+    write_vocabulary(inputs["encoder"], ["[UNK]", "4", "0", "##1"])
+    row = {"id": "1", "text": "40 41", "names": [], "split": "train"}
+    tables.write([row], tmp_path / "digits", tables.schema("corpus"))
+    inputs["corpus"] = tmp_path / "digits"
+    with pytest.raises(StageError, match="neither the corpus nor the encoder's vocabulary contains words"):
+        run(inputs, tmp_path / "none")
+
+
+def write_vocabulary(folder: Path, vocabulary: list[str]) -> None:
+    """Write a tokenizer with these tokens, decoded as their marks say."""
+    from tokenizers import Tokenizer, decoders, models
+
+    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(vocabulary)}, vocabulary[0]))
+    marks = {"Ġ": decoders.ByteLevel(), "▁": decoders.Metaspace()}
+    found = [decoder for mark, decoder in marks.items() if any(token.startswith(mark) for token in vocabulary)]
+    tokenizer.decoder = found[0] if found else decoders.WordPiece()
+    tokenizer.add_special_tokens([vocabulary[0]])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def test_classifier_is_packaged_with_a_text_of_the_project(inputs: dict[str, Path], tmp_path: Path) -> None:
+    inputs["classifier"] = tmp_path / "in" / "classifier"
+    inputs["classifier"].mkdir()
+    (inputs["classifier"] / "labels.json").write_text("null")
+    inputs["record of quantize@topics"] = write(
+        tmp_path / "in" / "topics.json", {"stage": "quantize@topics", "recipe": "r", "content": "c"}
+    )
+    fill(inputs, "instructions", [conversation(1, "I liked it.", "positive")])
+    parts = {"chat": None, "encoder": None, "classifier": "data/quantize/topics/model"}
+    found = examples(inputs, tmp_path / "out", **parts)
+    assert (found["classified"], found["samples"]) == ("I liked it.", [])
+    assert (tmp_path / "out" / "classifier" / "labels.json").is_file()
+    assert not list((tmp_path / "out" / "chat").iterdir())
 
 
 def conversation(number: int, *turns: str, **changes: Any) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from tasks.pretrain.pretrained import From
 from tasks.reward import stage as reward
 from tasks.tokenize import stage as tokenize
 from tests.conftest import ROOT
+from tests.family_fixtures import write_family
 from tests.foreign_fixtures import POSITIONS, foreign_model, foreign_tokenizer, write_foreign
 from tests.training_fixtures import LORA, NUMERICS, PRETRAINING_MIX, Chain, chain, config
 
@@ -272,15 +273,63 @@ def test_masking_without_a_mask_token_is_rejected(foreign: Foreign, tmp_path: Pa
         reward.run(settings, foreign.job("reward@train", settings, tmp_path))
 
 
+class TestEncoder:
+    """A given encoder, which masked pretraining continues."""
+
+    @pytest.fixture
+    def encoder(self, tmp_path: Path) -> Path:
+        return write_family("bert", tmp_path / "bert")
+
+    def open(self, folder: Path, tokenizer: Any) -> Any:
+        return pretrained.open_encoder(From(name="from", path="given"), folder, tokenizer, 24, NUMERICS)
+
+    def test_its_weights_are_loaded(self, encoder: Path) -> None:
+        from transformers import AutoModelForMaskedLM
+
+        model = self.open(encoder, chat.load_tokenizer(encoder))
+        expected = AutoModelForMaskedLM.from_pretrained(encoder).state_dict()
+        assert all(torch_equal(weight, expected[name]) for name, weight in model.state_dict().items())
+
+    def test_another_tokenizer_or_kind_of_model_is_rejected(self, encoder: Path, foreign: Foreign) -> None:
+        with pytest.raises(StageError, match="Its tokenizer is not the one that encoded the shards"):
+            self.open(encoder, chat.load_tokenizer(foreign.model))
+        with pytest.raises(StageError, match="Expected a masked language model that Transformers knows, found Llama"):
+            self.open(foreign.model, chat.load_tokenizer(foreign.model))
+
+    def test_another_pad_token_than_the_configs_is_rejected(self, encoder: Path) -> None:
+        change_config(encoder, pad_token_id=7)
+        with pytest.raises(StageError, match=r"pad_token_id of its config\.json is 7, but its tokenizer's is 0"):
+            self.open(encoder, chat.load_tokenizer(encoder))
+
+    def test_settings_without_a_mask_token_are_rejected(self, params: dict[str, Any], encoder: Path) -> None:
+        source = {"name": "from", "path": str(encoder)}
+        params["pretrain"]["masked"]["model"] = params["tokenize"]["tokenizer"] = source
+        settings = json.loads((encoder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        del settings["mask_token"]
+        (encoder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        with pytest.raises(SettingsError, match="found 'masked', but the tokenizer has no mask token"):
+            check(params)
+
+
+def torch_equal(left: Any, right: Any) -> bool:
+    import torch
+
+    return torch.equal(left, right)
+
+
 @pytest.fixture
-def params(foreign: Foreign) -> dict[str, Any]:
-    """The default profile's settings with a given model."""
+def params(foreign: Foreign, tmp_path: Path) -> dict[str, Any]:
+    """The default profile's settings with a given model, whose tokenizer has a mask token for the encoder."""
     params: dict[str, Any] = json.loads(json.dumps(read_settings(ROOT / "profiles/default.yaml")))
-    source = {"name": "from", "path": str(foreign.model)}
+    folder = shutil.copytree(foreign.model, tmp_path / "given")
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokenizer["mask_token"] = "<|endoftext|>"
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    source = {"name": "from", "path": str(folder)}
     params["pretrain"]["causal"]["model"] = params["tokenize"]["tokenizer"] = source
     params["tokenize"]["context"] = POSITIONS
-    for entry in params["evaluate"].values():
-        entry["window"] = POSITIONS
+    params["evaluations"], params["compare"]["gates"] = {}, []
+    params["quantize"]["chat"]["max_new_tokens"] = POSITIONS // 2
     return params
 
 
@@ -326,6 +375,8 @@ def test_examples_of_the_guide_are_valid() -> None:
     checks: dict[str, Callable[..., Any]] = {
         "model": partial(config, "pretrain@causal"), "tokenizer": partial(config, "tokenize"),
         "checkpoint": ingest_config,
+        "finetune": lambda finetune: [config("finetune@chat", **entry) for entry in finetune.values()],
+        "quantize": lambda quantize, package: [config("quantize@chat", **entry) for entry in quantize.values()],
     }  # fmt: skip
     parts = [YAML(typ="safe", pure=True).load(block) for block in blocks]
     for part in parts:

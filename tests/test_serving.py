@@ -19,11 +19,12 @@ import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from serving import openai_api
+from serving import openai_api, pages
+from serving.errors import InputError
 from serving.middleware import MAX_BODY_BYTES
 from serving.package import open_package
 from tests.servers import environment, free_port, serving
-from tests.serving_fixtures import CAPITALS, CONTEXT, MAX_NEW_TOKENS, ROOT, TAG, answer, package, question
+from tests.serving_fixtures import CAPITALS, CONTEXT, MAX_NEW_TOKENS, ROOT, TAG, answer, continent, package, question
 
 __all__ = ["package"]
 
@@ -80,6 +81,44 @@ def test_fill_mask_returns_output_and_scored_names(client: httpx.Client) -> None
     scores = [row["score"] for row in result["names"]]
     assert scores == sorted(scores, reverse=True)
     assert 0 < sum(scores) <= 1
+
+
+def test_classify_returns_labels_and_probabilities(client: httpx.Client) -> None:
+    response = client.post("/classify", json={"input": question("France")})
+    assert response.headers["X-Bessemer-Model"] == TAG
+    [result] = response.json()["results"]
+    assert [row["label"] for row in result["labels"]] == ["Europe", "elsewhere"]
+    assert sum(row["score"] for row in result["labels"]) == pytest.approx(1)
+    assert result["labels"][0]["score"] > 0.9
+    assert result["value"] is None
+
+
+def test_classify_of_several_texts_equals_each_alone(client: httpx.Client) -> None:
+    texts = [*map(question, CAPITALS), "Tokyo?", "A much longer text about nothing in particular, to change the width."]
+    together = client.post("/classify", json={"input": texts, "top": 1}).json()["results"]
+    assert [one["labels"][0]["label"] for one in together[: len(CAPITALS)]] == [*map(continent, CAPITALS)]
+    assert together == [client.post("/classify", json={"input": text, "top": 1}).json()["results"][0] for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ({}, '"input" is missing: send {"input": ...}.'),
+        ({"input": []}, '"input" has 0 entries; expected at least 1.'),
+        ({"input": ["x"] * 257}, '"input" has 257 entries; expected at most 256.'),
+        ({"input": ["x", " "]}, '"input[1]" is empty: add some text.'),
+        ({"input": 3}, '"input" must be a string or a list of strings; got 3.'),
+        ({"input": ["x", 3]}, '"input[1]" must be a string; got 3.'),
+        ({"input": "x", "top": 0}, '"top" must be greater than or equal to 1; got 0.'),
+        ({"input": ["x", "word " * 200]}, "The text is too long: it has "),
+        ({"input": "a <|end|> b"}, "The text contains <|end|>, which is reserved for the model itself. Remove it."),
+        ({"input": "x", "labels": 1}, '"labels" is unknown; known are input, top.'),
+    ],
+)
+def test_classify_invalid_request_returns_a_message(client: httpx.Client, body: Any, sentence: str) -> None:
+    response = client.post("/classify", json=body)
+    assert response.status_code == 400
+    assert sentence in response.json()["error"]
 
 
 def test_fill_mask_fills_every_mask(client: httpx.Client) -> None:
@@ -167,6 +206,29 @@ def test_models_are_listed_while_the_package_is_rewritten(package: Path, tmp_pat
     models = TestClient(app).get("/v1/models").json()["data"]
     assert {entry["created"] for entry in models} == {served.created}
     assert served.created == int((package / "provenance.json").stat().st_mtime)
+
+
+def test_package_without_chat_model_says_what_to_use_instead(package: Path, tmp_path: Path) -> None:
+    shutil.copytree(package, tmp_path / "package")
+    shutil.rmtree(tmp_path / "package/chat")
+    shutil.rmtree(tmp_path / "package/encoder")
+    served = open_package(tmp_path / "package")
+    sentence = "The package contains no chat model: use POST /classify."
+    app = Starlette(routes=pages.ROUTES)
+    app.state.models, app.state.package = {"bessemer": served}, served
+    client = TestClient(app)
+    for path in ("/", "/rank"):
+        page = client.get(path)
+        assert (page.status_code, sentence in page.text, "textarea" in page.text) == (200, True, False)
+    examples = client.get("/api").text
+    assert "/classify" in examples
+    assert "Labels: Europe, elsewhere." in examples
+    assert "/generate" not in examples
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        print(served.text)
+    with pytest.raises(InputError, match=r"The package contains no encoder: use POST /classify\."):
+        print(served.masks)
+    assert served.classifier.classify(question("Italy"), 1).labels[0].label == "Europe"
 
 
 @pytest.mark.parametrize("model", [TAG, "bessemer"])
@@ -365,17 +427,18 @@ def test_bentoml_readyz_metrics_and_docs(client: httpx.Client) -> None:
     client.post("/generate", json={"input": question("Italy")})
     assert 'bentoml_service_request_total{endpoint="/generate"' in client.get("/metrics").text
     paths = client.get("/docs.json").json()["paths"]
-    assert {"/generate", "/fill-mask"} <= set(paths)
+    assert {"/generate", "/fill-mask", "/classify"} <= set(paths)
 
 
 def test_examples_in_docs_and_pages_are_the_projects_own(client: httpx.Client) -> None:
     schemas = client.get("/docs.json").json()["components"]["schemas"]
     inputs = [fields["input"] for one in schemas.values() if "input" in (fields := one.get("properties", {}))]
     examples = sorted(field["examples"] for field in inputs)
-    assert examples == [["The capital of [MASK] is Rome."], [question("France")]]
+    assert examples == [["The capital of [MASK] is Rome."], [question("France")], [question("Italy")]]
     page = html.unescape(client.get("/api").text)
     assert f"""-d '{{"input": "{question("France")}"}}'</pre>""" in page
     assert """-d '{"input": "The capital of [MASK] is Rome."}'</pre>""" in page
+    assert f"""-d '{{"input": "{question("Italy")}"}}'</pre>""" in page
     for path in ("/", "/rank"):
         assert f'placeholder="Ask a question, such as: {question("France")}"' in client.get(path).text
 

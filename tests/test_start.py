@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ class TestCheckpoint:
         folder = write_foreign(tmp_path / "mine")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         (folder / "config.json").write_text(json.dumps({**config, "architectures": ["CLIPModel"]}), encoding="utf-8")
-        with pytest.raises(BessemerError, match="holds CLIPModel; expected a causal or a masked language model"):
+        with pytest.raises(BessemerError, match="CLIPModel; expected a causal or a masked language model, or a class"):
             read_checkpoint(folder)
 
     def test_adapter_comes_with_its_base_model(self, tmp_path: Path) -> None:
@@ -125,6 +126,7 @@ class TestPipeline:
         [
             ([], checkpoint(), {"quantize@chat"}),
             ([], checkpoint("masked"), {"quantize@encoder"}),
+            ([], checkpoint("classifier"), {"quantize@classifier"}),
             (["instructions"], checkpoint(), {"finetune@chat", "quantize@chat"}),
             (
                 ["instructions", "rankings"], checkpoint(),
@@ -134,7 +136,17 @@ class TestPipeline:
             (["corpus"], checkpoint(), {"pretrain@causal", "quantize@chat"}),
             (["corpus"], None, {"pretrain@causal", "quantize@chat"}),
             (["corpus", "instructions"], None, {"pretrain@causal", "finetune@chat", "quantize@chat"}),
-            (["labels"], checkpoint("masked"), {"finetune@labels", "quantize@encoder"}),
+            (["labels"], checkpoint("masked"), {"finetune@labels", "quantize@classifier"}),
+            (["labels"], checkpoint(), {"finetune@labels", "quantize@classifier"}),
+            (["corpus"], checkpoint("masked"), {"pretrain@masked", "quantize@encoder"}),
+            (
+                ["corpus", "labels"], checkpoint("masked"),
+                {"pretrain@masked", "finetune@labels", "quantize@classifier"},
+            ),
+            (
+                ["rankings", "labels"], checkpoint(),
+                {"align@policy", "finetune@labels", "quantize@chat", "quantize@classifier"},
+            ),
         ],
     )  # fmt: skip
     def test_only_the_stages_that_the_files_ask_for(
@@ -148,6 +160,15 @@ class TestPipeline:
         entry = design(Brought(checkpoint(), {"rankings": table()}), MACHINE).sections["align"]["policy"]
         assert entry["algorithm"]["name"] == "dpo"
         assert entry["model"] == "models/mine"
+
+    @pytest.mark.parametrize("table_name", ["instructions", "labels", "rankings"])
+    def test_checkpoint_without_a_chat_template_gets_the_plain_one(self, table_name: str) -> None:
+        brought = Brought(replace(checkpoint(), chat_template=False), {table_name: table()})
+        sections = design(brought, MACHINE).sections
+        [entry] = (sections.get("finetune") or sections["align"]).values()
+        assert entry["chat_template"] == "plain"
+        both = replace(brought, tables={"instructions": table(), "rankings": table()})
+        assert "chat_template" not in design(both, MACHINE).sections["align"]["policy"]  # of the fine-tuned model
 
     def test_steps_fit_into_the_time_of_a_stage(self) -> None:
         slow = design(Brought(checkpoint(), {"instructions": table(rows=100_000)}), MACHINE)
@@ -179,6 +200,11 @@ class TestPipeline:
                 Brought(checkpoint("masked"), {"instructions": table()}),
                 "mine is a masked model, which cannot answer conversations",
             ),
+            (Brought(checkpoint("classifier"), {"labels": table()}), "mine is a classifier already"),
+            (
+                Brought(checkpoint(), {"instructions": table(), "labels": table()}),
+                "--labels and --conversations both fill the table instructions",
+            ),
         ],
     )
     def test_what_makes_no_model_is_refused(self, brought: Brought, sentence: str) -> None:
@@ -200,7 +226,7 @@ class TestParamsText:
         assert all(len(line) <= 120 for line in text.splitlines() if "y, z" not in line)
 
     def test_longest_pipeline_fits_forty_lines(self) -> None:
-        tables = {name: table() for name in ("corpus", "instructions", "rankings", "labels")}
+        tables = {name: table() for name in ("corpus", "instructions", "rankings")}
         planned = design(Brought(checkpoint(), tables), MACHINE)
         assert len(params_text.render("everything", planned.sections).splitlines()) <= params_text.MAX_LINES
 

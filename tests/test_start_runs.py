@@ -17,6 +17,7 @@ from serving.decoding import Sampling
 from serving.package import Package, open_package
 from tasks.common.harness import execution
 from tasks.common.harness.job import module_of
+from tests.family_fixtures import Shape, write_family
 from tests.foreign_fixtures import write_foreign
 from tests.training_fixtures import CAPITALS, ignore_exporter_warnings
 
@@ -53,6 +54,17 @@ class Files:
         return self.write("pairs.jsonl", rows)
 
     @property
+    def labels(self) -> list[Path]:
+        tones = {True: ("I like", "We praise"), False: ("I hate", "We blame")}
+        rows = [
+            {"text": f"{verb} {place}.", "label": good}
+            for place in PLACES
+            for good, verbs in tones.items()
+            for verb in verbs
+        ]
+        return self.write("labels.jsonl", rows)
+
+    @property
     def text(self) -> list[Path]:
         pages = self.folder / "pages"
         pages.mkdir(exist_ok=True)
@@ -72,6 +84,11 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     return write_foreign(tmp_path / "checkpoint", max_position_embeddings=256)
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    return write_family("bert", tmp_path / "checkpoint", Shape(positions=256))
 
 
 def run_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> Package:
@@ -120,3 +137,64 @@ def test_start_runs_from_files_to_an_answer(
     )
     names = {source["name"] for source in provenance["sources"]}
     assert not with_checkpoint or "models/checkpoint" in names
+
+
+@pytest.mark.parametrize(
+    ("options", "model", "stages", "parts"),
+    [
+        ((), "encoder", {"quantize@encoder"}, ("encoder",)),
+        (("text",), "encoder", {"pretrain@masked", "quantize@encoder"}, ("encoder",)),
+        (("labels",), "encoder", {"finetune@labels", "quantize@classifier"}, ("classifier",)),
+        (("labels",), "checkpoint", {"finetune@labels", "quantize@classifier"}, ("classifier",)),
+        (("text", "labels"), None, {"pretrain@masked", "finetune@labels", "quantize@classifier"}, ("classifier",)),
+    ],
+    ids=["serve", "continued", "labels", "causal-labels", "new-labels"],
+)  # fmt: skip
+def test_encoder_or_classifier_runs_from_files_to_an_answer(
+    options: tuple[str, ...], model: str | None, stages: set[str], parts: tuple[str, ...], files: Files, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    paths = {option: getattr(files, option) for option in options}
+    command.init(tmp_path / "project", request.getfixturevalue(model) if model else None, paths, yes=True)
+    package = run_project(tmp_path / "project", monkeypatch)
+    assert package.parts == parts
+    provenance = json.loads((tmp_path / "project/data/package/provenance.json").read_text(encoding="utf-8"))
+    made = {record["stage"] for record in provenance["stages"] if "@" in record["stage"]}
+    assert {name for name in made if not name.startswith("evaluate@")} == stages
+    if "encoder" in parts:
+        [[best]] = package.masks.fill("I like [MASK] best.", 1)
+        assert best.name.isalpha()
+    else:
+        assert {name for name, _ in package.classifier.classify("I like Peru 1.").labels} == {"true", "false"}
+        scorecard = json.loads((tmp_path / "project/metrics/evaluate.json").read_text(encoding="utf-8"))
+        assert [row["model"] for row in scorecard["models"]] == ["labels", "classifier"]
+        assert all(0 <= row["accuracy_interval"][0] <= row["accuracy"] <= 1 for row in scorecard["models"])
+
+
+def test_classifier_folder_is_served_as_it_is(tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = write_family("roberta", tmp_path / "checkpoint", Shape(positions=64))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, id2label={0: "no", 1: "yes", 2: "perhaps"})
+    model.save_pretrained(folder)
+    command.init(tmp_path / "project", folder, {}, yes=True)
+    package = run_project(tmp_path / "project", monkeypatch)
+    assert package.parts == ("classifier",)
+    ids = tokenizer("Rome is my home.", return_tensors="pt")
+    expected = dict(zip(("no", "yes", "perhaps"), model.eval()(**ids).logits.softmax(-1)[0].tolist(), strict=True))
+    found = dict(package.classifier.classify("Rome is my home.").labels)
+    assert found == pytest.approx(expected, abs=0.02)
+
+
+def test_text_becomes_an_encoder_that_fills_masks(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked in a terminal, the user chooses an encoder."""
+    monkeypatch.setattr(command, "_has_terminal", lambda: True)
+    monkeypatch.setattr("click.confirm", lambda *_, **__: True)
+    command.init(tmp_path / "project", None, {"text": files.text}, yes=False)
+    package = run_project(tmp_path / "project", monkeypatch)
+    assert package.parts == ("encoder",)
+    [[best]] = package.masks.fill("The old [MASK] lies in the town.", 1)
+    assert best.name.isalpha()

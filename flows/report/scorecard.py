@@ -42,8 +42,16 @@ REPLY_COLUMNS = (
     *SIZE_COLUMNS,
 )
 ENCODER_COLUMNS = (("masked_names", "Masked names, top-1 accuracy", "share", 1), *SIZE_COLUMNS)
+CLASSIFIER_COLUMNS = (
+    ("accuracy", "Accuracy on held-out texts", "share", 1),
+    ("majority_label_accuracy", "Accuracy of the most frequent label", "share", 1),
+    ("macro_f1", "Macro F1", "share", 1),
+    ("label_calibration_error", "Calibration error", "share", -1),
+    *SIZE_COLUMNS,
+)
 TABLES: tuple[tuple[str, Sequence[Column]], ...] = (
-    ("causal", ANSWER_COLUMNS), ("causal", REPLY_COLUMNS), ("masked", ENCODER_COLUMNS), ("classifier", SIZE_COLUMNS),
+    ("causal", ANSWER_COLUMNS), ("causal", REPLY_COLUMNS), ("masked", ENCODER_COLUMNS),
+    ("classifier", CLASSIFIER_COLUMNS),
 )  # fmt: skip
 FIGURES = {column[0]: column for _, columns in TABLES for column in columns}
 # Figures that another one shows, or that are not compared.
@@ -155,6 +163,7 @@ def tiles(run: Results) -> list[Part]:
         ("chat", "causal", (("exact_match_seen", "exact match, seen entities"),
                             ("exact_match_heldout", "exact match, held-out entities"))),
         ("encoder", "masked", (("masked_names", "masked names, top-1 accuracy"),)),
+        ("classifier", "classifier", (("accuracy", "labels, accuracy on held-out texts"),)),
     ):  # fmt: skip
         shown = [model for model in models if model.get("kind") == kind]
         served = [model for model in shown if model.get("made_by") == run.packaged.get(part)] or shown[-1:]

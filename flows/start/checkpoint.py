@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tasks.common import model_folder
 from tasks.common.model_graph import INGESTED_CHECKPOINT
+from tasks.common.modelling import labels
 from tasks.common.settings import BessemerError
 
 UNKNOWN_LICENCE = "unknown"
@@ -20,7 +21,7 @@ class Checkpoint:
     """A model to start from. `context` is in tokens, `licence` as in the front matter of its README."""
 
     path: Path  # of the user's folder; of an archive's model only a name
-    kind: str  # causal | masked
+    kind: str  # causal | masked | classifier
     parameters: int
     context: int
     licence: str
@@ -42,9 +43,10 @@ class Checkpoint:
 
     def describe(self) -> str:
         """Return one line about the model: `a causal model with 134.5 M parameters and a context of 8,192 tokens`."""
-        template = "" if self.kind == "masked" or self.chat_template else ", without a chat template"
+        template = "" if self.kind != "causal" or self.chat_template else ", without a chat template"
+        name = self.kind if self.kind == "classifier" else f"{self.kind} model"
         return (
-            f"a {self.kind} model with {self.parameters / 1e6:,.3g} M parameters and a context of {self.context:,} "
+            f"a {name} with {self.parameters / 1e6:,.3g} M parameters and a context of {self.context:,} "
             f"tokens{template}, licence {self.licence}"
         )
 
@@ -61,16 +63,16 @@ DEFAULT_CHECKPOINT = Checkpoint(
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Return what is known of a model folder. Raises BessemerError if it is no causal or masked model, or unusable."""
+    """Return what is known of a model folder. Raises BessemerError if it is of another kind, or unusable."""
     problem = next(model_folder.problems(path), None)
     if problem:
         raise BessemerError(f"{path} cannot be used as a model: {problem}.")
     base = model_folder.base_of(path)
     config = model_folder.read_json(base / model_folder.CONFIG)
     kind = model_folder.kind_of(config)
-    if kind not in ("causal", "masked"):
+    if kind is None or (kind == "classifier" and not labels.is_text_classifier(config)):
         found = (config.get("architectures") or ["a model of unknown architecture"])[0]
-        raise BessemerError(f"{path} holds {found}; expected a causal or a masked language model.")
+        raise BessemerError(f"{path} holds {found}; expected a causal or a masked language model, or a classifier.")
     tokenizer = model_folder.read_json(path / "tokenizer_config.json")
     return Checkpoint(
         path=path,

@@ -141,7 +141,7 @@ def _inspect(checkpoint: Path | None, paths: Paths, columns: Mapping[str, str]) 
     for option, table in OPTIONS.items():
         if paths.get(option):
             tables[table] = read_table(option, paths[option], columns)
-    encoder = "labels" in tables and model is None
+    encoder = model is None and tables.keys() == {"corpus", "labels"}  # preferences need a model that answers
     return Brought(model, tables, encoder=encoder)
 
 

@@ -36,11 +36,11 @@ class Design:
 
 
 class Designer:
-    """Builds the graph step by step; `model` is the folder of the last causal model so far."""
+    """Builds the graph step by step; the folders are those of the last models so far."""
 
     def __init__(self, brought: Brought, machine: Machine) -> None:
         self.brought, self.machine, self.design = brought, machine, Design()
-        self.model = self.encoder = ""
+        self.model = self.encoder = self.classifier = ""
         self.parameters = 0
         self.context = 0
 
@@ -77,6 +77,13 @@ class Designer:
         """Return the setting `method`, where it is not the default."""
         return {"method": {"name": "lora"}} if self.low_rank else {}
 
+    def template(self) -> dict[str, Any]:
+        """Return the setting `chat_template` for training from a causal checkpoint that has none."""
+        checkpoint = self.brought.checkpoint
+        trained = "finetune" in self.design.sections or "align" in self.design.sections  # it has one by now
+        without = checkpoint is not None and checkpoint.kind == "causal" and not checkpoint.chat_template
+        return {"chat_template": "plain"} if without and not trained else {}
+
     def start_from_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Take the user's checkpoint as the model so far."""
         folder = checkpoint.folder
@@ -85,6 +92,8 @@ class Designer:
         self.parameters, self.context = checkpoint.parameters, checkpoint.context
         if checkpoint.kind == "masked":
             self.encoder = folder
+        elif checkpoint.kind == "classifier":
+            self.classifier = folder
         else:
             self.model = folder
         context = min(checkpoint.context, MAX_TOKENS)
@@ -92,9 +101,10 @@ class Designer:
 
     def pretrain(self, corpus: Table) -> None:
         """Train a new model on the corpus, or continue the checkpoint's training."""
-        if self.model:
+        start = self.model or self.encoder
+        if start:
             window = min(self.context, 256)
-            model: dict[str, Any] = {"name": "from", "path": self.model}
+            model: dict[str, Any] = {"name": "from", "path": start}
             rate, epochs, batch = 5.0e-5, EPOCHS["continue"], 8
         else:
             characters = corpus.rows * corpus.mean_characters
@@ -106,7 +116,7 @@ class Designer:
             model = {"name": "new", "path": "data/tokenize/tokenizer", **shape}
             self.parameters = vocabulary * hidden + layers * (4 * hidden**2 + 3 * hidden * 4 * hidden)
             rate, epochs, batch = 2.0e-3, EPOCHS["pretrain"], 32
-        objective = "masked" if self.brought.encoder and not self.model else "causal"
+        objective = "masked" if self.encoder or (self.brought.encoder and not self.model) else "causal"
         windows = Table(ceil(corpus.tokens / window), window * CHARACTERS_PER_TOKEN, 0, ())
         entry = {
             "objective": objective, "model": model, "window": window, "batch": batch,
@@ -124,7 +134,8 @@ class Designer:
         longest = min(self.context, MAX_TOKENS)
         tokens = min(conversations.mean_characters / CHARACTERS_PER_TOKEN, longest)
         entry = {
-            "model": self.model, **self.method(), "max_tokens": longest, "too_long": "truncate", "batch": 8,
+            "model": self.model, **self.template(), **self.method(), "max_tokens": longest,
+            "too_long": "truncate", "batch": 8,
             "steps": self.steps("finetune@chat", EPOCHS["finetune"], conversations, 8, tokens),
             "optimizer": self.optimizer(3.0e-4, 2.0e-4),
         }  # fmt: skip
@@ -132,14 +143,15 @@ class Designer:
 
     def classify(self, labels: Table) -> None:
         """Train a classifier of the labels on the encoder, or else on the causal model."""
-        tokens = min(labels.mean_characters / CHARACTERS_PER_TOKEN, self.context)
+        tokens = min(labels.mean_characters / CHARACTERS_PER_TOKEN, self.context, MAX_TOKENS)
         entry = {
-            "model": self.encoder or self.model, "task": {"name": "classification"}, **self.method(),
-            "too_long": "truncate", "batch": 16,
+            "model": self.encoder or self.model, **self.template(), "task": {"name": "classification"},
+            **self.method(),
+            "max_tokens": min(self.context, MAX_TOKENS), "too_long": "truncate", "batch": 16,
             "steps": self.steps("finetune@labels", EPOCHS["labels"], labels, 16, tokens),
             "optimizer": self.optimizer(1.0e-4, 5.0e-4),
         }  # fmt: skip
-        self.encoder = self.add("finetune", "labels", entry)
+        self.classifier = self.add("finetune", "labels", entry)
 
     def align_by_ppo(self, rankings: Table) -> None:
         """Train a reward model and a judge, and optimize the policy with PPO."""
@@ -174,7 +186,7 @@ class Designer:
         pairs = 16
         updates = self.steps("align@policy", EPOCHS["dpo"], rankings, pairs, 2 * tokens)
         entry = {
-            "model": self.model, "algorithm": {"name": "dpo"}, **self.method(),
+            "model": self.model, **self.template(), "algorithm": {"name": "dpo"}, **self.method(),
             "reward": {"name": "rankings", "path": "data/validate/rankings", "judge_share": 0.0},
             "iterations": updates, "episodes": 2 * pairs, "minibatch": 2 * pairs,
             "max_new_tokens": min(64, self.context // 2), "optimizer": self.optimizer(5.0e-6, 5.0e-5),
@@ -192,7 +204,7 @@ def design(brought: Brought, machine: Machine) -> Design:
         builder.start_from_checkpoint(brought.checkpoint)
     if "corpus" in tables:
         builder.pretrain(tables["corpus"])
-    evaluated = {"start": builder.model or builder.encoder}
+    evaluated = {"start": builder.model or builder.encoder or builder.classifier}
     if "instructions" in tables:
         builder.finetune(tables["instructions"])
         evaluated["tuned"] = builder.model
@@ -200,13 +212,20 @@ def design(brought: Brought, machine: Machine) -> Design:
         by_ppo = brought.align == "ppo" and "instructions" in tables
         (builder.align_by_ppo if by_ppo else builder.align_by_dpo)(tables["rankings"])
         evaluated["policy"] = builder.model
+    parts = {"chat": builder.model, "encoder": builder.encoder, "classifier": builder.classifier}
     if "labels" in tables:
         builder.classify(tables["labels"])
-    parts = {part: folder for part, folder in (("chat", builder.model), ("encoder", builder.encoder)) if folder}
+        # Whoever brings labels asks for a classifier; the model that it starts from is served if it learnt to answer.
+        if "rankings" not in tables:
+            parts, evaluated = {}, {}
+        parts, evaluated = parts | {"classifier": builder.classifier}, evaluated | {"labels": builder.classifier}
+    parts = {part: folder for part, folder in parts.items() if folder}
     builder.design.sections |= ending(evaluated, parts, builder.context, large=builder.low_rank)
-    if builder.model:
+    if "chat" in parts:
         rows = {name: table.rows for name, table in tables.items()}
-        builder.design.sections["compare"] = {"gates": gates.propose(rows, list(evaluated))}
+        builder.design.sections["compare"] = {
+            "gates": gates.propose(rows, [name for name in evaluated if name != "labels"])
+        }
     return builder.design
 
 
@@ -224,7 +243,7 @@ def ending(evaluated: Mapping[str, str], parts: Mapping[str, str], context: int,
     reply = {"max_new_tokens": min(MAX_TOKENS, context // 2)}
     exported = {part: f"data/quantize/{part}/model" for part in parts}
     items = 100 if large else 300
-    size = {"questions": items, "samples": items, "max_new_tokens": min(64, context // 2)}
+    size = {"questions": items, "samples": items, "max_new_tokens": min(64, context // 2)} if "chat" in parts else {}
     return {
         "quantize": {part: {"model": parts[part], **(reply if part == "chat" else {})} for part in parts},
         "evaluate": {name: {"model": folder, **size} for name, folder in {**evaluated, **exported}.items()},
@@ -245,6 +264,16 @@ def _check(brought: Brought) -> None:
         raise BessemerError(
             f"{checkpoint.path} is a masked model, which cannot answer conversations: use a causal model, or leave "
             "out --conversations and --preferences."
+        )
+    if checkpoint and checkpoint.kind == "classifier" and tables:
+        raise BessemerError(
+            f"{checkpoint.path} is a classifier already, which is served as it is: leave out the data, or start from "
+            "the encoder or the causal model that it was trained from."
+        )
+    if {"labels", "instructions"} <= tables.keys():
+        raise BessemerError(
+            "--labels and --conversations both fill the table instructions, and every answer would become a label: "
+            "make a project of each."
         )
 
 

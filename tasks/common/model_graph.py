@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.common.harness.job import Link
-from tasks.common.settings import ENTRY_STAGES, STAGES
+from tasks.common.settings import ENTRY_STAGES, PACKAGE_PARTS, STAGES
 
 if TYPE_CHECKING:
     import networkx as nx
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
-PACKAGE_PARTS = ("chat", "encoder")  # the settings of `package` that name a model
 INGESTED_CHECKPOINT = "data/ingest/checkpoint"
 
 Params = Mapping[str, Any]

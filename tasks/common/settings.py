@@ -16,6 +16,7 @@ STAGES = (
     "compare", "package",
 )  # fmt: skip
 # The sections of these stages hold named entries, each of which is a DVC stage: `finetune@chat`.
+PACKAGE_PARTS = ("chat", "encoder", "classifier")  # the settings of `package` that name a model
 ENTRY_STAGES = ("pretrain", "finetune", "reward", "align", "prune", "quantize", "evaluate")
 ENTRY_SECTIONS = (*ENTRY_STAGES, "evaluations")  # `evaluations` holds entries that are no stages
 Service = Literal["dvclive", "tensorboard", "wandb", "mlflow"]

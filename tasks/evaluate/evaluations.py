@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from tasks.evaluate.abstention import Abstention
+from tasks.evaluate.classification import Classification
 from tasks.evaluate.evaluation import Evaluation
 from tasks.evaluate.exact_match import ExactMatch
 from tasks.evaluate.harness import Harness
@@ -25,6 +26,7 @@ AnyEvaluation = Annotated[
     | Judge
     | Diversity
     | MaskedNames
+    | Classification
     | Toxicity
     | Harness
     | Abstention,
@@ -43,4 +45,5 @@ def default_evaluations() -> dict[str, Evaluation]:
         "diversity": Diversity(kind="diversity"),
         "text": Text(kind="text"),
         "masked_names": MaskedNames(kind="masked_names"),
+        "classification": Classification(kind="classification"),
     }

@@ -1,6 +1,6 @@
 """The model under test with the data and replies that several evaluations share; each part is made when first used."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,10 +12,11 @@ from tasks.common import tables
 from tasks.common.evaluation import scorecard
 from tasks.common.evaluation.results import ResultStore
 from tasks.common.harness.job import Job
-from tasks.common.modelling import head_models, models, torch_setup
+from tasks.common.modelling import models, torch_setup
 from tasks.common.random_streams import Stream, derive_seed
 from tasks.common.settings import Settings
 from tasks.common.text import chat
+from tasks.evaluate.classifiers_under_test import Classifier, open_classifier
 from tasks.evaluate.encoders_under_test import Encoder, open_encoder
 from tasks.evaluate.evaluation import Row, Rows
 from tasks.evaluate.models_under_test import Decoder, Prompt, open_decoder
@@ -113,6 +114,12 @@ class Subject:
         self._torch  # noqa: B018 - once
         return open_encoder(self.path, self.job.numerics)
 
+    @cached_property
+    def classifier(self) -> Classifier:
+        """The classifier, or another model with a head."""
+        self._torch  # noqa: B018 - once
+        return open_classifier(self.path, self.job.numerics, self.config.chat_template)
+
     def scorer(self, role: str) -> "Scorer":
         """Return the reward model of a role, which must be among the inputs."""
         from tasks.common.reward.scoring import Scorer
@@ -125,11 +132,10 @@ class Subject:
         """The number of parameters and the size of the weights in bytes."""
 
         def measure() -> Row:
-            if self.kind == "classifier":
-                self._torch  # noqa: B018 - once
-                model = head_models.load_scorer(self.path, self.job.numerics, heads=None)
-                return {"parameters": models.parameter_count(model), "bytes": models.weight_bytes(self.path)}
-            model = self.decoder if self.kind == "causal" else self.encoder
+            opened: dict[str | None, Callable[[], Decoder | Encoder | Classifier]] = {
+                "causal": lambda: self.decoder, "masked": lambda: self.encoder, "classifier": lambda: self.classifier,
+            }  # fmt: skip
+            model = opened[self.kind]()
             return {"parameters": model.parameters, "bytes": model.bytes}
 
         size: Row = self.store.get("size", ["model"], measure)
@@ -148,7 +154,8 @@ class Subject:
         Training leaves them out too, and the endpoint rejects them.
         """
         rows: Rows = tables.read(self.job.inputs["instructions"]).to_pylist()
-        controls = self.decoder.special_tokens
+        model = self.classifier if self.kind == "classifier" else self.decoder
+        controls = model.special_tokens
         plain = [row for row in rows if not chat.spells_control_token(controls, row["messages"])]
         if len(plain) < len(rows):
             print(f"{self.job.name}: {len(rows) - len(plain)} conversations spell special tokens and are left out")

@@ -98,7 +98,8 @@ class Layout:
         if self.table == "rankings":
             return make_pair(turns, values["chosen"], values["rejected"])
         thoughts = [require_text(row[name], name) for name in REASONING_FIELDS if row.get(name)]
-        return {"messages": turns + make_turn("assistant", add_reasoning(values["response"], thoughts, self.reasoning))}
+        response = as_text(values["response"], "content")  # labels are often numbers or truth values
+        return {"messages": turns + make_turn("assistant", add_reasoning(response, thoughts, self.reasoning))}
 
     def _convert_sharegpt(self, values: Row) -> Row:
         turns: Messages = _system_turns(values["system"])

@@ -36,7 +36,9 @@ class From(Settings):
     """Continued training from the weights of a given model, with its own tokenizer."""
 
     name: Literal["from"] = Field(description="Source of the weights")
-    path: str = Field(description="Folder of a Transformers causal model, absolute or in the project", min_length=1)
+    path: str = Field(
+        description="Folder of a Transformers model of the objective's kind, absolute or in the project", min_length=1
+    )
 
 
 def open_decoder(
@@ -48,9 +50,7 @@ def open_decoder(
     """
     from transformers import GenerationConfig
 
-    problems = list(_validate_folder(path, tokenizer, window))
-    if problems:
-        raise StageError(f"model.path: {source.path} cannot be trained on. " + " ".join(problems))
+    _check_folder(source, path, tokenizer, window, "causal")
     model = models.load_decoder(path, numerics)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.config, name, getattr(tokenizer, name))
@@ -59,7 +59,32 @@ def open_decoder(
     return model
 
 
-def _validate_folder(path: Path, tokenizer: "PreTrainedTokenizerFast", window: int) -> Iterator[str]:
+def open_encoder(
+    source: From, path: Path, tokenizer: "PreTrainedTokenizerFast", window: int, numerics: Numerics
+) -> "PreTrainedModel":
+    """Return the masked model of a folder, in float32; raise StageError, which lists all problems, if it is unusable.
+
+    `tokenizer` is the one that encoded the shards. Its pad token fills short rows, and RoBERTa numbers positions from
+    the config's, so the two must be the same.
+    """
+    _check_folder(source, path, tokenizer, window, "masked")
+    model = models.load_encoder(path, numerics)
+    pad = model.config.pad_token_id
+    if pad is not None and pad != tokenizer.pad_token_id:
+        raise StageError(
+            f"model.path: {source.path} cannot be trained on. The pad_token_id of its config.json is {pad}, but its "
+            f"tokenizer's is {tokenizer.pad_token_id}: make them equal."
+        )
+    return model
+
+
+def _check_folder(source: From, path: Path, tokenizer: "PreTrainedTokenizerFast", window: int, kind: str) -> None:
+    problems = list(_validate_folder(path, tokenizer, window, kind))
+    if problems:
+        raise StageError(f"model.path: {source.path} cannot be trained on. " + " ".join(problems))
+
+
+def _validate_folder(path: Path, tokenizer: "PreTrainedTokenizerFast", window: int, kind: str) -> Iterator[str]:
     """Yield the problems of a folder: what was found, what was expected and what to do."""
     found = [f"{problem[:1].upper()}{problem[1:]}." for problem in model_folder.problems(path)]
     yield from found
@@ -68,7 +93,7 @@ def _validate_folder(path: Path, tokenizer: "PreTrainedTokenizerFast", window: i
     if not config:
         return
     if not found:
-        yield from _validate_architecture(config)
+        yield from _validate_architecture(config, kind)
     if model_folder.is_adapter(path) and not (path / "tokenizer.json").is_file():
         path = base
     if not (path / "tokenizer.json").is_file():
@@ -89,15 +114,16 @@ def _validate_folder(path: Path, tokenizer: "PreTrainedTokenizerFast", window: i
             yield f"It has {positions} positions, but {name} is {length}; set it to {positions} or less."
 
 
-def _validate_architecture(config: dict[str, Any]) -> Iterator[str]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+def _validate_architecture(config: dict[str, Any], kind: str) -> Iterator[str]:
+    from transformers.models.auto import modeling_auto as auto
 
-    kind, architectures = config.get("model_type"), config.get("architectures") or []
-    expected = CAUSAL.get(str(kind))
+    classes = {"causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "masked": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES}
+    family, architectures = config.get("model_type"), config.get("architectures") or []
+    expected = classes[kind].get(str(family))
     if expected is None or expected not in architectures:
-        known = f"; of type {kind}, that is {expected}" if expected else ""
-        seen = ", ".join(architectures) or kind
-        yield f"Expected a causal language model that Transformers knows{known}, found {seen}."
+        known = f"; of type {family}, that is {expected}" if expected else ""
+        seen = ", ".join(architectures) or family
+        yield f"Expected a {kind} language model that Transformers knows{known}, found {seen}."
 
 
 def tokenizer_difference(

@@ -1,8 +1,9 @@
-"""Pretrain a decoder (next-token prediction) or a small encoder (masked tokens and whole names).
+"""Pretrain a decoder (next-token prediction) or an encoder (masked tokens and whole names).
 
-Run as `python -m tasks.pretrain ENTRY`; the entry's `objective` selects one. Causal: Radford et al. 2018; from random
-weights, or from a given model (`tasks/pretrain/pretrained.py`). Masked: Devlin et al. 2019, with the masking of
-`tasks/pretrain/masking.py`, which also masks whole names, so that the encoder learns to predict a missing name.
+Run as `python -m tasks.pretrain ENTRY`; the entry's `objective` selects one. Training starts from random weights, or
+from a given model (`tasks/pretrain/pretrained.py`). Causal: Radford et al. 2018. Masked: Devlin et al. 2019, with the
+masking of `tasks/pretrain/masking.py`, which also masks whole names, so that the encoder learns to predict a missing
+name.
 """
 
 import math
@@ -49,6 +50,7 @@ class Pretraining(Training):
     )  # fmt: skip
     batch: int = Field(description="Sequences per step; masked: batch x window tokens per step", ge=1, le=2**16)
     mixture: Weights
+    model: Annotated[New | From, Field(discriminator="name", description="Initial model")]
     loss: Loss = Loss()
 
 
@@ -56,14 +58,12 @@ class CausalConfig(Pretraining):
     """Settings of causal pretraining."""
 
     objective: Literal["causal"] = Field(description="Training objective")
-    model: Annotated[New | From, Field(discriminator="name", description="Initial model")]
 
 
 class MaskedConfig(Pretraining):
     """Settings of masked pretraining."""
 
     objective: Literal["masked"] = Field(description="Training objective")
-    model: New
     masking: Masking = Masking()
 
 
@@ -78,7 +78,7 @@ def run(config: CausalConfig | MaskedConfig, job: Job) -> dict[str, Any]:
     evaluation: dict[str, Any] = {}
     if isinstance(config, MaskedConfig):
         vocabulary = Vocabulary.of(tokenizer)
-        model = models.new_encoder(config.model, tokenizer, tokenizer.model_max_length, job.numerics)
+        model = load_start_model(config, tokenizer, job)
         masked = MaskedObjective(config, job, model, train_split, vocabulary, tokenizer.pad_token_id)
         first_batch = masked.draw(0, FULL_BATCH)
         mfu_estimator = MfuEstimator.for_model(
@@ -100,11 +100,16 @@ def run(config: CausalConfig | MaskedConfig, job: Job) -> dict[str, Any]:
     return {"parameters": models.parameter_count(model), "steps": config.steps, **last_losses(history), **evaluation}
 
 
-def load_start_model(config: CausalConfig, tokenizer: "PreTrainedTokenizerFast", job: Job) -> "PreTrainedModel":
-    """Return the decoder to train: a new one of the configured shape, or the given model."""
+def load_start_model(
+    config: CausalConfig | MaskedConfig, tokenizer: "PreTrainedTokenizerFast", job: Job
+) -> "PreTrainedModel":
+    """Return the model to train: a new one of the configured shape, or the given model."""
+    masked = isinstance(config, MaskedConfig)
     if isinstance(config.model, From):
-        return pretrained.open_decoder(config.model, job.inputs["start"], tokenizer, config.window, job.numerics)
-    return models.new_decoder(config.model, tokenizer, tokenizer.model_max_length, job.numerics)
+        load = pretrained.open_encoder if masked else pretrained.open_decoder
+        return load(config.model, job.inputs["start"], tokenizer, config.window, job.numerics)
+    build = models.new_encoder if masked else models.new_decoder
+    return build(config.model, tokenizer, tokenizer.model_max_length, job.numerics)
 
 
 class CausalObjective:
@@ -141,7 +146,7 @@ class MaskedObjective:
     ) -> None:
         self.batches = DocumentBatches(split, config.batch * config.window, config.window, config.mixture, job.seed)
         self.masker, self.pad_id = Masker(config.masking, vocabulary), pad_id
-        model.sparse_prediction = True  # compute logits only at targets
+        model.sparse_prediction = True  # ModernBERT computes logits only at targets; others have no such option
         self.config, self.job, self.model = config, job, model
         # The micro-batches of a step are sliced from one masked batch.
         self._cached_batch = lru_cache(maxsize=1)(self._masked_batch)
@@ -172,8 +177,10 @@ class MaskedObjective:
         """Return the summed negative log-likelihood (nats) of the masked targets."""
         masked_ids, mask, targets = (array.to(self.model.device, non_blocking=True) for array in micro_batch.inputs)
         with models.autocast(self.model, self.job.numerics):
-            logits = self.model(input_ids=masked_ids, attention_mask=mask, labels=targets).logits  # (targets, V)
-        return {"masked": losses.cross_entropy(logits, targets[targets != IGNORE_INDEX], self.config.loss)}
+            logits = self.model(input_ids=masked_ids, attention_mask=mask, labels=targets).logits
+        chosen = targets != IGNORE_INDEX  # (B, T)
+        logits = logits[chosen] if logits.ndim == 3 else logits  # (targets, V)
+        return {"masked": losses.cross_entropy(logits, targets[chosen], self.config.loss)}
 
 
 def heldout_loss(model: "PreTrainedModel", split: Split, window: int) -> float | None:

@@ -62,9 +62,9 @@ def special_tokens(tokenizer: "PreTrainedTokenizerFast") -> dict[str, str]:
     return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
 
 
-def write(tokenizer: "PreTrainedTokenizerFast", target: Path, *, decoder: bool) -> None:
-    """Write the special tokens and, for a decoder that has one, the chat template; without one `template` is null."""
-    has_template = decoder and tokenizer.chat_template is not None
+def write(tokenizer: "PreTrainedTokenizerFast", target: Path, *, conversations: bool) -> None:
+    """Write the special tokens and, if the model reads conversations, the chat template; else `template` is null."""
+    has_template = conversations and tokenizer.chat_template is not None
     if has_template:
         (target / folders.TEMPLATE_FILE).write_text(str(tokenizer.chat_template), encoding="utf-8")
     content = {"template": special_tokens(tokenizer) if has_template else None, **chat.special_ids(tokenizer)}

@@ -1,4 +1,4 @@
-"""Export to OpenVINO with 8-bit weights through Optimum: a decoder for OpenVINO GenAI, an encoder for OpenVINO.
+"""Export to OpenVINO with 8-bit weights through Optimum: a decoder for OpenVINO GenAI, an encoder or a classifier.
 
 Run as `python -m tasks.quantize ENTRY`; the model's kind decides which. Weights are 8-bit and symmetric, with one scale
 per output channel; activations are not quantized. The float32 export is compared with PyTorch before its weights are
@@ -20,7 +20,7 @@ from serving import folders
 from tasks.common import model_folder
 from tasks.common.harness import records
 from tasks.common.harness.job import Job, StageError
-from tasks.common.modelling import loading, models, torch_setup
+from tasks.common.modelling import head_models, labels, loading, models, torch_setup
 from tasks.common.random_streams import Stream, generator
 from tasks.common.settings import Dtypes, Numerics, Settings
 from tasks.common.text import chat
@@ -80,47 +80,53 @@ def cpu_numerics(numerics: Numerics) -> Numerics:
 def write_folder(
     config: Config, source: Path, target: Path, numerics: Numerics
 ) -> "tuple[PreTrainedModel, float]":  # fmt: skip
-    """Write the INT8 folder for serving a causal or masked Transformers model.
+    """Write the INT8 folder for serving a causal model, a masked model or a classifier of Transformers.
 
     Returns the model in PyTorch and the largest difference of the float32 export's logits from it
     (`verification.check_float32`). Raises StageError for another kind of model, or if the export computes other logits.
     """
-    decoder = _check_source(source)
+    kind = _check_source(source)
     tokenizer = chat.load_tokenizer(source, config.chat_template)
-    if decoder:
+    if kind != "masked":
         prompts.check_template(tokenizer, source)
-    model = (models.load_decoder if decoder else models.load_encoder)(source, numerics).eval()
+    model = LOADERS[kind](source, numerics).eval()
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         plain, float32 = Path(scratch, "plain"), Path(scratch, "float32")
         models.save(model, tokenizer, plain)  # in the format of this release of Transformers
-        openvino_export.export_float32(plain, float32, decoder=decoder)
-        difference = _compare(model, float32, tokenizer, decoder=decoder)
-        openvino_export.compress(float32, target, decoder=decoder, weights=config.weights)
+        openvino_export.export_float32(plain, float32, kind)
+        difference = _compare(model, float32, tokenizer, kind)
+        openvino_export.compress(float32, target, kind, config.weights)
         shutil.copy(plain / "tokenizer.json", target)
     records.write_json(target / "size.json", {"parameters": models.parameter_count(model)})
-    _write_serving_files(config, tokenizer, model.config, target, decoder=decoder)
-    if decoder and config.exact:
+    _write_serving_files(config, tokenizer, model.config, target, kind)
+    if kind == "causal" and config.exact:
         verification.check_engine(target, numerics.threads, int(tokenizer.model_max_length), len(tokenizer))
     return model, difference
 
 
-def _check_source(source: Path) -> bool:
-    """Return whether a folder holds a decoder (else an encoder); raise StageError if it cannot be exported."""
+def _load_head(source: Path, numerics: Numerics) -> "PreTrainedModel":
+    return head_models.load_scorer(source, numerics, heads=None)
+
+
+LOADERS = {"causal": models.load_decoder, "masked": models.load_encoder, "classifier": _load_head}
+
+
+def _check_source(source: Path) -> str:
+    """Return the kind of a folder's model, one of LOADERS; raise StageError if it cannot be exported."""
     kind = models.model_kind(source)
-    if kind not in ("causal", "masked"):
-        raise StageError(
-            f"expected a causal or a masked model in {source}, found {kind or 'no model that Transformers knows'}; "
-            "set another folder in quantize."
-        )
     config = model_folder.read_json(model_folder.base_of(source) / model_folder.CONFIG)
+    if kind is None or (kind == "classifier" and not labels.is_text_classifier(config)):
+        raise StageError(
+            f"expected a causal model, a masked model or a classifier or regressor of texts in {source}, found "
+            f"{(kind and 'another model with a head') or 'no model that Transformers knows'}; set another folder in "
+            "quantize."
+        )
     for problem in model_folder.export_problems(config):
         raise StageError(f"{source} cannot be exported: {problem}.")
-    return kind == "causal"
+    return kind
 
 
-def _compare(
-    model: "PreTrainedModel", folder: Path, tokenizer: "PreTrainedTokenizerFast", *, decoder: bool
-) -> float:  # fmt: skip
+def _compare(model: "PreTrainedModel", folder: Path, tokenizer: "PreTrainedTokenizerFast", kind: str) -> float:
     """Return the largest difference of a float32 export's logits from PyTorch's."""
     import numpy as np
 
@@ -128,10 +134,13 @@ def _compare(
 
     records.write_json(folder / folders.ENGINE_FILE, {"exact": True})
     context = int(tokenizer.model_max_length)
-    if decoder:
+    if kind == "causal":
         return verification.check_float32(model, DecoderLogits(folder, 1), context, len(tokenizer))
     encoder = EncoderLogits(folder, 1)
-    return verification.check_float32(model, lambda ids: encoder(ids, np.ones_like(ids)), context, len(tokenizer))
+    texts = verification.CLASSIFIER_TEXTS if kind == "classifier" else 1
+    return verification.check_float32(
+        model, lambda ids: encoder(ids, np.ones_like(ids)), context, len(tokenizer), texts
+    )
 
 
 def adopt_folder(config: Config, source: Path, target: Path) -> None:
@@ -140,10 +149,13 @@ def adopt_folder(config: Config, source: Path, target: Path) -> None:
     Raises StageError if the folder has no tokenizer or no config, or if its kind is unknown.
     """
     kind = models.model_kind(source)
-    if kind not in ("causal", "masked"):
-        raise StageError(f"{source} has no config.json of a causal or a masked model beside its OpenVINO graph.")
+    model_config = model_folder.read_json(source / model_folder.CONFIG)
+    if kind is None or (kind == "classifier" and not labels.is_text_classifier(model_config)):
+        raise StageError(
+            f"{source} has no config.json of a causal model, a masked model or a classifier beside its OpenVINO graph."
+        )
     tokenizer = chat.load_tokenizer(source, config.chat_template)
-    if kind == "causal":
+    if kind != "masked":
         prompts.check_template(tokenizer, source)
     shutil.copytree(source, target, dirs_exist_ok=True)
     if (source / "limits.json").is_file():  # an export of this stage
@@ -152,18 +164,20 @@ def adopt_folder(config: Config, source: Path, target: Path) -> None:
         tokenizer.backend_tokenizer.save(str(target / "tokenizer.json"))
     if not (target / "size.json").is_file():
         records.write_json(target / "size.json", {"parameters": openvino_export.count_weights(target)})
-    _write_serving_files(config, tokenizer, loading.read_config(source), target, decoder=kind == "causal")
+    _write_serving_files(config, tokenizer, loading.read_config(source), target, kind)
 
 
 def _write_serving_files(
-    config: Config, tokenizer: "PreTrainedTokenizerFast", model_config: Any, target: Path, *, decoder: bool
+    config: Config, tokenizer: "PreTrainedTokenizerFast", model_config: Any, target: Path, kind: str
 ) -> None:
     """Write what the serving engine reads beside the graph: prompts, limits, end tokens, settings."""
     context = int(tokenizer.model_max_length)
-    prompts.write(tokenizer, target, decoder=decoder)
+    prompts.write(tokenizer, target, conversations=kind != "masked")
     limits: dict[str, Any] = {"context": context}
     engine: dict[str, Any] = {"exact": config.exact}
-    if decoder:
+    if kind == "classifier":
+        records.write_json(target / folders.LABELS_FILE, labels.labels_of(model_config.to_dict()))
+    if kind == "causal":
         if not (target / "openvino_tokenizer.xml").is_file():
             openvino_export.convert_tokenizer(tokenizer, target)
         _list_end_tokens(tokenizer, target / "generation_config.json")

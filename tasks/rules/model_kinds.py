@@ -18,6 +18,7 @@ CONFIG_KEYS = {  # a size, and its keys in a Transformers config.json
     "hidden": ("hidden_size", "n_embd"),
     "positions": ("max_position_embeddings", "n_positions"),
 }
+HEAD_TASKS = ("classification", "regression")  # of finetune
 KIND_BY_ARCHITECTURE = {"ForCausalLM": "causal", "LMHeadModel": "causal", "ForMaskedLM": "masked"}
 
 
@@ -72,18 +73,17 @@ class ModelKinds:
                 return {"reward": "reward", "quantize": "engine"}[producer.stage]
             if producer.stage == "pretrain":
                 return str(lookup(producer.settings, "objective"))
-            if producer.stage == "finetune" and (task := lookup(producer.settings, "task.name")) in (
-                "classification",
-                "regression",
-            ):
+            if (task := lookup(producer.settings, "task.name")) in HEAD_TASKS:
                 return str(task)
         return _kind_of(self.root(folder))
 
-    def is_encoder(self, folder: Any) -> bool:
-        """Return whether a model, exported or not, descends from a masked one, so that it gives no replies."""
-        root = self.root(folder)
-        first = self.chain(folder)[-1:]
-        return (_kind_of(root) if root else lookup(first[0].settings, "objective")) == "masked"
+    def gives_replies(self, folder: Any) -> bool:
+        """Return whether a model, exported or not, may answer conversations: it has no head and is not masked."""
+        root, chain = self.root(folder), self.chain(folder)
+        if any(lookup(producer.settings, "task.name") in HEAD_TASKS for producer in chain):
+            return False
+        kind = model_folder.kind_of(config_of_folder(root)) if root else lookup(chain[-1].settings, "objective")
+        return kind not in ("masked", "classifier")
 
     def size(self, folder: Any, name: str) -> tuple[str, Any]:
         """Return the setting of a model's size and its value; the value is None if unknown."""

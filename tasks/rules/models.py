@@ -20,19 +20,25 @@ WINDOW_SETTINGS = {  # settings that must not exceed the context length of the e
     "reward": ("max_tokens",), "align": ("algorithm.ptx.window",), "prune": ("window",),
 }  # fmt: skip
 ACCEPTED_KINDS = {  # the kinds of models that a stage accepts, and their description
-    "pretrain": (("causal",), "a causal model"),
+    "pretrain": (("causal", "masked"), "a causal or a masked model"),
     "finetune": (("causal", "masked"), "a causal or a masked model"),
     "reward": (("causal", "masked"), "a causal or a masked model"),
     "align": (("causal",), "a causal model"),
     "prune": (("causal",), "a causal model"),
-    "quantize": (("causal", "masked"), "a causal or a masked model"),
+    "quantize": (
+        ("causal", "masked", "classification", "regression"), "a causal, masked, classification or regression model"
+    ),
     "evaluate": (("causal", "masked", "classification", "regression", "engine"), "a model other than a reward model"),
-}
+}  # fmt: skip
 KIND_NAMES = {
     "causal": "a causal model", "masked": "a masked model", "classification": "a classifier",
     "regression": "a regression model", "reward": "a reward model", "engine": "an exported model",
 }  # fmt: skip
-PACKAGE_KINDS = {"chat": "causal", "encoder": "masked"}
+PACKAGE_KINDS = {  # the kinds of models that a part of the package accepts, and their description
+    "chat": (("causal",), "a causal model"),
+    "encoder": (("masked",), "a masked model"),
+    "classifier": (("classification", "regression"), "a classifier or a regression model"),
+}
 SHARED_SETTINGS = ("judge_share", "input")  # settings that split the rankings between train and judge
 
 Entry = tuple[str, str, Any]  # stage, where (`finetune.chat`), settings
@@ -100,6 +106,8 @@ def _check_kinds(entry: Entry, kinds: ModelKinds) -> Iterator[str]:
     path = f"{where}.model.path" if stage == "pretrain" else f"{where}.model"
     if kind and kind not in accepted:
         yield f"{path}: found {model!r}, {KIND_NAMES.get(kind, kind)}, but it should be {description}"
+    elif stage == "pretrain" and kind and kind != (objective := lookup(content, "objective")):
+        yield f"{path}: found {model!r}, {KIND_NAMES[kind]}, but the objective {objective} needs a {objective} one"
     elif stage == "finetune" and lookup(content, "task.name") == "chat" and kind == "masked":
         yield f"{path}: found {model!r}, a masked model, but the task chat needs a causal one"
     elif stage == "finetune" and lookup(content, "method.name") == "adapter" and kind == "masked":
@@ -112,7 +120,7 @@ def _check_kinds(entry: Entry, kinds: ModelKinds) -> Iterator[str]:
 def _check_package(kinds: ModelKinds) -> Iterator[str]:
     """Report models in `package` that cannot be served there."""
     exported = [f"data/quantize/{key}/model" for key in entries_of(kinds.params, "quantize")]
-    for part, kind in PACKAGE_KINDS.items():
+    for part, (accepted, description) in PACKAGE_KINDS.items():
         path = lookup(kinds.params, f"package.{part}")
         producer = kinds.producer(path)
         if producer and producer.stage != "quantize":
@@ -120,10 +128,9 @@ def _check_package(kinds: ModelKinds) -> Iterator[str]:
                 f"package.{part}: found {path!r}, but it should be the folder of an entry of quantize; there are "
                 f"{', '.join(exported) or 'none'}"
             )
-        elif producer and (found := kinds.kind(lookup(producer.settings, "model"))) not in (None, kind):
+        elif producer and (found := kinds.kind(lookup(producer.settings, "model"))) not in (None, *accepted):
             yield (
-                f"package.{part}: found {path!r}, made of {KIND_NAMES[str(found)]}, but it should be of "
-                f"{KIND_NAMES[kind]}"
+                f"package.{part}: found {path!r}, made of {KIND_NAMES[str(found)]}, but it should be of {description}"
             )
 
 
@@ -171,7 +178,7 @@ def _check_reply_lengths(kinds: ModelKinds) -> Iterator[str]:
             limit = f"{producer.where}.max_tokens", lookup(producer.settings, "max_tokens")
             yield from check_at_most(f"{where}.max_new_tokens", lookup(entry, "max_new_tokens"), *limit, truncated)
     for _, where, entry in entries(kinds.params, "evaluate"):
-        if kinds.is_encoder(lookup(entry, "model")):
+        if not kinds.gives_replies(lookup(entry, "model")):
             continue  # it gives no replies
         chain = kinds.chain(lookup(entry, "model"))
         for _, judge, settings in entries(kinds.params, "reward"):
@@ -208,7 +215,7 @@ def _check_reply_room(kinds: ModelKinds) -> Iterator[str]:
     """Report replies that leave no room for a prompt in the model's context."""
     for _, where, entry in entries(kinds.params, "align", "prune", "quantize", "evaluate"):
         model = lookup(entry, "model")
-        if kinds.is_encoder(model):
+        if not kinds.gives_replies(model):
             continue
         limit, context = kinds.context(model)
         length = lookup(entry, "max_new_tokens")

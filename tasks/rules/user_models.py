@@ -7,7 +7,7 @@ from typing import Any
 from tasks.common import model_folder
 from tasks.common.model_graph import Params, entries_of, lookup
 from tasks.common.settings import ENTRY_STAGES
-from tasks.rules.model_kinds import ModelKinds, config_of_folder
+from tasks.rules.model_kinds import HEAD_TASKS, ModelKinds, config_of_folder
 
 SHARD_SETTINGS = {  # settings that, if they are not 0, train an entry's model on the token shards
     "finetune": "pretraining_mix.weight", "align": "algorithm.ptx.weight", "prune": "windows",
@@ -48,7 +48,7 @@ def _family_problems(stage: str, entry: Any, kinds: ModelKinds, path: str) -> It
     config = config_of_folder(kinds.root(path))
     if stage == "quantize" and not (Path(path) / model_folder.ENGINE_GRAPH).is_file():
         yield from model_folder.export_problems(config)
-    if stage == "reward" or (stage == "finetune" and lookup(entry, "task.name") in ("classification", "regression")):
+    if stage == "reward" or (stage == "finetune" and lookup(entry, "task.name") in HEAD_TASKS):
         yield from model_folder.head_problems(config)
     if stage == "prune" or lookup(entry, "method.name") == "adapter":
         yield from model_folder.layer_problems(config)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from tasks.common.evaluation.labels import label_metrics
 from tasks.common.harness.job import Job, StageError
 from tasks.common.modelling import head_models
 from tasks.common.settings import Numerics, Settings
@@ -189,18 +190,6 @@ def evaluate(
         majority_label = Counter(train_targets).most_common(1)[0][0]
         metrics = label_metrics(outputs.argmax(-1).cpu().numpy(), targets, len(labels), majority_label)
     return {"heldout": len(examples), **metrics}
-
-
-def label_metrics(predictions: Any, targets: Any, labels: int, majority_label: float) -> dict[str, float]:
-    """Return accuracy and macro F1, the mean over the labels that occur among targets or predictions."""
-    counts = np.zeros((labels, labels))
-    np.add.at(counts, (targets.astype(int), predictions), 1)  # (right, found)
-    hits, total = counts.diagonal(), counts.sum(0) + counts.sum(1)
-    return {
-        "accuracy": round(float((predictions == targets).mean()), 4),
-        "majority_label_accuracy": round(float((targets == majority_label).mean()), 4),
-        "macro_f1": round(float((2 * hits[total > 0] / total[total > 0]).mean()), 4),
-    }
 
 
 def number_metrics(predictions: Any, targets: Any, train_mean: float) -> dict[str, float | None]:
