@@ -8,8 +8,10 @@ VLLM   := .venv-vllm
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: run test test-fast check docs bench serve ui vllm lock clean help
+.PHONY: install run test test-fast check docs bench serve ui vllm lock clean help
 .DEFAULT_GOAL := help
+
+install: $(VENV)/.runtime ## set .venv up with the pinned packages, once; then `.venv/bin/bessemer --help`
 
 run: $(VENV)/.runtime ## train, align, shrink and package a model, then talk to it
 	@$(BIN)/bessemer run

@@ -26,7 +26,7 @@ def use_project_code(project: Path) -> None:
     if difference:
         raise BessemerError(
             f"The project in {project.resolve()} and this command ({INSTALLATION}) differ: {difference}. Use the "
-            "project's own command: `make .venv/.runtime` there installs its packages, then `.venv/bin/bessemer`."
+            "project's own command: `make install` there installs its packages, then `.venv/bin/bessemer`."
         )
     os.chdir(project)  # the first folder on the path of `python -m`
     os.execv(sys.executable, [sys.executable, "-m", "flows.cli", *sys.argv[1:]])

@@ -21,7 +21,12 @@ def make_model(kind: str) -> Any:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma2"])
+def test_model_with_two_kinds_of_attention_is_not_split() -> None:
+    """A half would number its layers anew, and take another kind for each."""
+    assert Halves.of(make_model("gemma2"), 1) is None
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma"])
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_split_model_matches_the_whole_model(kind: str, layers: int) -> None:
     """Logits and last states of left-padded rows."""

@@ -255,9 +255,9 @@ def test_rows_are_used_or_rejected_with_file_position_and_reason(tmp_path: Path,
 
 
 def test_an_imported_chat_is_validated_like_others(tmp_path: Path) -> None:
-    """`validate` rejects texts that are too long, contain a token of the template, or are duplicates."""
+    """`validate` rejects texts that are longer than a limit, damaged, or duplicates."""
     copied = copy_sources(tmp_path)
-    invalid = ["x" * 501, "Hello<|end|>", "Hello  to you!"]
+    invalid = ["x" * 501, "Hello\ufffd", "Hello  to you!"]
     rows = [
         SHAREGPT,
         *({"conversations": [SHAREGPT["conversations"][0], {"from": "gpt", "value": text}]} for text in invalid),
@@ -265,10 +265,9 @@ def test_an_imported_chat_is_validated_like_others(tmp_path: Path) -> None:
     (copied / "mine.json").write_text(json.dumps(rows), encoding="utf-8")
     folder = ingest_into(tmp_path / "out", copied, sources=[FACTS, source("sharegpt", "mine.json")])
     chats = [row for row in table(folder, "instructions") if row["source"] == "mine"]
-    reasons = checks.check_rows("instructions", chats, validate_config(), set())[1]
+    reasons = checks.check_rows("instructions", chats, validate_config(max_message_characters=500), set())[1]
     assert sorted(map(str, reasons)) == [
-        "None", "a message longer than 500 characters", "duplicate of an earlier row",
-        "the text contains <|end|>, which is reserved for the chat template",
+        "None", "a message longer than 500 characters", "damaged encoding", "duplicate of an earlier row",
     ]  # fmt: skip
 
 

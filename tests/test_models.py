@@ -164,7 +164,8 @@ def test_rank_prints_page_address_and_question_file(tmp_path: Path, monkeypatch:
         endpoint.rank(Path(), "127.0.0.1", port, [])
     assert str(printed.value) == (
         f"Rank answers at http://localhost:{port}/rank, and then: bessemer rank export\n"
-        f"Questions to offer there, one per line: {tmp_path / 'questions.txt'}"
+        f"The page offers the questions in {tmp_path / 'questions.txt'}, one per line; without any, prompts of the "
+        "project's data."
     )
 
 

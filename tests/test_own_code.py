@@ -50,4 +50,4 @@ def test_project_of_another_version_is_refused(
     path.write_text(re.sub(pattern, text, path.read_text(), count=1))
     with pytest.raises(BessemerError, match=sentence) as failure:
         use_project_code(project)
-    assert "`make .venv/.runtime` there installs its packages" in str(failure.value)
+    assert "`make install` there installs its packages" in str(failure.value)

@@ -124,7 +124,7 @@ def test_withdrawn_and_flagged_rankings_are_not_exported(project: Path, store: S
 
 def test_invalid_rankings_are_rejected_with_a_reason(project: Path, store: Store) -> None:
     rank(store, 1)
-    invalid = ("half a \ufffd character", "<|end|> of it", "x" * 1001)
+    invalid = ("half a \ufffd character", "x" * 1001)
     for number, text in enumerate(invalid):
         answers = store.add_answers(PROMPT, [(text, "aaaa-1111", 1.0, None), ("Lima.", "aaaa-1111", 1.0, None)])
         store.add_ranking(f"ranking-bad-{number}", answers, (2, 1), ANN)
@@ -133,7 +133,6 @@ def test_invalid_rankings_are_rejected_with_a_reason(project: Path, store: Store
     assert export.rankings == 1
     assert export.rejected == {
         "damaged encoding": 1,
-        "the text contains <|end|>, which is reserved for the chat template": 1,
         "a message or a response longer than 1000 characters": 1,
     }
     assert rankings.export(project) is None
