@@ -65,7 +65,7 @@ class Designer:
         if steps < wanted:
             self.design.notes.append(
                 f"{stage} takes {steps:,} steps, {steps * batch / table.rows:.2g} epochs, to end within about "
-                f"{STAGE_MINUTES} minutes here; all {epochs:g} would be {wanted:,} steps"
+                f"{STAGE_MINUTES} minutes here; {epochs:g} epoch{'s' * (epochs != 1)} would be {wanted:,} steps"
             )
         return steps
 
