@@ -23,6 +23,7 @@ SHAPES = (  # most characters of the corpus, and the shape of a new model: hidde
     (3e7, (256, 6, 4, 8192, 128)),
     (float("inf"), (384, 8, 6, 16384, 256)),
 )
+HELDOUT_LARGE = 32  # held-out conversations whose loss a large model reports before and after fine-tuning
 MAX_TOKENS = 512  # of a conversation in training, where the checkpoint allows more
 
 
@@ -135,7 +136,7 @@ class Designer:
         tokens = min(conversations.mean_characters / CHARACTERS_PER_TOKEN, longest)
         entry = {
             "model": self.model, **self.template(), **self.method(), "max_tokens": longest,
-            "too_long": "truncate", "batch": 8,
+            "too_long": "truncate", **({"heldout": HELDOUT_LARGE} if self.low_rank else {}), "batch": 8,
             "steps": self.steps("finetune@chat", EPOCHS["finetune"], conversations, 8, tokens),
             "optimizer": self.optimizer(3.0e-4, 2.0e-4),
         }  # fmt: skip
@@ -198,7 +199,6 @@ def design(brought: Brought, machine: Machine) -> Design:
     """Return the pipeline for what the user brings. Raises BessemerError if nothing can be made of it."""
     _check(brought)
     builder, tables = Designer(brought, machine), brought.tables
-    builder.design.sections |= shared_sections(machine)
     builder.design.sections["ingest"] = {"sources": [source for table in tables.values() for source in table.sources]}
     if brought.checkpoint:
         builder.start_from_checkpoint(brought.checkpoint)
@@ -220,6 +220,7 @@ def design(brought: Brought, machine: Machine) -> Design:
             parts, evaluated = {}, {}
         parts, evaluated = parts | {"classifier": builder.classifier}, evaluated | {"labels": builder.classifier}
     parts = {part: folder for part, folder in parts.items() if folder}
+    builder.design.sections |= shared_sections(machine, large=builder.low_rank)
     builder.design.sections |= ending(evaluated, parts, builder.context, large=builder.low_rank)
     if "chat" in parts:
         rows = {name: table.rows for name, table in tables.items()}
@@ -229,9 +230,15 @@ def design(brought: Brought, machine: Machine) -> Design:
     return builder.design
 
 
-def shared_sections(machine: Machine) -> dict[str, Any]:
-    """Return the sections that do not depend on the data."""
-    return {"base": {"seed": 1}, "numerics": {"device": machine.device, "threads": machine.cores}}
+def shared_sections(machine: Machine, *, large: bool) -> dict[str, Any]:
+    """Return the sections that do not depend on the data.
+
+    On a CPU a large model is not compiled: that took more than four minutes for 135 M parameters.
+    """
+    numerics: dict[str, Any] = {"device": machine.device, "threads": machine.cores}
+    if large and machine.device == "cpu":
+        numerics["compile"] = "never"
+    return {"base": {"seed": 1}, "numerics": numerics}
 
 
 def ending(evaluated: Mapping[str, str], parts: Mapping[str, str], context: int, *, large: bool) -> dict[str, Any]:

@@ -51,7 +51,8 @@ def design(translation: Translation, checkpoint: Checkpoint) -> Design:
             model = evaluated[name] = f"data/{stage}/{key}/model"
     large = checkpoint.parameters > LARGE_MODEL
     sections |= ending(evaluated, {"chat": model}, checkpoint.context, large=large)
-    return Design({**shared_sections(machine.measure()), **sections})
+    shared = shared_sections(machine.measure(), large=large)
+    return Design({**shared, **sections, "numerics": {**shared["numerics"], **sections.get("numerics", {})}})
 
 
 def files(translation: Translation, checkpoint: Checkpoint) -> dict[str, Path]:
