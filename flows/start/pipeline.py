@@ -170,7 +170,7 @@ class Designer:
         per_iteration = episodes * (
             self.machine.sampling_seconds(self.parameters, new_tokens)
             + self.machine.training_seconds(self.parameters, 4 * longest / 2, frozen=self.low_rank)
-        ) / 1  # fmt: skip
+        )
         iterations = max(4, min(30, int(STAGE_MINUTES * 60 / per_iteration)))
         self.design.seconds["align@policy"] = iterations * per_iteration
         entry = {

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from flows.own_code import INSTALLATION
 from tasks.common.settings import ENTRY_STAGES, BessemerError
 
-INSTALLATION = Path(__file__).resolve().parents[2]
 CODE = ("flows", "serving", "tasks")
 FILES = (
     ".dvcignore", ".gitignore", ".dvc/.gitignore", ".dvc/config", "LICENSE", "Makefile", "bentofile.yaml", "dvc.yaml",

@@ -53,7 +53,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def kind_of(config: Mapping[str, Any]) -> str | None:
     """Return the kind of model that a config describes: causal, masked or classifier; None for anything else."""
-    name = str((config.get("architectures") or [""])[0])
+    architectures = config.get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     return next((kind for suffix, kind in KIND_BY_SUFFIX.items() if name.endswith(suffix)), None)
 
 

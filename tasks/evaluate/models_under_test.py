@@ -133,7 +133,7 @@ class TorchDecoder:
     @property
     def special_tokens(self) -> list[str]:
         """The special tokens, which a text must not contain."""
-        return [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return chat.control_tokens(self.tokenizer)
 
     def max_reply_tokens(self, prompt: Prompt) -> int | None:
         """Return how many tokens a reply may have; None for a conversation if the model has no chat template."""

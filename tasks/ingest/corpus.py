@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from tasks.common import stable_hash, tables
 from tasks.ingest.reading import Rejection
-from tasks.ingest.sorting import Sorter
+from tasks.ingest.sorting import Sorter, write_distinct
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 # Of documents with the same text, the one of the lowest rank is kept. Only prose is rejected as a duplicate: a rated
 # sentence is used in its ranking even if the corpus has its text already.
@@ -46,20 +47,12 @@ class Corpus:
 
     def write(self, path: Path, reject: Callable[[str, str], None]) -> Counter[tuple[str, str]]:
         """Write the table, call `reject(source, text)` for duplicate prose, and count the rows by (source, split)."""
-        import pyarrow as pa
 
-        counts: Counter[tuple[str, str]] = Counter()
-        with tables.Writer(path, self.schema) as writer:
-            for rows in self.sorter:
-                ids = rows["id"].to_numpy()
-                is_duplicate = np.concatenate([[False], ids[1:] == ids[:-1]])
-                is_rejected = is_duplicate & (self.sorter.ranks(rows) == PROSE_RANK)
-                for row in rows.select(["source", "text"]).filter(pa.array(is_rejected)).to_pylist():
-                    reject(row["source"], row["text"])
-                kept = rows.filter(pa.array(~is_duplicate)).select(self.schema.names)
-                counts.update(zip(kept["source"].to_pylist(), kept["split"].to_pylist(), strict=True))
-                writer.write(kept)
-        return counts
+        def reject_prose(rows: "pa.Table") -> None:
+            for row in rows.select(["source", "text"]).to_pylist():
+                reject(row["source"], row["text"])
+
+        return write_distinct(self.sorter, path, self.schema, PROSE_RANK, reject_prose, lambda rows: rows)
 
 
 @dataclass(frozen=True)

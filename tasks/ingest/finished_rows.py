@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from tasks.common import stable_hash, tables
-from tasks.ingest.sorting import Sorter
+from tasks.ingest.sorting import Sorter, write_distinct
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,20 +44,12 @@ class FinishedRows:
 
     def write(self, path: Path, reject: Callable[[str, str], None]) -> Counter[tuple[str, str]]:
         """Write the table, call `reject(source, row)` for duplicates, and count the rows by (source, split)."""
-        import pyarrow as pa
 
-        counts: Counter[tuple[str, str]] = Counter()
-        with tables.Writer(path, self.schema) as writer:
-            for rows in self.sorter:
-                ids = rows["id"].to_numpy()
-                is_duplicate = np.concatenate([[False], ids[1:] == ids[:-1]])
-                is_rejected = is_duplicate & (self.sorter.ranks(rows) == SOURCE_RANK)
-                for row in rows.select(self.schema.names).filter(pa.array(is_rejected)).to_pylist():
-                    reject(row["source"], json.dumps(row, ensure_ascii=False))
-                kept = self._with_splits(rows.filter(pa.array(~is_duplicate)).select(self.schema.names))
-                counts.update(zip(kept["source"].to_pylist(), kept["split"].to_pylist(), strict=True))
-                writer.write(kept)
-        return counts
+        def reject_rows(rows: "pa.Table") -> None:
+            for row in rows.select(self.schema.names).to_pylist():
+                reject(row["source"], json.dumps(row, ensure_ascii=False))
+
+        return write_distinct(self.sorter, path, self.schema, SOURCE_RANK, reject_rows, self._with_splits)
 
     def _with_splits(self, rows: "pa.Table") -> "pa.Table":
         """Return the rows with a split in each."""

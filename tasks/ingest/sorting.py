@@ -5,12 +5,15 @@ disk in runs, each with one batch for every bucket. Then the buckets are read on
 that is too large is distributed again by the next two digits.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+from tasks.common import tables
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -97,6 +100,28 @@ class Sorter:
         import pyarrow as pa
 
         return pa.concat_tables(self._read_bucket(bucket)).sort_by([("id", "ascending"), ("order", "ascending")])
+
+
+def write_distinct(
+    sorter: Sorter, path: Path, schema: "pa.Schema", rejected_rank: int, reject: "Callable[[pa.Table], None]",
+    finish: "Callable[[pa.Table], pa.Table]",
+) -> Counter[tuple[str, str]]:  # fmt: skip
+    """Write the first row of each id, completed by `finish`, and count the rows by (source, split).
+
+    Later rows of an id are duplicates; `reject` receives those of `rejected_rank`.
+    """
+    import pyarrow as pa
+
+    counts: Counter[tuple[str, str]] = Counter()
+    with tables.Writer(path, schema) as writer:
+        for rows in sorter:
+            ids = rows["id"].to_numpy()
+            is_duplicate = np.concatenate([[False], ids[1:] == ids[:-1]])
+            reject(rows.filter(pa.array(is_duplicate & (sorter.ranks(rows) == rejected_rank))))
+            kept = finish(rows.filter(pa.array(~is_duplicate)).select(schema.names))
+            counts.update(zip(kept["source"].to_pylist(), kept["split"].to_pylist(), strict=True))
+            writer.write(kept)
+    return counts
 
 
 def _empty_batch(schema: "pa.Schema") -> "pa.RecordBatch":

@@ -16,10 +16,8 @@ from tasks.common.settings import ENTRY_STAGES
 CONFIG_KEYS = {  # a size, and its keys in a Transformers config.json
     "layers": ("num_hidden_layers", "n_layer"),
     "hidden": ("hidden_size", "n_embd"),
-    "positions": ("max_position_embeddings", "n_positions"),
 }
 HEAD_TASKS = ("classification", "regression")  # of finetune
-KIND_BY_ARCHITECTURE = {"ForCausalLM": "causal", "LMHeadModel": "causal", "ForMaskedLM": "masked"}
 
 
 @dataclass(frozen=True)
@@ -90,9 +88,10 @@ class ModelKinds:
         root = self.root(folder)
         if root:
             config = config_of_folder(root)
-            found = next((config[key] for key in CONFIG_KEYS[name] if key in config), None)
             if name == "positions":
                 found = model_folder.context_length(config)
+            else:
+                found = next((config[key] for key in CONFIG_KEYS[name] if key in config), None)
             return f"{name} in {root}/config.json", found
         producer = self.chain(folder)[-1]
         return f"{producer.where}.model.{name}", lookup(producer.settings, f"model.{name}")
@@ -120,10 +119,9 @@ def parent_of(producer: Producer) -> Any:
 
 
 def _kind_of(folder: str) -> str | None:
-    """Return the kind of model in a folder of the user's by its architecture; None if unknown."""
-    architectures = config_of_folder(folder).get("architectures")
-    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-    return next((kind for suffix, kind in KIND_BY_ARCHITECTURE.items() if name.endswith(suffix)), None)
+    """Return causal or masked for a language model in a folder of the user's; None for any other, and if unknown."""
+    kind = model_folder.kind_of(config_of_folder(folder))
+    return kind if kind in ("causal", "masked") else None
 
 
 def _has_mask_token(folder: str) -> bool | None:
