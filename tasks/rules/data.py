@@ -12,6 +12,8 @@ from typing import Any
 from tasks.common.model_graph import Params, lookup
 from tasks.rules.models import Entry, entries
 
+SourceTables = list[tuple[Mapping[str, Any], set[str]]]
+
 SOURCES = Path("data/sources")
 DETECTION_ROWS = 20  # of each file, read to detect its table
 READER_TABLES = {  # of the readers of package archives
@@ -37,11 +39,11 @@ TABLE_NAMES = {
 
 def check_data(params: Params) -> Iterator[str]:
     """Report entries, mixtures and a tokenizer that need rows which no source provides."""
-    sources = [(source, _tables(source, params)) for source in _sources(params)]
-    provided = set[str]().union(*(tables for _, tables in sources))
+    sources = tables_by_source(params)
+    provided, kinds = set[str]().union(*(tables for _, tables in sources)), _kinds_of_text(sources)
     for entry in entries(params, *NEEDS):
         yield from _check_table(entry, provided)
-        yield from _check_mixture(entry, _kinds_of_text(sources))
+        yield from _check_mixture(entry, kinds)
     trained = lookup(params, "tokenize.tokenizer.name") == "train"
     if trained and provided.isdisjoint(("corpus", "instructions")):
         yield (
@@ -50,14 +52,14 @@ def check_data(params: Params) -> Iterator[str]:
         )
 
 
-def provided_tables(params: Params) -> set[str]:
-    """Return the tables that some source may add rows to."""
-    return set[str]().union(*(_tables(source, params) for source in _sources(params)))
+def tables_by_source(params: Params) -> SourceTables:
+    """Return each source with the tables that it may add rows to; reads the first rows of files that state none."""
+    return [(source, _tables(source, params)) for source in _sources(params)]
 
 
-def gives_answers(params: Params) -> bool:
+def gives_answers(sources: SourceTables) -> bool:
     """Return whether some source may give conversations with short answers."""
-    found = [source for source in _sources(params) if _tables(source, params) & {"facts", "instructions"}]
+    found = [source for source, tables in sources if tables & {"facts", "instructions"}]
     return any(source.get("format") not in ANSWERLESS_FORMATS for source in found)
 
 
@@ -129,7 +131,7 @@ def _check_mixture(entry: Entry, kinds: list[str]) -> Iterator[str]:
             )
 
 
-def _kinds_of_text(sources: list[tuple[Mapping[str, Any], set[str]]]) -> list[str]:
+def _kinds_of_text(sources: SourceTables) -> list[str]:
     """Return the names that a mixture may use: statements, prose, and the sources and groups of documents."""
     made = ["statements"] if any("facts" in tables for _, tables in sources) else []
     documents = [source for source, tables in sources if "corpus" in tables]

@@ -117,9 +117,10 @@ def _kind(kinds: ModelKinds, folder: str) -> str | None:
 
 def _tables(params: Params) -> dict[str, bool]:
     """Return which tables, and whether short answers, the sources can give."""
-    provided = data.provided_tables(params)
+    sources = data.tables_by_source(params)
+    provided = set[str]().union(*(tables for _, tables in sources))
     found = {name: name in provided for name in ("corpus", "instructions")}
-    return {**found, "answers": data.gives_answers(params)}
+    return {**found, "answers": data.gives_answers(sources)}
 
 
 def check_evaluations(params: Params) -> Iterator[str]:
