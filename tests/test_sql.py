@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -147,15 +148,20 @@ def as_postgres(*command: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres_folder() -> Iterator[Path]:
+    """A folder of the user who runs Postgres. pytest's own folders are closed to others than the user of the tests."""
+    with TemporaryDirectory(prefix="bessemer-postgres-") as name:
+        if os.geteuid() == 0:
+            shutil.chown(name, "postgres")
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def server(postgres_folder: Path) -> Iterator[str]:
     """The URL of a Postgres server of this module with a table of articles."""
     import psycopg
 
-    folder, port = Path(tmp_path_factory.mktemp("postgres")), free_port()
-    if os.geteuid() == 0:
-        shutil.chown(folder, "postgres")
-        for parent in folder.parents[:2]:
-            parent.chmod(0o755)
+    folder, port = postgres_folder, free_port()
     (folder / "password").write_text(PASSWORD, encoding="utf-8")
     (folder / "password").chmod(0o644)
     data = str(folder / "data")
