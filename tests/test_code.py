@@ -117,7 +117,7 @@ REWORDINGS = (
     (GAE, "def gae(", "# A comment.\ndef gae("),
     (GAE, '"""', '"""Reworded: '),
     (GAE, ") -> ", ') -> "Any | " + '),
-    ("tasks/common/training/checkpoints.py", "checkpoints cannot be written to", "no checkpoint can be written to"),
+    ("tasks/common/harness/job.py", "the store of checkpoints and", "the folder of checkpoints and"),
     ("tasks/common/training/checkpoints.py", 'print(f"resuming at step', 'print(f"going on at step'),
     ("tasks/rules/consistency.py", "isinstance(value, int) and value > 0", "isinstance(value, int) and 0 < value"),
     ("tasks/common/settings.py", 'description="Seed of', 'description="The seed of'),

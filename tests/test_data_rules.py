@@ -41,6 +41,13 @@ def test_mixture_of_an_unknown_kind_lists_the_kinds_of_text(params: dict[str, An
     )
 
 
+def test_mixture_may_name_a_source_by_its_default_name(params: dict[str, Any]) -> None:
+    """It is made from the source's path."""
+    params["ingest"]["sources"].append({"kind": "files", "path": "stories", "table": "corpus"})
+    params["pretrain"]["causal"]["mixture"] = {"stories-2": 1.0}
+    check(params)
+
+
 def test_mixture_of_statements_without_facts_is_a_problem(params: dict[str, Any]) -> None:
     without(params, "facts")
     assert any(
@@ -78,8 +85,62 @@ def test_dpo_on_rankings_needs_no_conversations(params: dict[str, Any]) -> None:
 def test_missing_source_file_is_named(params: dict[str, Any]) -> None:
     params["ingest"]["sources"][0]["path"] = "nowhere.csv"
     check(params)
-    (line,) = problems(params, "ingest")
-    assert line.startswith("ingest.sources.0.path: found 'nowhere.csv', but data/sources/nowhere.csv does not exist")
+    params["ingest"]["wordings"] = "nowhere.yaml"
+    source, wordings = problems(params, "ingest")
+    assert source.startswith("ingest.sources.0, source facts: expected a file at data/sources/nowhere.csv, a folder")
+    assert wordings.startswith("ingest.wordings: found 'nowhere.yaml', but there is no file data/sources/nowhere.yaml")
+
+
+def test_unreadable_and_empty_source_files_are_named(
+    params: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What opening a file shows is reported before ingest starts, for all sources at once."""
+    files = {"image.jsonl": b"\x89PNG\r\n", "empty.jsonl": b"", "torn.json": b'[{"text"', "odd.csv": b"utterance\nHi\n"}
+    (tmp_path / "data/sources").mkdir(parents=True)
+    for name, content in files.items():
+        (tmp_path / "data/sources" / name).write_bytes(content)
+    params["ingest"] |= {
+        "sources": [{"kind": "files", "path": name} for name in files],
+        "wordings": None,
+        "names": None,
+    }
+    monkeypatch.chdir(tmp_path)
+    lines = [line for line in problems(params, "ingest") if line.startswith("ingest.sources.")]
+    assert [line.partition(":")[0] for line in lines] == [
+        f"ingest.sources.{number}, source {name.partition('.')[0]}" for number, name in enumerate(files)
+    ]
+
+
+def test_source_without_a_table_is_ruled_out_only_by_its_settings(params: dict[str, Any]) -> None:
+    """Nobody knows yet what a remote file holds; its columns may say."""
+    without(params, "ratings")
+    remote = {"kind": "remote", "files": [{"url": "s3://bucket/a.jsonl", "sha256": "0" * 64}]}
+    params["ingest"]["sources"].append(remote)
+    check(params)
+    remote["columns"] = {"messages": "turns"}
+    assert any(line.startswith("reward.train: it learns from rankings") for line in problems(params))
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "changes", "setting"),
+    [
+        ("pretrain", "causal", {"batch": 4}, "mixture"),
+        ("prune", "pruned", {"windows": 4}, "mixture"),
+        ("finetune", "chat", {"pretraining_mix": {"weight": 1.0, "batch": 4}}, "pretraining_mix.mixture"),
+    ],
+)
+def test_share_of_less_than_one_window_is_a_problem(
+    stage: str, key: str, changes: dict[str, Any], setting: str, params: dict[str, Any]
+) -> None:
+    mixture = {"statements": 0.9, "prose": 0.1}
+    entry = params[stage][key] | changes
+    if stage == "finetune":
+        entry["pretraining_mix"]["mixture"] = mixture
+    else:
+        entry["mixture"] = mixture
+    params[stage][key] = entry
+    (line,) = problems(params)
+    assert line.startswith(f"{stage}.{key}.{setting}: the mixture gives prose 0.1 of 4 windows a step, which is less")
 
 
 def test_tokenizer_without_text_is_a_problem(params: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tasks.common.defaults import read_settings
+from tasks.rules.data import tables_by_source
 from tasks.rules.gates import STAGE_FIGURES, check_evaluations, check_gates, possible_figures
 from tests.conftest import ROOT
 from tests.training_fixtures import SETTINGS, Chain, chain
@@ -21,7 +22,12 @@ def params() -> dict[str, Any]:
 
 def gate_problems(params: dict[str, Any], **gate: Any) -> list[str]:
     """Return the problems of one gate."""
-    return list(check_gates({**params, "compare": {"gates": [{"min": 0.5, **gate}]}}))
+    return list(check_gates({**params, "compare": {"gates": [{"min": 0.5, **gate}]}}, tables_by_source(params)))
+
+
+def figures_of(params: dict[str, Any], model: str) -> list[str] | None:
+    """Return the figures that an evaluated model can have."""
+    return possible_figures(params, tables_by_source(params))[model]
 
 
 def without_sources(params: dict[str, Any], *tables: str) -> dict[str, Any]:
@@ -54,7 +60,7 @@ def test_gate_on_an_impossible_figure_says_what_is_possible(
 
 def test_possible_gates_have_no_problem(params: dict[str, Any]) -> None:
     """Those of the profile; the win rate of an aligned model and its descendants; a figure of a named evaluation."""
-    assert list(check_gates(params)) == []
+    assert list(check_gates(params, tables_by_source(params))) == []
     assert gate_problems(params, metric="win_rate", model="policy") == []
     assert gate_problems(params, metric="win_rate", model="chat") == []
     params["evaluations"]["wide"] = {"kind": "text", "window": 256}
@@ -65,15 +71,15 @@ def test_possible_gates_have_no_problem(params: dict[str, Any]) -> None:
 def test_figures_follow_from_what_sources_can_give(params: dict[str, Any]) -> None:
     """Without conversations there is no diversity, without a corpus no perplexity, without answers no exact match."""
     params["evaluations"] = {}
-    base = possible_figures(without_sources(params, "corpus"))["base"]
+    base = figures_of(without_sources(params, "corpus"), "base")
     assert base == ["parameters", "bytes", "perplexity", "bits_per_byte"]
-    figures = possible_figures(without_sources(params, "instructions"))["base"]
+    figures = figures_of(without_sources(params, "instructions"), "base")
     assert figures is not None
     assert {"exact_match_seen", "distinct_2", "reward_mean"} <= set(figures)
     assert "perplexity" not in figures
     chats = without_sources(params, "instructions")
     chats["ingest"]["sources"][0]["format"] = "sharegpt"
-    assert "exact_match_seen" not in (possible_figures(chats)["base"] or [])
+    assert "exact_match_seen" not in (figures_of(chats, "base") or [])
 
 
 def test_figures_of_one_role_need_its_reward_model(params: dict[str, Any]) -> None:
@@ -86,7 +92,7 @@ def test_figures_of_one_role_need_its_reward_model(params: dict[str, Any]) -> No
 def test_empty_evaluations_are_the_default_set(params: dict[str, Any]) -> None:
     params["evaluations"] = {}
     params["compare"]["gates"] = [gate for gate in params["compare"]["gates"] if "abstained" not in gate["metric"]]
-    assert list(check_gates(params)) == []
+    assert list(check_gates(params, tables_by_source(params))) == []
 
 
 def test_evaluation_of_an_unknown_or_unsuitable_model_is_reported(params: dict[str, Any]) -> None:

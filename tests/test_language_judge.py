@@ -19,6 +19,7 @@ from tasks.compare import language_judge
 from tasks.compare import stage as compare
 from tasks.compare.language_judge import judge_pairs, read_verdict
 from tasks.compare.preferences import Pair
+from tasks.rules.data import tables_by_source
 from tasks.rules.gates import check_evaluations, check_keys, possible_figures
 from tests.conftest import ROOT
 from tests.test_compare import FIGURES, described, judged_rows, make_job, settings
@@ -197,7 +198,7 @@ def test_judge_settings_are_checked_before_anything_runs(endpoint: Endpoint, mon
     assert "evaluations.gpt.by.key_variable: found 'MY_KEY'" in problem
     monkeypatch.setenv("MY_KEY", "secret")
     assert list(check_keys(params)) == []
-    possible = possible_figures(params)
+    possible = possible_figures(params, tables_by_source(params))
     assert [name for name, figures in possible.items() if "gpt.win_rate" in (figures or [])] == [
         "tuned", "policy", "pruned", "chat",
     ]  # fmt: skip

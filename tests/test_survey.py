@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from tasks.common.harness.job import StageError
-from tasks.ingest.survey import survey
+from tasks.ingest import survey as survey_module
+from tasks.ingest.source_settings import Remote
+from tasks.ingest.survey import ALL_TABLES, possible_tables, survey
 from tests.data_fixtures import FACTS, PROSE, RATINGS, SMALLTALK, copy_sources, ingest_config, ingest_into
 
 REMOTE = {"kind": "remote", "files": [{"url": "s3://bucket/a.jsonl", "sha256": "0" * 64}]}
@@ -51,9 +53,54 @@ def test_tables_are_known_before_a_source_is_read(sources: Path) -> None:
     (sources / "mixed/b.json").write_text('[{"prompt": "a", "chosen": "b", "rejected": "c"}]', encoding="utf-8")
     found = survey(ingest_config(sources=[*listed, {"kind": "files", "path": "mixed"}]).sources, sources)
     assert [set(item.tables) for item in found] == [
-        {"facts"}, {"corpus"}, {"ratings"}, {"instructions"}, set(), {"corpus"}, {"corpus", "rankings"}
+        {"facts"}, {"corpus"}, {"ratings"}, {"instructions"}, set(ALL_TABLES), {"corpus"}, {"corpus", "rankings"}
     ]  # fmt: skip
     assert not any(item.problems for item in found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "tables"),
+    [
+        ({"columns": {"messages": "body.turns"}}, {"instructions"}),
+        ({"columns": {"chosen": "good", "rejected": "bad"}}, {"rankings"}),
+        ({"columns": {"value": "v"}}, {"facts"}),
+        ({"format": "argilla"}, {"rankings"}),
+        ({"format": "alpaca"}, {"instructions", "rankings"}),
+        ({"format": "alpaca", "columns": {"output": "reply"}}, {"instructions"}),
+        ({"format": "pdf"}, {"corpus"}),
+        ({"format": "jsonl"}, set(ALL_TABLES)),
+    ],
+    ids=str,
+)
+def test_settings_of_a_remote_source_rule_tables_out(settings: dict[str, Any], tables: set[str]) -> None:
+    [source] = ingest_config(sources=[{**REMOTE, **settings}]).sources
+    assert isinstance(source, Remote)
+    assert possible_tables(source) == tables
+
+
+def test_local_files_of_a_data_set_and_a_folder_of_rankings_are_looked_into(sources: Path) -> None:
+    (sources / "pairs.json").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}', encoding="utf-8")
+    (sources / "people").mkdir()
+    listed = [{**HUB, "data_files": ["pairs.json"]}, {"kind": "rankings", "path": "people"}]
+    pairs, people = survey(ingest_config(sources=listed).sources, sources)
+    assert (pairs.tables, people.tables) == ({"rankings"}, set())
+    (sources / "people/a.parquet").touch()
+    assert survey(ingest_config(sources=listed).sources, sources)[1].tables == {"rankings"}
+
+
+def test_few_files_of_a_large_folder_are_opened(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    open_rows = survey_module.open_rows
+    monkeypatch.setattr(
+        survey_module, "open_rows", lambda file, options: opened.append(file) or open_rows(file, options)
+    )
+    (sources / "many").mkdir()
+    for number in range(1000):
+        (sources / f"many/{number:04}.md").write_text("Text.", encoding="utf-8")
+    [found] = survey(ingest_config(sources=[{"kind": "files", "path": "many"}]).sources, sources)
+    assert found.tables == {"corpus"}
+    assert len(opened) == 20
+    assert opened[-1].label > "many/0900.md"
 
 
 def test_all_problems_are_reported_at_once(sources: Path, tmp_path: Path) -> None:

@@ -322,7 +322,7 @@ def test_unwritable_store_is_reported_before_first_step(tmp_path: Path) -> None:
     """The message has the URL and the setting, instead of a traceback at the first checkpoint."""
     (tmp_path / "file").write_text("no folder")
     toy = Toy()
-    with pytest.raises(StageError, match=r"checkpoints cannot be written to .*/file .*placement\.checkpoints\.url"):
+    with pytest.raises(StageError, match=r"/file, the store of .* cannot be .*placement\.checkpoints\.url"):
         train(toy.model, toy, settings(), make_job(str(tmp_path / "file")))
     assert toy.seen == []
 

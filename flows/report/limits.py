@@ -18,8 +18,8 @@ def limits(run: Results) -> list[Note]:
         name = str(source.get("name"))
         rows = used.get(name, {}).get("rows", {})
         largest = max(rows, key=lambda table: rows[table]) if any(rows.values()) else None
-        table = READER_TABLES.get(str(source.get("reader")), source.get("table"))
-        role = str(table or largest or source.get("kind"))
+        main_table = next(iter(READER_TABLES.get(str(source.get("reader")), ())), source.get("table"))
+        role = str(main_table or largest or source.get("kind"))
         if used.get(name, {}).get("used"):
             roles.setdefault(role, []).append(name)
     rating_sources, fact_sources = roles.get("ratings", []), roles.get("facts", [])

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from tasks.common.harness.job import module_of
 from tasks.common.raw_params import read_params
 from tasks.common.settings import ENTRY_SECTIONS, STAGES, Base, Numerics, Placement, Settings
+from tasks.common.source_names import fill_names
 
 SHARED_SECTIONS: dict[str, type[Settings]] = {"base": Base, "numerics": Numerics, "placement": Placement}
 DISCRIMINATORS = ("name", "kind", "objective")  # keys that choose between several classes of settings
@@ -32,12 +33,18 @@ def with_defaults(params: dict[str, Any]) -> dict[str, Any]:
     """Return the contents of a `params.yaml` with the defaults of keys that it leaves out."""
     result = dict(params)
     for name, kind in sections().items():
-        content = params.get(name)
+        content = _name_sources(params.get(name)) if name == "ingest" else params.get(name)
         if name in ENTRY_SECTIONS and isinstance(content, dict):
             result[name] = {key: _fill_value(kind, entry) for key, entry in content.items()}
         elif name in params:
             result[name] = _fill_value(kind, content)
     return result
+
+
+def _name_sources(ingest: Any) -> Any:
+    """Return the section `ingest` with a name for each source that has none, as its class gives it."""
+    sources = ingest.get("sources") if isinstance(ingest, dict) else None
+    return {**ingest, "sources": fill_names(sources)} if isinstance(sources, list) else ingest
 
 
 def fill_defaults(kind: type[Settings], value: Any) -> Any:

@@ -17,9 +17,8 @@ from tasks.ingest.row_loading import RowOptions
 from tasks.ingest.turns import Reasoning
 
 Table = Literal["corpus", "instructions", "rankings", "facts", "ratings"]
-# What the reader of a package gives.
-READER_TABLES: dict[str, Table] = {
-    "countries": "facts", "elements": "facts", "speeches": "corpus", "ratings": "ratings",
+READER_TABLES: dict[str, tuple[Table, ...]] = {  # that the reader of a package fills, the main one first
+    "countries": ("facts",), "elements": ("facts", "corpus"), "speeches": ("corpus",), "ratings": ("ratings",),
 }  # fmt: skip
 BUILDERS = ("csv", "json", "parquet", "text")
 SQLITE_PREFIX = "sqlite:///"

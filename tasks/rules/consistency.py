@@ -10,7 +10,6 @@ from typing import Any
 from tasks.common import model_graph
 from tasks.common.model_graph import Params, lookup
 from tasks.common.settings import LOCKSTEP_ENGINES, ZERO_STAGES
-from tasks.common.source_names import fill_names
 from tasks.rules import data, gates, models, user_models
 from tasks.rules.models import Entry, check_at_most, entries
 
@@ -33,9 +32,10 @@ TRL_ALGORITHMS = ("dpo", "rloo", "grpo")
 
 def check_settings(params: Params) -> Iterator[str]:
     """Report settings that contradict each other; the graph must have no cycles."""
+    sources = data.tables_by_source(params)
     yield from user_models.check_user_models(params)
     yield from models.check_models(params)
-    yield from data.check_data(params)
+    yield from data.check_data(params, sources)
     for entry in entries(params):
         yield from _check_requirements(entry, params)
     yield from _check_curated_sources(params)
@@ -48,7 +48,7 @@ def check_settings(params: Params) -> Iterator[str]:
         yield from _check_reply_counts(entry, params)
     yield from _check_sharding(params)
     yield from gates.check_evaluations(params)
-    yield from gates.check_gates(params)
+    yield from gates.check_gates(params, sources)
 
 
 def check_stages(params: Params, stages: Iterable[str]) -> Iterator[str]:
@@ -202,7 +202,7 @@ def _check_ppo(entry: Entry) -> Iterator[str]:
 def _check_curated_sources(params: Params) -> Iterator[str]:
     """Report names in `validate.curate.code` and `languages` that are neither a source nor a group."""
     sources = lookup(params, "ingest.sources")
-    listed = [source for source in fill_names(sources) if isinstance(source, dict)] if isinstance(sources, list) else []
+    listed = [source for source in sources if isinstance(source, dict)] if isinstance(sources, list) else []
     known = {str(source[key]) for source in listed for key in ("name", "group") if source.get(key)}
     for setting in ("code", "languages"):
         names = lookup(params, f"validate.curate.{setting}")

@@ -1,7 +1,8 @@
 """Rules between `ingest.sources` and the entries that read its tables: what no source provides, no stage can read.
 
-Sources of unknown content (data sets on the hub, whose table is stated but whose rows are not known) count as what they
-state. Missing values are skipped here, because `params_file.check` reports them.
+`tasks/ingest/survey.py` says which tables a source may fill. A source whose content is not here yet (a remote file, a
+data set on the hub, a database) counts as every table that its settings do not rule out. Missing values are skipped
+here, because `params_file.check` reports them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,21 +10,21 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from tasks.common.harness.job import StageError
 from tasks.common.model_graph import Params, lookup
+from tasks.common.text.mixtures import apportion
 from tasks.rules.models import Entry, entries
 
 SourceTables = list[tuple[Mapping[str, Any], set[str]]]
 
 SOURCES = Path("data/sources")
-DETECTION_ROWS = 20  # of each file, read to detect its table
-READER_TABLES = {  # of the readers of package archives
-    "countries": {"facts"}, "elements": {"facts", "corpus"}, "speeches": {"corpus"}, "ratings": {"ratings"},
-}  # fmt: skip
-MIXTURES = {  # stage: the setting of a mixture, and the setting that must be above 0 for it to be read
-    "pretrain": ("mixture", None),
-    "finetune": ("pretraining_mix.mixture", "pretraining_mix.weight"),
-    "align": ("algorithm.ptx.mixture", "algorithm.ptx.weight"),
-    "prune": ("mixture", "windows"),
+MIXTURES = {  # stage: the settings of a mixture, of the windows in a batch, and what must be above 0 for it to be read
+    "pretrain": ("mixture", "batch", None),
+    "finetune": ("pretraining_mix.mixture", "pretraining_mix.batch", "pretraining_mix.weight"),
+    "align": ("algorithm.ptx.mixture", "algorithm.ptx.batch", "algorithm.ptx.weight"),
+    "prune": ("mixture", "windows", "windows"),
 }
 NEEDS = {  # stage: the table that its entries learn from
     "pretrain": "corpus", "finetune": "instructions", "reward": "rankings", "align": "instructions",
@@ -37,13 +38,13 @@ TABLE_NAMES = {
 }
 
 
-def check_data(params: Params) -> Iterator[str]:
+def check_data(params: Params, sources: SourceTables) -> Iterator[str]:
     """Report entries, mixtures and a tokenizer that need rows which no source provides."""
-    sources = tables_by_source(params)
     provided, kinds = set[str]().union(*(tables for _, tables in sources)), _kinds_of_text(sources)
     for entry in entries(params, *NEEDS):
         yield from _check_table(entry, provided)
         yield from _check_mixture(entry, kinds)
+        yield from _check_shares(entry)
     trained = lookup(params, "tokenize.tokenizer.name") == "train"
     if trained and provided.isdisjoint(("corpus", "instructions")):
         yield (
@@ -55,6 +56,16 @@ def check_data(params: Params) -> Iterator[str]:
 def tables_by_source(params: Params) -> SourceTables:
     """Return each source with the tables that it may add rows to; reads the first rows of files that state none."""
     return [(source, _tables(source, params)) for source in _sources(params)]
+
+
+def check_source_files(params: Params) -> Iterator[str]:
+    """Report files and folders of `ingest` that do not exist or cannot be read."""
+    for number, source in enumerate(_sources(params)):
+        yield from (f"ingest.sources.{number}, {problem.rstrip('.')}" for problem in _survey(source).problems)
+    for name in ("wordings", "names"):
+        path = lookup(params, f"ingest.{name}")
+        if isinstance(path, str) and not (SOURCES / path).is_file():
+            yield f"ingest.{name}: found {path!r}, but there is no file {SOURCES / path}: put it there, or correct it"
 
 
 def gives_answers(sources: SourceTables) -> bool:
@@ -70,12 +81,7 @@ def _sources(params: Params) -> list[Mapping[str, Any]]:
 
 def _tables(source: Mapping[str, Any], params: Params) -> set[str]:
     """Return the tables that a source may add rows to, with those made from facts and ratings."""
-    kind = source.get("kind")
-    if kind == "rankings":  # a folder that may be empty
-        return {"rankings"} if any((SOURCES / str(source.get("path"))).glob("*.parquet")) else set()
-    if kind == "llamafactory":  # its dataset_info.json states which data sets are rankings
-        return {"instructions", "rankings"}
-    found = set(READER_TABLES.get(str(source.get("reader")), ())) if kind == "package" else _stated(source)
+    found = {str(source["table"])} if source.get("table") else set(_survey(source).tables)
     if "facts" in found:
         found |= {"corpus", "instructions"}
     if "ratings" in found:
@@ -83,28 +89,15 @@ def _tables(source: Mapping[str, Any], params: Params) -> set[str]:
     return found
 
 
-def _stated(source: Mapping[str, Any]) -> set[str]:
-    """Return the table that a source names, or those that its files seem to have; all where that is not known."""
-    if source.get("table"):
-        return {str(source["table"])}
-    path = source.get("path")
-    if source.get("kind") == "files" and isinstance(path, str):
-        # By name, so that the code of `ingest` does not enter the recipe of every stage that checks settings.
-        found = import_module("tasks.ingest.inspection").inspect(SOURCES / path, max_rows=DETECTION_ROWS)
-        if found.tables:
-            return set(found.tables)
-    return set(TABLE_NAMES)
-
-
-def check_source_files(params: Params) -> Iterator[str]:
-    """Report files and folders of sources that do not exist."""
-    for number, source in enumerate(_sources(params)):
-        path = source.get("path") if source.get("kind") in ("files", "rankings", "llamafactory") else None
-        if isinstance(path, str) and path and not (SOURCES / path).exists() and not any(SOURCES.glob(path)):
-            yield (
-                f"ingest.sources.{number}.path: found {path!r}, but {SOURCES / path} does not exist: put the file "
-                "there, or correct the path"
-            )
+def _survey(source: Mapping[str, Any]) -> Any:
+    """Return what a source provides and what is wrong with it; for invalid settings, reported elsewhere, all tables."""
+    # By name, so that the code of `ingest` does not enter the recipe of every stage that checks settings.
+    module = import_module("tasks.ingest.survey")
+    kind: TypeAdapter[Any] = TypeAdapter(import_module("tasks.ingest.source_settings").Source)
+    try:
+        return module.survey([kind.validate_python(source)], SOURCES)[0]
+    except ValidationError:
+        return module.Survey("", frozenset(module.ALL_TABLES), ())
 
 
 def _check_table(entry: Entry, provided: set[str]) -> Iterator[str]:
@@ -117,11 +110,8 @@ def _check_table(entry: Entry, provided: set[str]) -> Iterator[str]:
 
 def _check_mixture(entry: Entry, kinds: list[str]) -> Iterator[str]:
     """Report kinds of text in a mixture that no source provides."""
-    stage, where, content = entry
-    setting, switch = MIXTURES.get(stage, (None, None))
-    mixture = lookup(content, setting) if setting else None
-    if not isinstance(mixture, Mapping) or (switch and not lookup(content, switch)):
-        return
+    _, where, _ = entry
+    setting, mixture = _mixture(entry)
     for name in mixture:
         if name not in kinds:
             made = " (documents made from facts)" if name == "statements" else ""
@@ -129,6 +119,29 @@ def _check_mixture(entry: Entry, kinds: list[str]) -> Iterator[str]:
                 f"{where}.{setting}: found {name!r}, but no source provides such documents{made}; there are "
                 f"{', '.join(kinds) or 'none'}"
             )
+
+
+def _check_shares(entry: Entry) -> Iterator[str]:
+    """Report a kind of text in a mixture that would get less than one window of a batch."""
+    stage, where, content = entry
+    setting, mixture = _mixture(entry)
+    size = lookup(content, MIXTURES[stage][1]) if mixture else None
+    numbers = all(isinstance(value, int | float) for value in mixture.values())
+    if not isinstance(size, int) or not numbers or lookup(content, "objective") == "masked":  # reads whole documents
+        return
+    try:
+        apportion(mixture, size)
+    except StageError as error:
+        yield f"{where}.{setting}: {str(error).rstrip('.')}"
+
+
+def _mixture(entry: Entry) -> tuple[str, Mapping[str, Any]]:
+    """Return an entry's setting of a mixture and its value; an empty one if the entry reads none."""
+    stage, _, content = entry
+    setting, _, switch = MIXTURES.get(stage, ("", "", None))
+    mixture = lookup(content, setting)
+    is_read = isinstance(mixture, Mapping) and (switch is None or lookup(content, switch))
+    return setting, mixture if is_read else {}
 
 
 def _kinds_of_text(sources: SourceTables) -> list[str]:

@@ -37,12 +37,12 @@ STAGE_FIGURES = {  # patterns of the figures in each stage's metrics, by their f
 }  # fmt: skip
 
 
-def check_gates(params: Params) -> Iterator[str]:
+def check_gates(params: Params, sources: data.SourceTables) -> Iterator[str]:
     """Report gates on unknown models, and on figures that their models cannot have; the graph must have no cycles."""
     gates = lookup(params, "compare.gates")
     if not isinstance(gates, list) or not gates:
         return
-    possible = possible_figures(params)
+    possible = possible_figures(params, sources)
     stages = {f"{stage}@{key}" for stage in ENTRY_STAGES[:-1] for key in entries_of(params, stage)}
     for number, gate in enumerate(gates):
         metric, model, against = (lookup(gate, key) for key in ("metric", "model", "against"))
@@ -71,10 +71,10 @@ def _check_metric(metric: str, model: str, possible: Mapping[str, Sequence[str] 
     return f"{model} can have {', '.join(figures)}"
 
 
-def possible_figures(params: Params) -> dict[str, list[str] | None]:
+def possible_figures(params: Params, sources: data.SourceTables) -> dict[str, list[str] | None]:
     """Return the figures that each entry of evaluate can have; None where the evaluations are invalid."""
     listed = _evaluations(params)
-    links, kinds, tables = links_of(params), ModelKinds(params), _tables(params)
+    links, kinds, tables = links_of(params), ModelKinds(params), _tables(sources)
     stage = module_of("evaluate")
     by_key = {link.key: link for link in evaluations(links)}
     found: dict[str, list[str] | None] = {}
@@ -115,9 +115,8 @@ def _kind(kinds: ModelKinds, folder: str) -> str | None:
     return found
 
 
-def _tables(params: Params) -> dict[str, bool]:
+def _tables(sources: data.SourceTables) -> dict[str, bool]:
     """Return which tables, and whether short answers, the sources can give."""
-    sources = data.tables_by_source(params)
     provided = set[str]().union(*(tables for _, tables in sources))
     found = {name: name in provided for name in ("corpus", "instructions")}
     return {**found, "answers": data.gives_answers(sources)}

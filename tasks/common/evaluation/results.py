@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.common import identity
-from tasks.common.harness.job import Job, StageError
+from tasks.common.harness.job import Job, open_store
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -38,19 +38,9 @@ class ResultStore:
         """Return the store of a job's entry, keyed by parts of its recipe; raise StageError if it is not writable."""
         if not job.parts:
             return cls({}, {})
-        import fsspec
-
-        filesystem, path = fsspec.core.url_to_fs(job.checkpoints.url)
         shared = {name: job.parts[name] for name in parts}
         hashes = {name: job.parts["inputs"][str(input_path)] for name, input_path in job.inputs.items()}
-        store = cls(shared, hashes, filesystem, f"{path.rstrip('/')}/{FOLDER}/{job.name}")
-        try:
-            filesystem.makedirs(store.folder, exist_ok=True)
-        except OSError as error:
-            raise StageError(
-                f"results cannot be written to {job.checkpoints.url} ({error}); make it writable, or change "
-                "placement.checkpoints.url in params.yaml."
-            ) from error
+        store = cls(shared, hashes, *open_store(job, f"{FOLDER}/{job.name}"))
         job.when_complete.append(store.prune)
         return store
 

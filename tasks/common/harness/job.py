@@ -5,9 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.common.settings import ENTRY_STAGES, BessemerError, Checkpoints, Numerics, Timeouts, Tracking
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 RUNS_FOLDER = Path("runs")
 
@@ -76,6 +79,25 @@ class Job:
     def log_figures(self, **figures: float | int | str) -> None:
         """Add figures about this run (speed, memory, time) to its log; they never enter a tracked output."""
         self.figures.update(figures)
+
+
+def open_store(job: Job, folder: str) -> "tuple[AbstractFileSystem, str]":
+    """Return the file system of a job's checkpoints and the path of a folder there, which it creates.
+
+    Raises StageError if the folder is not writable.
+    """
+    import fsspec
+
+    filesystem, root = fsspec.core.url_to_fs(job.checkpoints.url)
+    path = f"{root.rstrip('/')}/{folder}"
+    try:
+        filesystem.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise StageError(
+            f"{job.checkpoints.url}, the store of checkpoints and finished evaluations, cannot be written to "
+            f"({error}); make it writable, or change placement.checkpoints.url in params.yaml."
+        ) from error
+    return filesystem, path
 
 
 def stage_name(stage: str, key: str | None) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.common.harness.job import Job, StageError
+from tasks.common.harness.job import Job, StageError, open_store
 from tasks.common.training.parallel import World, full_tensor, shard_like
 
 if TYPE_CHECKING:
@@ -71,17 +71,8 @@ class CheckpointStore:
     @classmethod
     def for_job(cls, job: Job, world: World) -> "CheckpointStore":
         """Return the store of a job's recipe; raise StageError if it is not writable."""
-        import fsspec
-
-        filesystem, path = fsspec.core.url_to_fs(job.checkpoints.url)
-        store = cls(filesystem, f"{path.rstrip('/')}/{job.name}/{job.recipe}", job.checkpoints.every_seconds, world)
-        try:
-            filesystem.makedirs(store.folder, exist_ok=True)
-        except OSError as error:
-            raise StageError(
-                f"checkpoints cannot be written to {job.checkpoints.url} ({error}); make it writable, or change "
-                "placement.checkpoints.url in params.yaml."
-            ) from error
+        filesystem, folder = open_store(job, f"{job.name}/{job.recipe}")
+        store = cls(filesystem, folder, job.checkpoints.every_seconds, world)
         job.when_complete.append(store.clear)
         return store
 
