@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from flows import environment, graph, records
 from flows.graph import Graph
-from tasks.common import params_file
+from tasks.common import model_graph, params_file
 from tasks.common.harness.launch import check_device_count
 from tasks.common.harness.records import commit
 from tasks.common.raw_params import read_params
@@ -72,9 +72,10 @@ def run(project: Path, names: Sequence[str]) -> None:
 def _select_stages(project: Path, names: Sequence[str], params: dict[str, Any]) -> Graph:
     """Return the named stages and their dependencies; raise SettingsError if one cannot run with these settings.
 
-    Only the stages that would run are checked, because the others' results may be from earlier, valid settings.
+    Only the stages that would run are checked, because the others' results may be from earlier, valid settings. Files
+    of all stages are checked before DVC is asked, which takes seconds: a stage without one of its files is due anyway.
     """
-    params_file.check(params)
+    params_file.check(params, files_of=() if names else model_graph.stage_names(params))
     stages = graph.select(graph.read(project), names)
     params_file.check(params, stages=[name for name, stage in stages.items() if stage.dirty])
     return stages

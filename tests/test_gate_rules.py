@@ -7,7 +7,13 @@ import pytest
 
 from tasks.common.defaults import read_settings
 from tasks.rules.data import tables_by_source
-from tasks.rules.gates import STAGE_FIGURES, check_evaluations, check_gates, possible_figures
+from tasks.rules.gates import (
+    STAGE_FIGURES,
+    check_data_of_evaluations,
+    check_evaluations,
+    check_gates,
+    possible_figures,
+)
 from tests.conftest import ROOT
 from tests.training_fixtures import SETTINGS, Chain, chain
 
@@ -118,3 +124,20 @@ def test_every_figure_of_a_stage_can_be_gated(chain: Chain, tmp_path: Path) -> N
             figures = [key for key, value in chain.metrics[name].items() if isinstance(value, int | float | dict)]
             missing = [key for key in figures if not any(fnmatchcase(key, one) for one in STAGE_FIGURES[stage])]
             assert missing == [], name
+
+
+def test_evaluation_without_data_is_reported(params: dict[str, Any]) -> None:
+    """What is listed was asked for; of the default set, what cannot be measured is left out."""
+    chats = without_sources(params, "instructions")
+    lines = list(check_data_of_evaluations(chats, tables_by_source(chats)))
+    assert [line.partition(":")[0] for line in lines] == ["evaluations.text", "evaluations.masked_names"]
+    assert "Add what is missing, or remove the evaluation" in lines[0]
+    assert list(check_data_of_evaluations(params, tables_by_source(params))) == []
+    chats["evaluations"] = {}
+    assert list(check_data_of_evaluations(chats, tables_by_source(chats))) == []
+
+
+def test_gate_of_an_unknown_model_is_one_problem(params: dict[str, Any]) -> None:
+    """What it may be compared with depends on the model."""
+    [problem] = gate_problems(params, metric="bytes", model="nobody", against="base")
+    assert problem.startswith("compare.gates.0.model: found 'nobody'")

@@ -1,6 +1,7 @@
 """What a folder's files rule out is reported by the settings check, before any stage runs."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from tasks.common import model_folder
 from tasks.common.harness import execution
 from tasks.rules import consistency
 from tasks.rules.user_models import check_user_models
+from tasks.rules.user_tokenizers import check_user_tokenizers
 from tests.family_fixtures import write_family
 
 
@@ -32,8 +34,11 @@ def test_damaged_folder_is_reported_once_with_its_setting(folders: Path, tmp_pat
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}))
     found = problems(finetune={"model": str(folder)}, evaluate={"model": str(folder)})
-    assert found == [f"finetune.x.model: {folder} cannot be used as a model: it has no weights (model.safetensors): "
-                     "download the folder again"]  # fmt: skip
+    where = f"finetune.x.model: {folder} cannot be used as a model: it"
+    assert found == [
+        f"{where} has no weights (model.safetensors): download the folder again",
+        f"{where} contains no tokenizer (tokenizer.json): save the model's tokenizer there with save_pretrained",
+    ]
     assert problems(finetune={"model": str(folders / "llama")}) == []
 
 
@@ -101,3 +106,70 @@ def test_base_of_an_adapter_is_an_input(folders: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folders / "llama")}))
     inputs = execution.add_adapter_bases({"model": tmp_path, "instructions": folders})
     assert inputs == {"model": tmp_path, "instructions": folders, "base of model": folders / "llama"}
+
+
+def test_families_that_transformers_knows_are_read_from_its_source() -> None:
+    """Importing the list would take two seconds."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    assert all(map(model_folder.is_known_family, CONFIG_MAPPING_NAMES))
+    assert not model_folder.is_known_family("unheard-of")
+
+
+@pytest.fixture
+def copy(folders: Path, tmp_path: Path) -> Path:
+    """A folder of the Llama family to change."""
+    return Path(shutil.copytree(folders / "llama", tmp_path / "copy"))
+
+
+def tokenizer_problems(**sections: Any) -> list[str]:
+    """Return the problems of tokenizers, of settings with these sections."""
+    return list(check_user_tokenizers(sections))
+
+
+def change(path: Path, **entries: Any) -> None:
+    """Change entries of a JSON file."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**content, **entries}), encoding="utf-8")
+
+
+def test_model_without_a_chat_template_needs_one_by_name(copy: Path) -> None:
+    """An entry further up may have named it; for what trains no conversations it is not needed."""
+    change(copy / "tokenizer_config.json", chat_template=None)
+    (copy / "chat_template.jinja").unlink(missing_ok=True)
+    chat = {"model": str(copy)}
+    [problem] = tokenizer_problems(finetune={"chat": chat})
+    assert problem.startswith(
+        f"finetune.chat.chat_template: found none, and {copy} has no chat template: set it to one"
+    )
+    named = {**chat, "chat_template": "plain"}
+    later = {"model": "data/finetune/chat/model"}
+    assert tokenizer_problems(finetune={"chat": named}, align={"policy": later}) == []
+    assert tokenizer_problems(quantize={"chat": chat}) == []
+    (copy / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    assert tokenizer_problems(finetune={"chat": chat}) == []
+
+
+def test_name_of_a_chat_template_is_checked_against_the_tokenizer(copy: Path) -> None:
+    unknown, lacking = (
+        tokenizer_problems(finetune={"chat": {"model": str(copy), "chat_template": name}})
+        for name in ("alpaca", "phi3")
+    )
+    assert unknown[0].startswith("finetune.chat.chat_template: found 'alpaca', but it should be one of chatml, llama3")
+    assert f"the tokenizer in {copy} lacks <|assistant|>, <|end|>, <|user|>" in lacking[0]
+    (copy / "chat_template.jinja").unlink(missing_ok=True)
+    change(
+        copy / "tokenizer_config.json",
+        chat_template=[{"name": "tool", "template": "a"}, {"name": "rag", "template": "b"}],
+    )
+    [several] = tokenizer_problems(evaluate={"start": {"model": str(copy)}})
+    assert several.endswith("has several chat templates: set it to one of tool, rag")
+
+
+def test_tokenizer_without_an_end_token_is_refused_for_tokenize(copy: Path) -> None:
+    tokenize = {"tokenizer": {"name": "from", "path": str(copy)}}
+    assert tokenizer_problems(tokenize=tokenize) == []
+    change(copy / "tokenizer_config.json", eos_token=None, sep_token=None)
+    (copy / "special_tokens_map.json").unlink(missing_ok=True)
+    [problem] = tokenizer_problems(tokenize=tokenize)
+    assert problem.startswith(f"tokenize.tokenizer.path: the tokenizer in {copy} names no end token (eos_token)")

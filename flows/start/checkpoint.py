@@ -64,7 +64,7 @@ DEFAULT_CHECKPOINT = Checkpoint(
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Return what is known of a model folder. Raises BessemerError if it is of another kind, or unusable."""
-    problem = next(model_folder.problems(path), None)
+    problem = next(model_folder.problems_in_pipeline(path), None)
     if problem:
         raise BessemerError(f"{path} cannot be used as a model: {problem}.")
     base = model_folder.base_of(path)

@@ -3,15 +3,21 @@
 It loads neither torch nor weights, so that settings can be checked against a folder before any work.
 """
 
+import importlib.util
 import json
 import struct
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ENGINE_GRAPH = "openvino_model.xml"  # of an exported model
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model", "vocab.json",
+    "vocab.txt",
+)  # fmt: skip
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 POSITION_KEYS = ("max_position_embeddings", "n_positions")
 # Position ids of RoBERTa's family begin after the padding id, so its table has more rows than usable positions.
@@ -58,6 +64,18 @@ def kind_of(config: Mapping[str, Any]) -> str | None:
     return next((kind for suffix, kind in KIND_BY_SUFFIX.items() if name.endswith(suffix)), None)
 
 
+@cache
+def is_known_family(family: str) -> bool:
+    """Return whether Transformers has a `model_type`.
+
+    The names are read from its source, because importing them takes two seconds.
+    """
+    package = importlib.util.find_spec("transformers")
+    assert package is not None
+    source = Path(str(package.origin)).parent / "models/auto/configuration_auto.py"
+    return f'("{family}", ' in source.read_text(encoding="utf-8")
+
+
 def context_length(config: Mapping[str, Any]) -> int | None:
     """Return the number of tokens that a model reads, from its config.json; None if it gives none.
 
@@ -98,6 +116,11 @@ def base_of(folder: Path) -> Path:
     return folder if base is None else base
 
 
+def tokenizer_folder(folder: Path) -> Path:
+    """Return the folder that holds a model's tokenizer: its own, or that of an adapter's base model."""
+    return folder if (folder / "tokenizer_config.json").is_file() else base_of(folder)
+
+
 def problems(folder: Path) -> Iterator[str]:
     """Yield why a folder cannot be loaded as a Transformers model in full precision, each with what to do."""
     if is_adapter(folder):
@@ -113,6 +136,13 @@ def problems(folder: Path) -> Iterator[str]:
     yield from _config_problems(config)
     if not (folder / ENGINE_GRAPH).is_file():
         yield from _weight_problems(folder)
+
+
+def problems_in_pipeline(folder: Path) -> Iterator[str]:
+    """Yield why no stage can use a folder: it cannot be loaded, or has no tokenizer."""
+    yield from problems(folder)
+    if not any((tokenizer_folder(folder) / name).is_file() for name in TOKENIZER_FILES):
+        yield "it contains no tokenizer (tokenizer.json): save the model's tokenizer there with save_pretrained"
 
 
 def export_problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -169,6 +199,8 @@ def _adapter_problems(folder: Path) -> Iterator[str]:
 def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if config.get("auto_map"):
         yield "it needs code of its own (auto_map), which is never run: use a model that Transformers supports itself"
+    elif (family := config.get("model_type")) and not is_known_family(str(family)):
+        yield f"the installed version of Transformers has no model of the type {family}: use another model"
     if config.get("quantization_config"):
         method = dict(config["quantization_config"]).get("quant_method", "unknown method")
         yield f"its weights are quantized ({method}), and full precision is needed: use the original model"

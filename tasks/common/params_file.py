@@ -42,10 +42,13 @@ def sections_of(module: ModuleType, params: dict[str, Any], key: str | None) -> 
     return found
 
 
-def check(params: dict[str, Any], name: str = "params.yaml", stages: Iterable[str] = ()) -> None:
+def check(
+    params: dict[str, Any], name: str = "params.yaml", stages: Iterable[str] = (), files_of: Iterable[str] = ()
+) -> None:
     """Raise SettingsError with every problem in the settings of the file `name`.
 
-    With `stages` (`quantize@chat`), it includes problems that prevent only these stages from running.
+    With `stages` (`quantize@chat`), it includes problems that prevent only these stages from running, with `files_of`
+    those of files that these stages read.
 
     Stage modules are imported by name, not statically, so that the code of other stages does not enter a stage's
     recipe.
@@ -75,6 +78,8 @@ def check(params: dict[str, Any], name: str = "params.yaml", stages: Iterable[st
         stages = ()
     else:
         problems += consistency.check_settings(with_defaults(params))
+    stages = list(stages)
+    problems += consistency.check_files(with_defaults(params), dict.fromkeys([*stages, *files_of]))
     problems += consistency.check_stages(with_defaults(params), stages)
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)

@@ -10,7 +10,7 @@ from typing import Any
 from tasks.common import model_graph
 from tasks.common.model_graph import Params, lookup
 from tasks.common.settings import LOCKSTEP_ENGINES, ZERO_STAGES
-from tasks.rules import data, gates, models, user_models
+from tasks.rules import data, gates, models, user_models, user_tokenizers
 from tasks.rules.models import Entry, check_at_most, entries
 
 ENGINE_KEY = "numerics.parallel.engine"
@@ -34,6 +34,7 @@ def check_settings(params: Params) -> Iterator[str]:
     """Report settings that contradict each other; the graph must have no cycles."""
     sources = data.tables_by_source(params)
     yield from user_models.check_user_models(params)
+    yield from user_tokenizers.check_user_tokenizers(params)
     yield from models.check_models(params)
     yield from data.check_data(params, sources)
     for entry in entries(params):
@@ -48,17 +49,23 @@ def check_settings(params: Params) -> Iterator[str]:
         yield from _check_reply_counts(entry, params)
     yield from _check_sharding(params)
     yield from gates.check_evaluations(params)
+    yield from gates.check_data_of_evaluations(params, sources)
     yield from gates.check_gates(params, sources)
+
+
+def check_files(params: Params, stages: Iterable[str]) -> Iterator[str]:
+    """Report files and folders of the user's that some of the given stages read and that are missing or unreadable."""
+    wanted = list(stages)
+    yield from model_graph.check_user_paths(params, wanted)
+    if "ingest" in wanted:
+        yield from data.check_source_files(params)
 
 
 def check_stages(params: Params, stages: Iterable[str]) -> Iterator[str]:
     """Report settings that prevent some of the given stages from running but are valid for others."""
     wanted = list(stages)
-    yield from model_graph.check_user_paths(params, wanted)
     if "compare" in wanted:
         yield from gates.check_keys(params)
-    if "ingest" in wanted:
-        yield from data.check_source_files(params)
     unsupported = [
         f"{stage}@{where.partition('.')[2]}"
         for stage, where, entry in entries(params)

@@ -49,7 +49,7 @@ def check_gates(params: Params, sources: data.SourceTables) -> Iterator[str]:
         where, evaluated = f"compare.gates.{number}", model in possible
         for setting, name in (("model", model), ("against", against)):
             names = stages | set(possible) if setting == "model" else set(possible) if evaluated else stages
-            if not isinstance(name, str):
+            if not isinstance(name, str) or (setting == "against" and model not in names | stages | set(possible)):
                 continue
             if name not in names:
                 yield f"{where}.{setting}: found {name!r}, but it should be {_known(possible, stages)}"
@@ -74,18 +74,8 @@ def _check_metric(metric: str, model: str, possible: Mapping[str, Sequence[str] 
 def possible_figures(params: Params, sources: data.SourceTables) -> dict[str, list[str] | None]:
     """Return the figures that each entry of evaluate can have; None where the evaluations are invalid."""
     listed = _evaluations(params)
-    links, kinds, tables = links_of(params), ModelKinds(params), _tables(sources)
-    stage = module_of("evaluate")
-    by_key = {link.key: link for link in evaluations(links)}
     found: dict[str, list[str] | None] = {}
-    for entry, link in by_key.items():
-        facts = stage.Facts(
-            entry=entry,
-            kind=_kind(kinds, link.reads[0]) if link.reads else None,
-            roles=frozenset(str(lookup(one, "role")) for one in entries_of(params, "reward").values()),
-            before=model_before_alignment(link, links) if link.reads else None,
-            **tables,
-        )
+    for entry, facts in _facts(params, sources).items():
         figures = None if listed is None else [*SIZES]
         for name, one in (listed or {}).items():
             if figures is not None and one.is_for(entry, facts.kind):
@@ -93,6 +83,21 @@ def possible_figures(params: Params, sources: data.SourceTables) -> dict[str, li
                 figures += [f"{prefix}{figure}" for figure in one.possible_figures(facts)]
         found[entry] = figures
     return found
+
+
+def _facts(params: Params, sources: data.SourceTables) -> dict[str, Any]:
+    """Return what evaluations need to know of each evaluated model (`Facts`), by the entry of evaluate."""
+    links, kinds, tables = links_of(params), ModelKinds(params), _tables(sources)
+    return {
+        link.key: module_of("evaluate").Facts(
+            entry=link.key,
+            kind=_kind(kinds, link.reads[0]) if link.reads else None,
+            roles=frozenset(str(lookup(one, "role")) for one in entries_of(params, "reward").values()),
+            before=model_before_alignment(link, links) if link.reads else None,
+            **tables,
+        )
+        for link in evaluations(links)
+    }
 
 
 def _evaluations(params: Params) -> dict[str, Any] | None:
@@ -137,6 +142,18 @@ def check_evaluations(params: Params) -> Iterator[str]:
                 yield f"{where}: found {entry!r}, but the entries of evaluate are {', '.join(evaluated) or 'none'}"
             elif not one.is_for(entry, kind := _kind(kinds, str(lookup(evaluated[entry], "model")))):
                 yield f"{where}: found {entry!r}, a {kind} model, but {one.KIND} applies to: {one.APPLIES_TO}"
+
+
+def check_data_of_evaluations(params: Params, sources: data.SourceTables) -> Iterator[str]:
+    """Report evaluations that can give no figure of any model: data, a reward model or a model is missing."""
+    facts = _facts(params, sources)
+    for name, one in (_evaluations(params) or {}).items() if entries_of(params, "evaluations") else ():
+        suitable = [fact for entry, fact in facts.items() if one.is_for(entry, fact.kind)]
+        if facts and not any(one.possible_figures(fact) for fact in suitable):
+            yield (
+                f"evaluations.{name}: it can give no figure of any entry of evaluate with this data. {one.KIND} applies "
+                f"to: {one.APPLIES_TO.rstrip('.')}. Add what is missing, or remove the evaluation"
+            )
 
 
 def check_keys(params: Params) -> Iterator[str]:

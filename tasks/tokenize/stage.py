@@ -119,19 +119,21 @@ def _wrap(config: Config, tokenizer: Any, special: dict[str, Any], template: Any
 def _load_given(config: Config, path: Path) -> "PreTrainedTokenizerFast":
     """Load a folder's tokenizer with its special tokens and chat template; EOS replaces a missing pad token.
 
-    Raises StageError if the folder has no tokenizer or the tokenizer has no EOS token.
+    An encoder's tokenizer may have no EOS; then SEP ends a text. Raises StageError if the folder has no tokenizer, or
+    the tokenizer neither of the two.
     """
     found = chat.read_tokenizer(path)
     templates.choose(found, None, str(path))
-    if found.eos_token is None:
+    end = found.eos_token or found.sep_token
+    if end is None:
         raise StageError(
             f"tokenize.tokenizer.path: the tokenizer in {path} names no end token (eos_token), so a model could not "
             "learn where a text ends: set one in its tokenizer_config.json, or use another tokenizer."
         )
-    special = dict(found.special_tokens_map)
+    special = {**found.special_tokens_map, "eos_token": end}
     if found.pad_token is None:
-        print(f"the tokenizer in {path} has no pad token; its end token {found.eos_token} is used instead")
-        special["pad_token"] = found.eos_token
+        print(f"the tokenizer in {path} has no pad token; its end token {end} is used instead")
+        special["pad_token"] = end
     return _wrap(config, found.backend_tokenizer, special, found.chat_template)
 
 

@@ -53,7 +53,7 @@ def read_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    folder = path if (path / "tokenizer_config.json").is_file() else model_folder.base_of(path)
+    folder = model_folder.tokenizer_folder(path)
     try:
         if (folder / "tokenizer.json").is_file():
             tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
