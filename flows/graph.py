@@ -14,6 +14,9 @@ from typing import Any
 
 from flows import code_changes, forecast
 from flows.code_changes import PredictedDigests, is_digest_file
+from tasks.common.harness.lineage import DATA_STAGES, needed_stages
+from tasks.common.model_graph import links_of
+from tasks.common.raw_params import read_params
 from tasks.common.settings import BessemerError
 
 _DVC_LOCK = threading.RLock()  # DVC's objects are not thread-safe
@@ -45,14 +48,26 @@ Graph = dict[str, Stage]
 
 
 def read(project: Path) -> Graph:
-    """Return all stages by name in topological order, with the reasons why each would run."""
+    """Return the stages by name in topological order, with the reasons why each would run.
+
+    Stages of dvc.yaml that no entry of params.yaml needs are left out (`lineage.needed_stages`).
+    """
     with _repo(project) as repo:
+        unneeded = _unneeded_stages(project)
         index = {_name(stage, project): stage for stage in repo.index.stages}
         names = {stage: _name(stage, project) for stage in repo.index.graph}
-        needs = {names[stage]: sorted(names[need] for need in needed) for stage, needed in repo.index.graph.adj.items()}
-        ordered = _topological_order(list(index), repo.index.graph, names)
+        needs = {
+            names[stage]: sorted({names[need] for need in needed} - unneeded)
+            for stage, needed in repo.index.graph.adj.items()
+        }
+        ordered = [name for name in _topological_order(list(index), repo.index.graph, names) if name not in unneeded]
         predicted = _predict_digests(index.values(), project)
         return {name: _stage(name, index[name], tuple(needs[name]), project, predicted) for name in ordered}
+
+
+def _unneeded_stages(project: Path) -> set[str]:
+    """Return the stages of data and of the scorecard that no entry of params.yaml needs."""
+    return {*DATA_STAGES, "compare"} - needed_stages(links_of(read_params(project / "params.yaml")))
 
 
 def reasons(project: Path, name: str) -> tuple[str, ...]:

@@ -20,18 +20,13 @@ from pydantic import Field, model_validator
 from tasks.common import identity, tables
 from tasks.common.harness import execution
 from tasks.common.harness.job import Job, Link, StageError
-from tasks.common.harness.lineage import lineage, user_sources
+from tasks.common.harness.lineage import DATA_STAGES, lineage, needed_stages, user_sources
 from tasks.common.harness.records import write_json
 from tasks.common.settings import PACKAGE_PARTS, Settings
 
-DATA_STAGES = ("ingest", "validate", "tokenize")
 NUMERICS = False  # no model computes here
 TABLES = ("corpus", "instructions", "rankings")
-INPUTS = (
-    {table: f"data/validate/{table}" for table in TABLES}
-    | {"sources": "data/ingest/sources.json"}
-    | {f"record of {name}": f"data/{name}/record.json" for name in (*DATA_STAGES, "compare")}
-)
+INPUTS: dict[str, str] = {}
 OUTPUTS = {name: f"data/package/{name}" for name in (*PACKAGE_PARTS, "examples.json", "provenance.json")}
 SPACE_MARKS = ("Ġ", "▁")  # that begin a word in a byte-level vocabulary and in SentencePiece's
 WORD_PATTERN = re.compile(r"[^\W\d_]+")
@@ -41,6 +36,7 @@ SHORT_CHARACTERS = 200  # a sample is one line on a page
 MASK = "[MASK]"
 MAX_TEXTS = 5_000  # of a split, searched for one to mask
 MAX_WORDS = 5_000  # candidates for the encoder if the corpus has no names
+NO_SCORECARD: dict[str, Any] = {"models": [], "gates": [], "evaluations": {}, "toxicity": None}  # of a mere export
 
 
 Messages = list[dict[str, str]]
@@ -69,7 +65,7 @@ class Config(Settings):
 
 
 def graph_inputs(config: Config, links: Sequence[Link]) -> dict[str, str]:
-    """Return the models, and the records of all stages that led to them and of the evaluations of these."""
+    """Return the models, the data, and the records of all stages that led to them and of the evaluations of these."""
     ancestors = lineage(links, config.contents.values())
     ancestor_folders = {link.folder for link in links if link.name in ancestors}
     ancestor_inputs = {path for link in links if link.name in ancestors for path in link.reads}
@@ -78,7 +74,12 @@ def graph_inputs(config: Config, links: Sequence[Link]) -> dict[str, str]:
     ]
     rewards = [link.folder for link in links if link.stage == "reward"] if evaluations else []
     names = [*dict.fromkeys([*ancestors, *lineage(links, rewards), *(link.name for link in evaluations)])]
-    return config.contents | {f"record of {name}": f"data/{name.replace('@', '/')}/record.json" for name in names}
+    needed = needed_stages(links)
+    data = {table: f"data/validate/{table}" for table in TABLES} if "validate" in needed else {}
+    data |= {"sources": "data/ingest/sources.json"} if "ingest" in needed else {}
+    names = [*(name for name in (*DATA_STAGES, "compare") if name in needed), *names]
+    records = {f"record of {name}": f"data/{name.replace('@', '/')}/record.json" for name in names}
+    return config.contents | data | records
 
 
 def run(config: Config, job: Job) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         for name, path in job.inputs.items()
         if name.startswith("record of ")
     }
-    evaluation = records["compare"]["metrics"]
+    evaluation = records["compare"]["metrics"] if "compare" in records else NO_SCORECARD
     failed = [gate for gate in evaluation["gates"] if not gate["passed"]]
     if failed and config.refuse_failed_gates:
         raise StageError(
@@ -104,12 +105,12 @@ def run(config: Config, job: Job) -> dict[str, Any]:
             shutil.copytree(job.inputs[part], job.outputs[part])
         else:
             job.outputs[part].mkdir()  # DVC requires every output to exist
-    names = fill_candidates(job.inputs["corpus"], job.inputs["encoder"]) if config.encoder else []
+    names = fill_candidates(job.inputs.get("corpus"), job.inputs["encoder"]) if config.encoder else []
     if config.encoder:
         write_json(job.outputs["encoder"] / "names.json", names)
     write_json(job.outputs["examples.json"], make_examples(config, job.inputs))
     stages = order_records(records)
-    sources = json.loads(job.inputs["sources"].read_text(encoding="utf-8"))
+    sources = json.loads(job.inputs["sources"].read_text(encoding="utf-8")) if "sources" in job.inputs else []
     write_json(job.outputs["provenance.json"], {
         "model": tag, "recipe": recipe, "content": content, "contents": config.contents, "stages": stages,
         "sources": [*sources, *user_sources(stages)], "evaluation": evaluation,
@@ -130,14 +131,9 @@ def describe_gate(gate: dict[str, Any]) -> str:
 
 def order_records(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the records: those of the data stages first, that of `compare` last."""
-    first = {name: records[name] for name in DATA_STAGES}
-    return list(
-        {
-            **first,
-            **{name: records[name] for name in records if name != "compare"},
-            "compare": records["compare"],
-        }.values()
-    )
+    first, last = ([name for name in names if name in records] for names in (DATA_STAGES, ("compare",)))
+    order = dict.fromkeys([*first, *(name for name in records if name not in last), *last])
+    return [records[name] for name in order]
 
 
 def make_examples(config: Config, inputs: Mapping[str, Path]) -> dict[str, Any]:
@@ -150,7 +146,7 @@ def make_examples(config: Config, inputs: Mapping[str, Path]) -> dict[str, Any]:
     return {
         "prompts": prompts,
         "samples": choose_samples(prompts),
-        "masked": find_masked_text(inputs["corpus"]) if config.encoder else None,
+        "masked": find_masked_text(inputs["corpus"]) if config.encoder and "corpus" in inputs else None,
         "classified": texts[0] if texts else None,
     }
 
@@ -161,7 +157,7 @@ def find_prompts(inputs: Mapping[str, Path]) -> list[Messages]:
     They are those of the held-out conversations. Without any, they are those of the other conversations, and in a
     project without conversations those of the rankings.
     """
-    for table in ("instructions", "rankings"):
+    for table in ("instructions", "rankings") if "instructions" in inputs else ():
         for split in ("heldout", "train"):
             rows = sorted(tables.read(inputs[table], split).to_pylist(), key=lambda row: str(row["id"]))
             prompts = list(islice(_distinct(_alternate(rows)), MAX_PROMPTS))
@@ -220,12 +216,12 @@ def find_masked_text(corpus: Path) -> str | None:
     return None
 
 
-def fill_candidates(corpus: Path, encoder: Path) -> list[str]:
+def fill_candidates(corpus: Path | None, encoder: Path) -> list[str]:
     """Return the candidates for a mask: the names in the corpus, or else its most frequent words.
 
     In a project without a corpus they are whole words of the encoder's vocabulary.
     """
-    rows = tables.read(corpus, "train").select(["names", "text"]).to_pylist()
+    rows = tables.read(corpus, "train").select(["names", "text"]).to_pylist() if corpus else []
     names = sorted({name for row in rows for name in row["names"]})
     if names:
         return names

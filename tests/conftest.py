@@ -19,7 +19,7 @@ from filelock import FileLock
 from ruamel.yaml import YAML
 
 from tasks import code
-from tasks.common.settings import ENTRY_STAGES, STAGES
+from tasks.common.settings import STAGES
 from tests import forked_python
 
 # The files of a project; the rest of the repository is tests, documentation and benchmarks.
@@ -27,7 +27,7 @@ PARTS = (
     "flows", "tasks", "serving", "profiles", "data/sources", ".dvc/config", ".dvc/.gitignore", ".dvcignore",
     ".gitignore", "dvc.yaml", "params.yaml", "prefect.yaml", "bentofile.yaml", "pyproject.toml", "requirements.lock",
     "requirements-dev.lock", "Makefile",
-    *(f"data/{section}/.gitkeep" for section in ENTRY_STAGES),
+    *(f"data/{stage}/.gitkeep" for stage in STAGES[:-1]),
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 TOY = Path(__file__).resolve().parent / "toy"

@@ -114,7 +114,7 @@ def test_unreadable_and_empty_source_files_are_named(
 def test_source_without_a_table_is_ruled_out_only_by_its_settings(params: dict[str, Any]) -> None:
     """Nobody knows yet what a remote file holds; its columns may say."""
     without(params, "ratings")
-    remote = {"kind": "remote", "files": [{"url": "s3://bucket/a.jsonl", "sha256": "0" * 64}]}
+    remote: dict[str, Any] = {"kind": "remote", "files": [{"url": "s3://bucket/a.jsonl", "sha256": "0" * 64}]}
     params["ingest"]["sources"].append(remote)
     check(params)
     remote["columns"] = {"messages": "turns"}

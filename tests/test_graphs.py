@@ -21,7 +21,7 @@ from tasks.common import tables
 from tasks.common.defaults import read_settings
 from tasks.common.harness import execution
 from tasks.common.harness.job import module_of
-from tasks.common.settings import ENTRY_SECTIONS, ENTRY_STAGES
+from tasks.common.settings import ENTRY_SECTIONS, STAGES
 from tests.conftest import ROOT
 from tests.foreign_fixtures import write_foreign
 from tests.servers import free_port, serving
@@ -64,7 +64,7 @@ class Graph:
             shutil.copy(ROOT / part, path)
         for part in ("tasks", "serving"):  # whose code is in every recipe
             (path / part).symlink_to(ROOT / part)
-        for stage in ENTRY_STAGES:
+        for stage in STAGES[:-1]:
             (path / "data" / stage).mkdir(parents=True)
         for name in ("toxicity", "evaluation"):
             (path / "data/sources" / name).mkdir(parents=True)
@@ -245,6 +245,22 @@ def test_checkpoint_to_endpoint(project: Path) -> None:
     answers(graph.package)
     with pytest.raises(InputError, match="The package contains no encoder"):
         graph.package.masks.fill("A [MASK].", 1)
+
+
+def test_checkpoint_without_an_evaluation_runs_no_stage_that_nobody_asked_for(project: Path) -> None:
+    """No table is made and no scorecard; the lineage is complete: the hashes of the folder's files."""
+    graph = Graph(
+        project, quantize={"chat": {"model": MINE, **SHORT}}, package={"chat": "data/quantize/chat/model"}
+    )  # fmt: skip
+    assert graph.run() == ["quantize@chat", "package"]
+    provenance = graph.json("data/package/provenance.json")
+    assert [record["stage"] for record in provenance["stages"]] == ["quantize@chat"]
+    [source] = provenance["sources"]
+    assert source["name"] == MINE
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(source["files"])
+    assert provenance["evaluation"]["models"] == []
+    assert graph.json("data/package/examples.json")["prompts"] == []
+    answers(graph.package)
 
 
 def test_corpus_to_encoder_to_endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ HEAVY = (
     "dvc",
 )
 # Stages that read an open number of entries, and the sections whose folders they depend on for that.
-OPEN = {"evaluate": ("reward",), "compare": ENTRY_STAGES, "package": ENTRY_STAGES}
+OPEN = {"evaluate": ("reward",), "compare": ENTRY_STAGES, "package": STAGES[:-1]}
 PROFILES = sorted((ROOT / "profiles").glob("*.yaml"))
 Sections = dict[str, set[str]]
 

@@ -107,11 +107,22 @@ def test_graph_inputs_are_records_of_ancestors_and_evaluations() -> None:
         Link("evaluate@dpo", ("data/align/dpo/model",)),
     )  # fmt: skip
     inputs = package.graph_inputs(settings(chat="data/quantize/chat/model", encoder=None), links)
-    assert list(inputs) == ["chat"] + [
-        f"record of {name}"
-        for name in ("finetune@a", "align@ppo", "quantize@chat", "reward@judge", "evaluate@mine", "evaluate@ppo")
+    entries = ("finetune@a", "align@ppo", "quantize@chat", "reward@judge", "evaluate@mine", "evaluate@ppo")
+    assert list(inputs) == ["chat", "corpus", "instructions", "rankings", "sources"] + [
+        f"record of {name}" for name in ("ingest", "validate", "tokenize", "compare", *entries)
     ]
     assert inputs["record of align@ppo"] == "data/align/ppo/record.json"
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [("models/mine", []), ("data/ingest/checkpoint", ["sources", "record of ingest"])],
+    ids=["folder", "downloaded"],
+)
+def test_graph_inputs_of_an_export_are_neither_data_nor_scorecard(model: str, names: list[str]) -> None:
+    chat = "data/quantize/chat/model"
+    inputs = package.graph_inputs(settings(chat=chat, encoder=None), [Link("quantize@chat", (model,))])
+    assert list(inputs) == ["chat", *names, "record of quantize@chat"]
 
 
 def test_user_files_are_listed_as_a_source(inputs: dict[str, Path], tmp_path: Path) -> None:

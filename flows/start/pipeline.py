@@ -213,6 +213,8 @@ def design(brought: Brought, machine: Machine) -> Design:
         (builder.align_by_ppo if by_ppo else builder.align_by_dpo)(tables["rankings"])
         evaluated["policy"] = builder.model
     parts = {"chat": builder.model, "encoder": builder.encoder, "classifier": builder.classifier}
+    if not tables:
+        evaluated = {}  # a given model is exported and served as it is
     if "labels" in tables:
         builder.classify(tables["labels"])
         # Whoever brings labels asks for a classifier; the model that it starts from is served if it learnt to answer.

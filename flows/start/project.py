@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flows.own_code import INSTALLATION
-from tasks.common.settings import ENTRY_STAGES, BessemerError
+from tasks.common.settings import STAGES, BessemerError
 
 CODE = ("flows", "serving", "tasks")
 FILES = (
@@ -22,7 +22,7 @@ FILES = (
 )  # fmt: skip
 SOURCES = Path("data/sources")
 # Folders that dvc.yaml names as inputs, which must exist in a fresh clone even when they are empty.
-KEPT_FOLDERS = (*(f"data/{stage}" for stage in ENTRY_STAGES), f"{SOURCES}/toxicity", f"{SOURCES}/evaluation")
+KEPT_FOLDERS = (*(f"data/{stage}" for stage in STAGES[:-1]), f"{SOURCES}/toxicity", f"{SOURCES}/evaluation")
 LARGE_FILE_BYTES = 5_000_000  # larger files go to DVC, because git keeps every version in every clone
 IDENTITY = ("-c", "user.name=bessemer", "-c", "user.email=bessemer@localhost")  # where git has no user
 

@@ -93,9 +93,9 @@ def _survey(source: Mapping[str, Any]) -> Any:
     """Return what a source provides and what is wrong with it; for invalid settings, reported elsewhere, all tables."""
     # By name, so that the code of `ingest` does not enter the recipe of every stage that checks settings.
     module = import_module("tasks.ingest.survey")
-    kind: TypeAdapter[Any] = TypeAdapter(import_module("tasks.ingest.source_settings").Source)
+    kind: Any = import_module("tasks.ingest.source_settings").Source
     try:
-        return module.survey([kind.validate_python(source)], SOURCES)[0]
+        return module.survey([TypeAdapter(kind).validate_python(source)], SOURCES)[0]
     except ValidationError:
         return module.Survey("", frozenset(module.ALL_TABLES), ())
 

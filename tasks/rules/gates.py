@@ -42,6 +42,12 @@ def check_gates(params: Params, sources: data.SourceTables) -> Iterator[str]:
     gates = lookup(params, "compare.gates")
     if not isinstance(gates, list) or not gates:
         return
+    if not entries_of(params, "evaluate"):
+        yield (
+            f"compare.gates: found {len(gates)} gate{'s' * (len(gates) > 1)}, but without an entry of evaluate there "
+            "is no scorecard to check: add an entry, or set gates to []"
+        )
+        return
     possible = possible_figures(params, sources)
     stages = {f"{stage}@{key}" for stage in ENTRY_STAGES[:-1] for key in entries_of(params, stage)}
     for number, gate in enumerate(gates):
@@ -151,8 +157,8 @@ def check_data_of_evaluations(params: Params, sources: data.SourceTables) -> Ite
         suitable = [fact for entry, fact in facts.items() if one.is_for(entry, fact.kind)]
         if facts and not any(one.possible_figures(fact) for fact in suitable):
             yield (
-                f"evaluations.{name}: it can give no figure of any entry of evaluate with this data. {one.KIND} applies "
-                f"to: {one.APPLIES_TO.rstrip('.')}. Add what is missing, or remove the evaluation"
+                f"evaluations.{name}: it can give no figure of any entry of evaluate with this data. {one.KIND} "
+                f"applies to: {one.APPLIES_TO.rstrip('.')}. Add what is missing, or remove the evaluation"
             )
 
 

@@ -53,8 +53,8 @@ def _template_problems(stage: str, entry: Any, kinds: ModelKinds) -> Iterator[st
             yield f"found {name!r}, but it should be one of {', '.join([*filter(None, own), *NAMED])}"
         elif lacking := sorted(set(CONTROL_TOKENS[name]) - _vocabulary(folder)):
             yield (
-                f"found {name!r}, but the tokenizer in {root} lacks {', '.join(lacking)}: use a template of the model's "
-                "own family, or plain, which needs only an end token"
+                f"found {name!r}, but the tokenizer in {root} lacks {', '.join(lacking)}: use a template of the "
+                "model's own family, or plain, which needs only an end token"
             )
     elif name is None and not chain and own and not {"", "default"} & own.keys():
         yield f"found none, but {root} has several chat templates: set it to one of {', '.join(own)}"

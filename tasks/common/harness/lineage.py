@@ -5,10 +5,23 @@ from typing import Any
 
 from tasks.common.harness.job import Link
 
+DATA_STAGES = ("ingest", "validate", "tokenize")
+
 
 def entries_by_folder(links: Sequence[Link]) -> dict[str, Link]:
     """Return the entry that produces each model folder; evaluations produce none."""
     return {link.folder: link for link in links if link.stage != "evaluate"}
+
+
+def needed_stages(links: Sequence[Link]) -> frozenset[str]:
+    """Return which of the stages without entries the entries need: those of the data, and `compare`.
+
+    Whatever trains or evaluates reads data. An export alone reads none, except for a model that `ingest` downloads.
+    """
+    if any(link.stage != "quantize" for link in links):
+        evaluates = any(link.stage == "evaluate" for link in links)
+        return frozenset({*DATA_STAGES, *(["compare"] if evaluates else [])})
+    return frozenset({"ingest"} if any("data/ingest/checkpoint" in link.reads for link in links) else ())
 
 
 def ancestry(links: Sequence[Link], folder: str) -> list[str]:
