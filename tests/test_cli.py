@@ -33,7 +33,7 @@ from tests.conftest import ROOT, Project
 # The toy project has its own params.yaml, so its check is skipped.
 DRIVER = """
 from tasks.common import params_file
-params_file.check = lambda params, stages=(): None
+params_file.check = lambda params, **options: None
 from flows.cli import main
 main()
 """
@@ -72,7 +72,7 @@ def toy_cwd(toy: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
     """The toy project as the working directory, without a check of the settings, with its own store of rankings."""
     monkeypatch.chdir(toy.path)
     monkeypatch.setenv("BESSEMER_FEEDBACK", str(toy.path / "data" / "feedback"))
-    monkeypatch.setattr(params_file, "check", lambda params, stages=(): None)
+    monkeypatch.setattr(params_file, "check", lambda params, **options: None)
     before = signal.getsignal(signal.SIGTERM)
     yield toy
     signal.signal(signal.SIGTERM, before)
@@ -175,7 +175,7 @@ from serving import build, serve
 from serving.build import BuildResult
 from serving.errors import ServingError
 from tasks.common import params_file
-params_file.check = lambda params, stages=(): None
+params_file.check = lambda params, **options: None
 commands.run(Path(), [])
 assert not [name for name in sys.modules if name.partition(".")[0] in ("prefect", "torch", "transformers")]
 """
@@ -297,6 +297,8 @@ class TestPlanAndStatus:
     ) -> None:
         stages = toy_cwd.path / "dvc.yaml"
         stages.write_text(stages.read_text().replace("  join:\n", "  compare:\n"))
+        with (toy_cwd.path / "params.yaml").open("a", encoding="utf-8") as file:
+            file.write("evaluate: {tuned: {model: models/mine}}\n")  # without an evaluation there is no scorecard
         make_all(toy_cwd, last="compare")
         write_json(toy_cwd.path / records.SCORECARD_PATH, {"models": [{"model": "tuned"}], "gates": []})
         toy_cwd.settings(left={"text": "new"})

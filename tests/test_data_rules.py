@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from flows import commands
 from tasks.common.defaults import read_settings
 from tasks.common.params_file import check
 from tasks.common.settings import SettingsError
@@ -89,6 +90,22 @@ def test_missing_source_file_is_named(params: dict[str, Any]) -> None:
     source, wordings = problems(params, "ingest")
     assert source.startswith("ingest.sources.0, source facts: expected a file at data/sources/nowhere.csv, a folder")
     assert wordings.startswith("ingest.wordings: found 'nowhere.yaml', but there is no file data/sources/nowhere.yaml")
+
+
+def test_wrong_settings_and_missing_files_are_reported_at_once(
+    params: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before DVC is asked, which takes seconds."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands.graph, "read", None)
+    params["finetune"]["chat"] |= {"model": "models/nowhere", "stepz": 3}
+    (tmp_path / "params.yaml").write_text(json.dumps(params), encoding="utf-8")
+    with pytest.raises(SettingsError) as failure:
+        commands.plan(tmp_path, ())
+    text = str(failure.value)
+    assert "finetune.chat.stepz: unknown key" in text
+    assert "finetune.chat.model: found 'models/nowhere', but there is no such file or folder here" in text
+    assert "ingest.sources.0, source facts: expected a file at data/sources/smoke/facts.csv" in text
 
 
 def test_unreadable_and_empty_source_files_are_named(

@@ -50,7 +50,7 @@ class TestProject:
         assert log.stdout == "First\n"
         status = subprocess.run(["git", "status", "--short"], cwd=new, capture_output=True, text=True, check=True)
         assert status.stdout == ""
-        assert list(graph.read(new))[:4] == ["code", "ingest", "validate", "tokenize"]
+        assert list(graph.read(new)) == ["code", "quantize@chat", "package"]
 
     def test_large_files_are_tracked_by_dvc(self, tmp_path: Path) -> None:
         (tmp_path / "big.txt").write_bytes(b"x" * (project.LARGE_FILE_BYTES + 1))

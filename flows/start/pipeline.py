@@ -247,15 +247,17 @@ def ending(evaluated: Mapping[str, str], parts: Mapping[str, str], context: int,
     """Return the sections that export, evaluate and package models.
 
     `evaluated` has the folders of the models before the export by their names in the scorecard, `parts` those to
-    package. A large model takes long to answer on a CPU, so it answers fewer questions.
+    package. A large model takes long to answer on a CPU, so it answers fewer questions. An export with nothing to
+    compare it with has no scorecard.
     """
     reply = {"max_new_tokens": min(MAX_TOKENS, context // 2)}
     exported = {part: f"data/quantize/{part}/model" for part in parts}
+    models = {**evaluated, **exported} if evaluated else {}
     items = 100 if large else 300
     size = {"questions": items, "samples": items, "max_new_tokens": min(64, context // 2)} if "chat" in parts else {}
     return {
         "quantize": {part: {"model": parts[part], **(reply if part == "chat" else {})} for part in parts},
-        "evaluate": {name: {"model": folder, **size} for name, folder in {**evaluated, **exported}.items()},
+        "evaluate": {name: {"model": folder, **size} for name, folder in models.items()},
         "package": exported,
     }
 
