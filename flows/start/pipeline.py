@@ -15,6 +15,8 @@ from flows.start.checkpoint import Checkpoint
 from flows.start.machine import Machine
 from tasks.common.settings import BessemerError
 
+# The options of the command, and the table that each fills.
+OPTIONS = {"text": "corpus", "conversations": "instructions", "preferences": "rankings", "labels": "labels"}
 STAGE_MINUTES = 12  # of one training stage on this machine, at most, as init proposes it
 EPOCHS = {"pretrain": 8.0, "continue": 1.0, "finetune": 3.0, "labels": 3.0, "reward": 2.0, "dpo": 1.0}
 LARGE_MODEL = 30_000_000  # parameters above which low-rank updates are trained instead of all weights
@@ -282,6 +284,3 @@ def _check(brought: Brought) -> None:
             "--labels and --conversations both fill the table instructions, and every answer would become a label: "
             "make a project of each."
         )
-
-
-OPTIONS = {"text": "corpus", "conversations": "instructions", "preferences": "rankings", "labels": "labels"}
