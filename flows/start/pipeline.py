@@ -222,7 +222,7 @@ def design(brought: Brought, machine: Machine) -> Design:
             parts, evaluated = {}, {}
         parts, evaluated = parts | {"classifier": builder.classifier}, evaluated | {"labels": builder.classifier}
     parts = {part: folder for part, folder in parts.items() if folder}
-    builder.design.sections |= shared_sections(machine, large=builder.low_rank)
+    builder.design.sections |= shared_sections(machine)
     builder.design.sections |= ending(evaluated, parts, builder.context, large=builder.low_rank)
     if "chat" in parts:
         rows = {name: table.rows for name, table in tables.items()}
@@ -232,15 +232,9 @@ def design(brought: Brought, machine: Machine) -> Design:
     return builder.design
 
 
-def shared_sections(machine: Machine, *, large: bool) -> dict[str, Any]:
-    """Return the sections that do not depend on the data.
-
-    On a CPU a large model is not compiled: that took more than four minutes for 135 M parameters.
-    """
-    numerics: dict[str, Any] = {"device": machine.device, "threads": machine.cores}
-    if large and machine.device == "cpu":
-        numerics["compile"] = "never"
-    return {"base": {"seed": 1}, "numerics": numerics}
+def shared_sections(machine: Machine) -> dict[str, Any]:
+    """Return the sections that do not depend on the data."""
+    return {"base": {"seed": 1}, "numerics": {"device": machine.device, "threads": machine.cores}}
 
 
 def ending(evaluated: Mapping[str, str], parts: Mapping[str, str], context: int, *, large: bool) -> dict[str, Any]:
