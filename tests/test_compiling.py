@@ -70,9 +70,10 @@ def test_compiled_run_says_how_long_it_compiles(
 ) -> None:
     monkeypatch.setattr("torch.compile", lambda call, **_options: call)
     short = config("pretrain@causal", steps=1, batch=4, model={**NEW_MODEL, "layers": 1})
-    for choice, printed in (("never", False), ("always", True)):
+    choices: tuple[Choice, ...] = ("never", "always")
+    for choice in choices:
         chain.run(chain.job("pretrain@causal", short, tmp_path / choice, numerics=numerics(choice)), short)
-        assert ("compiling in the first step, about 45 s" in capsys.readouterr().out) is printed
+        assert ("compiling in the first step, about 45 s" in capsys.readouterr().out) is (choice == "always")
 
 
 @pytest.mark.parametrize("changes", [{"processes": 2}, {"threads": 2}])
