@@ -1,7 +1,6 @@
 """`validate`: invalid rows are rejected with a reason; a failed suite stops the run with a message."""
 
 import json
-import re
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
