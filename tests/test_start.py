@@ -187,6 +187,19 @@ class TestPipeline:
         few = {"instructions": table(rows=40)}
         assert design(Brought(checkpoint(), few), MACHINE).sections["compare"]["gates"] == []
 
+    @pytest.mark.parametrize(
+        ("name", "rows", "shares"),
+        [
+            ("corpus", 10_000, None), ("corpus", 300, {"prose": 0.04}), ("corpus", 10, {"prose": 0.25}),
+            ("instructions", 100, None), ("instructions", 50, {"entities": 0.2}), ("rankings", 40, {"rankings": 0.25}),
+        ],
+    )  # fmt: skip
+    def test_about_ten_rows_of_a_small_table_are_held_out(
+        self, name: str, rows: int, shares: dict[str, float] | None
+    ) -> None:
+        ingest = design(Brought(checkpoint(), {name: table(rows=rows)}), MACHINE).sections["ingest"]
+        assert ingest.get("heldout") == shares
+
     def test_small_models_are_trained_whole(self) -> None:
         small = design(Brought(checkpoint(parameters=5_000_000), {"instructions": table()}), MACHINE)
         assert "method" not in small.sections["finetune"]["chat"]
@@ -307,8 +320,9 @@ class TestCommand:
 
     def test_questions_are_asked_in_a_terminal(self, mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(command, "_has_terminal", lambda: True)
-        answers = f"{mine / 'base'}\n\n{mine / 'chats.jsonl'}\n\n\n"
+        answers = f"{mine / 'base'}\n\nabsent.jsonl\n{mine / 'chats.jsonl'}\n\n\n"
         done = CliRunner().invoke(cli.cli, ["init", str(mine / "new")], input=answers)
         assert done.exit_code == 0, done.output
+        assert "absent.jsonl does not exist; correct the path, and quote one that contains spaces." in done.output
         settings = YAML(typ="safe").load(mine / "new/params.yaml")
         assert list(settings["finetune"]) == ["chat"]

@@ -14,6 +14,7 @@ from flows.start.brought import CHARACTERS_PER_TOKEN, Brought, Table
 from flows.start.checkpoint import Checkpoint
 from flows.start.machine import Machine
 from tasks.common.settings import BessemerError
+from tasks.ingest.settings import Heldout
 
 STAGE_MINUTES = 12  # of one training stage on this machine, at most, as init proposes it
 EPOCHS = {"pretrain": 8.0, "continue": 1.0, "finetune": 3.0, "labels": 3.0, "reward": 2.0, "dpo": 1.0}
@@ -24,6 +25,8 @@ SHAPES = (  # most characters of the corpus, and the shape of a new model: hidde
     (float("inf"), (384, 8, 6, 16384, 256)),
 )
 HELDOUT_LARGE = 32  # held-out conversations whose loss a large model reports before and after fine-tuning
+HELDOUT_ROWS = 10  # rows of a table that are held out of training at least, if that is at most MAX_HELDOUT_SHARE
+MAX_HELDOUT_SHARE = 0.25
 MAX_TOKENS = 512  # of a conversation in training, where the checkpoint allows more
 
 
@@ -199,7 +202,10 @@ def design(brought: Brought, machine: Machine) -> Design:
     """Return the pipeline for what the user brings. Raises BessemerError if nothing can be made of it."""
     _check(brought)
     builder, tables = Designer(brought, machine), brought.tables
-    builder.design.sections["ingest"] = {"sources": [source for table in tables.values() for source in table.sources]}
+    builder.design.sections["ingest"] = {
+        **heldout_shares(tables),
+        "sources": [source for table in tables.values() for source in table.sources],
+    }
     if brought.checkpoint:
         builder.start_from_checkpoint(brought.checkpoint)
     if "corpus" in tables:
@@ -228,6 +234,20 @@ def design(brought: Brought, machine: Machine) -> Design:
             "gates": gates.propose(rows, [name for name in evaluated if name != "labels"])
         }
     return builder.design
+
+
+def heldout_shares(tables: Mapping[str, Table]) -> dict[str, Any]:
+    """Return the setting `heldout` where the default share would hold out less than about `HELDOUT_ROWS` rows."""
+    fields, defaults = (
+        {"corpus": "prose", "instructions": "entities", "labels": "entities", "rankings": "rankings"},
+        Heldout(),
+    )
+    shares = {
+        fields[name]: min(MAX_HELDOUT_SHARE, ceil(100 * HELDOUT_ROWS / table.rows) / 100)
+        for name, table in tables.items()
+        if table.rows * getattr(defaults, fields[name]) < HELDOUT_ROWS
+    }
+    return {"heldout": shares} if shares else {}
 
 
 def shared_sections(machine: Machine, *, large: bool) -> dict[str, Any]:
