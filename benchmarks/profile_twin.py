@@ -27,13 +27,14 @@ def read_profile(name: str) -> dict[str, Any]:
 
 
 def make_twin(params: dict[str, Any]) -> dict[str, Any]:
-    """Return settings of the same graph that a CPU runs in a minute, on the data of the profile `smoke`.
+    """Return settings of the same graph that a CPU runs in a minute, on the data of `smoke` and the same checkpoint.
 
     Failed gates do not stop it: its models know nothing.
     """
     twin: dict[str, Any] = _resize(params)
     smoke = read_profile("smoke")
     twin |= {section: smoke[section] for section in DATA}
+    twin["ingest"]["checkpoint"] = params["ingest"].get("checkpoint")
     twin["numerics"] |= {"device": "cpu", "threads": 1}
     parallel = twin["numerics"].get("parallel")
     if parallel:

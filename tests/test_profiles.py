@@ -28,15 +28,10 @@ def outline(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_profile_passes_the_settings_rules(name: str) -> None:
-    check(read_profile(name))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_profile_is_at_most_120_lines_for_a_person(name: str) -> None:
+def test_profile_is_short_and_begins_with_its_name(name: str) -> None:
     lines = (ROOT / "profiles" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith(f"# {name}: ")
-    assert name == "smoke" or len(lines) <= 120
+    assert len(lines) <= 120 or name == "smoke"  # which writes small numbers of everything
 
 
 @pytest.mark.parametrize("name", ["chat", *GPU_PROFILES])
@@ -51,6 +46,7 @@ def test_twin_has_the_graph_of_its_profile(name: str) -> None:
     found, wanted = ({section: outline(params[section]) for section in kept} for params in (twin, profile))
     assert found == {**wanted, "package": {**wanted["package"], "refuse_failed_gates": False}}
     assert twin["numerics"]["device"] == "cpu"
+    check(twin)
 
 
 def test_multi_gpu_profile_is_the_gpu_profile_with_processes() -> None:
@@ -88,7 +84,7 @@ def test_twin_runs_from_text_to_a_served_answer(name: str, tmp_path: Path, monke
     twin["placement"]["tracking"] = {"to": []}  # DVCLive has a process of its own, which imports DVC
     if name == "chat":  # a random model in place of the one from the package index
         write_foreign(project / FOLDER, max_position_embeddings=256)
-        twin = replaced(twin, CHECKPOINT, FOLDER)
+        twin = replaced(twin, CHECKPOINT, FOLDER) | {"ingest": {**twin["ingest"], "checkpoint": None}}
     write_params(project / "params.yaml", twin)
     monkeypatch.chdir(project)
     assert run_graph(project)[-1] == "package"

@@ -10,16 +10,14 @@ from typing import Any
 
 import pytest
 
-from flows import graph
 from flows.start import command, machine
 from flows.start.machine import Machine
 from serving.decoding import Sampling
 from serving.package import Package, open_package
-from tasks.common.harness import execution
-from tasks.common.harness.job import module_of
 from tests.family_fixtures import Shape, write_family
 from tests.foreign_fixtures import write_foreign
-from tests.training_fixtures import CAPITALS, ignore_exporter_warnings
+from tests.stage_processes import run_graph
+from tests.training_fixtures import CAPITALS
 
 pytestmark = [
     pytest.mark.slow, pytest.mark.timeout(600),
@@ -94,11 +92,7 @@ def encoder(tmp_path: Path) -> Path:
 def run_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> Package:
     """Run every stage of a new project but `code`, and return its package."""
     monkeypatch.chdir(project)
-    with ignore_exporter_warnings():
-        for name in graph.read(project):
-            stage, _, key = name.partition("@")
-            if stage != "code" and not name.endswith(".dvc"):
-                execution.execute(module_of(stage), key or None)
+    run_graph(project)
     return open_package(project / "data/package")
 
 
