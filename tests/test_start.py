@@ -207,7 +207,7 @@ class TestPipeline:
     @pytest.mark.parametrize(
         ("brought", "sentence"),
         [
-            (Brought(), "Nothing alone gives no model to start from: add --checkpoint"),
+            (Brought(), "Nothing to start from is named: add --checkpoint"),
             (Brought(tables={"instructions": table()}), "--conversations alone gives no model to start from"),
             (
                 Brought(checkpoint("masked"), {"instructions": table()}),
@@ -254,6 +254,8 @@ class TestCommand:
         (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         info = {"chats": {"file_name": "chats.jsonl", "columns": {"prompt": "question", "response": "reply"}}}
         (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+        (tmp_path / "notes.md").write_text("# A note\n\nIt has no columns.\n", encoding="utf-8")
+        (tmp_path / "book.xlsx").write_bytes(b"PK\x03\x04" + bytes(60))
         config = {
             "model_name_or_path": "base", "stage": "sft", "finetuning_type": "lora", "dataset": "chats",
             "dataset_dir": ".", "cutoff_len": 64, "num_train_epochs": 4, "per_device_train_batch_size": 1,
@@ -303,7 +305,14 @@ class TestCommand:
                 "--columns: found 'promt=topic', expected NAME=FIELD with a column",
             ),
             (["--conversations", "nowhere.jsonl", "--yes"], "--conversations: nowhere.jsonl does not exist"),
-            (["--conversations", "dataset_info.json", "--yes"], "contains no conversations that can be used"),
+            (
+                ["--conversations", "dataset_info.json", "--yes"],
+                "has the columns chats; expected a question (question, prompt, instruction ...) and its answer "
+                "(answer, response, output ...), or messages. Name them: --columns instruction=NAME output=NAME.",
+            ),
+            (["--preferences", "chats.jsonl", "--yes"], "contains conversations, not preferences: name it with --conv"),
+            (["--conversations", "notes.md", "--yes"], "contains documents, not conversations: name it with --text"),
+            (["--labels", "book.xlsx", "--checkpoint", "base", "--yes"], "a zip file or a document of Word, Excel"),
             (["--labels", "chats.jsonl", "--checkpoint", "base", "--yes"], "has the columns question, reply; expected"),
             (["--checkpoint", "."], "There is no terminal to ask in: add --yes"),
             (["--from", "lora.yaml", "--text", "x"], "--from names the data itself: leave out --text"),
@@ -317,6 +326,15 @@ class TestCommand:
         assert done.exit_code != 0
         assert sentence in f"{done.output}{done.exception}"
         assert not (mine / "new").exists()
+
+    def test_columns_of_a_spreadsheet_may_have_capitals(self, mine: Path) -> None:
+        (mine / "faq.csv").write_text("Question,Answer\n" + "Who?,Me.\nWhere?,Here.\n" * 2, encoding="utf-8")
+        (mine / "moods.csv").write_text("Text,Label\nGood,up\nBad,down\n", encoding="utf-8")
+        base = ["--checkpoint", str(mine / "base"), "--yes"]
+        done = self.run(str(mine / "new"), "--conversations", str(mine / "faq.csv"), *base)
+        assert "instruction from `Question`, output from `Answer`" in done.output
+        done = self.run(str(mine / "labelled"), "--labels", str(mine / "moods.csv"), *base)
+        assert "instruction from `Text`, output from `Label`" in done.output
 
     def test_questions_are_asked_in_a_terminal(self, mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(command, "_has_terminal", lambda: True)

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 LABEL_NAMES = ("text", "label")  # what --columns calls the columns of labelled texts
 LABEL_COLUMNS = ("label", "labels", "class", "category", "intent", "sentiment", "topic", "target", "output", "answer")
 TEXT_COLUMNS = ("text", "sentence", "content", "message", "review", "comment", "question", "input", "instruction")
+EXPECTED = {  # columns of an option's rows, and how to name them
+    "text": "expected a text (text). Name it: --columns text=NAME",
+    "conversations": "expected a question (question, prompt, instruction ...) and its answer (answer, response, output "
+    "...), or messages. Name them: --columns instruction=NAME output=NAME",
+    "preferences": "expected a prompt with a chosen and a rejected reply (prompt, chosen, rejected), or with ranked "
+    "answers. Name them: --columns prompt=NAME chosen=NAME rejected=NAME",
+}
 LANGUAGE_TEXTS = 100  # of the rows read, to detect their languages
 MIN_LANGUAGE_SHARE = 0.05
 NOUNS = {"corpus": "documents", "instructions": "conversations", "rankings": "preferences", "labels": "labelled texts"}
@@ -89,11 +96,24 @@ def _inspect(option: str, path: Path, columns: dict[str, str]) -> "Inspection":
     table, layout = ("instructions", "alpaca") if option == "labels" else (OPTIONS[option], None)
     found = inspect(path.resolve(), RowOptions(table=table, layout=layout, columns=columns))
     if not found.tables:
-        why = found.problems[0] if found.problems else "it is empty"
-        if found.columns:
-            why += f". Its columns are {', '.join(found.columns)}; --columns says which of them to read"
-        raise BessemerError(f"--{option}: {path} contains no {NOUNS[OPTIONS[option]]} that can be used: {why}.")
+        raise BessemerError(f"--{option}: {path} {_describe_unusable(option, path, found, columns)}.")
     return found
+
+
+def _describe_unusable(option: str, path: Path, found: "Inspection", columns: Mapping[str, str]) -> str:
+    """Return what is in a path without a row that the option can use, and what to do."""
+    from tasks.ingest.inspection import inspect
+
+    noun = NOUNS[OPTIONS[option]]
+    other = None if columns else inspect(path.resolve(), max_rows=20).table
+    named = next((name for name, table in OPTIONS.items() if table == other and name != option), None)
+    is_other_table = named == "text" and not {"text", "file"}.issuperset(found.columns)  # one that has a text, too
+    if named and not is_other_table:
+        return f"contains {NOUNS[OPTIONS[named]]}, not {noun}: name it with --{named}"
+    if found.unknown_columns and option in EXPECTED and not columns:
+        return f"has the columns {', '.join(found.columns)}; {EXPECTED[option]}"
+    why = found.problems[0] if found.problems else "it is empty"
+    return f"contains no {noun} that can be used: {why}"
 
 
 def _label_columns(path: Path, named: Mapping[str, str]) -> dict[str, str]:
@@ -102,14 +122,18 @@ def _label_columns(path: Path, named: Mapping[str, str]) -> dict[str, str]:
 
     if named.keys() >= set(LABEL_NAMES):
         return {"instruction": named["text"], "output": named["label"]}
-    columns = inspect(path.resolve(), max_rows=20).columns
-    label = next((name for name in LABEL_COLUMNS if name in columns), None)
-    text = next((name for name in TEXT_COLUMNS if name in columns and name != label), None)
+    found = inspect(path.resolve(), max_rows=20)
+    columns = {name.lower(): name for name in reversed(found.columns)}
+    label = next((columns[name] for name in LABEL_COLUMNS if name in columns), None)
+    text = next((columns[name] for name in TEXT_COLUMNS if name in columns and columns[name] != label), None)
+    if not columns:
+        why = found.problems[0] if found.problems else "it has no columns"
+        raise BessemerError(f"--labels: {path} contains no labelled texts that can be used: {why}.")
     if not label or not text:
         raise BessemerError(
-            f"--labels: {path} has the columns {', '.join(columns) or 'none'}; expected a text "
+            f"--labels: {path} has the columns {', '.join(found.columns)}; expected a text "
             f"({', '.join(TEXT_COLUMNS[:4])} ...) and its label ({', '.join(LABEL_COLUMNS[:4])} ...). "
-            "Name them: --columns text=... label=..."
+            "Name them: --columns text=NAME label=NAME."
         )
     return {"instruction": text, "output": label}
 

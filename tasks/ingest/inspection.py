@@ -13,7 +13,7 @@ from typing import Any
 
 from tasks.ingest import file_lists
 from tasks.ingest.reading import Reading, Rejection
-from tasks.ingest.row_loading import RowOptions, load_file
+from tasks.ingest.row_loading import RowOptions, UnknownColumnsError, load_file
 from tasks.ingest.source_files import SourceFile, UnreadableFile
 from tasks.ingest.source_settings import PARAGRAPH_FORMATS
 
@@ -42,6 +42,7 @@ class Inspection:
     first_rows: tuple[Mapping[str, Any], ...]  # usable ones, as rows of their table
     texts: tuple[str, ...]  # of the rows read, to detect their language
     problems: tuple[str, ...]  # sentences: files that cannot be read, the first rejected rows, encodings
+    unknown_columns: bool  # whether the columns of a file are in no known form
 
     @property
     def table(self) -> str | None:
@@ -82,7 +83,7 @@ class _Findings:
         self.lengths: list[int] = []
         self.texts: list[str] = []
         self.problems: list[str] = []
-        self.estimate, self.bytes_covered = 0.0, 0
+        self.estimate, self.bytes_covered, self.unknown_columns = 0.0, 0, False
 
     def read(self, file: SourceFile, options: RowOptions) -> None:
         """Read the first rows of a file."""
@@ -92,6 +93,7 @@ class _Findings:
             unusable = load_file(file, options, reading)
         except UnreadableFile as error:
             unusable = str(error)
+            self.unknown_columns |= isinstance(error, UnknownColumnsError)
         limited.add_others()
         self.problems += [unusable] if unusable else [item.reason for item in limited.rejections[:1]]
         self.problems += [f"{file.label}: {note}" for note in file.notes]
@@ -117,6 +119,7 @@ class _Findings:
             self.rows_read, self.rejected, round(self.estimate * share),
             sum(self.lengths) / len(self.lengths) if self.lengths else 0.0, max(self.lengths, default=0),
             tuple(self.rows), tuple(self.texts), tuple(dict.fromkeys(problems))[:MAX_PROBLEMS],
+            self.unknown_columns,
         )  # fmt: skip
 
 
