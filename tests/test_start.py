@@ -52,13 +52,19 @@ class TestProject:
         assert status.stdout == ""
         assert list(graph.read(new))[:4] == ["code", "ingest", "validate", "tokenize"]
 
-    def test_large_files_are_tracked_by_dvc(self, tmp_path: Path) -> None:
+    def test_large_files_are_copied_with_progress_and_tracked_by_dvc(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(project, "BAR_DELAY_S", 0)
         (tmp_path / "big.txt").write_bytes(b"x" * (project.LARGE_FILE_BYTES + 1))
         with project.new_project(tmp_path / "new") as path:
             project.copy_in(path, {"data/sources/big.txt": tmp_path / "big.txt"})
             (path / "params.yaml").write_text(text(), encoding="utf-8")
             graph.read(path)  # would tell DVC that there is no git
             project.commit(path, ["data/sources/big.txt"], "First")
+        printed = capsys.readouterr()
+        assert "copying: " in printed.err
+        assert printed.out == "adding data/sources/big.txt to DVC\n"
         tracked = subprocess.run(
             ["git", "ls-files", "data/sources"], cwd=tmp_path / "new", capture_output=True, text=True
         )
@@ -338,8 +344,9 @@ class TestCommand:
 
     def test_questions_are_asked_in_a_terminal(self, mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(command, "_has_terminal", lambda: True)
-        answers = f"{mine / 'base'}\n\n{mine / 'chats.jsonl'}\n\n\n"
+        answers = f"{mine / 'base'}\n\nabsent.jsonl\n{mine / 'chats.jsonl'}\n\n\n"
         done = CliRunner().invoke(cli.cli, ["init", str(mine / "new")], input=answers)
         assert done.exit_code == 0, done.output
+        assert "absent.jsonl does not exist; correct the path, and quote one that contains spaces." in done.output
         settings = YAML(typ="safe").load(mine / "new/params.yaml")
         assert list(settings["finetune"]) == ["chat"]

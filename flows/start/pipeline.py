@@ -16,6 +16,8 @@ from flows.start.machine import Machine
 from tasks.common.settings import BessemerError
 from tasks.ingest.settings import Heldout
 
+# The options of the command, and the table that each fills.
+OPTIONS = {"text": "corpus", "conversations": "instructions", "preferences": "rankings", "labels": "labels"}
 STAGE_MINUTES = 12  # of one training stage on this machine, at most, as init proposes it
 EPOCHS = {"pretrain": 8.0, "continue": 1.0, "finetune": 3.0, "labels": 3.0, "reward": 2.0, "dpo": 1.0}
 LARGE_MODEL = 30_000_000  # parameters above which low-rank updates are trained instead of all weights
@@ -226,7 +228,7 @@ def design(brought: Brought, machine: Machine) -> Design:
             parts, evaluated = {}, {}
         parts, evaluated = parts | {"classifier": builder.classifier}, evaluated | {"labels": builder.classifier}
     parts = {part: folder for part, folder in parts.items() if folder}
-    builder.design.sections |= shared_sections(machine, large=builder.low_rank)
+    builder.design.sections |= shared_sections(machine)
     builder.design.sections |= ending(evaluated, parts, builder.context, large=builder.low_rank)
     if "chat" in parts:
         rows = {name: table.rows for name, table in tables.items()}
@@ -238,10 +240,8 @@ def design(brought: Brought, machine: Machine) -> Design:
 
 def heldout_shares(tables: Mapping[str, Table]) -> dict[str, Any]:
     """Return the setting `heldout` where the default share would hold out less than about `HELDOUT_ROWS` rows."""
-    fields, defaults = (
-        {"corpus": "prose", "instructions": "entities", "labels": "entities", "rankings": "rankings"},
-        Heldout(),
-    )
+    fields = {"corpus": "prose", "instructions": "entities", "labels": "entities", "rankings": "rankings"}
+    defaults = Heldout()
     shares = {
         fields[name]: min(MAX_HELDOUT_SHARE, ceil(100 * HELDOUT_ROWS / table.rows) / 100)
         for name, table in tables.items()
@@ -250,15 +250,9 @@ def heldout_shares(tables: Mapping[str, Table]) -> dict[str, Any]:
     return {"heldout": shares} if shares else {}
 
 
-def shared_sections(machine: Machine, *, large: bool) -> dict[str, Any]:
-    """Return the sections that do not depend on the data.
-
-    On a CPU a large model is not compiled: that took more than four minutes for 135 M parameters.
-    """
-    numerics: dict[str, Any] = {"device": machine.device, "threads": machine.cores}
-    if large and machine.device == "cpu":
-        numerics["compile"] = "never"
-    return {"base": {"seed": 1}, "numerics": numerics}
+def shared_sections(machine: Machine) -> dict[str, Any]:
+    """Return the sections that do not depend on the data."""
+    return {"base": {"seed": 1}, "numerics": {"device": machine.device, "threads": machine.cores}}
 
 
 def ending(evaluated: Mapping[str, str], parts: Mapping[str, str], context: int, *, large: bool) -> dict[str, Any]:
@@ -307,6 +301,3 @@ def _check(brought: Brought) -> None:
             "--labels and --conversations both fill the table instructions, and every answer would become a label: "
             "make a project of each."
         )
-
-
-OPTIONS = {"text": "corpus", "conversations": "instructions", "preferences": "rankings", "labels": "labels"}

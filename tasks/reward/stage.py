@@ -39,7 +39,7 @@ from tasks.common.text import chat
 from tasks.common.training import losses
 from tasks.common.training.loop import MAX_LISTED_ITEMS, MicroBatch, Shard, Training, batch_at, last_losses, train
 from tasks.reward.bases import fit_bases, fit_lexicon, mostly_rated
-from tasks.reward.left_out import (
+from tasks.reward.rejected import (
     alike_ids,
     check_differences,
     has_something_to_learn,
