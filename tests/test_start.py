@@ -261,6 +261,7 @@ class TestCommand:
         info = {"chats": {"file_name": "chats.jsonl", "columns": {"prompt": "question", "response": "reply"}}}
         (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
         (tmp_path / "notes.md").write_text("# A note\n\nIt has no columns.\n", encoding="utf-8")
+        (tmp_path / "alike.csv").write_text("text,label,class\nGood,a,up\nFine,b,up\n", encoding="utf-8")
         (tmp_path / "book.xlsx").write_bytes(b"PK\x03\x04" + bytes(60))
         config = {
             "model_name_or_path": "base", "stage": "sft", "finetuning_type": "lora", "dataset": "chats",
@@ -308,7 +309,7 @@ class TestCommand:
         [
             (
                 ["--columns", "promt=topic", "--yes"],
-                "--columns: found 'promt=topic', expected NAME=FIELD with a column",
+                "--columns: found 'promt=topic', expected NAME=FIELD, for example text=body. NAME may be prompt",
             ),
             (["--conversations", "nowhere.jsonl", "--yes"], "--conversations: nowhere.jsonl does not exist"),
             (
@@ -318,6 +319,11 @@ class TestCommand:
             ),
             (["--preferences", "chats.jsonl", "--yes"], "contains conversations, not preferences: name it with --conv"),
             (["--conversations", "notes.md", "--yes"], "contains documents, not conversations: name it with --text"),
+            (
+                ["--labels", "alike.csv", "--columns", "label=class", "--checkpoint", "base", "--yes"],
+                "all 2 texts of alike.csv have the label 'up'; expected two or more classes",
+            ),
+            (["--columns", "txt=topic", "--yes"], "for example text=body. NAME may be text."),
             (["--labels", "book.xlsx", "--checkpoint", "base", "--yes"], "a zip file or a document of Word, Excel"),
             (["--labels", "chats.jsonl", "--checkpoint", "base", "--yes"], "has the columns question, reply; expected"),
             (["--checkpoint", "."], "There is no terminal to ask in: add --yes"),
@@ -340,7 +346,8 @@ class TestCommand:
         done = self.run(str(mine / "new"), "--conversations", str(mine / "faq.csv"), *base)
         assert "instruction from `Question`, output from `Answer`" in done.output
         done = self.run(str(mine / "labelled"), "--labels", str(mine / "moods.csv"), *base)
-        assert "instruction from `Text`, output from `Label`" in done.output
+        assert "text from `Text`, label from `Label`" in done.output
+        assert "2 classes: up 1, down 1; 2 of them with one row" in done.output
 
     def test_questions_are_asked_in_a_terminal(self, mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(command, "_has_terminal", lambda: True)

@@ -72,7 +72,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
     kind = model_folder.kind_of(config)
     if kind is None or (kind == "classifier" and not labels.is_text_classifier(config)):
         found = (config.get("architectures") or ["a model of unknown architecture"])[0]
-        raise BessemerError(f"{path} holds {found}; expected a causal or a masked language model, or a classifier.")
+        bare = f"; {found} has no head" if str(found).endswith("Model") else ""
+        raise BessemerError(
+            f"{path} holds {found}; expected a causal or a masked language model, or a classifier (an architecture that "
+            f"ends in ForCausalLM, LMHeadModel, ForMaskedLM or ForSequenceClassification){bare}. Use the language model "
+            "that it was made from."
+        )
     tokenizer = model_folder.read_json(path / "tokenizer_config.json")
     return Checkpoint(
         path=path,
