@@ -111,7 +111,7 @@ class TestCheckpoint:
         folder = write_foreign(tmp_path / "mine")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         (folder / "config.json").write_text(json.dumps({**config, "architectures": ["CLIPModel"]}), encoding="utf-8")
-        with pytest.raises(BessemerError, match="CLIPModel; expected a causal or a masked language model, or a class"):
+        with pytest.raises(BessemerError, match="CLIPModel without a head; expected a causal or a masked"):
             read_checkpoint(folder)
 
     def test_adapter_comes_with_its_base_model(self, tmp_path: Path) -> None:
