@@ -15,10 +15,11 @@ from flows.start.checkpoint import Checkpoint
 from flows.start.machine import Machine
 from tasks.common.settings import BessemerError
 from tasks.ingest.settings import Heldout
+from tasks.reward.stage import MAX_NORMALIZATION_RESPONSES
 
 # The options of the command, and the table that each fills.
 OPTIONS = {"text": "corpus", "conversations": "instructions", "preferences": "rankings", "labels": "labels"}
-STAGE_MINUTES = 12  # of one training stage on this machine, at most, as init proposes it
+STAGE_MINUTES = 10  # of one training stage on this machine, at most, as init proposes it
 EPOCHS = {"pretrain": 8.0, "continue": 1.0, "finetune": 3.0, "labels": 3.0, "reward": 2.0, "dpo": 1.0}
 LARGE_MODEL = 30_000_000  # parameters above which low-rank updates are trained instead of all weights
 SHAPES = (  # most characters of the corpus, and the shape of a new model: hidden, layers, heads, vocabulary, window
@@ -29,6 +30,7 @@ SHAPES = (  # most characters of the corpus, and the shape of a new model: hidde
 HELDOUT_LARGE = 32  # held-out conversations whose loss a large model reports before and after fine-tuning
 HELDOUT_ROWS = 10  # rows of a table that are held out of training at least, if that is at most MAX_HELDOUT_SHARE
 MAX_HELDOUT_SHARE = 0.25
+JUDGE_STEPS = 3 / 7  # of the reward model's: it learns from three in ten rankings by default
 MAX_TOKENS = 512  # of a conversation in training, where the checkpoint allows more
 
 
@@ -170,7 +172,11 @@ class Designer:
         }  # fmt: skip
         path = self.add("reward", "train", reward)
         self.add("reward", "judge", {**reward, "role": "judge"})
-        self.design.seconds["reward@judge"] = self.design.seconds["reward@train"] * 0.3
+        scored = min(MAX_NORMALIZATION_RESPONSES, 2 * rankings.rows) + 2 * rankings.rows * Heldout().rankings
+        scoring = self.machine.scoring_seconds(self.parameters, scored * tokens / 2)
+        training = self.design.seconds["reward@train"]
+        self.design.seconds["reward@train"] = training + scoring
+        self.design.seconds["reward@judge"] = training * JUDGE_STEPS + scoring
         episodes, new_tokens = 32, min(64, self.context // 2)
         per_iteration = episodes * (
             self.machine.sampling_seconds(self.parameters, new_tokens)
@@ -231,6 +237,11 @@ def design(brought: Brought, machine: Machine) -> Design:
     builder.design.sections |= shared_sections(machine)
     builder.design.sections |= ending(evaluated, parts, builder.context, large=builder.low_rank)
     if "chat" in parts:
+        builder.design.seconds["evaluate"] = sum(
+            machine.sampling_seconds(builder.parameters, 2 * entry["samples"] * entry["max_new_tokens"])
+            for entry in builder.design.sections["evaluate"].values()
+            if "samples" in entry
+        )
         rows = {name: table.rows for name, table in tables.items()}
         builder.design.sections["compare"] = {
             "gates": gates.propose(rows, [name for name in evaluated if name != "labels"])
