@@ -187,7 +187,8 @@ def show_scorecard(out: Console, project: Path) -> None:
         table.add_row(*(form(row[name]) if row.get(name) is not None else "" for name, (_, form) in columns.items()))
     out.print(table)
     failed = [gate for gate in scorecard["gates"] if not gate["passed"]]
-    out.print(f"{len(scorecard['gates']) - len(failed)} of {len(scorecard['gates'])} gates passed.")
+    gates = len(scorecard["gates"])
+    out.print(f"{gates - len(failed)} of {gates} gates passed." if gates else "No gates are set (compare.gates).")
     for gate in failed:
         value = "no value" if gate["value"] is None else f"{gate['value']:.4g}"
         out.print(f"[red]✗[/] {escape(records.gate_words(gate))}: {value}, limit {escape(records.gate_limits(gate))}")

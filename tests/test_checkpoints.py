@@ -211,6 +211,14 @@ def test_longrope_uses_its_original_context(tmp_path: Path) -> None:
     assert chat.load_tokenizer(folder).model_max_length == 64
 
 
+@pytest.mark.parametrize(("entries", "expected"), [({"max_seq_len": 64}, 64), ({}, model_folder.DEFAULT_CONTEXT)])
+def test_context_of_a_model_without_positions_is_bounded(entries: dict[str, int], expected: int, copy: Path) -> None:
+    """MPT states it under another name, BLOOM states none, and its tokenizer's is 10^30."""
+    change(copy / "config.json", max_position_embeddings=None, **entries)
+    change(copy / "tokenizer_config.json", model_max_length=int(1e30))
+    assert chat.load_tokenizer(copy).model_max_length == expected
+
+
 def test_roberta_positions_begin_after_the_padding_id() -> None:
     config = {"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}
     assert model_folder.context_length(config) == 512

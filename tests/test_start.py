@@ -111,7 +111,7 @@ class TestCheckpoint:
         folder = write_foreign(tmp_path / "mine")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         (folder / "config.json").write_text(json.dumps({**config, "architectures": ["CLIPModel"]}), encoding="utf-8")
-        with pytest.raises(BessemerError, match="CLIPModel; expected a causal or a masked language model, or a class"):
+        with pytest.raises(BessemerError, match="CLIPModel without a head; expected a causal or a masked"):
             read_checkpoint(folder)
 
     def test_adapter_comes_with_its_base_model(self, tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ class TestPipeline:
     @pytest.mark.parametrize(
         ("brought", "sentence"),
         [
-            (Brought(), "Nothing alone gives no model to start from: add --checkpoint"),
+            (Brought(), "Nothing to start from is named: add --checkpoint"),
             (Brought(tables={"instructions": table()}), "--conversations alone gives no model to start from"),
             (
                 Brought(checkpoint("masked"), {"instructions": table()}),
@@ -260,6 +260,9 @@ class TestCommand:
         (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         info = {"chats": {"file_name": "chats.jsonl", "columns": {"prompt": "question", "response": "reply"}}}
         (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+        (tmp_path / "notes.md").write_text("# A note\n\nIt has no columns.\n", encoding="utf-8")
+        (tmp_path / "alike.csv").write_text("text,label,class\nGood,a,up\nFine,b,up\n", encoding="utf-8")
+        (tmp_path / "book.xlsx").write_bytes(b"PK\x03\x04" + bytes(60))
         config = {
             "model_name_or_path": "base", "stage": "sft", "finetuning_type": "lora", "dataset": "chats",
             "dataset_dir": ".", "cutoff_len": 64, "num_train_epochs": 4, "per_device_train_batch_size": 1,
@@ -306,10 +309,22 @@ class TestCommand:
         [
             (
                 ["--columns", "promt=topic", "--yes"],
-                "--columns: found 'promt=topic', expected NAME=FIELD with a column",
+                "--columns: found 'promt=topic', expected NAME=FIELD, for example text=body. NAME may be prompt",
             ),
             (["--conversations", "nowhere.jsonl", "--yes"], "--conversations: nowhere.jsonl does not exist"),
-            (["--conversations", "dataset_info.json", "--yes"], "contains no conversations that can be used"),
+            (
+                ["--conversations", "dataset_info.json", "--yes"],
+                "has the columns chats; expected a question (question, prompt, instruction ...) and its answer "
+                "(answer, response, output ...), or messages. Name them: --columns instruction=NAME output=NAME.",
+            ),
+            (["--preferences", "chats.jsonl", "--yes"], "contains conversations, not preferences: name it with --conv"),
+            (["--conversations", "notes.md", "--yes"], "contains documents, not conversations: name it with --text"),
+            (
+                ["--labels", "alike.csv", "--columns", "label=class", "--checkpoint", "base", "--yes"],
+                "all 2 texts of alike.csv have the label 'up'; expected two or more classes",
+            ),
+            (["--columns", "txt=topic", "--yes"], "for example text=body. NAME may be text."),
+            (["--labels", "book.xlsx", "--checkpoint", "base", "--yes"], "a zip file or a document of Word, Excel"),
             (["--labels", "chats.jsonl", "--checkpoint", "base", "--yes"], "has the columns question, reply; expected"),
             (["--checkpoint", "."], "There is no terminal to ask in: add --yes"),
             (["--from", "lora.yaml", "--text", "x"], "--from names the data itself: leave out --text"),
@@ -323,6 +338,16 @@ class TestCommand:
         assert done.exit_code != 0
         assert sentence in f"{done.output}{done.exception}"
         assert not (mine / "new").exists()
+
+    def test_columns_of_a_spreadsheet_may_have_capitals(self, mine: Path) -> None:
+        (mine / "faq.csv").write_text("Question,Answer\n" + "Who?,Me.\nWhere?,Here.\n" * 2, encoding="utf-8")
+        (mine / "moods.csv").write_text("Text,Label\nGood,up\nBad,down\n", encoding="utf-8")
+        base = ["--checkpoint", str(mine / "base"), "--yes"]
+        done = self.run(str(mine / "new"), "--conversations", str(mine / "faq.csv"), *base)
+        assert "instruction from `Question`, output from `Answer`" in done.output
+        done = self.run(str(mine / "labelled"), "--labels", str(mine / "moods.csv"), *base)
+        assert "text from `Text`, label from `Label`" in done.output
+        assert "2 classes: up 1, down 1; 2 of them with one row" in done.output
 
     def test_questions_are_asked_in_a_terminal(self, mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(command, "_has_terminal", lambda: True)

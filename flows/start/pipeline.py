@@ -288,8 +288,13 @@ def _check(brought: Brought) -> None:
     checkpoint, tables = brought.checkpoint, brought.tables
     if not checkpoint and "corpus" not in tables:
         named = ", ".join(f"--{name}" for name in OPTIONS if OPTIONS[name] in tables)
+        if not named:
+            raise BessemerError(
+                "Nothing to start from is named: add --checkpoint (a Transformers folder), --text, --conversations, "
+                "--preferences or --labels (your files), or --from (a configuration of another tool)."
+            )
         raise BessemerError(
-            f"{named or 'Nothing'} alone gives no model to start from: add --checkpoint (a Transformers folder), or "
+            f"{named} alone gives no model to start from: add --checkpoint (a Transformers folder), or "
             "--text to train a new model."
         )
     if checkpoint and checkpoint.kind == "masked" and not {"instructions", "rankings"}.isdisjoint(tables):

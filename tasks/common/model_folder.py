@@ -22,7 +22,8 @@ TOKENIZER_FILES = (  # any of these is a tokenizer
 SPECIAL_TOKEN_FILES = ("special_tokens_map.json", "tokenizer_config.json")
 # Classes of tokenizers that have only the special tokens that their files name; others have defaults of their own.
 PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
-POSITION_KEYS = ("max_position_embeddings", "n_positions")
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+DEFAULT_CONTEXT = 1024  # tokens of a model whose files give no context length (BLOOM)
 # Position ids of RoBERTa's family begin after the padding id, so its table has more rows than usable positions.
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "longformer")
 KIND_BY_SUFFIX = {

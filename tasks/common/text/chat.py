@@ -22,6 +22,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
+UNLIMITED = 2**24  # tokens; a larger `model_max_length` of a tokenizer states no context length
 MICROBATCH_ROWS = 16  # rows of different lengths that share a forward pass in training
 
 TemplateName = Annotated[
@@ -103,6 +104,8 @@ def load_tokenizer(path: Path, template: str | None = None) -> "PreTrainedTokeni
             "tokenizer_config.json."
         )
     max_length = model_folder.context_length(model_folder.read_json(model_folder.base_of(path) / model_folder.CONFIG))
+    if max_length is None and tokenizer.model_max_length > UNLIMITED:
+        max_length = model_folder.DEFAULT_CONTEXT
     if max_length is not None and tokenizer.model_max_length > max_length:
         tokenizer.model_max_length = max_length
     return tokenizer
