@@ -55,7 +55,7 @@ class Classification(Evaluation):
             return Result(absent=absent, details=details)
         used = [known[at] for at in fitting]
         figures, rows = _score(classifier, used, [encoded[at] for at in fitting], majority_label(table))
-        subject.mark_seen_text(rows, used)
+        subject.mark_seen_text(rows, [row["messages"][:-1] for row in used])
         found, means = means_of(rows, MEANS)
         return Result(found | figures, rows, means=means, details=details)
 

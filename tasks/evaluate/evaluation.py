@@ -31,6 +31,7 @@ class Facts:
     corpus: bool = True  # whether a source can fill the table
     instructions: bool = True
     answers: bool = True  # whether a source can give short answers
+    rankings: bool = True
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ INPUTS = {
     "model": "{config.model}",
     "corpus": "data/validate/corpus",
     "instructions": "data/validate/instructions",
+    "rankings": "data/validate/rankings",
     "tokenizer": "data/tokenize/tokenizer",
     "shards": "data/tokenize/shards",
     "toxicity": TOXICITY_FOLDER.as_posix(),
@@ -47,6 +48,7 @@ TEXT_COLUMNS = (
 )
 NUMBER_COLUMNS = (
     "reward", "judge_score", "toxicity", "chrf", "rouge_l", "nats", "tokens", "text_nats", "bytes", "top",
+    "chosen_nats", "rejected_nats",
 )  # fmt: skip
 SAMPLED = "sampled"
 

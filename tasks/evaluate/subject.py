@@ -189,11 +189,11 @@ class Subject:
         texts = self.replies(prompts, self.max_new_tokens, self.config.temperature, Stream.SAMPLES, "samples")
         return Sampled(chosen, texts)
 
-    def mark_seen_text(self, rows: Rows, items: Rows) -> None:
-        """Write into answer rows whether the prompts of their items occur in the training conversations."""
-        prompts = [[dict(turn) for turn in item["messages"][:-1]] for item in items]
-        instructions = self.job.inputs["instructions"]
-        groups = self.store.get({"seen_text": prompts}, ["instructions"], lambda: classify(prompts, instructions))
+    def mark_seen_text(self, rows: Rows, items: Sequence[Sequence[chat.Message]], trained: Sequence[str] = ("instructions",)) -> None:
+        """Write into answer rows whether the prompts of their items occur in training rows of the tables `trained`."""
+        prompts = [[dict(turn) for turn in item] for item in items]
+        folders = [self.job.inputs[table] for table in trained]
+        groups = self.store.get({"seen_text": prompts}, trained, lambda: classify(prompts, *folders))
         for row, group in zip(rows, groups, strict=True):
             row["seen_text"] = group
 

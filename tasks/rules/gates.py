@@ -119,7 +119,7 @@ def _tables(params: Params) -> dict[str, bool]:
     """Return which tables, and whether short answers, the sources can give."""
     sources = data.tables_by_source(params)
     provided = set[str]().union(*(tables for _, tables in sources))
-    found = {name: name in provided for name in ("corpus", "instructions")}
+    found = {name: name in provided for name in ("corpus", "instructions", "rankings")}
     return {**found, "answers": data.gives_answers(sources)}
 
 
