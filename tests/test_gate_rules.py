@@ -71,6 +71,10 @@ def test_figures_follow_from_what_sources_can_give(params: dict[str, Any]) -> No
     assert figures is not None
     assert {"exact_match_seen", "distinct_2", "reward_mean"} <= set(figures)
     assert "perplexity" not in figures
+    assert "preference_accuracy" not in figures
+    pairs = possible_figures(without_sources(params, "rankings"))
+    assert pairs["base"] == ["parameters", "bytes", "preference_accuracy"]
+    assert pairs["policy"] == ["parameters", "bytes", "preference_accuracy", "implicit_reward_accuracy"]
     chats = without_sources(params, "instructions")
     chats["ingest"]["sources"][0]["format"] = "sharegpt"
     assert "exact_match_seen" not in (possible_figures(chats)["base"] or [])

@@ -21,7 +21,9 @@ ONLY: dict[str, Any] = {
 }
 
 
-def ranking(name: str, *responses: str, question: str = "What is the capital of Peru?", **fields: Any) -> dict[str, Any]:
+def ranking(
+    name: str, *responses: str, question: str = "What is the capital of Peru?", **fields: Any
+) -> dict[str, Any]:
     return {
         "id": name, "prompt": [{"role": "user", "content": question}], "responses": list(responses),
         "ranks": list(range(1, len(responses) + 1)), "scores": None, "scale": None, "annotators": 1, "annotator": None,
@@ -105,7 +107,9 @@ def test_export_scores_pairs_as_its_parent_does(chain: Chain, tmp_path: Path) ->
     assert nats["int8"] == pytest.approx(nats["pruned"], rel=0.2)
 
 
-def pair(name: str, chosen: float, rejected: float, prompt: str = "p", evaluation: str = "preferences") -> dict[str, Any]:
+def pair(
+    name: str, chosen: float, rejected: float, prompt: str = "p", evaluation: str = "preferences"
+) -> dict[str, Any]:
     return {
         "id": name, "entity": prompt, "kind": "preference", "evaluation": evaluation, "chosen_nats": chosen,
         "rejected_nats": rejected,

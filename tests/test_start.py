@@ -184,7 +184,13 @@ class TestPipeline:
         assert [(gate["model"], gate["against"]) for gate in gates] == [
             ("tuned", "start"), ("policy", "tuned"), ("chat", "policy"),
         ]  # fmt: skip
-        few = {"instructions": table(rows=40)}
+        pairs = {"rankings": table(rows=400)}
+        gates = design(Brought(checkpoint(), pairs), MACHINE).sections["compare"]["gates"]
+        assert [(gate["metric"], gate["model"], gate.get("against"), gate["min"]) for gate in gates] == [
+            ("implicit_reward_accuracy", "policy", None, 0.34), ("preference_accuracy", "policy", "start", -0.16),
+            ("preference_accuracy", "chat", "policy", -0.16),
+        ]  # fmt: skip
+        few = {"instructions": table(rows=40), "rankings": table(rows=40)}
         assert design(Brought(checkpoint(), few), MACHINE).sections["compare"]["gates"] == []
 
     @pytest.mark.parametrize(

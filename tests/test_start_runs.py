@@ -139,6 +139,26 @@ def test_start_runs_from_files_to_an_answer(
     assert not with_checkpoint or "models/checkpoint" in names
 
 
+def test_dpo_from_pairs_alone_has_figures_and_gates_of_its_own(
+    files: Files, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also from a checkpoint without a chat template: before and after are compared with the same one."""
+    (checkpoint / "chat_template.jinja").unlink()
+    command.init(tmp_path / "project", checkpoint, {"preferences": files.preferences}, yes=True)
+    run_project(tmp_path / "project", monkeypatch)
+    scorecard = json.loads((tmp_path / "project/metrics/evaluate.json").read_text(encoding="utf-8"))
+    start, policy, chat = scorecard["models"]
+    assert [row["model"] for row in scorecard["models"]] == ["start", "policy", "chat"]
+    for row in scorecard["models"]:
+        low, high = row["preference_accuracy_interval"]
+        assert 0 <= low <= row["preference_accuracy"] <= high <= 1
+    assert (start["implicit_reward_accuracy"], policy["against"]) == (None, "start")
+    assert min(policy["implicit_reward_accuracy"], chat["implicit_reward_accuracy"]) > 0.5  # pairs are easy to tell
+    assert {gate["metric"]: gate["passed"] for gate in scorecard["gates"]} == {
+        "implicit_reward_accuracy": True, "preference_accuracy": True,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("options", "model", "stages", "parts"),
     [

@@ -16,6 +16,7 @@ from flows.report.plots import Whisker
 from flows.results import Results
 
 WIN_RATE = "win_rate"
+IMPLICIT = "implicit_reward_accuracy"
 Column = tuple[str, str, str, int]
 SIZE_COLUMNS = (("parameters", "Parameters", "count", -1), ("bytes", "Size", "bytes", -1))
 # (figure, heading, kind, 1 if higher is better and -1 if lower is better)
@@ -28,6 +29,8 @@ ANSWER_COLUMNS = (
     ("answer_calibration_error", "Calibration error", "share", -1),
     ("chrf", "chrF with references", "share", 1),
     ("rouge_l", "ROUGE-L with references", "share", 1),
+    ("preference_accuracy", "Preferred replies likelier", "share", 1),
+    (IMPLICIT, "Preferred replies gained more", "share", 1),
     ("abstained_out_of_scope", "Declined, out of scope", "share", 1),
     ("abstained_in_scope", "Declined, in scope", "share", -1),
 )
@@ -177,7 +180,7 @@ def tiles(run: Results) -> list[Part]:
 
 
 def _alignment_gains(run: Results, models: Sequence[Part]) -> list[Part]:
-    """Return the gain of each alignment, by the judge or else by its reward model."""
+    """Return the gain of each alignment, by the judge, else by preference pairs or its reward model."""
     named = {str(model["model"]): model for model in models}
     found: list[Part] = []
     for model in models:
@@ -187,6 +190,9 @@ def _alignment_gains(run: Results, models: Sequence[Part]) -> list[Part]:
         if model.get(WIN_RATE) is not None:
             label = f"of replies preferred to those of {model['against']}"
             found.append({"kind": "share", "value": model[WIN_RATE], "label": label, "of": model["model"]})
+        elif model.get(IMPLICIT) is not None:
+            label = "of held-out preference pairs ordered as people did"
+            found.append({"kind": "share", "value": model[IMPLICIT], "label": label, "of": model["model"]})
         elif model.get("reward_mean") is not None and before.get("reward_mean") is not None:
             label = f"rating points gained by {run.algorithm(model['made_by'])}"
             gain = model["reward_mean"] - before["reward_mean"]

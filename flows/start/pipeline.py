@@ -88,6 +88,12 @@ class Designer:
         without = checkpoint is not None and checkpoint.kind == "causal" and not checkpoint.chat_template
         return {"chat_template": "plain"} if without and not trained else {}
 
+    def evaluation_template(self) -> dict[str, Any]:
+        """Return the setting `chat_template` with which the model before training is compared with the trained one."""
+        entries = [self.design.sections.get(section, {}) for section in ("finetune", "align")]
+        templates = [entry["chat_template"] for one in entries for entry in one.values() if "chat_template" in entry]
+        return {"chat_template": templates[0]} if templates else {}
+
     def start_from_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Take the user's checkpoint as the model so far."""
         folder = checkpoint.folder
@@ -228,11 +234,13 @@ def design(brought: Brought, machine: Machine) -> Design:
     parts = {part: folder for part, folder in parts.items() if folder}
     builder.design.sections |= shared_sections(machine, large=builder.low_rank)
     builder.design.sections |= ending(evaluated, parts, builder.context, large=builder.low_rank)
+    if "start" in evaluated:
+        builder.design.sections["evaluate"]["start"] |= builder.evaluation_template()
     if "chat" in parts:
         rows = {name: table.rows for name, table in tables.items()}
-        builder.design.sections["compare"] = {
-            "gates": gates.propose(rows, [name for name in evaluated if name != "labels"])
-        }
+        models = [name for name in evaluated if name != "labels"]
+        dpo = "rankings" in tables and "reward" not in builder.design.sections
+        builder.design.sections["compare"] = {"gates": gates.propose(rows, models, dpo=dpo)}
     return builder.design
 
 

@@ -189,7 +189,9 @@ class Subject:
         texts = self.replies(prompts, self.max_new_tokens, self.config.temperature, Stream.SAMPLES, "samples")
         return Sampled(chosen, texts)
 
-    def mark_seen_text(self, rows: Rows, items: Sequence[Sequence[chat.Message]], trained: Sequence[str] = ("instructions",)) -> None:
+    def mark_seen_text(
+        self, rows: Rows, items: Sequence[Sequence[chat.Message]], trained: Sequence[str] = ("instructions",)
+    ) -> None:
         """Write into answer rows whether the prompts of their items occur in training rows of the tables `trained`."""
         prompts = [[dict(turn) for turn in item] for item in items]
         folders = [self.job.inputs[table] for table in trained]
