@@ -326,8 +326,9 @@ class TestCommand:
 
     def test_questions_are_asked_in_a_terminal(self, mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(command, "_has_terminal", lambda: True)
-        answers = f"{mine / 'base'}\n\n{mine / 'chats.jsonl'}\n\n\n"
+        answers = f"{mine / 'base'}\n\nabsent.jsonl\n{mine / 'chats.jsonl'}\n\n\n"
         done = CliRunner().invoke(cli.cli, ["init", str(mine / "new")], input=answers)
         assert done.exit_code == 0, done.output
+        assert "absent.jsonl does not exist; correct the path, and quote one that contains spaces." in done.output
         settings = YAML(typ="safe").load(mine / "new/params.yaml")
         assert list(settings["finetune"]) == ["chat"]

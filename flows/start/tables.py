@@ -91,7 +91,7 @@ def _inspect(option: str, path: Path, columns: dict[str, str]) -> "Inspection":
     if not found.tables:
         why = found.problems[0] if found.problems else "it is empty"
         if found.columns:
-            why += f". Its columns are {', '.join(found.columns)}; --columns says which of them to read"
+            why += ". Here `--columns NAME=FIELD` says which columns are read"
         raise BessemerError(f"--{option}: {path} contains no {NOUNS[OPTIONS[option]]} that can be used: {why}.")
     return found
 
