@@ -50,6 +50,11 @@ CLASSIFIER_COLUMNS = (
     ("majority_label_accuracy", "Accuracy of the most frequent label", "share", 1),
     ("macro_f1", "Macro F1", "share", 1),
     ("label_calibration_error", "Calibration error", "share", -1),
+    ("mean_absolute_error", "Mean absolute error on held-out texts", "number", -1),
+    ("rmse", "Root mean squared error", "number", -1),
+    ("mean_baseline_rmse", "Root mean squared error of the training mean", "number", -1),
+    ("pearson", "Pearson correlation", "number", 1),
+    ("spearman", "Spearman rank correlation", "number", 1),
     *SIZE_COLUMNS,
 )
 TABLES: tuple[tuple[str, Sequence[Column]], ...] = (

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 LABEL_NAMES = ("text", "label")  # what --columns calls the columns of labelled texts
 LABEL_COLUMNS = ("label", "labels", "class", "category", "intent", "sentiment", "topic", "target", "output", "answer")
 TEXT_COLUMNS = ("text", "sentence", "content", "message", "review", "comment", "question", "input", "instruction")
+MAX_NUMBER_CLASSES = 20  # different numbers that are still classes, such as stars; more are learnt as numbers
 LANGUAGE_TEXTS = 100  # of the rows read, to detect their languages
 MIN_LANGUAGE_SHARE = 0.05
 NOUNS = {"corpus": "documents", "instructions": "conversations", "rankings": "preferences", "labels": "labelled texts"}
@@ -35,6 +37,7 @@ def read_table(option: str, paths: Sequence[Path], columns: Mapping[str, str]) -
             f"--{option}: several paths are called {', '.join(twice)}; rename one, or copy both into a folder."
         )
     rows, characters, longest = 0, 0.0, 0
+    texts: list[str] = []
     sources: list[dict[str, Any]] = []
     for path in paths:
         named = _label_columns(path, columns) if option == "labels" else _known(option, columns)
@@ -43,10 +46,41 @@ def read_table(option: str, paths: Sequence[Path], columns: Mapping[str, str]) -
         rows += found.estimated_rows
         characters += found.estimated_rows * found.mean_characters
         longest = max(longest, found.max_characters)
+        texts += found.texts
         click.echo(f"{path}: {_describe(found, NOUNS[OPTIONS[option]], named)}")
         for problem in found.problems[:3]:
             click.echo(f"  {problem}")
-    return Table(rows, characters / max(rows, 1), longest, tuple(sources))
+    task = _label_task([text.rpartition("\n")[2].strip() for text in texts]) if option == "labels" else {}
+    return Table(rows, characters / max(rows, 1), longest, tuple(sources), task)
+
+
+def _label_task(labels: Sequence[str]) -> dict[str, Any]:
+    """Return the task of fine-tuning for labels, and print it: many numbers are learnt as numbers, others as classes.
+
+    Raises BessemerError if the labels are no classes: only one, or hardly one twice.
+    """
+    counts = Counter(labels)
+    numeric = all(_is_number(label) for label in counts)
+    if numeric and len(counts) > MAX_NUMBER_CLASSES:
+        click.echo(f"  {len(counts):,} different numbers: a regression model")
+        return {"name": "regression"}
+    named = ", ".join(repr(label[:40]) for label, _ in counts.most_common(3))
+    if len(counts) < 2 or len(counts) > len(labels) / 2:
+        raise BessemerError(
+            f"--labels: found {len(counts)} different labels in {len(labels):,} texts ({named}); expected at least 2 "
+            "classes with several texts each, or numbers. --columns label=... names another column; texts with "
+            "answers of their own are --conversations."
+        )
+    click.echo(f"  {len(counts)} classes ({named}{', ...' * (len(counts) > 3)})")
+    more = {"max_labels": 2 * len(counts)} if len(counts) > MAX_NUMBER_CLASSES / 2 else {}  # rows not read may add some
+    return {"name": "classification", **more}
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def parse_columns(values: Sequence[str]) -> dict[str, str]:
@@ -103,8 +137,8 @@ def _label_columns(path: Path, named: Mapping[str, str]) -> dict[str, str]:
     if named.keys() >= set(LABEL_NAMES):
         return {"instruction": named["text"], "output": named["label"]}
     columns = inspect(path.resolve(), max_rows=20).columns
-    label = next((name for name in LABEL_COLUMNS if name in columns), None)
-    text = next((name for name in TEXT_COLUMNS if name in columns and name != label), None)
+    label = named.get("label") or next((name for name in LABEL_COLUMNS if name in columns), None)
+    text = named.get("text") or next((name for name in TEXT_COLUMNS if name in columns and name != label), None)
     if not label or not text:
         raise BessemerError(
             f"--labels: {path} has the columns {', '.join(columns) or 'none'}; expected a text "

@@ -35,7 +35,7 @@ class Classification(Evaluation):
 
     def possible_figures(self, facts: Facts) -> tuple[str, ...]:
         """Return accuracy, macro F1, the accuracy of the most frequent label, and calibration."""
-        return (*MEANS, *OTHERS) if facts.instructions else ()
+        return (*MEANS, *OTHERS) if facts.instructions and not facts.numeric else ()
 
     def measure(self, subject: "Subject") -> Result:
         """Classify the held-out texts."""

@@ -14,6 +14,7 @@ from tasks.evaluate.judge import Judge
 from tasks.evaluate.masked_names import MaskedNames
 from tasks.evaluate.overlap import Overlap
 from tasks.evaluate.preferences import Preferences
+from tasks.evaluate.regression import Regression
 from tasks.evaluate.replies import Diversity, Reward
 from tasks.evaluate.text import Text
 from tasks.evaluate.toxicity import Toxicity
@@ -31,7 +32,8 @@ AnyEvaluation = Annotated[
     | Toxicity
     | Harness
     | Abstention
-    | Preferences,
+    | Preferences
+    | Regression,
     Field(discriminator="kind"),
 ]
 
@@ -49,4 +51,5 @@ def default_evaluations() -> dict[str, Evaluation]:
         "text": Text(kind="text"),
         "masked_names": MaskedNames(kind="masked_names"),
         "classification": Classification(kind="classification"),
+        "regression": Regression(kind="regression"),
     }

@@ -33,6 +33,7 @@ class Config(Settings):
 
     model: str = Field(description="Folder of the model to evaluate: an entry's, or your own", min_length=1)
     chat_template: chat.TemplateName = None
+    sources: tables.SourceNames = None
     questions: int = Field(
         default=500, description="Maximum number of questions about seen entities, and about held-out entities", ge=1
     )
@@ -153,7 +154,7 @@ class Subject:
 
         Training leaves them out too, and the endpoint rejects them.
         """
-        rows: Rows = tables.read(self.job.inputs["instructions"]).to_pylist()
+        rows: Rows = tables.read(self.job.inputs["instructions"], sources=self.config.sources).to_pylist()
         model = self.classifier if self.kind == "classifier" else self.decoder
         controls = model.special_tokens
         plain = [row for row in rows if not chat.spells_control_token(controls, row["messages"])]
