@@ -30,7 +30,7 @@ def sections() -> dict[str, Any]:
 
 
 def with_defaults(params: dict[str, Any]) -> dict[str, Any]:
-    """Return the contents of a `params.yaml` with the defaults of keys that it leaves out, names of sources included."""
+    """Return the contents of a `params.yaml` with the defaults of keys that it leaves out, and names of sources."""
     result = dict(params)
     ingest = params.get("ingest")
     if isinstance(ingest, dict) and isinstance(ingest.get("sources"), list):

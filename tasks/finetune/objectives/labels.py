@@ -128,7 +128,7 @@ def find_labels(rows: Iterable[Row], task: Classification) -> list[str]:
         raise StageError(
             f"finetune.task is classification, and the training conversations end in {len(counts)} different answers "
             f"(such as {examples}); expected 2 to finetune.task.max_labels, which is {task.max_labels}. Raise it, or "
-            "use a table whose last answers are labels."
+            "name the sources whose last answers are labels with `sources`."
         )
     return sorted(counts)
 
