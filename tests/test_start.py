@@ -191,6 +191,10 @@ class TestPipeline:
             ("implicit_reward_accuracy", "policy", None, 0.34), ("preference_accuracy", "policy", "start", -0.16),
             ("preference_accuracy", "chat", "policy", -0.16),
         ]  # fmt: skip
+        for task, metric in (("classification", "accuracy"), ("regression", "mean_absolute_error")):
+            labels = {"labels": replace(table(rows=400), task={"name": task})}
+            [gate] = design(Brought(checkpoint(), labels), MACHINE).sections["compare"]["gates"]
+            assert (gate["metric"], gate["model"], gate["against"]) == (metric, "classifier", "labels")
         few = {"instructions": table(rows=40), "rankings": table(rows=40)}
         assert design(Brought(checkpoint(), few), MACHINE).sections["compare"]["gates"] == []
 

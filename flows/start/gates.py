@@ -9,7 +9,8 @@ ALIGNMENT_COST = 0.5  # nats per token of a held-out answer that alignment may c
 EXPORT_COST = 0.05  # the same for 8-bit weights
 EXPORT_BITS = 0.02  # bits per byte of held-out text that 8-bit weights may cost
 MIN_PAIRS, MAX_PAIRS = 10, 100  # held-out preference pairs: as many as `init` holds out, and as are evaluated
-HELDOUT_SHARE = 0.1  # of the rankings
+HELDOUT_SHARE = 0.1  # of the rankings, and of the labelled texts
+EXPORT_ERROR = 1.1  # the mean absolute error that 8-bit weights may have, relative to before
 
 
 def propose(rows: Mapping[str, int], models: list[str], *, dpo: bool = False) -> list[dict[str, Any]]:
@@ -31,14 +32,29 @@ def propose(rows: Mapping[str, int], models: list[str], *, dpo: bool = False) ->
     return []
 
 
+def propose_for_labels(rows: int, task: str) -> list[dict[str, Any]]:
+    """Return gates on the export of a model of `rows` labelled texts."""
+    if rows < MIN_ROWS:
+        return []
+    models = {"model": "classifier", "against": "labels"}
+    if task == "regression":
+        return [{"metric": "mean_absolute_error", **models, "relative": True, "max": EXPORT_ERROR}]
+    return [{"metric": "accuracy", **models, "min": -_coin_error(rows)}]
+
+
+def _coin_error(rows: int) -> float:
+    """Return two standard errors of a coin's share of as many cases as are held out of so many rows."""
+    return round(1 / sqrt(min(max(rows * HELDOUT_SHARE, MIN_PAIRS), MAX_PAIRS)), 2)
+
+
 def _order(rankings: int) -> list[dict[str, Any]]:
     """Return gates on the order of held-out pairs: of the policy no worse than a coin's, of its export no worse yet.
 
-    The limits leave two standard errors of a coin's share of so many pairs, so that chance does not stop a release.
+    The limits leave two standard errors, so that chance does not stop a release.
     """
     if rankings < MIN_ROWS:
         return []
-    error = round(1 / sqrt(min(max(rankings * HELDOUT_SHARE, MIN_PAIRS), MAX_PAIRS)), 2)
+    error = _coin_error(rankings)
     kept = {"metric": "preference_accuracy", "min": -error}
     return [
         {"metric": "implicit_reward_accuracy", "model": "policy", "min": round(0.5 - error, 2)},

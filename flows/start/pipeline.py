@@ -251,11 +251,15 @@ def design(brought: Brought, machine: Machine) -> Design:
     for name, entry in builder.design.sections["evaluate"].items():
         entry |= builder.sources("labels" if name in CLASSIFIERS else "instructions")
         entry |= builder.evaluation_template() if name == "start" else {}
+    proposed = []
     if "chat" in parts:
         rows = {name: table.rows for name, table in tables.items()}
         models = [name for name in evaluated if name != "labels"]
         dpo = "rankings" in tables and "reward" not in builder.design.sections
-        builder.design.sections["compare"] = {"gates": gates.propose(rows, models, dpo=dpo)}
+        proposed += gates.propose(rows, models, dpo=dpo)
+    if "labels" in tables:
+        proposed += gates.propose_for_labels(tables["labels"].rows, str(tables["labels"].task.get("name")))
+    builder.design.sections["compare"] = {"gates": proposed}
     return builder.design
 
 

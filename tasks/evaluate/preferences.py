@@ -14,6 +14,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from tasks.common import stable_hash, tables
+from tasks.common.modelling import models
 from tasks.common.reward.ratings import mean_score
 from tasks.common.text import chat
 from tasks.evaluate.evaluation import Evaluation, Facts, Mean, Result, Row, Rows, answer_row, means_of
@@ -61,7 +62,8 @@ class Preferences(Evaluation):
         chosen = _choose(tables.read(subject.job.inputs["rankings"], "heldout").to_pylist(), self.rankings)
         if not chosen:
             return Result(absent="no ranking is held out")
-        pairs, left_out = _read_pairs(chosen, subject)
+        with models.suppress_warnings("transformers"):  # of long texts, which are counted
+            pairs, left_out = _read_pairs(chosen, subject)
         details = {"rankings": len(chosen), "pairs": len(pairs), **left_out}
         if left_out:
             print(f"{subject.job.name}: left out of {len(chosen)} held-out rankings: {_describe(left_out)}")
