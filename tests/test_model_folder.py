@@ -31,6 +31,7 @@ def test_damaged_folder_is_reported_once_with_its_setting(folders: Path, tmp_pat
     folder = tmp_path / "broken"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}))
+    (folder / "tokenizer.json").write_text("{}")
     found = problems(finetune={"model": str(folder)}, evaluate={"model": str(folder)})
     assert found == [f"finetune.x.model: {folder} cannot be used as a model: it has no weights (model.safetensors): "
                      "download the folder again"]  # fmt: skip

@@ -53,13 +53,19 @@ class TestProject:
         assert status.stdout == ""
         assert list(graph.read(new))[:4] == ["code", "ingest", "validate", "tokenize"]
 
-    def test_large_files_are_tracked_by_dvc(self, tmp_path: Path) -> None:
+    def test_large_files_are_copied_with_progress_and_tracked_by_dvc(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(project, "BAR_DELAY_S", 0)
         (tmp_path / "big.txt").write_bytes(b"x" * (project.LARGE_FILE_BYTES + 1))
         with project.new_project(tmp_path / "new") as path:
             project.copy_in(path, {"data/sources/big.txt": tmp_path / "big.txt"})
             (path / "params.yaml").write_text(text(), encoding="utf-8")
             graph.read(path)  # would tell DVC that there is no git
             project.commit(path, ["data/sources/big.txt"], "First")
+        printed = capsys.readouterr()
+        assert "copying: " in printed.err
+        assert printed.out == "adding data/sources/big.txt to DVC\n"
         tracked = subprocess.run(
             ["git", "ls-files", "data/sources"], cwd=tmp_path / "new", capture_output=True, text=True
         )

@@ -81,7 +81,7 @@ def evaluation(run: Results) -> Part:
     causal = kinds[0][0]
     kinds.insert(2, (causal, named_columns(causal)))
     tables = [_table(run, rows, columns, differences) for rows, columns in kinds if rows]
-    evaluations = run.entries("evaluate")
+    evaluations, exact = run.entries("evaluate"), any(model.get("exact_match_seen") is not None for model in models)
     return {
         "tables": [table for table in tables if table["columns"]],
         "seen_text": _seen_text(models),
@@ -91,7 +91,7 @@ def evaluation(run: Results) -> Part:
         "gates": [
             {**gate, "label": gate_words(gate), "limits": gate_limits(gate)} for gate in run.scorecard.get("gates", [])
         ],
-        "questions": run.settings(evaluations[0]).get("questions") if evaluations else None,
+        "questions": run.settings(evaluations[0]).get("questions") if evaluations and exact else None,
         "toxicity": run.scorecard.get("toxicity") or {},
     }
 

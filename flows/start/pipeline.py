@@ -16,8 +16,11 @@ from flows.start.machine import Machine
 from tasks.common.settings import BessemerError
 from tasks.common.source_names import fill_names
 from tasks.ingest.settings import Heldout
+from tasks.reward.stage import MAX_NORMALIZATION_RESPONSES
 
-STAGE_MINUTES = 12  # of one training stage on this machine, at most, as init proposes it
+# The options of the command, and the table that each fills.
+OPTIONS = {"text": "corpus", "conversations": "instructions", "preferences": "rankings", "labels": "labels"}
+STAGE_MINUTES = 10  # of one training stage on this machine, at most, as init proposes it
 EPOCHS = {"pretrain": 8.0, "continue": 1.0, "finetune": 3.0, "labels": 3.0, "reward": 2.0, "dpo": 1.0}
 LARGE_MODEL = 30_000_000  # parameters above which low-rank updates are trained instead of all weights
 SHAPES = (  # most characters of the corpus, and the shape of a new model: hidden, layers, heads, vocabulary, window
@@ -29,6 +32,7 @@ HELDOUT_LARGE = 32  # held-out conversations whose loss a large model reports be
 HELDOUT_ROWS = 10  # rows of a table that are held out of training at least, if that is at most MAX_HELDOUT_SHARE
 MAX_HELDOUT_SHARE = 0.25
 CLASSIFIERS = ("labels", "classifier")  # in the scorecard: models with a head, before and after export
+JUDGE_STEPS = 3 / 7  # of the reward model's: it learns from three in ten rankings by default
 MAX_TOKENS = 512  # of a conversation in training, where the checkpoint allows more
 
 
@@ -186,7 +190,11 @@ class Designer:
         }  # fmt: skip
         path = self.add("reward", "train", reward)
         self.add("reward", "judge", {**reward, "role": "judge"})
-        self.design.seconds["reward@judge"] = self.design.seconds["reward@train"] * 0.3
+        scored = min(MAX_NORMALIZATION_RESPONSES, 2 * rankings.rows) + 2 * rankings.rows * Heldout().rankings
+        scoring = self.machine.scoring_seconds(self.parameters, scored * tokens / 2)
+        training = self.design.seconds["reward@train"]
+        self.design.seconds["reward@train"] = training + scoring
+        self.design.seconds["reward@judge"] = training * JUDGE_STEPS + scoring
         episodes, new_tokens = 32, min(64, self.context // 2)
         per_iteration = episodes * (
             self.machine.sampling_seconds(self.parameters, new_tokens)
@@ -246,13 +254,18 @@ def design(brought: Brought, machine: Machine) -> Design:
             parts, evaluated = {}, {}
         parts, evaluated = parts | {"classifier": builder.classifier}, evaluated | {"labels": builder.classifier}
     parts = {part: folder for part, folder in parts.items() if folder}
-    builder.design.sections |= shared_sections(machine, large=builder.low_rank)
+    builder.design.sections |= shared_sections(machine)
     builder.design.sections |= ending(evaluated, parts, builder.context, large=builder.low_rank)
     for name, entry in builder.design.sections["evaluate"].items():
         entry |= builder.sources("labels" if name in CLASSIFIERS else "instructions")
         entry |= builder.evaluation_template() if name == "start" else {}
     proposed = []
     if "chat" in parts:
+        builder.design.seconds["evaluate"] = sum(
+            machine.sampling_seconds(builder.parameters, 2 * entry["samples"] * entry["max_new_tokens"])
+            for entry in builder.design.sections["evaluate"].values()
+            if "samples" in entry
+        )
         rows = {name: table.rows for name, table in tables.items()}
         models = [name for name in evaluated if name != "labels"]
         dpo = "rankings" in tables and "reward" not in builder.design.sections
@@ -265,10 +278,8 @@ def design(brought: Brought, machine: Machine) -> Design:
 
 def heldout_shares(tables: Mapping[str, Table]) -> dict[str, Any]:
     """Return the setting `heldout` where the default share would hold out less than about `HELDOUT_ROWS` rows."""
-    fields, defaults = (
-        {"corpus": "prose", "instructions": "entities", "labels": "entities", "rankings": "rankings"},
-        Heldout(),
-    )
+    fields = {"corpus": "prose", "instructions": "entities", "labels": "entities", "rankings": "rankings"}
+    defaults = Heldout()
     shares = {
         fields[name]: min(MAX_HELDOUT_SHARE, ceil(100 * HELDOUT_ROWS / table.rows) / 100)
         for name, table in tables.items()
@@ -277,15 +288,9 @@ def heldout_shares(tables: Mapping[str, Table]) -> dict[str, Any]:
     return {"heldout": shares} if shares else {}
 
 
-def shared_sections(machine: Machine, *, large: bool) -> dict[str, Any]:
-    """Return the sections that do not depend on the data.
-
-    On a CPU a large model is not compiled: that took more than four minutes for 135 M parameters.
-    """
-    numerics: dict[str, Any] = {"device": machine.device, "threads": machine.cores}
-    if large and machine.device == "cpu":
-        numerics["compile"] = "never"
-    return {"base": {"seed": 1}, "numerics": numerics}
+def shared_sections(machine: Machine) -> dict[str, Any]:
+    """Return the sections that do not depend on the data."""
+    return {"base": {"seed": 1}, "numerics": {"device": machine.device, "threads": machine.cores}}
 
 
 def ending(evaluated: Mapping[str, str], parts: Mapping[str, str], context: int, *, large: bool) -> dict[str, Any]:
@@ -327,6 +332,3 @@ def _check(brought: Brought) -> None:
             f"{checkpoint.path} is a classifier already, which is served as it is: leave out the data, or start from "
             "the encoder or the causal model that it was trained from."
         )
-
-
-OPTIONS = {"text": "corpus", "conversations": "instructions", "preferences": "rankings", "labels": "labels"}

@@ -152,14 +152,14 @@ class Subject:
     def table(self) -> Rows:
         """The rows of the instructions table, without those that spell a special token of the model.
 
-        Training leaves them out too, and the endpoint rejects them.
+        Training and the endpoint reject them too.
         """
         rows: Rows = tables.read(self.job.inputs["instructions"], sources=self.config.sources).to_pylist()
         model = self.classifier if self.kind == "classifier" else self.decoder
         controls = model.special_tokens
         plain = [row for row in rows if not chat.spells_control_token(controls, row["messages"])]
         if len(plain) < len(rows):
-            print(f"{self.job.name}: {len(rows) - len(plain)} conversations spell special tokens and are left out")
+            print(f"{self.job.name}: {len(rows) - len(plain)} conversations spell special tokens and are rejected")
         return plain
 
     @cached_property

@@ -108,7 +108,7 @@ def tune_chat(config: Config, task: Chat, tokenizer: "PreTrainedTokenizerFast", 
         model = base()
     if task.packing:
         check_packing(model, job.numerics)
-    before = mean_nll(model, heldout_sample, pad_id, job.numerics)
+    before = mean_nll(model, heldout_sample, pad_id, job.numerics, bar_title(job))
     trained = methods.apply(model, config.method)
     methods.cast_frozen_to_bfloat16(trained, config.method, job.numerics.dtype.decoder)
     four_bit = isinstance(config.method, QLora)  # packed weights give no FLOP estimate
@@ -126,7 +126,7 @@ def tune_chat(config: Config, task: Chat, tokenizer: "PreTrainedTokenizerFast", 
         "heldout_conversations": len(heldout_sample),
         "heldout_rejected": conversations.count_reasons(heldout_rejected),
         "heldout_loss_before": before,
-        "heldout_loss_after": mean_nll(tuned, heldout_sample, pad_id, job.numerics),
+        "heldout_loss_after": mean_nll(tuned, heldout_sample, pad_id, job.numerics, bar_title(job)),
     }
 
 
@@ -160,8 +160,13 @@ def tune_head(
         **last_losses(history),
         "labels": classes and len(classes),
         "heldout_rejected": conversations.count_reasons(heldout_rejected),
-        **labels.evaluate(tuned, tokenizer, heldout, job.numerics, usable, classes),
+        **labels.evaluate(tuned, tokenizer, heldout, job.numerics, usable, classes, bar_title(job)),
     }
+
+
+def bar_title(job: Job) -> str | None:
+    """Return the title of the progress bar over held-out rows; None in all processes but the first."""
+    return None if rank() else f"{job.name} held-out rows"
 
 
 def train_and_save(

@@ -117,21 +117,24 @@ def _wrap(config: Config, tokenizer: Any, special: dict[str, Any], template: Any
 
 
 def _load_given(config: Config, path: Path) -> "PreTrainedTokenizerFast":
-    """Load a folder's tokenizer with its special tokens and chat template; EOS replaces a missing pad token.
+    """Load a folder's tokenizer with its special tokens and chat template; its end token replaces a missing pad token.
 
-    Raises StageError if the folder has no tokenizer or the tokenizer has no EOS token.
+    The end token is EOS, or SEP of an encoder (BERT's tokenizers have no EOS). Raises StageError if the folder has no
+    tokenizer or the tokenizer has neither.
     """
     found = chat.read_tokenizer(path)
     templates.choose(found, None, str(path))
-    if found.eos_token is None:
+    end = found.eos_token or found.sep_token
+    if end is None:
         raise StageError(
-            f"tokenize.tokenizer.path: the tokenizer in {path} names no end token (eos_token), so a model could not "
-            "learn where a text ends: set one in its tokenizer_config.json, or use another tokenizer."
+            f"tokenize.tokenizer.path: the tokenizer in {path} names no end token (eos_token, or sep_token of an "
+            "encoder), so a model could not learn where a text ends: set one in its tokenizer_config.json, or use "
+            "another tokenizer."
         )
     special = dict(found.special_tokens_map)
     if found.pad_token is None:
-        print(f"the tokenizer in {path} has no pad token; its end token {found.eos_token} is used instead")
-        special["pad_token"] = found.eos_token
+        print(f"the tokenizer in {path} has no pad token; its end token {end} is used instead")
+        special["pad_token"] = end
     return _wrap(config, found.backend_tokenizer, special, found.chat_template)
 
 
@@ -140,8 +143,7 @@ class ShardWriter:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", encoder: Encoder, job: Job) -> None:
         self.encoder, self.job, self.vocabulary = encoder, job, len(tokenizer)
-        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        self.start, self.end = (np.array([token], encoder.dtype) for token in (start, tokenizer.eos_token_id))
+        self.start, self.end = (np.array([token], encoder.dtype) for token in chat.first_and_last(tokenizer))
         self.bytes, self.seconds = 0, 0.0
 
     def write(self, split: str) -> dict[str, Any]:

@@ -171,15 +171,19 @@ def evaluate(
     numerics: Numerics,
     train_examples: Sequence[Example],
     labels: Sequence[str] | None,
+    desc: str | None = None,
 ) -> dict[str, Any]:
-    """Return a head's metrics on held-out examples, and those of the training examples' majority label or mean."""
+    """Return a head's metrics on held-out examples, and those of the training examples' majority label or mean.
+
+    `desc` is the title of the progress bar; without it none is shown.
+    """
     import torch
 
     if not examples:
         return {"heldout": 0}
     with torch.no_grad():
         outputs = head_models.head_outputs(
-            model.eval(), tokenizer, [e.ids for e in examples], numerics, EVAL_MICROBATCH_ROWS
+            model.eval(), tokenizer, [e.ids for e in examples], numerics, EVAL_MICROBATCH_ROWS, desc
         )
     targets = np.array([example.target for example in examples])
     train_targets = [example.target for example in train_examples]
