@@ -33,6 +33,8 @@ SCORECARD_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # column: he
     "bits_per_byte": ("bits/\nbyte", lambda value: f"{value:.2f}"),
     "answer_loss": ("answer\nloss", lambda value: f"{value:.2f}"),
     "chrf": ("chrF\n%", lambda value: f"{100 * value:.0f}"),
+    "preference_accuracy": ("pref.\n%", lambda value: f"{100 * value:.0f}"),
+    "implicit_reward_accuracy": ("pref.\ngain %", lambda value: f"{100 * value:.0f}"),
     "abstained_out_of_scope": ("decl.\nout %", lambda value: f"{100 * value:.0f}"),
     "reward_mean": ("reward", lambda value: f"{value:.2f}"),
     "win_rate": ("wins\n%", lambda value: f"{100 * value:.0f}"),

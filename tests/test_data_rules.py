@@ -49,6 +49,19 @@ def test_mixture_of_statements_without_facts_is_a_problem(params: dict[str, Any]
     )
 
 
+def test_sources_of_an_entry_must_provide_conversations(params: dict[str, Any]) -> None:
+    params["finetune"]["chat"]["sources"] = ["nobody"]
+    params["evaluate"]["tuned"]["sources"] = ["facts", "ratings"]
+    unknown, wrong = problems(params)
+    assert unknown.startswith(
+        "finetune.chat.sources.0: found 'nobody', but no source in ingest.sources has this name; those with "
+        "conversations are facts"
+    )
+    assert wrong.startswith(
+        "evaluate.tuned.sources.1: found 'ratings', but this source provides no conversations (table instructions); "
+    )
+
+
 def test_mixture_that_is_not_read_may_name_anything(params: dict[str, Any]) -> None:
     params["finetune"]["chat"]["pretraining_mix"] = {"weight": 0.0, "mixture": {"wiki": 1.0}}
     check(params)

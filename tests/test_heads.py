@@ -10,7 +10,7 @@ import pytest
 
 from tasks.common import tables
 from tasks.common.defaults import read_settings
-from tasks.common.evaluation.labels import label_metrics
+from tasks.common.evaluation.labels import label_metrics, number_metrics
 from tasks.common.harness.job import Job, StageError
 from tasks.common.modelling import head_models, models
 from tasks.common.params_file import check
@@ -25,7 +25,6 @@ from tasks.finetune.objectives.labels import (
     Reader,
     Regression,
     find_labels,
-    number_metrics,
 )
 from tests.conftest import ROOT
 from tests.foreign_fixtures import foreign_tokenizer

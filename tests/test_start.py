@@ -17,6 +17,7 @@ from flows.start.brought import Brought, Table
 from flows.start.checkpoint import Checkpoint, read_checkpoint
 from flows.start.machine import Machine
 from flows.start.pipeline import STAGE_MINUTES, design
+from flows.start.tables import read_table
 from tasks.common.settings import BessemerError
 from tests.foreign_fixtures import write_foreign
 
@@ -190,7 +191,17 @@ class TestPipeline:
         assert [(gate["model"], gate["against"]) for gate in gates] == [
             ("tuned", "start"), ("policy", "tuned"), ("chat", "policy"),
         ]  # fmt: skip
-        few = {"instructions": table(rows=40)}
+        pairs = {"rankings": table(rows=400)}
+        gates = design(Brought(checkpoint(), pairs), MACHINE).sections["compare"]["gates"]
+        assert [(gate["metric"], gate["model"], gate.get("against"), gate["min"]) for gate in gates] == [
+            ("implicit_reward_accuracy", "policy", None, 0.34), ("preference_accuracy", "policy", "start", -0.16),
+            ("preference_accuracy", "chat", "policy", -0.16),
+        ]  # fmt: skip
+        for task, metric in (("classification", "accuracy"), ("regression", "mean_absolute_error")):
+            labels = {"labels": replace(table(rows=400), task={"name": task})}
+            [gate] = design(Brought(checkpoint(), labels), MACHINE).sections["compare"]["gates"]
+            assert (gate["metric"], gate["model"], gate["against"]) == (metric, "classifier", "labels")
+        few = {"instructions": table(rows=40), "rankings": table(rows=40)}
         assert design(Brought(checkpoint(), few), MACHINE).sections["compare"]["gates"] == []
 
     @pytest.mark.parametrize(
@@ -206,6 +217,28 @@ class TestPipeline:
         ingest = design(Brought(checkpoint(), {name: table(rows=rows)}), MACHINE).sections["ingest"]
         assert ingest.get("heldout") == shares
 
+    def test_conversations_and_labels_are_told_apart_by_their_sources(self) -> None:
+        """Also if two files have the same name; what is aligned and evaluated follows."""
+        named = {name: replace(table(), sources=({"kind": "files", "path": f"{name}/rows.csv"},))
+                 for name in ("instructions", "labels", "rankings")}  # fmt: skip
+        planned = design(
+            Brought(checkpoint(), {name: named[name] for name in ("instructions", "rankings", "labels")}), MACHINE
+        )
+        sections = planned.sections
+        assert [source["path"].partition("/")[0] for source in sections["ingest"]["sources"]] == [
+            "instructions", "rankings", "labels",
+        ]  # fmt: skip
+        used = {key: entry["sources"] for key, entry in sections["finetune"].items()}
+        assert used == {"chat": ["rows"], "labels": ["rows-3"]}
+        assert sections["align"]["policy"]["sources"] == ["rows"]
+        assert {key: entry["sources"] for key, entry in sections["evaluate"].items()} == {
+            **{key: ["rows"] for key in ("start", "tuned", "policy", "chat")},
+            **{key: ["rows-3"] for key in ("labels", "classifier")},
+        }  # fmt: skip
+        assert sections["finetune"]["labels"]["model"] == "models/mine"  # other conversations leave it as it is
+        assert set(sections["package"]) == {"chat", "classifier"}
+        assert len(params_text.render("everything", sections).splitlines()) <= params_text.MAX_LINES
+
     def test_small_models_are_trained_whole(self) -> None:
         small = design(Brought(checkpoint(parameters=5_000_000), {"instructions": table()}), MACHINE)
         assert "method" not in small.sections["finetune"]["chat"]
@@ -220,10 +253,6 @@ class TestPipeline:
                 "mine is a masked model, which cannot answer conversations",
             ),
             (Brought(checkpoint("classifier"), {"labels": table()}), "mine is a classifier already"),
-            (
-                Brought(checkpoint(), {"instructions": table(), "labels": table()}),
-                "--labels and --conversations both fill the table instructions",
-            ),
         ],
     )
     def test_what_makes_no_model_is_refused(self, brought: Brought, sentence: str) -> None:
@@ -231,7 +260,39 @@ class TestPipeline:
             design(brought, MACHINE)
 
 
+class TestLabels:
+    @pytest.mark.parametrize(
+        ("labels", "task"),
+        [
+            (["yes", "no"] * 20, {"name": "classification"}),
+            ([1, 2, 3, 4, 5] * 8, {"name": "classification"}),  # stars
+            ([f"topic {number % 30}" for number in range(90)], {"name": "classification", "max_labels": 60}),
+            ([number / 7 for number in range(40)], {"name": "regression"}),
+        ],
+        ids=["words", "stars", "many", "numbers"],
+    )
+    def test_labels_decide_the_task(self, labels: list[Any], task: dict[str, Any], tmp_path: Path) -> None:
+        rows = [{"text": f"Text {number}.", "label": label} for number, label in enumerate(labels)]
+        path = tmp_path / "labels.jsonl"
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        assert read_table("labels", [path], {}).task == task
+
+    def test_answers_are_no_labels(self, tmp_path: Path) -> None:
+        rows = [{"text": f"Text {number}.", "label": f"An answer to text {number}."} for number in range(40)]
+        path = tmp_path / "labels.jsonl"
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        with pytest.raises(BessemerError, match="found 40 different labels in 40 texts"):
+            read_table("labels", [path], {})
+
+
 class TestParamsText:
+    def test_two_groups_of_similar_entries_have_anchors_of_their_own(self) -> None:
+        chats = {key: {"model": key, "samples": 1, "questions": 1, "new": 2} for key in ("a", "b")}
+        labels = {key: {"model": key, "sources": ["x"], "chat_template": "plain", "more": 1} for key in ("c", "d")}
+        text = params_text.render("title", {"evaluate": {**chats, **labels}})
+        assert YAML(typ="safe").load(text)["evaluate"] == {**chats, **labels}
+        assert text.count("<<: *") == 2
+
     def test_text_reads_back_as_the_sections(self) -> None:
         sections: dict[str, Any] = {
             "base": {"seed": 1},
@@ -321,7 +382,7 @@ class TestCommand:
             (["--conversations", "notes.md", "--yes"], "contains documents, not conversations: name it with --text"),
             (
                 ["--labels", "alike.csv", "--columns", "label=class", "--checkpoint", "base", "--yes"],
-                "all 2 texts of alike.csv have the label 'up'; expected two or more classes",
+                "all 2 texts have the label 'up'; expected two or more classes",
             ),
             (["--columns", "txt=topic", "--yes"], "for example text=body. NAME may be text."),
             (["--labels", "book.xlsx", "--checkpoint", "base", "--yes"], "a zip file or a document of Word, Excel"),

@@ -4,6 +4,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ EXPECTED = {  # columns of an option's rows, and how to name them
     "preferences": "expected a prompt with a chosen and a rejected reply (prompt, chosen, rejected), or with ranked "
     "answers. Name them: --columns prompt=NAME chosen=NAME rejected=NAME",
 }
+MAX_NUMBER_CLASSES = 20  # different numbers that are still classes, such as stars; more are learnt as numbers
 LANGUAGE_TEXTS = 100  # of the rows read, to detect their languages
 LANGUAGE_CHARACTERS = 300  # shorter texts are identified together with their neighbours
 NO_LANGUAGE = "zxx"  # py3langid's code for text in no language
@@ -48,6 +50,7 @@ def read_table(option: str, paths: Sequence[Path], columns: Mapping[str, str]) -
             f"--{option}: several paths are called {', '.join(twice)}; rename one, or copy both into a folder."
         )
     rows, characters, longest = 0, 0.0, 0
+    labels, all_read = Counter[str](), True
     sources: list[dict[str, Any]] = []
     for path in paths:
         named = _label_columns(path, columns) if option == "labels" else _known(option, columns)
@@ -57,11 +60,55 @@ def read_table(option: str, paths: Sequence[Path], columns: Mapping[str, str]) -
         characters += found.estimated_rows * found.mean_characters
         longest = max(longest, found.max_characters)
         click.echo(f"{path}: {_describe(found, NOUNS[OPTIONS[option]], named)}")
-        if option == "labels":
-            click.echo(f"  {_describe_classes(path, found)}")
         for problem in found.problems[:3]:
             click.echo(f"  {problem}")
-    return Table(rows, characters / max(rows, 1), longest, tuple(sources))
+        labels.update(found.answers)
+        all_read &= found.rows_read == found.estimated_rows
+    task = _label_task(labels, all_read=all_read) if option == "labels" else {}
+    return Table(rows, characters / max(rows, 1), longest, tuple(sources), task)
+
+
+def _label_task(counts: Mapping[str, int], *, all_read: bool) -> dict[str, Any]:
+    """Return the task of fine-tuning for labels, and print it: many numbers are learnt as numbers, others as classes.
+
+    `counts` are the labels of the rows read. Raises BessemerError if they are no classes: one alone, or hardly one of
+    them twice.
+    """
+    total = sum(counts.values())
+    if len(counts) > MAX_NUMBER_CLASSES and all(map(_is_number, counts)):
+        click.echo(f"  {len(counts):,} different numbers: a regression model")
+        return {"name": "regression"}
+    if len(counts) == 1 and all_read:
+        raise BessemerError(
+            f"--labels: all {total:,} texts have the label {next(iter(counts))!r:.80}; expected two or more classes. "
+            "Add rows of another class, or name the column with --columns label=NAME."
+        )
+    if len(counts) > max(SHOWN_CLASSES, total / 2):
+        raise BessemerError(
+            f"--labels: found {len(counts):,} different labels in {total:,} texts; expected classes with several texts "
+            "each, or numbers. --columns label=NAME names another column; texts with answers of their own are "
+            "--conversations."
+        )
+    click.echo(f"  {_describe_classes(counts)}")
+    more = {"max_labels": 2 * len(counts)} if len(counts) > MAX_NUMBER_CLASSES / 2 else {}  # rows not read may add some
+    return {"name": "classification", **more}
+
+
+def _describe_classes(counts: Mapping[str, int]) -> str:
+    """Return one line about the classes of labelled texts."""
+    largest = sorted(counts.items(), key=lambda item: -item[1])[:SHOWN_CLASSES]
+    shown = ", ".join(f"{label[:40]} {count:,}" for label, count in largest)
+    others = f" and {len(counts) - SHOWN_CLASSES} more" if len(counts) > SHOWN_CLASSES else ""
+    single = sum(count == 1 for count in counts.values())
+    note = f"; {single} of them with one row, which is either trained on or held out" if single else ""
+    return f"{len(counts)} classes: {shown}{others}{note}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def parse_columns(values: Sequence[str]) -> dict[str, str]:
@@ -173,21 +220,6 @@ def _describe(found: "Inspection", noun: str, columns: dict[str, str]) -> str:
     if found.rows_rejected:
         parts.append(f"{found.rows_rejected} of {found.rows_read:,} rows read are rejected")
     return "; ".join(parts)
-
-
-def _describe_classes(path: Path, found: "Inspection") -> str:
-    """Return one line about the classes of labelled texts. Raises BessemerError if all texts have the same one."""
-    counts = Counter(found.answers)
-    if len(counts) == 1 and found.rows_read == found.estimated_rows:
-        raise BessemerError(
-            f"--labels: all {counts.total()} texts of {path} have the label {next(iter(counts))!r:.80}; expected two "
-            "or more classes. Add rows of another class, or name the column with --columns label=NAME."
-        )
-    shown = ", ".join(f"{label[:40]} {count:,}" for label, count in counts.most_common(SHOWN_CLASSES))
-    others = f" and {len(counts) - SHOWN_CLASSES} more" if len(counts) > SHOWN_CLASSES else ""
-    single = sum(count == 1 for count in counts.values())
-    note = f"; {single} of them with one row, which is either trained on or held out" if single else ""
-    return f"{len(counts)} classes: {shown}{others}{note}"
 
 
 def _languages(texts: Sequence[str]) -> list[str]:

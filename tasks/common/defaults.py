@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from tasks.common.harness.job import module_of
 from tasks.common.raw_params import read_params
 from tasks.common.settings import ENTRY_SECTIONS, STAGES, Base, Numerics, Placement, Settings
+from tasks.common.source_names import fill_names
 
 SHARED_SECTIONS: dict[str, type[Settings]] = {"base": Base, "numerics": Numerics, "placement": Placement}
 DISCRIMINATORS = ("name", "kind", "objective")  # keys that choose between several classes of settings
@@ -29,10 +30,13 @@ def sections() -> dict[str, Any]:
 
 
 def with_defaults(params: dict[str, Any]) -> dict[str, Any]:
-    """Return the contents of a `params.yaml` with the defaults of keys that it leaves out."""
+    """Return the contents of a `params.yaml` with the defaults of keys that it leaves out, and names of sources."""
     result = dict(params)
+    ingest = params.get("ingest")
+    if isinstance(ingest, dict) and isinstance(ingest.get("sources"), list):
+        result["ingest"] = {**ingest, "sources": fill_names(ingest["sources"])}
     for name, kind in sections().items():
-        content = params.get(name)
+        content = result.get(name)
         if name in ENTRY_SECTIONS and isinstance(content, dict):
             result[name] = {key: _fill_value(kind, entry) for key, entry in content.items()}
         elif name in params:

@@ -10,7 +10,6 @@ from typing import Any
 from tasks.common import model_graph
 from tasks.common.model_graph import Params, lookup
 from tasks.common.settings import LOCKSTEP_ENGINES, ZERO_STAGES
-from tasks.common.source_names import fill_names
 from tasks.rules import data, gates, models, user_models
 from tasks.rules.models import Entry, check_at_most, entries
 
@@ -202,7 +201,7 @@ def _check_ppo(entry: Entry) -> Iterator[str]:
 def _check_curated_sources(params: Params) -> Iterator[str]:
     """Report names in `validate.curate.code` and `languages` that are neither a source nor a group."""
     sources = lookup(params, "ingest.sources")
-    listed = [source for source in fill_names(sources) if isinstance(source, dict)] if isinstance(sources, list) else []
+    listed = [source for source in sources if isinstance(source, dict)] if isinstance(sources, list) else []
     known = {str(source[key]) for source in listed for key in ("name", "group") if source.get(key)}
     for setting in ("code", "languages"):
         names = lookup(params, f"validate.curate.{setting}")
