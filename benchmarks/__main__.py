@@ -16,7 +16,7 @@ NAMES = (
     "pretrain", "speed", "optimizers", "mixing", "medquad", "lora_memory", "reward", "ppo", "seeds", "alternatives",
     "curation", "data", "sources", "serve", "ranking", "pipeline",
 )  # fmt: skip
-OPTIONAL_NAMES = ("gpu",)  # needs a GPU machine, so it runs only if it is named
+OPTIONAL_NAMES = ("gpu", "gpu_profile", "multi_gpu_profile")  # need GPUs, so they run only if they are named
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -40,14 +40,16 @@ TRANSFORMERS_COMMAND = (
 
 
 @contextmanager
-def run_server(arguments: Sequence[str], question: str, route: str = GENERATE_ROUTE) -> Iterator[tuple[int, float]]:
-    """Start a server, yield its port and the seconds to its first answer, and stop it at the end."""
+def run_server(
+    arguments: Sequence[str], question: str, route: str = GENERATE_ROUTE, *, project: Path = harness.ROOT
+) -> Iterator[tuple[int, float]]:
+    """Start a project's server, yield its port and the seconds to its first answer, and stop it at the end."""
     port = free_port()
     with tempfile.TemporaryFile() as log:
         began = time.perf_counter()
         server = subprocess.Popen(
             [sys.executable, *(argument.format(port=port) for argument in arguments)],
-            cwd=harness.ROOT, env={**os.environ, **harness.OFFLINE}, stdout=log, stderr=subprocess.STDOUT,
+            cwd=project, env={**os.environ, **harness.OFFLINE}, stdout=log, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
         try:

@@ -46,6 +46,13 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def gpu_count() -> int:
+    """Return how many GPUs torch sees."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def _busy_percent() -> float:
     """Return the CPU use of other processes in per cent. The load average would include an earlier benchmark."""
     import psutil

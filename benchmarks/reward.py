@@ -4,7 +4,7 @@ Run as `BESSEMER_BENCH_DATA=FOLDER python -m benchmarks reward`, in a project wh
 finished. The folder contains `ukp_convarg/pairs.jsonl` (UKPConvArg1 Strict, Habernal & Gurevych 2016,
 https://github.com/UKPLab/acl2016-convincing-arguments, as JSON lines of `id`, `topic`, `stance`, `chosen`, `rejected`).
 The topics are split into folds for cross-validation: a model never trains on the topics of its held-out fold. It is a
-head on frozen SmolLM2-135M-Instruct, downloaded as in the profile smollm2. The losses are compared on the chain's own
+head on frozen SmolLM2-135M-Instruct, downloaded as in the profile chat. The losses are compared on the chain's own
 rated sentences, as rankings of four without their ratings; these models start from the default profile's encoder.
 """
 
@@ -41,7 +41,7 @@ HEAD = {
 }  # fmt: skip
 OPTIMIZER = {"learning_rate": 1e-3, "weight_decay": 10.0}
 NUMERICS = {"dtype": {"decoder": "float32", "encoder": "float32"}, "attention": "sdpa"}
-CHECKPOINT = harness.ROOT / "profiles" / "smollm2.yaml"
+CHECKPOINT = harness.ROOT / "profiles" / "chat.yaml"
 PENALTIES = (
     30.0,
     100.0,

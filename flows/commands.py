@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 
 PROVENANCE = Path("data/package/provenance.json")
 SCORECARD_STAGE = "compare"  # the stage that writes the scorecard
+ROUTES = {"chat": "POST /generate, OpenAI's /v1", "encoder": "POST /fill-mask", "classifier": "POST /classify"}
 NEXT_COMMANDS = (
-    ("bessemer chat", "chat with the model"),
-    ("bessemer serve", "serve on http://localhost:3000 (POST /generate, OpenAI's /v1, GET /provenance)"),
     ("bessemer status", "stages, model tag and gates"),
     ("bessemer ui", "Prefect's page with every run, its graph and lineage"),
 )
@@ -176,10 +175,12 @@ def _rejected_text(reasons: Mapping[str, int]) -> str:
 
 
 def _next_commands(project: Path) -> Sequence[tuple[str, str]]:
-    """Return what can be done next: no chat with a package that has no chat model."""
-    provenance = records.read_json(project / PROVENANCE)
-    chats = not provenance or "chat" in provenance.get("contents", ("chat",))
-    return NEXT_COMMANDS if chats else NEXT_COMMANDS[1:]
+    """Return what can be done next: no chat with a package that has no chat model, and only the routes it answers."""
+    contents = (records.read_json(project / PROVENANCE) or {}).get("contents", ("chat",))
+    routes = [route for part, route in ROUTES.items() if part in contents]
+    served = f"serve on http://localhost:3000 ({', '.join([*routes, 'GET /provenance'])})"
+    chat = (("bessemer chat", "chat with the model"),) if "chat" in contents else ()
+    return (*chat, ("bessemer serve", served), *NEXT_COMMANDS)
 
 
 def _stages_text(stages: Graph) -> str:

@@ -33,6 +33,8 @@ SCORECARD_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # column: he
     "bits_per_byte": ("bits/\nbyte", lambda value: f"{value:.2f}"),
     "answer_loss": ("answer\nloss", lambda value: f"{value:.2f}"),
     "chrf": ("chrF\n%", lambda value: f"{100 * value:.0f}"),
+    "preference_accuracy": ("pref.\n%", lambda value: f"{100 * value:.0f}"),
+    "implicit_reward_accuracy": ("pref.\ngain %", lambda value: f"{100 * value:.0f}"),
     "abstained_out_of_scope": ("decl.\nout %", lambda value: f"{100 * value:.0f}"),
     "reward_mean": ("reward", lambda value: f"{value:.2f}"),
     "win_rate": ("wins\n%", lambda value: f"{100 * value:.0f}"),
@@ -187,7 +189,8 @@ def show_scorecard(out: Console, project: Path) -> None:
         table.add_row(*(form(row[name]) if row.get(name) is not None else "" for name, (_, form) in columns.items()))
     out.print(table)
     failed = [gate for gate in scorecard["gates"] if not gate["passed"]]
-    out.print(f"{len(scorecard['gates']) - len(failed)} of {len(scorecard['gates'])} gates passed.")
+    gates = len(scorecard["gates"])
+    out.print(f"{gates - len(failed)} of {gates} gates passed." if gates else "No gates are set (compare.gates).")
     for gate in failed:
         value = "no value" if gate["value"] is None else f"{gate['value']:.4g}"
         out.print(f"[red]✗[/] {escape(records.gate_words(gate))}: {value}, limit {escape(records.gate_limits(gate))}")

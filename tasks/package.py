@@ -108,7 +108,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     names = fill_candidates(job.inputs.get("corpus"), job.inputs["encoder"]) if config.encoder else []
     if config.encoder:
         write_json(job.outputs["encoder"] / "names.json", names)
-    write_json(job.outputs["examples.json"], make_examples(config, job.inputs))
+    write_json(job.outputs["examples.json"], make_examples(config, job.inputs, records))
     stages = order_records(records)
     sources = json.loads(job.inputs["sources"].read_text(encoding="utf-8")) if "sources" in job.inputs else []
     write_json(job.outputs["provenance.json"], {
@@ -136,30 +136,44 @@ def order_records(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return [records[name] for name in order]
 
 
-def make_examples(config: Config, inputs: Mapping[str, Path]) -> dict[str, Any]:
+def make_examples(
+    config: Config, inputs: Mapping[str, Path], records: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
     """Return prompts to rank, a few of them as samples for people, a text with a mask and one to classify.
 
     They are empty or null without data, and for a part that is not packaged.
     """
-    prompts = find_prompts(inputs) if config.chat else []
-    texts = choose_samples(find_prompts(inputs)) if config.classifier else []
+    prompts, texts = (
+        find_prompts(inputs, trained_sources(part, records)) if part else []
+        for part in (config.chat, config.classifier)
+    )
     return {
         "prompts": prompts,
         "samples": choose_samples(prompts),
         "masked": find_masked_text(inputs["corpus"]) if config.encoder and "corpus" in inputs else None,
-        "classified": texts[0] if texts else None,
+        "classified": next(iter(choose_samples(texts)), None),
     }
 
 
-def find_prompts(inputs: Mapping[str, Path]) -> list[Messages]:
+def trained_sources(folder: Any, records: Mapping[str, Mapping[str, Any]]) -> Sequence[str] | None:
+    """Return the sources whose conversations a model was last trained on, by its records; None: all of them."""
+    record = records.get("@".join(Path(str(folder)).parts[1:3]))
+    if record is None or "settings" not in record:
+        return None
+    found: Sequence[str] | None = record["settings"].get("sources")
+    return found or trained_sources(record["settings"].get("model"), records)
+
+
+def find_prompts(inputs: Mapping[str, Path], sources: Sequence[str] | None = None) -> list[Messages]:
     """Return prompts that nothing was trained on, without duplicates, one about each entity before the next one.
 
     They are those of the held-out conversations. Without any, they are those of the other conversations, and in a
-    project without conversations those of the rankings.
+    project without conversations those of the rankings. `sources` are the sources of the conversations; None: all.
     """
     for table in ("instructions", "rankings") if "instructions" in inputs else ():
         for split in ("heldout", "train"):
-            rows = sorted(tables.read(inputs[table], split).to_pylist(), key=lambda row: str(row["id"]))
+            chosen = sources if table == "instructions" else None
+            rows = sorted(tables.read(inputs[table], split, chosen).to_pylist(), key=lambda row: str(row["id"]))
             prompts = list(islice(_distinct(_alternate(rows)), MAX_PROMPTS))
             if prompts:
                 return prompts

@@ -46,6 +46,7 @@ class Config(Training):
 
     model: str = Field(description="Folder of the model to prune: an entry's, or your own", min_length=1)
     chat_template: chat.TemplateName = None
+    sources: tables.SourceNames = None
     importance: Literal["taylor", "magnitude"] = Field(default="taylor", description="Importance score of neurons")
     keep: float = Field(description="Share of the feed-forward neurons to keep", gt=0, le=1)
     calibration: int = Field(default=8, description="Batches for measuring importance", ge=1)
@@ -101,7 +102,7 @@ class RecoveryBatches:
     def __init__(
         self, config: Config, job: Job, teacher: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast"
     ) -> None:
-        rows = tables.read(job.inputs["instructions"], "train").to_pylist()
+        rows = tables.read(job.inputs["instructions"], "train", config.sources).to_pylist()
         questions = chat.drop_too_long(tokenizer, chat.unique_questions(tokenizer, rows), config.max_new_tokens)
         chosen = generator(job.seed, Stream.PRUNING_PROMPTS).choice(len(questions), config.replies)
         prompts = [questions[i].ids for i in chosen]

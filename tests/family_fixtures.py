@@ -210,18 +210,22 @@ def make_tokenizer(family: Family, shape: Shape) -> "PreTrainedTokenizerFast":
     special, names = _special_tokens(family)
     tokenizer = TOKENIZERS[family.tokenizer](special, shape.vocabulary)
     if family.masked:
-        _add_ends(tokenizer, *(names["bos_token"], names["eos_token"]))
+        _add_ends(tokenizer, names["cls_token"], names["sep_token"])
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
     wrapped.chat_template = family.template
     return wrapped
 
 
 def _special_tokens(family: Family) -> tuple[list[str], dict[str, str]]:
-    if family.masked:
-        bos, eos, mask = ("[CLS]", "[SEP]", "[MASK]") if family.tokenizer != "bytes" else ("<s>", "</s>", "<mask>")
-        pad, unknown = ("[PAD]", "[UNK]") if family.tokenizer != "bytes" else ("<pad>", "<unk>")
-        names = {"pad_token": pad, "unk_token": unknown, "bos_token": bos, "eos_token": eos, "mask_token": mask}
-        return list(names.values()), {**names, "cls_token": bos, "sep_token": eos}
+    if family.masked and family.tokenizer == "bytes":  # RoBERTa's
+        special = ["<pad>", "<unk>", "<s>", "</s>", "<mask>"]
+        pad, unknown, first, last, mask = special
+        ends = {"bos_token": first, "eos_token": last, "cls_token": first, "sep_token": last}
+        return special, {"pad_token": pad, "unk_token": unknown, "mask_token": mask, **ends}
+    if family.masked:  # BERT's have neither BOS nor EOS
+        names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+        names |= {"mask_token": "[MASK]"}
+        return list(names.values()), names
     if family.template == GEMMA:
         return ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"], {
             "pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>",

@@ -195,7 +195,7 @@ def _evaluation(project: Path) -> None:
         "parameters": 2_000_000, "bytes": 8_000_000, "exact_match_seen": 0.975, "exact_match_heldout": 0.9,
         "exact_match_seen_interval": [0.96, 0.99], "exact_match_heldout_interval": [0.85, 0.95], "perplexity": 20.0,
         "bits_per_byte": 1.75,
-        "reward_mean": 0.5, "reward_std": 0.9, "distinct_2": 0.4, "answer_loss": 1.234,
+        "preference_accuracy": 0.625, "reward_mean": 0.5, "reward_std": 0.9, "distinct_2": 0.4, "answer_loss": 1.234,
         "answer_loss_interval": [1.1, 1.4],
         "abstained_out_of_scope": 0.955, "my_task": {"acc": 0.512, "acc_stderr": 0.0123, "samples": 20},
         "wide": {"bits_per_byte": 1.5}, "by_seen_text": {"exact_match_heldout": {
@@ -203,10 +203,14 @@ def _evaluation(project: Path) -> None:
     }  # fmt: skip
     encoder = {"parameters": 1_000_000, "bytes": 4_000_000, "masked_names": 0.93, "masked_names_interval": [0.9, 0.96]}
     won = {"against": "tuned", "win_rate": 0.715, "win_rate_interval": [0.65, 0.78]}
+    ordered = {"implicit_reward_accuracy": 0.645, "implicit_reward_accuracy_interval": [0.55, 0.73]}
     models = [
         {"model": "encoder", "kind": "masked", **encoder},
         {"model": "tuned", **scores},
-        {"model": "policy", "before": "tuned", **scores, "exact_match_seen": 0.935, "reward_mean": 1.75, **won},
+        {
+            "model": "policy", "before": "tuned", **scores, "exact_match_seen": 0.935, "reward_mean": 1.75, **won,
+            **ordered,
+        },
         {
             "model": "int8", "before": "policy", **scores, "exact_match_seen": 0.935, "bytes": 2_000_000,
             "reward_mean": 1.75,

@@ -25,9 +25,6 @@ from tests.conftest import ROOT
 
 __all__ = ["by_trl", "deepspeed", "networkx", "peft", "phonenumbers", "torch", "transformers", "trl"]
 
-# Else the first process on a machine compiles it in C++, for a minute or two. Only DeepSpeed's inference uses it.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
 for stage in STAGES:
     module_of(stage)  # reading params.yaml needs the settings of all
     stages.digest_module(stages.module_of_stage(stage, ROOT), ROOT)

@@ -17,9 +17,13 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from flows import graph
+from tasks.common.harness import execution
+from tasks.common.harness.job import module_of
+from tasks.common.raw_params import read_params
 from tests.conftest import copy_project
 from tests.servers import free_port
-from tests.training_fixtures import Chain
+from tests.training_fixtures import Chain, ignore_exporter_warnings
 
 STEPS = 20
 ITERATIONS = 10  # of `align`, which saves a checkpoint after each
@@ -124,8 +128,6 @@ def start(folder: Path, stage: str) -> Ranks:
 
 def _run_stage(folder: Path, stage: str) -> None:
     """Do what `python -m tasks.STAGE ENTRY` does."""
-    from tasks.common.harness import execution
-
     os.chdir(folder)
     os.environ["BESSEMER_RUN_ID"] = "test"
     module, *entry = stage.split()
@@ -157,3 +159,21 @@ def wait_for_step(at: int, store: Path, process: "Ranks | subprocess.Popen[str]"
     while not any(step >= at for step in checkpoint_steps(store)):
         assert process.poll() is None, f"the stage ended before step {at}"
         time.sleep(POLL_S)
+
+
+def run_graph(folder: Path) -> list[str]:
+    """Run every stage but `code` of a project, the current folder, in the order of DVC's graph; return their names.
+
+    Stages run in this process; those that train run in as many processes as the settings name.
+    """
+    processes = read_params(folder / "params.yaml")["numerics"].get("parallel", {}).get("processes", 1)
+    names = [name for name in graph.read(folder) if name != "code" and not name.endswith(".dvc")]
+    with ignore_exporter_warnings():
+        for name in names:
+            stage, _, key = name.partition("@")
+            module = module_of(stage)
+            if processes > 1 and getattr(module, "PARALLEL", False):
+                run_to_end(folder, f"{stage} {key}")
+            else:
+                execution.execute(module, key or None)
+    return names

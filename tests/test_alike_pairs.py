@@ -1,4 +1,4 @@
-"""Pairs that are the same to a reward model: left out of training and accuracy, counted, named; refused if all are."""
+"""Pairs that are the same to a reward model: rejected, counted and named; the stage stops if all are."""
 
 import math
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from tasks.common import tables
 from tasks.common.harness.job import StageError
 from tasks.common.reward.rankings import Ranking, read_ranking, split_control_tokens, tie_alike
-from tasks.reward import left_out
+from tasks.reward import rejected
 from tests.training_fixtures import Chain, chain, config, rankings
 
 __all__ = ["chain"]
@@ -50,7 +50,7 @@ def run(rows: list[dict[str, Any]], chain: Chain, folder: Path, **changes: Any) 
     return chain.run(job, settings)
 
 
-def test_pairs_alike_after_truncation_are_left_out(chain: Chain) -> None:
+def test_pairs_alike_after_truncation_are_rejected(chain: Chain) -> None:
     row = ranked("three", f"{BEGINNING} wonderful.", f"{BEGINNING} terrible.", "It was terrible.")
     found = read(row, chain)
     assert [pair[:2] for pair in found.pairs] == [(0, 2), (1, 2)]
@@ -95,7 +95,7 @@ def test_training_pairs_that_are_all_alike_are_refused(chain: Chain, tmp_path: P
 def test_refusal_says_how_many_tokens_would_do(chain: Chain) -> None:
     row = late("one")
     with pytest.raises(StageError) as caught:
-        left_out.check_differences([read(row, chain)], [row], chain.tokenizer(), MAX_TOKENS)
+        rejected.check_differences([read(row, chain)], [row], chain.tokenizer(), MAX_TOKENS)
     needed = int(str(caught.value).split("half of them differ within ")[1].split()[0])
     tokenizer = chain.tokenizer()
     assert not read_ranking(row, tokenizer, needed - 1, "response").pairs
@@ -105,10 +105,10 @@ def test_refusal_says_how_many_tokens_would_do(chain: Chain) -> None:
 def test_responses_of_the_same_tokens_are_refused_without_a_number(chain: Chain) -> None:
     row = ranked("same", "It was good.", " It was good.")  # the space before a response is not read
     with pytest.raises(StageError, match="the same tokens at any length; correct the sources"):
-        left_out.check_differences([read(row, chain)], [row], chain.tokenizer(), MAX_TOKENS)
+        rejected.check_differences([read(row, chain)], [row], chain.tokenizer(), MAX_TOKENS)
 
 
-def test_rankings_that_spell_special_tokens_are_left_out(chain: Chain, tmp_path: Path) -> None:
+def test_rankings_that_spell_special_tokens_are_rejected(chain: Chain, tmp_path: Path) -> None:
     """Those of the tokenizer in use: another template's are ordinary text."""
     rows = [
         ranked("good", "It was wonderful.", "It was <|im_start|> terrible."),

@@ -327,7 +327,7 @@ def test_rankings_without_pairs_are_rejected(chain: Chain) -> None:
         pairs.from_rankings(tokenizer, long, settings)
 
 
-def test_unusable_pairs_are_left_out_and_named(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_pairs_are_rejected_and_named(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
     """Replies of the same tokens, replies beyond the context, and texts that spell a special token of the tokenizer."""
     tokenizer = chain.tokenizer()
     settings = Rankings.model_validate({**RANKINGS_REWARD, "judge_share": 0.0})
@@ -342,8 +342,8 @@ def test_unusable_pairs_are_left_out_and_named(chain: Chain, capsys: pytest.Capt
     found = pairs.from_rankings(tokenizer, [*unusable, usable], settings)
     assert [pair.rejected for pair in found.pairs] == [[tokenizer.eos_token_id]]
     assert found.figures == {
-        "pairs_left_out": {"control_token": 1, "too_long": 1, "same_tokens": 1},
-        "rankings_left_out": ["control", "same", "long"],
+        "rejected_pairs": {"control_token": 1, "too_long": 1, "same_tokens": 1},
+        "rejected_rankings": ["control", "same", "long"],
     }
     printed = capsys.readouterr().out
     assert "1 pairs are the same tokens (rankings same)" in printed

@@ -84,7 +84,7 @@ def test_a_peer_has_a_name_and_a_figure() -> None:
 
 
 def test_every_name_is_a_benchmark() -> None:
-    for name in command.NAMES:
+    for name in (*command.NAMES, *command.OPTIONAL_NAMES):
         module = importlib.import_module(f"benchmarks.{name}")
         assert all(callable(getattr(module, part)) for part in ("check", "threads", "measure")), name
 

@@ -67,6 +67,7 @@ def test_sharded_folder_equals_a_whole_one(llama: Path, tmp_path: Path) -> None:
     import torch
 
     models.load_decoder(llama, NUMERICS).save_pretrained(tmp_path, max_shard_size="60KB")
+    shutil.copy(llama / "tokenizer.json", tmp_path)
     assert (tmp_path / model_folder.INDEX).is_file()
     assert list(model_folder.problems(tmp_path)) == []
     assert torch.equal(logits(tmp_path), logits(llama))
@@ -117,6 +118,20 @@ def drop_shard(folder: Path) -> None:
     (folder / model_folder.INDEX).write_text(json.dumps(index))
 
 
+def hide_in_subfolder(folder: Path) -> None:
+    (folder / "checkpoint-500").mkdir()
+    (folder / "config.json").rename(folder / "checkpoint-500/config.json")
+
+
+def convert_to_gguf(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / model_folder.WEIGHTS).rename(folder / "model-q4.gguf")
+
+
+def drop_end_token(folder: Path) -> None:
+    change(folder / "tokenizer_config.json", eos_token=None)
+
+
 def set_config(**entries: Any) -> Callable[[Path], None]:
     return lambda folder: change(folder / "config.json", **entries)
 
@@ -128,6 +143,11 @@ PROBLEMS: list[tuple[Callable[[Path], Any], str]] = [
     (drop_shard, "model-00002-of-00002.safetensors is missing"),
     (lambda folder: (folder / "config.json").unlink(), "no config.json, so it is no model of Transformers"),
     (lambda folder: (folder / "config.json").write_text("[]"), "its config.json is no JSON object"),
+    (hide_in_subfolder, "but checkpoint-500 in it does: name that folder"),
+    (convert_to_gguf, "model-q4.gguf, a file for llama.cpp: name a folder with the original model"),
+    (lambda folder: (folder / "tokenizer.json").unlink(), "it has no tokenizer (tokenizer.json): save"),
+    (drop_end_token, "its tokenizer names no end token (eos_token, or sep_token of an encoder): set one"),
+    (set_config(model_type="unheard-of"), "its model_type is 'unheard-of', which the installed release of Transf"),
     (set_config(auto_map={"AutoModel": "a.B"}), "code of its own (auto_map), which is never run"),
     (set_config(quantization_config={"quant_method": "gptq"}), "quantized (gptq), and full precision is needed"),
     (set_config(model_type="mamba"), "a mamba model keeps a recurrent state"),
@@ -145,7 +165,35 @@ def test_unusable_folder_is_refused_by_its_problem(harm: Callable[[Path], Any], 
         models.load_decoder(copy, NUMERICS)
 
 
-@pytest.mark.parametrize("entries", [{"model_type": "unheard-of"}, {"num_attention_heads": "four"}])
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("meta/Llama-9B", "it does not exist: correct the path; if it is a name on the Hugging Face hub: hf download "
+                          "meta/Llama-9B --local-dir Llama-9B"),
+        ("/nowhere/models/mine", "it does not exist: correct the path"),
+        (__file__, "it is a file: name the folder that holds the model with its config.json and its tokenizer"),
+    ],
+)  # fmt: skip
+def test_path_that_is_no_folder_is_refused_with_what_to_do(path: str, sentence: str) -> None:
+    assert list(model_folder.problems(Path(path))) == [sentence]
+
+
+@pytest.mark.parametrize(("family", "ends"), [("bert", ("[CLS]", "[SEP]")), ("gpt2", ("<|endoftext|>",) * 2)])
+def test_special_tokens_of_the_class_are_used_where_the_files_name_none(
+    family: str, ends: tuple[str, str], tmp_path: Path
+) -> None:
+    """As in the folders of BERT, DistilBERT, GPT-2 and XLM-RoBERTa on the Hugging Face hub."""
+    folder = write_family(family, tmp_path)
+    vocabulary = chat.read_tokenizer(folder).get_vocab()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 96}))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    assert list(model_folder.problems(folder)) == []
+    tokenizer = chat.load_tokenizer(folder)
+    assert tuple(tokenizer.convert_ids_to_tokens(list(chat.first_and_last(tokenizer)))) == ends
+    assert tokenizer.get_vocab() == vocabulary
+
+
+@pytest.mark.parametrize("entries", [{"num_attention_heads": "four"}])
 def test_config_that_transformers_does_not_know_is_named(entries: dict[str, Any], copy: Path) -> None:
     change(copy / "config.json", **entries)
     known = "the installed version of Transformers has no model of the type unheard-of"
@@ -162,6 +210,14 @@ def test_longrope_uses_its_original_context(tmp_path: Path) -> None:
     folder = write_family("phi3-longrope", tmp_path, Shape(positions=64))
     assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == 192
     assert chat.load_tokenizer(folder).model_max_length == 64
+
+
+@pytest.mark.parametrize(("entries", "expected"), [({"max_seq_len": 64}, 64), ({}, model_folder.DEFAULT_CONTEXT)])
+def test_context_of_a_model_without_positions_is_bounded(entries: dict[str, int], expected: int, copy: Path) -> None:
+    """MPT states it under another name, BLOOM states none, and its tokenizer's is 10^30."""
+    change(copy / "config.json", max_position_embeddings=None, **entries)
+    change(copy / "tokenizer_config.json", model_max_length=int(1e30))
+    assert chat.load_tokenizer(copy).model_max_length == expected
 
 
 def test_roberta_positions_begin_after_the_padding_id() -> None:

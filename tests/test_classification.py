@@ -21,7 +21,7 @@ __all__ = ["chain"]
 pytestmark = pytest.mark.timeout(300)  # the first test builds the chain
 
 ONLY: dict[str, Any] = dict.fromkeys(("exact_match", "reward", "judge", "diversity", "text", "masked_names"))
-KINDS: dict[str, Any] = {"classification": {"kind": "classification"}}
+KINDS: dict[str, Any] = {"classification": {"kind": "classification"}, "regression": {"kind": "regression"}}
 
 
 def train(chain: Chain, folder: Path, rows: list[dict[str, Any]], **changes: Any) -> Job:
@@ -88,8 +88,9 @@ def test_rows_with_unknown_labels_or_too_long_texts_are_counted(chain: Chain, tm
 
 
 def test_a_regression_model_is_served_with_its_numbers(chain: Chain, tmp_path: Path) -> None:
-    """And has no accuracy."""
-    trained = train(chain, tmp_path, opinion_rows(str), model=BASES[1], task=NUMBERS.model_dump(), steps=20)
+    """And has errors and correlations instead of an accuracy."""
+    rows = opinion_rows(str)
+    trained = train(chain, tmp_path, rows, model=BASES[1], task=NUMBERS.model_dump(), steps=20)
     exported = export(chain, trained, tmp_path / "export")
     engine = ClassifierEngine(exported, 1)
     model = head_models.load_scorer(trained.outputs["model"], NUMERICS, heads=None).eval()
@@ -104,7 +105,20 @@ def test_a_regression_model_is_served_with_its_numbers(chain: Chain, tmp_path: P
         assert found.value == pytest.approx(expected, abs=0.05)
     figures, answers = evaluate(chain, exported, trained.inputs["instructions"], tmp_path / "evaluated")
     assert figures["evaluations"]["classification"]["absent"] == "the model gives a number and no label"
-    assert (answers, figures["parameters"]) == ([], models.parameter_count(model))
+    assert figures["parameters"] == models.parameter_count(model)
+    errors = [abs(float(row["reply"]) - float(row["reference"])) for row in answers]
+    assert [row["absolute_error"] for row in answers] == pytest.approx(errors, abs=1e-4)
+    assert figures["mean_absolute_error"] == pytest.approx(sum(errors) / len(errors), abs=1e-4)
+    assert figures["rmse"] == pytest.approx(np.sqrt(np.mean(np.square(errors))), abs=1e-3)
+    numbers = [float(row["messages"][-1]["content"]) for row in rows if row["split"] == "train"]
+    targets = np.array([float(row["reference"]) for row in answers])
+    expected_baseline = np.sqrt(np.mean((np.mean(numbers) - targets) ** 2))
+    assert figures["mean_baseline_rmse"] == pytest.approx(expected_baseline, abs=1e-3)
+    assert -1 <= figures["spearman"] <= 1
+    next(row for row in rows if row["split"] == "heldout")["messages"][-1]["content"] = "loud"
+    tables.write(rows, tmp_path / "changed", tables.schema("instructions"))
+    details = evaluate(chain, exported, tmp_path / "changed", tmp_path / "again")[0]["evaluations"]["regression"]
+    assert (details["texts"], details["no_number"]) == (len(answers) - 1, 1)
     with pytest.raises(InputError, match="The text is too long"):
         engine.encode("song " * 100)
 

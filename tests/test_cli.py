@@ -125,6 +125,14 @@ class TestRun:
         assert "tuned" not in output
         assert "Samples" not in output
 
+    def test_next_commands_are_those_of_the_packaged_models(self, tmp_path: Path) -> None:
+        provenance = tmp_path / commands.PROVENANCE
+        provenance.parent.mkdir(parents=True)
+        write_json(provenance, {"model": "bessemer:1", "contents": ["classifier"]})
+        found = dict(commands._next_commands(tmp_path))
+        assert found["bessemer serve"] == "serve on http://localhost:3000 (POST /classify, GET /provenance)"
+        assert "bessemer chat" not in found
+
     def test_a_failure_is_one_message(self, toy_cwd: Project) -> None:
         toy_cwd.settings(right={"fail": "three lines of facts.csv have no capital"})
         with pytest.raises(BessemerError) as failure:

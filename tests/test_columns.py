@@ -191,9 +191,8 @@ def test_unknown_columns_are_listed_with_what_to_do(tmp_path: Path) -> None:
         read(tmp_path, "mine.jsonl", [{"utterance": "Hi", "speaker": 1}])
     assert str(caught.value) == (
         "source mine: mine.jsonl: the columns utterance, speaker are no known form of rows of a table; say with "
-        "`table` what the rows are (corpus, instructions, rankings) and with `columns` which of these columns it "
-        "reads, such as columns: {text: ...}, {instruction: ..., output: ...} or {prompt: ..., chosen: ..., "
-        "rejected: ...}."
+        "`table` what the rows are (corpus, instructions, rankings) and with `columns` which of these are read, such "
+        "as columns: {text: ...}, {instruction: ..., output: ...} or {prompt: ..., chosen: ..., rejected: ...}."
     )
     with pytest.raises(StageError, match=r"mine\.csv lacks columns of corpus\. Expected text; found body\."):
         read(tmp_path / "again", "mine.csv", [{"body": "Hi"}], table="corpus")

@@ -9,7 +9,7 @@ from tasks.common.harness.job import StageError
 from tasks.common.overrides import masks
 from tasks.common.overrides.rotary import rotate_half
 from tasks.common.settings import Checkpoints, Dtypes, Numerics, Parallel
-from tasks.common.training.compiling import WORTHWHILE_FLOPS, compile_for, should_compile
+from tasks.common.training.compiling import compile_for, compile_seconds, should_compile
 from tasks.pretrain import stage as pretrain
 from tests.training_fixtures import ALTERNATIVES, LORA, NEW_MODEL, NUMERICS, Chain, chain, config
 
@@ -41,29 +41,55 @@ def numerics(choice: Choice, processes: int = 1, **changes: Any) -> Numerics:
         ("always", None, True),
         ("always", 1.0, True),
         ("auto", None, False),
-        ("auto", 0.9 * WORTHWHILE_FLOPS["cpu"], False),
-        ("auto", 1.1 * WORTHWHILE_FLOPS["cpu"], True),
+        ("auto", 4.1e13, False),
+        ("auto", 4.2e13, True),
     ],
 )
 def test_auto_compiles_long_runs(choice: Choice, flops: float | None, expected: bool) -> None:
     """Decided by the model FLOPs of a run and not by measured time."""
-    assert should_compile(numerics(choice), flops) is expected
+    assert should_compile(numerics(choice), flops, 4) is expected
+
+
+@pytest.mark.parametrize(("layers", "flops"), [(4, 4.2e13), (12, 8.6e13), (30, 1.85e14)])
+def test_auto_compiles_deeper_models_in_longer_runs(layers: int, flops: float) -> None:
+    """A fifth of the run is saved, and each layer takes its time to compile."""
+    assert compile_seconds(layers, "cpu") == pytest.approx(0.2 * flops / 1.1e11, rel=0.04)
+    assert should_compile(numerics("auto"), flops, layers)
+    assert not should_compile(numerics("auto"), flops, layers + 2)
+
+
+def test_auto_does_not_compile_a_short_run_of_a_deep_model() -> None:
+    """92 steps of eight conversations of 256 tokens through 30 layers, 135 M parameters, low-rank updates."""
+    flops = 92 * 8 * 256 * 4 * 135e6
+    assert not should_compile(numerics("auto"), flops, 30)
+    assert should_compile(numerics("auto"), flops, 4)
+
+
+def test_compiled_run_says_how_long_it_compiles(
+    chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.compile", lambda call, **_options: call)
+    short = config("pretrain@causal", steps=1, batch=4, model={**NEW_MODEL, "layers": 1})
+    choices: tuple[Choice, ...] = ("never", "always")
+    for choice in choices:
+        chain.run(chain.job("pretrain@causal", short, tmp_path / choice, numerics=numerics(choice)), short)
+        assert ("compiling in the first step, about 45 s" in capsys.readouterr().out) is (choice == "always")
 
 
 @pytest.mark.parametrize("changes", [{"processes": 2}, {"threads": 2}])
 def test_auto_divides_flops_by_workers(changes: dict[str, Any]) -> None:
-    assert not should_compile(numerics("auto", **changes), 1.9 * WORTHWHILE_FLOPS["cpu"])
-    assert should_compile(numerics("auto", **changes), 2.1 * WORTHWHILE_FLOPS["cpu"])
+    assert not should_compile(numerics("auto", **changes), 8.2e13, 4)
+    assert should_compile(numerics("auto", **changes), 8.4e13, 4)
 
 
 def test_missing_compiler_message_names_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(StageError, match=r"numerics\.compile is always, but .*\(looked for g\+\+, .*never"):
-        should_compile(numerics("always"), None)
+        should_compile(numerics("always"), None, 4)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(StageError, match="looked for no-such-compiler"):
-        should_compile(numerics("auto"), 1e20)
+        should_compile(numerics("auto"), 1e20, 4)
 
 
 @pytest.mark.filterwarnings("default")  # the compiler triggers some of torch's warnings

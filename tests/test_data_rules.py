@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flows import commands
+from flows import commands, graph
 from tasks.common.defaults import read_settings
 from tasks.common.params_file import check
 from tasks.common.settings import SettingsError
@@ -57,6 +57,19 @@ def test_mixture_of_statements_without_facts_is_a_problem(params: dict[str, Any]
     )
 
 
+def test_sources_of_an_entry_must_provide_conversations(params: dict[str, Any]) -> None:
+    params["finetune"]["chat"]["sources"] = ["nobody"]
+    params["evaluate"]["tuned"]["sources"] = ["facts", "ratings"]
+    unknown, wrong = problems(params)
+    assert unknown.startswith(
+        "finetune.chat.sources.0: found 'nobody', but no source in ingest.sources has this name; those with "
+        "conversations are facts"
+    )
+    assert wrong.startswith(
+        "evaluate.tuned.sources.1: found 'ratings', but this source provides no conversations (table instructions); "
+    )
+
+
 def test_mixture_that_is_not_read_may_name_anything(params: dict[str, Any]) -> None:
     params["finetune"]["chat"]["pretraining_mix"] = {"weight": 0.0, "mixture": {"wiki": 1.0}}
     check(params)
@@ -97,7 +110,7 @@ def test_wrong_settings_and_missing_files_are_reported_at_once(
 ) -> None:
     """Before DVC is asked, which takes seconds."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(commands.graph, "read", None)
+    monkeypatch.setattr(graph, "read", None)
     params["finetune"]["chat"] |= {"model": "models/nowhere", "stepz": 3}
     (tmp_path / "params.yaml").write_text(json.dumps(params), encoding="utf-8")
     with pytest.raises(SettingsError) as failure:

@@ -74,6 +74,13 @@ REASONS = {
 }
 
 
+def test_a_word_of_a_pdf_is_joined_over_the_line_end_and_signs_without_a_character_are_left_out(tmp_path: Path) -> None:
+    lines = "all pack-) Tj 0 -14 Td (ages \\024of it) Tj 0 -14 Td (are here."  # \024: a bracket of a formula's font
+    copied = copy_files(tmp_path, {"pages/a.pdf": make_pdf([lines])})
+    folder = ingest_into(tmp_path / "out", copied, **NO_FACTS, sources=[DOCS])
+    assert [row["text"] for row in table(folder, "corpus")] == ["all packages  of it\nare here."]
+
+
 def copy_files(folder: Path, files: dict[str, bytes]) -> Path:
     copied = copy_sources(folder)
     for name, content in files.items():

@@ -151,7 +151,7 @@ def test_questions_without_room_for_a_reply_are_skipped(
     assert figures["bits_per_byte"] > 0
 
 
-def test_conversations_that_spell_special_tokens_are_left_out(
+def test_conversations_that_spell_special_tokens_are_rejected(
     chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An engine rejects such a question, which would stop the stage after all training."""
@@ -163,7 +163,7 @@ def test_conversations_that_spell_special_tokens_are_left_out(
     tables.write([spelled, first, *others], job.inputs["instructions"], tables.schema("instructions"))
     chain.run(job, settings)
     assert "odd" not in {row["id"] for row in tables.read(job.outputs["answers"]).to_pylist()}
-    assert "1 conversations spell special tokens and are left out" in capsys.readouterr().out
+    assert "1 conversations spell special tokens and are rejected" in capsys.readouterr().out
 
 
 def test_conversations_without_short_answers_get_sampled_replies(chain: Chain, tmp_path: Path) -> None:

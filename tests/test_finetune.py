@@ -311,11 +311,14 @@ def test_pretraining_mix_without_names_needs_no_statements(chain: Chain, tmp_pat
 # Held out
 
 
-def test_the_heldout_loss_is_reported_before_and_after(chain: Chain, tmp_path: Path) -> None:
+def test_the_heldout_loss_is_reported_before_and_after(
+    chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Before: the base model's loss on sampled held-out answers. Fine-tuning lowers it; without any it is None."""
     settings = config("finetune@chat", heldout=7, steps=30)
     job = chain.job("finetune@chat", settings, tmp_path)
     metrics = chain.run(job, settings)
+    assert capsys.readouterr().err.count("finetune@chat held-out rows: 100%") == 2
     tokenizer, base = chain.tokenizer(), models.load_decoder(job.inputs["model"], NUMERICS)
     rows = tables.read(job.inputs["instructions"], "heldout").to_pylist()
     named = [(row["id"], chat.encode_chat(tokenizer, row["messages"])) for row in rows]

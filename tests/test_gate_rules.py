@@ -83,9 +83,25 @@ def test_figures_follow_from_what_sources_can_give(params: dict[str, Any]) -> No
     assert figures is not None
     assert {"exact_match_seen", "distinct_2", "reward_mean"} <= set(figures)
     assert "perplexity" not in figures
+    assert "preference_accuracy" not in figures
+    ranked = without_sources(params, "rankings")
+    pairs = possible_figures(ranked, tables_by_source(ranked))
+    assert pairs["base"] == ["parameters", "bytes", "preference_accuracy"]
+    assert pairs["policy"] == ["parameters", "bytes", "preference_accuracy", "implicit_reward_accuracy"]
     chats = without_sources(params, "instructions")
     chats["ingest"]["sources"][0]["format"] = "sharegpt"
     assert "exact_match_seen" not in (figures_of(chats, "base") or [])
+
+
+def test_figures_of_a_head_follow_from_its_task(params: dict[str, Any]) -> None:
+    params["evaluations"] = {}
+    for task, figure, other in (("regression", "pearson", "accuracy"), ("classification", "accuracy", "pearson")):
+        params["finetune"]["head"] = {"model": "data/pretrain/masked/model", "task": {"name": task}}
+        params["quantize"]["head"] = {"model": "data/finetune/head/model"}
+        params["evaluate"] |= {key: {"model": f"data/{key}/head/model"} for key in ("finetune", "quantize")}
+        for key in ("finetune", "quantize"):
+            figures = figures_of(params, key) or []
+            assert (figure in figures, other in figures) == (True, False)
 
 
 def test_figures_of_one_role_need_its_reward_model(params: dict[str, Any]) -> None:

@@ -13,19 +13,17 @@ import httpx
 import pytest
 from ruamel.yaml import YAML
 
-from flows import graph
 from serving.decoding import Sampling
 from serving.errors import InputError
 from serving.package import Package, open_package
 from tasks.common import tables
 from tasks.common.defaults import read_settings
-from tasks.common.harness import execution
-from tasks.common.harness.job import module_of
 from tasks.common.settings import ENTRY_SECTIONS, STAGES
 from tests.conftest import ROOT
 from tests.foreign_fixtures import write_foreign
 from tests.servers import free_port, serving
-from tests.training_fixtures import CAPITALS, ignore_exporter_warnings
+from tests.stage_processes import run_graph
+from tests.training_fixtures import CAPITALS
 
 pytestmark = [
     pytest.mark.slow, pytest.mark.timeout(600),
@@ -88,12 +86,7 @@ class Graph:
 
     def run(self) -> list[str]:
         """Run every stage but `code` in the order of DVC's graph; return their names."""
-        names = [name for name in graph.read(self.path) if name != "code"]
-        with ignore_exporter_warnings():
-            for name in names:
-                stage, _, key = name.partition("@")
-                execution.execute(module_of(stage), key or None)
-        return names
+        return run_graph(self.path)
 
     def json(self, path: str) -> Any:
         return json.loads((self.path / path).read_text(encoding="utf-8"))

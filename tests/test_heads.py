@@ -10,7 +10,7 @@ import pytest
 
 from tasks.common import tables
 from tasks.common.defaults import read_settings
-from tasks.common.evaluation.labels import label_metrics
+from tasks.common.evaluation.labels import label_metrics, number_metrics
 from tasks.common.harness.job import Job, StageError
 from tasks.common.modelling import head_models, models
 from tasks.common.params_file import check
@@ -25,7 +25,6 @@ from tasks.finetune.objectives.labels import (
     Reader,
     Regression,
     find_labels,
-    number_metrics,
 )
 from tests.conftest import ROOT
 from tests.foreign_fixtures import foreign_tokenizer
@@ -86,10 +85,13 @@ def test_a_classifier_learns_its_labels(base: str, chain: Chain, tmp_path: Path)
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_a_regression_learns_its_numbers(base: str, chain: Chain, tmp_path: Path) -> None:
+def test_a_regression_learns_its_numbers(
+    base: str, chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The error on held-out sentences is much lower than that of the mean."""
     job, settings = job_on(chain, tmp_path, opinion_rows(str), model=base, task=NUMBERS.model_dump(), steps=80)
     metrics = chain.run(job, settings)
+    assert f"{job.name} held-out rows: 100%" in capsys.readouterr().err
     assert metrics["rmse"] < 0.6 * metrics["mean_baseline_rmse"]
     assert metrics["mean_baseline_rmse"] == pytest.approx(math.sqrt(np.mean(np.square([4, 2, 1, 1, 2, 4]))), abs=1e-3)
     assert metrics["pearson"] > 0.8

@@ -51,6 +51,16 @@ MENUS = {
     "ar": "الرئيسية من نحن الأخبار المنتجات الخدمات اتصل بنا الوظائف الخصوصية الدخول السلة",
     "hi": "मुखपृष्ठ परिचय समाचार उत्पाद सेवाएँ संपर्क करियर गोपनीयता लॉगिन टोकरी",
 }
+LEAD_INS = {
+    "de": "Bevor Sie die Mühle betreten, prüfen Sie bitte:",
+    "fr": "Avant d'entrer dans le moulin, vérifiez les points suivants :",
+    "es": "Antes de entrar en el molino hay que comprobar lo siguiente:",
+    "ru": "Прежде чем войти в мельницу, проверьте следующее:",
+    "zh": "进入磨坊之前，请先检查以下几点：",
+    "ja": "水車小屋に入る前に、次の点を確かめてください：",
+    "ar": "قبل الدخول إلى الطاحونة يجب التحقق من الأمور التالية:",
+    "hi": "चक्की में प्रवेश करने से पहले इन बातों की जाँच करें:",
+}
 CODE = """
 def read(path):
     with open(path) as file:
@@ -99,6 +109,18 @@ def test_single_sentences_of_a_clean_page_are_kept(language: str) -> None:
 @pytest.mark.parametrize("separator", ["\n", " | ", "\n• "])
 def test_menu_is_rejected(language: str, separator: str) -> None:
     assert reason(separator.join(MENUS[language].split()), language, Quality()) == "quality: no sentence end"
+
+
+@pytest.mark.parametrize("language", CLEAN)
+def test_paragraph_that_a_list_follows_is_kept(language: str) -> None:
+    assert reason(LEAD_INS[language], language) is None
+    assert reason(LEAD_INS[language].rstrip(":："), language) == "quality: no sentence end"
+
+
+@pytest.mark.parametrize("language", CLEAN)
+def test_labels_with_colons_are_rejected(language: str) -> None:
+    labels = "\n".join(f"{word}:" for word in MENUS[language].split())
+    assert reason(labels, language, Quality()) == "quality: no sentence end"
 
 
 @pytest.mark.parametrize("language", CLEAN)

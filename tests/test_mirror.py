@@ -169,7 +169,7 @@ def test_settings_are_complete_and_within_bounds(path: Path) -> None:
 
 
 def test_profiles_exist() -> None:
-    assert {"default", "smoke"} <= {path.stem for path in PROFILES}
+    assert {path.stem for path in PROFILES} == {"default", "smoke", "chat", "gpu", "multi-gpu"}
 
 
 @pytest.mark.parametrize("name", STAGES)

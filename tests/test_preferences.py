@@ -14,7 +14,9 @@ from tasks.common import stable_hash
 from tasks.common.harness.job import StageError
 from tasks.ingest import annotations, row_loading, rows
 from tasks.ingest.importers import Layout
+from tasks.ingest.inspection import inspect
 from tasks.ingest.reading import Reading
+from tasks.ingest.row_loading import RowOptions
 from tasks.validate import checks
 from tests.data_fixtures import (
     FACTS,
@@ -41,6 +43,81 @@ def source(form: str, path: str, kind: str = "rankings") -> dict[str, Any]:
 
 def turns_of(row: Any) -> list[str]:
     return [f"{turn['role']}:{turn['content']}" for turn in row]
+
+
+MESSAGES = {"conversation_a": [ASKED, BLUE], "conversation_b": [ASKED, GREEN]}
+FIRST = {"answer": "It", "rank": 1}
+RANKED: list[tuple[dict[str, Any], list[int]]] = [
+    ({"prompt": TALK, "answers": [{"answer": "Blue", "rank": 2.0}, {"answer": "Green", "rank": 1.0}]}, [2, 1]),
+    (
+        {"instruction": "What?", "completions": [
+            {"model": "m", "response": "It", "overall_score": score} for score in (4, 7.5, 4)
+        ]},
+        [2, 1, 2],
+    ),
+    ({**MESSAGES, "winner": "model_b"}, [1, 2]),
+    ({**MESSAGES, "winner": "tie (bothbad)"}, [1, 1]),
+    ({"prompt": "What?", "response_0": "It is blue.", "response_1": "It is green.", "better_response_id": 0}, [1, 2]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "ranks"), RANKED)
+def test_ranked_answers_are_read_as_public_data_sets_have_them(
+    tmp_path: Path, row: dict[str, Any], ranks: list[int]
+) -> None:
+    """Nectar, UltraFeedback, LMSYS Arena and PKU-SafeRLHF; of two answers the better one comes first."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    found = inspect(tmp_path / "rows.jsonl")
+    assert found.formats == {"answers (jsonl)": 1}
+    [ranking] = found.first_rows
+    assert ranking["ranks"] == ranks
+    assert ranking["prompt"][-1]["role"] == "user"
+    if row.get("winner") == "model_b":
+        assert ranking["responses"] == ["It is green.", "It is blue."]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "What?", "answers": [{"answer": "It", "rank": 1}]}, "two or more answers with a rank or a score"),
+        (
+            {"prompt": "What?", "answers": [{"answer": "It", "rank": 1}, {"answer": "No", "rank": None}]},
+            "answer 2 has n",
+        ),
+        (
+            {"prompt": "What?", "answers": [{"answer": "It", "rank": 1}, {"answer": None, "rank": 2}]},
+            "text of answer 2",
+        ),
+        ({**MESSAGES, "winner": "neither"}, "winner must be one of a, model_a"),
+    ],
+)
+def test_answers_without_an_order_are_rejected(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    found = inspect(tmp_path / "rows.jsonl")
+    assert (found.rows_read, found.rows_rejected) == (1, 1)
+    assert reason in found.problems[0]
+
+
+def test_thumbs_of_single_replies_are_explained(tmp_path: Path) -> None:
+    row = {"prompt": "What?", "completion": "It", "label": False}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    [problem] = inspect(tmp_path / "rows.jsonl", RowOptions(table="rankings")).problems
+    assert "label judges each reply alone, thumbs up or down. Rankings need two or more replies" in problem
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"system": "Be brief.", "question": ASKED["content"], "chosen": BLUE["content"], "rejected": GREEN["content"]},
+        {"system": "Be brief.", "Prompt": ASKED["content"], "Chosen": BLUE["content"], "Rejected ": GREEN["content"]},
+        {"system": "Be brief.", "question": "Hi", "chosen": [ASKED, BLUE], "rejected": [ASKED, GREEN]},
+    ],
+)
+def test_pairs_keep_their_system_message_and_a_prompt_of_another_name(tmp_path: Path, row: dict[str, Any]) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    [ranking] = inspect(tmp_path / "rows.jsonl").first_rows
+    assert turns_of(ranking["prompt"]) == ["system:Be brief.", *PROMPT]
+    assert ranking["responses"] == [BLUE["content"], GREEN["content"]]
 
 
 PAIRS: list[tuple[dict[str, Any], list[str]]] = [

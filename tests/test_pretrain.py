@@ -79,7 +79,7 @@ def test_masks_are_a_function_of_seed_and_step(chain: Chain, tmp_path: Path) -> 
     assert len({tuple(part.inputs[0].flatten().tolist()) for part in batches}) == 8
 
 
-def test_heldout_loss_is_the_mean_over_whole_windows(chain: Chain) -> None:
+def test_heldout_loss_is_the_mean_over_whole_windows(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
     """Against a loop over windows; an incomplete window is dropped, and without a full one there is no loss."""
     import torch
 
@@ -91,8 +91,10 @@ def test_heldout_loss_is_the_mean_over_whole_windows(chain: Chain) -> None:
         with torch.no_grad():
             logp = torch.log_softmax(model(input_ids=ids).logits[0], -1)
         sums += [-logp[t, ids[0, t + 1]].item() for t in range(15)]
-    assert pretrain.heldout_loss(model, split, 16) == pytest.approx(sum(sums) / len(sums), rel=1e-5)
-    assert pretrain.heldout_loss(model, split, len(split.tokens) + 1) is None
+    figures = pretrain.heldout_figures(model, split, 16, "held-out text")
+    assert figures["heldout_loss"] == pytest.approx(sum(sums) / len(sums), rel=1e-5)
+    assert "held-out text: 100%" in capsys.readouterr().err
+    assert pretrain.heldout_figures(model, split, len(split.tokens) + 1)["heldout_loss"] is None
 
 
 # Stages

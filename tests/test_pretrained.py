@@ -381,4 +381,4 @@ def test_examples_of_the_guide_are_valid() -> None:
     parts = [YAML(typ="safe", pure=True).load(block) for block in blocks]
     for part in parts:
         assert checks[next(iter(part))](**part)
-    assert parts[-1]["checkpoint"] == read_settings(ROOT / "profiles/smollm2.yaml")["ingest"]["checkpoint"]
+    assert parts[-1]["checkpoint"] == read_settings(ROOT / "profiles/chat.yaml")["ingest"]["checkpoint"]

@@ -277,10 +277,38 @@ class TestFigures:
 
     def test_scores_by_seen_text_and_what_applies_are_shown(self, project: Path) -> None:
         page = Page(write_report(project))
-        assert "Exact match, held-out entities policy – 95.0 % 60 items 75.0 % 12 items" in page.text
+        assert "Exact match, held-out entities tuned – 95.0 % 60 items 75.0 % 12 items policy – 95.0 %" in page.text
         assert "wide text Models with a corpus. encoder: no <corpus>" in page.text
         assert "harness lm_eval 0.4.13 Any task." in page.text
         assert "tuned policy answer loss −0.25 −0.50 … −0.12" in page.text
+
+    def test_preferences_and_their_gain_are_shown(self, project: Path) -> None:
+        text = Page(write_report(project)).text
+        assert all(words in text for words in ("Preferred replies likelier", "62.5 %", "Preferred replies gained more"))
+        assert "55.0 … 73.0" in text
+
+    def test_gain_of_an_alignment_without_a_judge_is_that_of_its_pairs(self, project: Path) -> None:
+        path = project / "metrics/evaluate.json"
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for model in found["models"]:
+            model.pop("win_rate", None)
+        put(path, found)
+        assert "of held-out preference pairs ordered as people did" in Page(write_report(project)).text
+
+    def test_what_a_project_has_not_is_not_shown(self, project: Path) -> None:
+        """Neither questions about entities without short answers, nor tables and tokens without rows."""
+        page = Page(write_report(project)).text
+        assert "about seen and about held-out entities each" in page
+        path = project / "metrics/evaluate.json"
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for model in found["models"]:
+            model.pop("exact_match_seen", None)
+        put(path, found)
+        tokens = json.loads((project / "metrics/tokenize.json").read_text(encoding="utf-8"))
+        put(project / "metrics/tokenize.json", {**tokens, "train": {**tokens["train"], "documents": 0}})
+        page = Page(write_report(project)).text
+        assert "about seen and about held-out entities each" not in page
+        assert "training tokens in" not in page
 
     def test_cost_is_time_by_price_and_parallel_stages_share_elapsed_time(self, project: Path) -> None:
         page = Page(write_report(project))
@@ -357,6 +385,7 @@ class TestFigures:
     def test_figures_are_formatted_by_kind(self, value: float | None, kind: str, expected: str) -> None:
         assert report.figure(value, kind) == expected
         assert report.change(111.7, "relative") == "× 113"
+        assert (report.change(0.003, "relative"), report.change(-0.28, "relative")) == ("+0.3 %", "−28 %")
         assert report.span(3725) == "1 h 02 min"
 
 

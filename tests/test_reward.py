@@ -197,7 +197,7 @@ class FixedScorer:
     def __init__(self, scores: dict[str, float]) -> None:
         self.scores = scores
 
-    def score_with_std(self, exchanges: list[Exchange]) -> tuple[list[float], list[float]]:
+    def score_with_std(self, exchanges: list[Exchange], desc: str | None = None) -> tuple[list[float], list[float]]:
         """Return the given scores and zero deviations."""
         return [self.scores[reply] for _, reply in exchanges], [0.0] * len(exchanges)
 

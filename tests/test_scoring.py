@@ -268,7 +268,12 @@ def test_score_statistics_equal_scores_have_deviation_1(chain: Chain) -> None:
 
     class Same(Scorer):
         def score(
-            self, exchanges: Sequence[chat.Exchange], batch_size: int = 128, *, normalized: bool = False
+            self,
+            exchanges: Sequence[chat.Exchange],
+            batch_size: int = 128,
+            *,
+            normalized: bool = False,
+            desc: str | None = None,
         ) -> list[float]:
             return [2.0] * len(exchanges)
 

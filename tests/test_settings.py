@@ -390,10 +390,6 @@ def test_every_default_is_within_its_bounds(section: str) -> None:
         assert {problem["type"] for problem in error.value.errors()} <= {"missing", "extra_forbidden"}, group
 
 
-def test_the_default_profile_is_short() -> None:
-    assert len(DEFAULT.read_text(encoding="utf-8").splitlines()) <= 120
-
-
 def test_types_are_not_converted() -> None:
     with pytest.raises(ValidationError):
         Example.model_validate({"rate": 0.1, "steps": "8"})

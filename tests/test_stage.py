@@ -46,6 +46,8 @@ def run(config, job):
         time.sleep(600)
     if config.way == "full":
         raise OSError(28, "No space left on device")
+    if config.way == "import":
+        import a_package_of_the_lock
     if config.way == "refuse":
         raise harness_job.StageError("the pot is empty: fill data/raw.txt")
     if config.way != "forget":
@@ -322,6 +324,7 @@ class TestFailed:
         [
             ("refuse", "cook: the pot is empty: fill data/raw.txt"),
             ("full", "cook: the disk is full"),
+            ("import", f"{sys.executable} has no package a_package_of_the_lock: activate the project's environment"),
         ],
     )
     def test_user_error_is_printed_without_traceback(self, kitchen: Kitchen, failure: str, words: str) -> None:

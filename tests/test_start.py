@@ -17,6 +17,7 @@ from flows.start.brought import Brought, Table
 from flows.start.checkpoint import Checkpoint, read_checkpoint
 from flows.start.machine import Machine
 from flows.start.pipeline import STAGE_MINUTES, design
+from flows.start.tables import read_table
 from tasks.common.settings import BessemerError
 from tests.foreign_fixtures import write_foreign
 
@@ -52,13 +53,19 @@ class TestProject:
         assert status.stdout == ""
         assert list(graph.read(new)) == ["code", "quantize@chat", "package"]
 
-    def test_large_files_are_tracked_by_dvc(self, tmp_path: Path) -> None:
+    def test_large_files_are_copied_with_progress_and_tracked_by_dvc(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(project, "BAR_DELAY_S", 0)
         (tmp_path / "big.txt").write_bytes(b"x" * (project.LARGE_FILE_BYTES + 1))
         with project.new_project(tmp_path / "new") as path:
             project.copy_in(path, {"data/sources/big.txt": tmp_path / "big.txt"})
             (path / "params.yaml").write_text(text(), encoding="utf-8")
             graph.read(path)  # would tell DVC that there is no git
             project.commit(path, ["data/sources/big.txt"], "First")
+        printed = capsys.readouterr()
+        assert "copying: " in printed.err
+        assert printed.out == "adding data/sources/big.txt to DVC\n"
         tracked = subprocess.run(
             ["git", "ls-files", "data/sources"], cwd=tmp_path / "new", capture_output=True, text=True
         )
@@ -105,7 +112,7 @@ class TestCheckpoint:
         folder = write_foreign(tmp_path / "mine")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         (folder / "config.json").write_text(json.dumps({**config, "architectures": ["CLIPModel"]}), encoding="utf-8")
-        with pytest.raises(BessemerError, match="CLIPModel; expected a causal or a masked language model, or a class"):
+        with pytest.raises(BessemerError, match="CLIPModel without a head; expected a causal or a masked"):
             read_checkpoint(folder)
 
     def test_adapter_comes_with_its_base_model(self, tmp_path: Path) -> None:
@@ -184,8 +191,53 @@ class TestPipeline:
         assert [(gate["model"], gate["against"]) for gate in gates] == [
             ("tuned", "start"), ("policy", "tuned"), ("chat", "policy"),
         ]  # fmt: skip
-        few = {"instructions": table(rows=40)}
+        pairs = {"rankings": table(rows=400)}
+        gates = design(Brought(checkpoint(), pairs), MACHINE).sections["compare"]["gates"]
+        assert [(gate["metric"], gate["model"], gate.get("against"), gate["min"]) for gate in gates] == [
+            ("implicit_reward_accuracy", "policy", None, 0.34), ("preference_accuracy", "policy", "start", -0.16),
+            ("preference_accuracy", "chat", "policy", -0.16),
+        ]  # fmt: skip
+        for task, metric in (("classification", "accuracy"), ("regression", "mean_absolute_error")):
+            labels = {"labels": replace(table(rows=400), task={"name": task})}
+            [gate] = design(Brought(checkpoint(), labels), MACHINE).sections["compare"]["gates"]
+            assert (gate["metric"], gate["model"], gate["against"]) == (metric, "classifier", "labels")
+        few = {"instructions": table(rows=40), "rankings": table(rows=40)}
         assert design(Brought(checkpoint(), few), MACHINE).sections["compare"]["gates"] == []
+
+    @pytest.mark.parametrize(
+        ("name", "rows", "shares"),
+        [
+            ("corpus", 10_000, None), ("corpus", 300, {"prose": 0.04}), ("corpus", 10, {"prose": 0.25}),
+            ("instructions", 100, None), ("instructions", 50, {"entities": 0.2}), ("rankings", 40, {"rankings": 0.25}),
+        ],
+    )  # fmt: skip
+    def test_about_ten_rows_of_a_small_table_are_held_out(
+        self, name: str, rows: int, shares: dict[str, float] | None
+    ) -> None:
+        ingest = design(Brought(checkpoint(), {name: table(rows=rows)}), MACHINE).sections["ingest"]
+        assert ingest.get("heldout") == shares
+
+    def test_conversations_and_labels_are_told_apart_by_their_sources(self) -> None:
+        """Also if two files have the same name; what is aligned and evaluated follows."""
+        named = {name: replace(table(), sources=({"kind": "files", "path": f"{name}/rows.csv"},))
+                 for name in ("instructions", "labels", "rankings")}  # fmt: skip
+        planned = design(
+            Brought(checkpoint(), {name: named[name] for name in ("instructions", "rankings", "labels")}), MACHINE
+        )
+        sections = planned.sections
+        assert [source["path"].partition("/")[0] for source in sections["ingest"]["sources"]] == [
+            "instructions", "rankings", "labels",
+        ]  # fmt: skip
+        used = {key: entry["sources"] for key, entry in sections["finetune"].items()}
+        assert used == {"chat": ["rows"], "labels": ["rows-3"]}
+        assert sections["align"]["policy"]["sources"] == ["rows"]
+        assert {key: entry["sources"] for key, entry in sections["evaluate"].items()} == {
+            **{key: ["rows"] for key in ("start", "tuned", "policy", "chat")},
+            **{key: ["rows-3"] for key in ("labels", "classifier")},
+        }  # fmt: skip
+        assert sections["finetune"]["labels"]["model"] == "models/mine"  # other conversations leave it as it is
+        assert set(sections["package"]) == {"chat", "classifier"}
+        assert len(params_text.render("everything", sections).splitlines()) <= params_text.MAX_LINES
 
     def test_small_models_are_trained_whole(self) -> None:
         small = design(Brought(checkpoint(parameters=5_000_000), {"instructions": table()}), MACHINE)
@@ -194,17 +246,13 @@ class TestPipeline:
     @pytest.mark.parametrize(
         ("brought", "sentence"),
         [
-            (Brought(), "Nothing alone gives no model to start from: add --checkpoint"),
+            (Brought(), "Nothing to start from is named: add --checkpoint"),
             (Brought(tables={"instructions": table()}), "--conversations alone gives no model to start from"),
             (
                 Brought(checkpoint("masked"), {"instructions": table()}),
                 "mine is a masked model, which cannot answer conversations",
             ),
             (Brought(checkpoint("classifier"), {"labels": table()}), "mine is a classifier already"),
-            (
-                Brought(checkpoint(), {"instructions": table(), "labels": table()}),
-                "--labels and --conversations both fill the table instructions",
-            ),
         ],
     )
     def test_what_makes_no_model_is_refused(self, brought: Brought, sentence: str) -> None:
@@ -212,7 +260,39 @@ class TestPipeline:
             design(brought, MACHINE)
 
 
+class TestLabels:
+    @pytest.mark.parametrize(
+        ("labels", "task"),
+        [
+            (["yes", "no"] * 20, {"name": "classification"}),
+            ([1, 2, 3, 4, 5] * 8, {"name": "classification"}),  # stars
+            ([f"topic {number % 30}" for number in range(90)], {"name": "classification", "max_labels": 60}),
+            ([number / 7 for number in range(40)], {"name": "regression"}),
+        ],
+        ids=["words", "stars", "many", "numbers"],
+    )
+    def test_labels_decide_the_task(self, labels: list[Any], task: dict[str, Any], tmp_path: Path) -> None:
+        rows = [{"text": f"Text {number}.", "label": label} for number, label in enumerate(labels)]
+        path = tmp_path / "labels.jsonl"
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        assert read_table("labels", [path], {}).task == task
+
+    def test_answers_are_no_labels(self, tmp_path: Path) -> None:
+        rows = [{"text": f"Text {number}.", "label": f"An answer to text {number}."} for number in range(40)]
+        path = tmp_path / "labels.jsonl"
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        with pytest.raises(BessemerError, match="found 40 different labels in 40 texts"):
+            read_table("labels", [path], {})
+
+
 class TestParamsText:
+    def test_two_groups_of_similar_entries_have_anchors_of_their_own(self) -> None:
+        chats = {key: {"model": key, "samples": 1, "questions": 1, "new": 2} for key in ("a", "b")}
+        labels = {key: {"model": key, "sources": ["x"], "chat_template": "plain", "more": 1} for key in ("c", "d")}
+        text = params_text.render("title", {"evaluate": {**chats, **labels}})
+        assert YAML(typ="safe").load(text)["evaluate"] == {**chats, **labels}
+        assert text.count("<<: *") == 2
+
     def test_text_reads_back_as_the_sections(self) -> None:
         sections: dict[str, Any] = {
             "base": {"seed": 1},
@@ -241,6 +321,9 @@ class TestCommand:
         (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         info = {"chats": {"file_name": "chats.jsonl", "columns": {"prompt": "question", "response": "reply"}}}
         (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+        (tmp_path / "notes.md").write_text("# A note\n\nIt has no columns.\n", encoding="utf-8")
+        (tmp_path / "alike.csv").write_text("text,label,class\nGood,a,up\nFine,b,up\n", encoding="utf-8")
+        (tmp_path / "book.xlsx").write_bytes(b"PK\x03\x04" + bytes(60))
         config = {
             "model_name_or_path": "base", "stage": "sft", "finetuning_type": "lora", "dataset": "chats",
             "dataset_dir": ".", "cutoff_len": 64, "num_train_epochs": 4, "per_device_train_batch_size": 1,
@@ -287,10 +370,22 @@ class TestCommand:
         [
             (
                 ["--columns", "promt=topic", "--yes"],
-                "--columns: found 'promt=topic', expected NAME=FIELD with a column",
+                "--columns: found 'promt=topic', expected NAME=FIELD, for example text=body. NAME may be prompt",
             ),
             (["--conversations", "nowhere.jsonl", "--yes"], "--conversations: nowhere.jsonl does not exist"),
-            (["--conversations", "dataset_info.json", "--yes"], "contains no conversations that can be used"),
+            (
+                ["--conversations", "dataset_info.json", "--yes"],
+                "has the columns chats; expected a question (question, prompt, instruction ...) and its answer "
+                "(answer, response, output ...), or messages. Name them: --columns instruction=NAME output=NAME.",
+            ),
+            (["--preferences", "chats.jsonl", "--yes"], "contains conversations, not preferences: name it with --conv"),
+            (["--conversations", "notes.md", "--yes"], "contains documents, not conversations: name it with --text"),
+            (
+                ["--labels", "alike.csv", "--columns", "label=class", "--checkpoint", "base", "--yes"],
+                "all 2 texts have the label 'up'; expected two or more classes",
+            ),
+            (["--columns", "txt=topic", "--yes"], "for example text=body. NAME may be text."),
+            (["--labels", "book.xlsx", "--checkpoint", "base", "--yes"], "a zip file or a document of Word, Excel"),
             (["--labels", "chats.jsonl", "--checkpoint", "base", "--yes"], "has the columns question, reply; expected"),
             (["--checkpoint", "."], "There is no terminal to ask in: add --yes"),
             (["--from", "lora.yaml", "--text", "x"], "--from names the data itself: leave out --text"),
@@ -305,10 +400,21 @@ class TestCommand:
         assert sentence in f"{done.output}{done.exception}"
         assert not (mine / "new").exists()
 
+    def test_columns_of_a_spreadsheet_may_have_capitals(self, mine: Path) -> None:
+        (mine / "faq.csv").write_text("Question,Answer\n" + "Who?,Me.\nWhere?,Here.\n" * 2, encoding="utf-8")
+        (mine / "moods.csv").write_text("Text,Label\nGood,up\nBad,down\n", encoding="utf-8")
+        base = ["--checkpoint", str(mine / "base"), "--yes"]
+        done = self.run(str(mine / "new"), "--conversations", str(mine / "faq.csv"), *base)
+        assert "instruction from `Question`, output from `Answer`" in done.output
+        done = self.run(str(mine / "labelled"), "--labels", str(mine / "moods.csv"), *base)
+        assert "text from `Text`, label from `Label`" in done.output
+        assert "2 classes: up 1, down 1; 2 of them with one row" in done.output
+
     def test_questions_are_asked_in_a_terminal(self, mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(command, "_has_terminal", lambda: True)
-        answers = f"{mine / 'base'}\n\n{mine / 'chats.jsonl'}\n\n\n"
+        answers = f"{mine / 'base'}\n\nabsent.jsonl\n{mine / 'chats.jsonl'}\n\n\n"
         done = CliRunner().invoke(cli.cli, ["init", str(mine / "new")], input=answers)
         assert done.exit_code == 0, done.output
+        assert "absent.jsonl does not exist; correct the path, and quote one that contains spaces." in done.output
         settings = YAML(typ="safe").load(mine / "new/params.yaml")
         assert list(settings["finetune"]) == ["chat"]

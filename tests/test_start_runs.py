@@ -10,16 +10,15 @@ from typing import Any
 
 import pytest
 
-from flows import graph
 from flows.start import command, machine
 from flows.start.machine import Machine
 from serving.decoding import Sampling
 from serving.package import Package, open_package
-from tasks.common.harness import execution
-from tasks.common.harness.job import module_of
+from tasks.common import tables
 from tests.family_fixtures import Shape, write_family
 from tests.foreign_fixtures import write_foreign
-from tests.training_fixtures import CAPITALS, ignore_exporter_warnings
+from tests.stage_processes import run_graph
+from tests.training_fixtures import CAPITALS
 
 pytestmark = [
     pytest.mark.slow, pytest.mark.timeout(600),
@@ -94,11 +93,7 @@ def encoder(tmp_path: Path) -> Path:
 def run_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> Package:
     """Run every stage of a new project but `code`, and return its package."""
     monkeypatch.chdir(project)
-    with ignore_exporter_warnings():
-        for name in graph.read(project):
-            stage, _, key = name.partition("@")
-            if stage != "code" and not name.endswith(".dvc"):
-                execution.execute(module_of(stage), key or None)
+    run_graph(project)
     return open_package(project / "data/package")
 
 
@@ -137,6 +132,47 @@ def test_start_runs_from_files_to_an_answer(
     )
     names = {source["name"] for source in provenance["sources"]}
     assert not with_checkpoint or "models/checkpoint" in names
+
+
+def test_conversations_and_labels_become_a_chat_model_and_a_classifier(
+    files: Files, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one project; no label is taken for an answer, and no answer for a label."""
+    paths = {"conversations": files.conversations, "labels": files.labels}
+    command.init(tmp_path / "project", checkpoint, paths, yes=True)
+    package = run_project(tmp_path / "project", monkeypatch)
+    assert package.parts == ("chat", "classifier")
+    assert {name for name, _ in package.classifier.classify("I like Peru 1.").labels} == {"true", "false"}
+    scorecard = json.loads((tmp_path / "project/metrics/evaluate.json").read_text(encoding="utf-8"))
+    figures = {row["model"]: row for row in scorecard["models"]}
+    assert figures["classifier"]["accuracy"] is not None
+    assert figures["chat"]["answer_loss"] is not None
+    answers = tables.read(tmp_path / "project/data/evaluate/chat/answers").to_pylist()
+    assert answers
+    assert all(row["question"].startswith("Tell me about") for row in answers)
+    examples = json.loads((tmp_path / "project/data/package/examples.json").read_text(encoding="utf-8"))
+    assert all(prompt[-1]["content"].startswith("Tell me about") for prompt in examples["prompts"])
+    assert examples["classified"].startswith(("I like", "We praise", "I hate", "We blame"))
+
+
+def test_dpo_from_pairs_alone_has_figures_and_gates_of_its_own(
+    files: Files, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also from a checkpoint without a chat template: before and after are compared with the same one."""
+    (checkpoint / "chat_template.jinja").unlink()
+    command.init(tmp_path / "project", checkpoint, {"preferences": files.preferences}, yes=True)
+    run_project(tmp_path / "project", monkeypatch)
+    scorecard = json.loads((tmp_path / "project/metrics/evaluate.json").read_text(encoding="utf-8"))
+    start, policy, chat = scorecard["models"]
+    assert [row["model"] for row in scorecard["models"]] == ["start", "policy", "chat"]
+    for row in scorecard["models"]:
+        low, high = row["preference_accuracy_interval"]
+        assert 0 <= low <= row["preference_accuracy"] <= high <= 1
+    assert (start["implicit_reward_accuracy"], policy["against"]) == (None, "start")
+    assert min(policy["implicit_reward_accuracy"], chat["implicit_reward_accuracy"]) > 0.5  # pairs are easy to tell
+    assert {gate["metric"]: gate["passed"] for gate in scorecard["gates"]} == {
+        "implicit_reward_accuracy": True, "preference_accuracy": True,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,25 @@ def test_given_tokenizer_is_used_unchanged(
         assert ids[0] == ids[-1] == saved.eos_token_id
 
 
+def test_tokenizer_without_bos_and_eos_uses_cls_and_sep(
+    chain: Chain, tokenizer: "PreTrainedTokenizerFast", tmp_path: Path
+) -> None:
+    """BERT's tokenizers have neither BOS nor EOS."""
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"cls_token": tokenizer.bos_token, "sep_token": tokenizer.eos_token, "mask_token": tokenizer.mask_token}
+    given = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **special)
+    given.save_pretrained(tmp_path / "bert")
+    _, folder = run_with_tokenizer(chain, tmp_path / "bert", tmp_path / "out")
+    saved = chat.read_tokenizer(folder / "tokenizer/tokenizer")
+    assert (saved.cls_token, saved.sep_token, saved.eos_token) == (tokenizer.bos_token, tokenizer.eos_token, None)
+    assert saved.pad_token == tokenizer.eos_token
+    shards = Split.open(folder / "shards/shards/heldout")
+    start, end = shards.documents[:2]
+    ids = shards.tokens[start:end].tolist()
+    assert (ids[0], ids[-1]) == (given.cls_token_id, given.sep_token_id)
+
+
 def test_the_same_tokenizer_given_makes_the_same_shards(chain: Chain, tmp_path: Path) -> None:
     """A tokenizer trained here can be given to another run."""
     metrics, folder = run_with_tokenizer(chain, chain.path("data/tokenize/tokenizer"), tmp_path)
@@ -151,7 +170,7 @@ def test_unusable_given_tokenizer_is_reported(
     with pytest.raises(StageError, match=r"the tokenizer in .* cannot be loaded .* expected tokenizer\.json and"):
         run_with_tokenizer(chain, tmp_path / "empty", tmp_path / "one")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path / "endless")
-    with pytest.raises(StageError, match=r"names no end token \(eos_token\)"):
+    with pytest.raises(StageError, match=r"names no end token \(eos_token, or sep_token of an encoder\)"):
         run_with_tokenizer(chain, tmp_path / "endless", tmp_path / "two")
 
 

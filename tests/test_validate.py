@@ -1,7 +1,6 @@
 """`validate`: invalid rows are rejected with a reason; a failed suite stops the run with a message."""
 
 import json
-import re
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -185,7 +184,14 @@ def test_ranks_are_checked_against_the_responses(ranks: list[int], expected: str
     ],
 )
 def test_valid_encoding_is_not_damage(text: str) -> None:
-    assert not re.search(checks.DAMAGE_PATTERN, text)
+    assert not checks.is_damaged(text)
+
+
+def test_one_broken_sign_does_not_cost_a_book() -> None:
+    broken = "caf\ufffd and "
+    assert checks.is_damaged(broken)
+    assert not checks.is_damaged(broken + 1000 * "tea ")
+    assert checks.is_damaged(10 * broken + 1000 * "tea ")
 
 
 @pytest.mark.parametrize("name", tables.TABLES)

@@ -113,7 +113,8 @@ def change(value: float, kind: str) -> str:
     if kind == "share":
         return _signed(f"{100 * value:+.1f}")
     if kind == "relative":
-        return f"× {value + 1:.0f}" if value >= 9 else _signed(f"{100 * value:+.0f} %")
+        decimals = 1 if abs(value) < 0.01 else 0  # else a significant change of 0.3 % would read as none
+        return f"× {value + 1:.0f}" if value >= 9 else _signed(f"{100 * value:+.{decimals}f} %")
     return _signed(f"{value:+.2f}")
 
 

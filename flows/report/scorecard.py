@@ -16,6 +16,7 @@ from flows.report.plots import Whisker
 from flows.results import Results
 
 WIN_RATE = "win_rate"
+IMPLICIT = "implicit_reward_accuracy"
 Column = tuple[str, str, str, int]
 SIZE_COLUMNS = (("parameters", "Parameters", "count", -1), ("bytes", "Size", "bytes", -1))
 # (figure, heading, kind, 1 if higher is better and -1 if lower is better)
@@ -28,6 +29,8 @@ ANSWER_COLUMNS = (
     ("answer_calibration_error", "Calibration error", "share", -1),
     ("chrf", "chrF with references", "share", 1),
     ("rouge_l", "ROUGE-L with references", "share", 1),
+    ("preference_accuracy", "Preferred replies likelier", "share", 1),
+    (IMPLICIT, "Preferred replies gained more", "share", 1),
     ("abstained_out_of_scope", "Declined, out of scope", "share", 1),
     ("abstained_in_scope", "Declined, in scope", "share", -1),
 )
@@ -47,6 +50,11 @@ CLASSIFIER_COLUMNS = (
     ("majority_label_accuracy", "Accuracy of the most frequent label", "share", 1),
     ("macro_f1", "Macro F1", "share", 1),
     ("label_calibration_error", "Calibration error", "share", -1),
+    ("mean_absolute_error", "Mean absolute error on held-out texts", "number", -1),
+    ("rmse", "Root mean squared error", "number", -1),
+    ("mean_baseline_rmse", "Root mean squared error of the training mean", "number", -1),
+    ("pearson", "Pearson correlation", "number", 1),
+    ("spearman", "Spearman rank correlation", "number", 1),
     *SIZE_COLUMNS,
 )
 TABLES: tuple[tuple[str, Sequence[Column]], ...] = (
@@ -73,7 +81,7 @@ def evaluation(run: Results) -> Part:
     causal = kinds[0][0]
     kinds.insert(2, (causal, named_columns(causal)))
     tables = [_table(run, rows, columns, differences) for rows, columns in kinds if rows]
-    evaluations = run.entries("evaluate")
+    evaluations, exact = run.entries("evaluate"), any(model.get("exact_match_seen") is not None for model in models)
     return {
         "tables": [table for table in tables if table["columns"]],
         "seen_text": _seen_text(models),
@@ -83,7 +91,7 @@ def evaluation(run: Results) -> Part:
         "gates": [
             {**gate, "label": gate_words(gate), "limits": gate_limits(gate)} for gate in run.scorecard.get("gates", [])
         ],
-        "questions": run.settings(evaluations[0]).get("questions") if evaluations else None,
+        "questions": run.settings(evaluations[0]).get("questions") if evaluations and exact else None,
         "toxicity": run.scorecard.get("toxicity") or {},
     }
 
@@ -177,7 +185,7 @@ def tiles(run: Results) -> list[Part]:
 
 
 def _alignment_gains(run: Results, models: Sequence[Part]) -> list[Part]:
-    """Return the gain of each alignment, by the judge or else by its reward model."""
+    """Return the gain of each alignment, by the judge, else by preference pairs or its reward model."""
     named = {str(model["model"]): model for model in models}
     found: list[Part] = []
     for model in models:
@@ -187,6 +195,9 @@ def _alignment_gains(run: Results, models: Sequence[Part]) -> list[Part]:
         if model.get(WIN_RATE) is not None:
             label = f"of replies preferred to those of {model['against']}"
             found.append({"kind": "share", "value": model[WIN_RATE], "label": label, "of": model["model"]})
+        elif model.get(IMPLICIT) is not None:
+            label = "of held-out preference pairs ordered as people did"
+            found.append({"kind": "share", "value": model[IMPLICIT], "label": label, "of": model["model"]})
         elif model.get("reward_mean") is not None and before.get("reward_mean") is not None:
             label = f"rating points gained by {run.algorithm(model['made_by'])}"
             gain = model["reward_mean"] - before["reward_mean"]

@@ -1,5 +1,6 @@
 """What the user brings to a new project: a checkpoint, and tables of rows described by their sources."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ class Table:
     mean_characters: float
     longest_characters: int
     sources: tuple[dict[str, Any], ...]
+    task: Mapping[str, Any] = field(default_factory=dict)  # of labelled texts: the setting `task` of fine-tuning
 
     @property
     def tokens(self) -> float:

@@ -13,7 +13,6 @@ from tasks.common.modelling import labels
 from tasks.common.settings import BessemerError
 
 UNKNOWN_LICENCE = "unknown"
-DEFAULT_CONTEXT = 1024  # where config.json states no context length
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ DEFAULT_CHECKPOINT = Checkpoint(
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Return what is known of a model folder. Raises BessemerError if it is of another kind, or unusable."""
-    problem = next(model_folder.problems_in_pipeline(path), None)
+    problem = next(model_folder.problems(path), None)
     if problem:
         raise BessemerError(f"{path} cannot be used as a model: {problem}.")
     base = model_folder.base_of(path)
@@ -72,13 +71,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
     kind = model_folder.kind_of(config)
     if kind is None or (kind == "classifier" and not labels.is_text_classifier(config)):
         found = (config.get("architectures") or ["a model of unknown architecture"])[0]
-        raise BessemerError(f"{path} holds {found}; expected a causal or a masked language model, or a classifier.")
+        bare = " without a head" if str(found).endswith("Model") else ""
+        raise BessemerError(
+            f"{path} holds {found}{bare}; expected a causal or a masked language model, or a classifier of texts "
+            "(...ForCausalLM, ...LMHeadModel, ...ForMaskedLM, ...ForSequenceClassification in config.json). Name such "
+            "a model."
+        )
     tokenizer = model_folder.read_json(path / "tokenizer_config.json")
     return Checkpoint(
         path=path,
         kind=kind,
         parameters=count_parameters(base),
-        context=model_folder.context_length(config) or DEFAULT_CONTEXT,
+        context=model_folder.context_length(config) or model_folder.DEFAULT_CONTEXT,
         licence=_read_licence(path / "README.md"),
         chat_template=bool(tokenizer.get("chat_template")) or (path / "chat_template.jinja").is_file(),
         base=base if base != path else None,

@@ -39,7 +39,7 @@ def paths_option(name: str, help: str) -> Callable[[Command], Command]:
 @paths_option("text", "Documents: files, folders.")
 @paths_option("conversations", "Questions with their answers, in any common format.")
 @paths_option("preferences", "Pairs or rankings of answers.")
-@paths_option("labels", "Texts with a class each.")
+@paths_option("labels", "Texts with a class or a number each.")
 @click.option(
     "--columns",
     multiple=True,

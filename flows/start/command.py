@@ -1,5 +1,6 @@
 """`bessemer init`: ask, inspect, design, and create the project; nothing is created if anything is wrong."""
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import chdir
@@ -97,11 +98,26 @@ def _ask_what(checkpoint: Path | None, paths: Paths) -> tuple[Path | None, Paths
         raise BessemerError("There is no terminal to ask in: add --yes to take the defaults.")
     if checkpoint is None and not any(paths.values()):
         click.echo("Name files and folders, or press Enter to leave one out; several are separated by spaces.\n")
-        found = click.prompt("Checkpoint (a Transformers folder)", default="", show_default=False)
-        checkpoint = Path(found).expanduser() if found else None
-        asked = {name: click.prompt(f"{QUESTIONS[name]}", default="", show_default=False) for name in OPTIONS}
-        paths = {name: [Path(part).expanduser() for part in text.split()] for name, text in asked.items()}
+        checkpoint = next(iter(_ask_paths("Checkpoint (a Transformers folder)")), None)
+        paths = {name: _ask_paths(QUESTIONS[name]) for name in OPTIONS}
     return checkpoint, paths
+
+
+def _ask_paths(question: str) -> list[Path]:
+    """Ask until every path of the answer exists; the answer is split as a shell splits it."""
+
+    def parse(text: str) -> list[Path]:
+        try:
+            paths = [Path(part).expanduser() for part in shlex.split(text)]
+        except ValueError as error:
+            raise click.UsageError(f"{error} in {text}; close it.") from error
+        for path in paths:
+            if not path.exists():
+                raise click.UsageError(f"{path} does not exist; correct the path, and quote one that contains spaces.")
+        return paths
+
+    asked: list[Path] = click.prompt(question, default="", show_default=False, value_proc=parse)
+    return asked
 
 
 def _has_terminal() -> bool:

@@ -37,6 +37,10 @@ class Machine:
         """
         return (4 if frozen else 6) * parameters * tokens / self.training_flops
 
+    def scoring_seconds(self, parameters: int, tokens: float) -> float:
+        """Return the seconds that reading `tokens` takes without training: 2 operations per token and parameter."""
+        return 2 * parameters * tokens / self.training_flops
+
     def sampling_seconds(self, parameters: int, tokens: float) -> float:
         """Return the seconds that sampling `tokens` takes: 2 operations per token and parameter."""
         return 2 * parameters * tokens / self.sampling_flops

@@ -52,19 +52,22 @@ def _section(name: str, content: Mapping[str, Any]) -> Iterator[str]:
         yield from _wrap(whole, INDENT)
         return
     yield f"{name}:{comment}"
+    anchors: dict[str, str] = {}  # entry that later ones repeat: its anchor
     for key, value in content.items():
-        twin = next((other for other in content if other != key and _differs_little(content[other], value)), None)
+        like = next((other for other in anchors if _differs_little(content[other], value)), None)
+        later = list(content)[list(content).index(key) + 1 :]
         if isinstance(value, list) and len(value) <= LISTED_ITEMS:
             yield f"  {key}:"
             for item in value:
                 yield from _wrap(f"    - {flow(item)}", 7)
-        elif twin is None:
-            yield from _wrap(f"  {key}: {flow(value)}", INDENT)
-        elif list(content).index(twin) > list(content).index(key):
-            yield from _wrap(f"  {key}: &{name} {flow(value)}", INDENT)
+        elif like is not None:
+            changed = {setting: value[setting] for setting in value if value[setting] != content[like][setting]}
+            yield f"  {key}: {{<<: *{anchors[like]}, {flow(changed).removeprefix('{')}"
+        elif any(_differs_little(content[other], value) for other in later):
+            anchors[key] = f"{name}-{key}" if anchors else name
+            yield from _wrap(f"  {key}: &{anchors[key]} {flow(value)}", INDENT)
         else:
-            changed = {setting: value[setting] for setting in value if value[setting] != content[twin][setting]}
-            yield f"  {key}: {{<<: *{name}, {flow(changed).removeprefix('{')}"
+            yield from _wrap(f"  {key}: {flow(value)}", INDENT)
 
 
 def _differs_little(first: Any, second: Any) -> bool:

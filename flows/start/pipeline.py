@@ -14,8 +14,13 @@ from flows.start.brought import CHARACTERS_PER_TOKEN, Brought, Table
 from flows.start.checkpoint import Checkpoint
 from flows.start.machine import Machine
 from tasks.common.settings import BessemerError
+from tasks.common.source_names import fill_names
+from tasks.ingest.settings import Heldout
+from tasks.reward.stage import MAX_NORMALIZATION_RESPONSES
 
-STAGE_MINUTES = 12  # of one training stage on this machine, at most, as init proposes it
+# The options of the command, and the table that each fills.
+OPTIONS = {"text": "corpus", "conversations": "instructions", "preferences": "rankings", "labels": "labels"}
+STAGE_MINUTES = 10  # of one training stage on this machine, at most, as init proposes it
 EPOCHS = {"pretrain": 8.0, "continue": 1.0, "finetune": 3.0, "labels": 3.0, "reward": 2.0, "dpo": 1.0}
 LARGE_MODEL = 30_000_000  # parameters above which low-rank updates are trained instead of all weights
 SHAPES = (  # most characters of the corpus, and the shape of a new model: hidden, layers, heads, vocabulary, window
@@ -24,6 +29,10 @@ SHAPES = (  # most characters of the corpus, and the shape of a new model: hidde
     (float("inf"), (384, 8, 6, 16384, 256)),
 )
 HELDOUT_LARGE = 32  # held-out conversations whose loss a large model reports before and after fine-tuning
+HELDOUT_ROWS = 10  # rows of a table that are held out of training at least, if that is at most MAX_HELDOUT_SHARE
+MAX_HELDOUT_SHARE = 0.25
+CLASSIFIERS = ("labels", "classifier")  # in the scorecard: models with a head, before and after export
+JUDGE_STEPS = 3 / 7  # of the reward model's: it learns from three in ten rankings by default
 MAX_TOKENS = 512  # of a conversation in training, where the checkpoint allows more
 
 
@@ -78,12 +87,27 @@ class Designer:
         """Return the setting `method`, where it is not the default."""
         return {"method": {"name": "lora"}} if self.low_rank else {}
 
-    def template(self) -> dict[str, Any]:
-        """Return the setting `chat_template` for training from a causal checkpoint that has none."""
+    def template(self, model: str) -> dict[str, Any]:
+        """Return the setting `chat_template` for training a model that comes from a causal checkpoint without one."""
         checkpoint = self.brought.checkpoint
-        trained = "finetune" in self.design.sections or "align" in self.design.sections  # it has one by now
+        trained = model.startswith(("data/finetune/", "data/align/"))  # it has one by now
         without = checkpoint is not None and checkpoint.kind == "causal" and not checkpoint.chat_template
         return {"chat_template": "plain"} if without and not trained else {}
+
+    def sources(self, table: str) -> dict[str, Any]:
+        """Return the setting `sources` that tells conversations from labelled texts, where the project has both."""
+        tables = self.brought.tables
+        if not {"instructions", "labels"} <= tables.keys():
+            return {}
+        named = iter(fill_names([source for one in tables.values() for source in one.sources]))
+        names = {name: [next(named)["name"] for _ in one.sources] for name, one in tables.items()}
+        return {"sources": names[table]}
+
+    def evaluation_template(self) -> dict[str, Any]:
+        """Return the setting `chat_template` with which the model before training is compared with the trained one."""
+        entries = [self.design.sections.get(section, {}) for section in ("finetune", "align")]
+        templates = [entry["chat_template"] for one in entries for entry in one.values() if "chat_template" in entry]
+        return {"chat_template": templates[0]} if templates else {}
 
     def start_from_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Take the user's checkpoint as the model so far."""
@@ -135,18 +159,19 @@ class Designer:
         longest = min(self.context, MAX_TOKENS)
         tokens = min(conversations.mean_characters / CHARACTERS_PER_TOKEN, longest)
         entry = {
-            "model": self.model, **self.template(), **self.method(), "max_tokens": longest,
+            "model": self.model, **self.sources("instructions"), **self.template(self.model), **self.method(),
+            "max_tokens": longest,
             "too_long": "truncate", **({"heldout": HELDOUT_LARGE} if self.low_rank else {}), "batch": 8,
             "steps": self.steps("finetune@chat", EPOCHS["finetune"], conversations, 8, tokens),
             "optimizer": self.optimizer(3.0e-4, 2.0e-4),
         }  # fmt: skip
         self.model = self.add("finetune", "chat", entry)
 
-    def classify(self, labels: Table) -> None:
-        """Train a classifier of the labels on the encoder, or else on the causal model."""
+    def classify(self, labels: Table, model: str) -> None:
+        """Train a classifier of the labels on a model without a head."""
         tokens = min(labels.mean_characters / CHARACTERS_PER_TOKEN, self.context, MAX_TOKENS)
         entry = {
-            "model": self.encoder or self.model, **self.template(), "task": {"name": "classification"},
+            "model": model, **self.sources("labels"), **self.template(model), "task": dict(labels.task),
             **self.method(),
             "max_tokens": min(self.context, MAX_TOKENS), "too_long": "truncate", "batch": 16,
             "steps": self.steps("finetune@labels", EPOCHS["labels"], labels, 16, tokens),
@@ -165,7 +190,11 @@ class Designer:
         }  # fmt: skip
         path = self.add("reward", "train", reward)
         self.add("reward", "judge", {**reward, "role": "judge"})
-        self.design.seconds["reward@judge"] = self.design.seconds["reward@train"] * 0.3
+        scored = min(MAX_NORMALIZATION_RESPONSES, 2 * rankings.rows) + 2 * rankings.rows * Heldout().rankings
+        scoring = self.machine.scoring_seconds(self.parameters, scored * tokens / 2)
+        training = self.design.seconds["reward@train"]
+        self.design.seconds["reward@train"] = training + scoring
+        self.design.seconds["reward@judge"] = training * JUDGE_STEPS + scoring
         episodes, new_tokens = 32, min(64, self.context // 2)
         per_iteration = episodes * (
             self.machine.sampling_seconds(self.parameters, new_tokens)
@@ -174,7 +203,8 @@ class Designer:
         iterations = max(4, min(30, int(STAGE_MINUTES * 60 / per_iteration)))
         self.design.seconds["align@policy"] = iterations * per_iteration
         entry = {
-            "model": self.model, "algorithm": {"name": "ppo", "epochs": 2}, **self.method(),
+            "model": self.model, **self.sources("instructions"), "algorithm": {"name": "ppo", "epochs": 2},
+            **self.method(),
             "reward": {"name": "model", "path": path, "normalized": True}, "iterations": iterations,
             "episodes": episodes, "minibatch": 16, "max_new_tokens": new_tokens,
             "optimizer": self.optimizer(1.0e-5, 1.0e-4),
@@ -187,7 +217,8 @@ class Designer:
         pairs = 16
         updates = self.steps("align@policy", EPOCHS["dpo"], rankings, pairs, 2 * tokens)
         entry = {
-            "model": self.model, **self.template(), "algorithm": {"name": "dpo"}, **self.method(),
+            "model": self.model, **self.sources("instructions"), **self.template(self.model),
+            "algorithm": {"name": "dpo"}, **self.method(),
             "reward": {"name": "rankings", "path": "data/validate/rankings", "judge_share": 0.0},
             "iterations": updates, "episodes": 2 * pairs, "minibatch": 2 * pairs,
             "max_new_tokens": min(64, self.context // 2), "optimizer": self.optimizer(5.0e-6, 5.0e-5),
@@ -199,7 +230,10 @@ def design(brought: Brought, machine: Machine) -> Design:
     """Return the pipeline for what the user brings. Raises BessemerError if nothing can be made of it."""
     _check(brought)
     builder, tables = Designer(brought, machine), brought.tables
-    builder.design.sections["ingest"] = {"sources": [source for table in tables.values() for source in table.sources]}
+    builder.design.sections["ingest"] = {
+        **heldout_shares(tables),
+        "sources": [source for table in tables.values() for source in table.sources],
+    }
     if brought.checkpoint:
         builder.start_from_checkpoint(brought.checkpoint)
     if "corpus" in tables:
@@ -216,31 +250,49 @@ def design(brought: Brought, machine: Machine) -> Design:
     if not tables:
         evaluated = {}  # a given model is exported and served as it is
     if "labels" in tables:
-        builder.classify(tables["labels"])
+        builder.classify(tables["labels"], builder.encoder or evaluated["start"])
         # Whoever brings labels asks for a classifier; the model that it starts from is served if it learnt to answer.
-        if "rankings" not in tables:
+        if tables.keys().isdisjoint(("instructions", "rankings")):
             parts, evaluated = {}, {}
         parts, evaluated = parts | {"classifier": builder.classifier}, evaluated | {"labels": builder.classifier}
     parts = {part: folder for part, folder in parts.items() if folder}
-    builder.design.sections |= shared_sections(machine, large=builder.low_rank)
+    builder.design.sections |= shared_sections(machine)
     builder.design.sections |= ending(evaluated, parts, builder.context, large=builder.low_rank)
+    for name, entry in builder.design.sections["evaluate"].items():
+        entry |= builder.sources("labels" if name in CLASSIFIERS else "instructions")
+        entry |= builder.evaluation_template() if name == "start" else {}
+    proposed = []
     if "chat" in parts:
+        builder.design.seconds["evaluate"] = sum(
+            machine.sampling_seconds(builder.parameters, 2 * entry["samples"] * entry["max_new_tokens"])
+            for entry in builder.design.sections["evaluate"].values()
+            if "samples" in entry
+        )
         rows = {name: table.rows for name, table in tables.items()}
-        builder.design.sections["compare"] = {
-            "gates": gates.propose(rows, [name for name in evaluated if name != "labels"])
-        }
+        models = [name for name in evaluated if name != "labels"]
+        dpo = "rankings" in tables and "reward" not in builder.design.sections
+        proposed += gates.propose(rows, models, dpo=dpo)
+    if "labels" in tables:
+        proposed += gates.propose_for_labels(tables["labels"].rows, str(tables["labels"].task.get("name")))
+    builder.design.sections["compare"] = {"gates": proposed}
     return builder.design
 
 
-def shared_sections(machine: Machine, *, large: bool) -> dict[str, Any]:
-    """Return the sections that do not depend on the data.
+def heldout_shares(tables: Mapping[str, Table]) -> dict[str, Any]:
+    """Return the setting `heldout` where the default share would hold out less than about `HELDOUT_ROWS` rows."""
+    fields = {"corpus": "prose", "instructions": "entities", "labels": "entities", "rankings": "rankings"}
+    defaults = Heldout()
+    shares = {
+        fields[name]: min(MAX_HELDOUT_SHARE, ceil(100 * HELDOUT_ROWS / table.rows) / 100)
+        for name, table in tables.items()
+        if table.rows * getattr(defaults, fields[name]) < HELDOUT_ROWS
+    }
+    return {"heldout": shares} if shares else {}
 
-    On a CPU a large model is not compiled: that took more than four minutes for 135 M parameters.
-    """
-    numerics: dict[str, Any] = {"device": machine.device, "threads": machine.cores}
-    if large and machine.device == "cpu":
-        numerics["compile"] = "never"
-    return {"base": {"seed": 1}, "numerics": numerics}
+
+def shared_sections(machine: Machine) -> dict[str, Any]:
+    """Return the sections that do not depend on the data."""
+    return {"base": {"seed": 1}, "numerics": {"device": machine.device, "threads": machine.cores}}
 
 
 def ending(evaluated: Mapping[str, str], parts: Mapping[str, str], context: int, *, large: bool) -> dict[str, Any]:
@@ -257,7 +309,9 @@ def ending(evaluated: Mapping[str, str], parts: Mapping[str, str], context: int,
     size = {"questions": items, "samples": items, "max_new_tokens": min(64, context // 2)} if "chat" in parts else {}
     return {
         "quantize": {part: {"model": parts[part], **(reply if part == "chat" else {})} for part in parts},
-        "evaluate": {name: {"model": folder, **size} for name, folder in models.items()},
+        "evaluate": {
+            name: {"model": folder, **({} if name in CLASSIFIERS else size)} for name, folder in models.items()
+        },
         "package": exported,
     }
 
@@ -267,8 +321,13 @@ def _check(brought: Brought) -> None:
     checkpoint, tables = brought.checkpoint, brought.tables
     if not checkpoint and "corpus" not in tables:
         named = ", ".join(f"--{name}" for name in OPTIONS if OPTIONS[name] in tables)
+        if not named:
+            raise BessemerError(
+                "Nothing to start from is named: add --checkpoint (a Transformers folder), --text, --conversations, "
+                "--preferences or --labels (your files), or --from (a configuration of another tool)."
+            )
         raise BessemerError(
-            f"{named or 'Nothing'} alone gives no model to start from: add --checkpoint (a Transformers folder), or "
+            f"{named} alone gives no model to start from: add --checkpoint (a Transformers folder), or "
             "--text to train a new model."
         )
     if checkpoint and checkpoint.kind == "masked" and not {"instructions", "rankings"}.isdisjoint(tables):
@@ -281,11 +340,3 @@ def _check(brought: Brought) -> None:
             f"{checkpoint.path} is a classifier already, which is served as it is: leave out the data, or start from "
             "the encoder or the causal model that it was trained from."
         )
-    if {"labels", "instructions"} <= tables.keys():
-        raise BessemerError(
-            "--labels and --conversations both fill the table instructions, and every answer would become a label: "
-            "make a project of each."
-        )
-
-
-OPTIONS = {"text": "corpus", "conversations": "instructions", "preferences": "rankings", "labels": "labels"}

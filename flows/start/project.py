@@ -10,7 +10,9 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from flows.own_code import INSTALLATION
 from tasks.common.settings import STAGES, BessemerError
@@ -24,6 +26,8 @@ SOURCES = Path("data/sources")
 # Folders that dvc.yaml names as inputs, which must exist in a fresh clone even when they are empty.
 KEPT_FOLDERS = (*(f"data/{stage}" for stage in STAGES[:-1]), f"{SOURCES}/toxicity", f"{SOURCES}/evaluation")
 LARGE_FILE_BYTES = 5_000_000  # larger files go to DVC, because git keeps every version in every clone
+COPY_BYTES = 2**23  # between two updates of the progress bar
+BAR_DELAY_S = 1.0  # what is copied sooner shows no progress bar
 IDENTITY = ("-c", "user.name=bessemer", "-c", "user.email=bessemer@localhost")  # where git has no user
 
 
@@ -68,25 +72,43 @@ def _copy_code(project: Path) -> None:
 
 
 def copy_in(project: Path, files: Mapping[str, Path]) -> None:
-    """Copy the user's files and folders to their paths in the project. Raises BessemerError if one cannot be read."""
-    for name, source in files.items():
-        target = project / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            if source.is_dir():
-                shutil.copytree(source, target, copy_function=shutil.copyfile)
-                for folder in (target, *(entry for entry in target.rglob("*") if entry.is_dir())):
-                    folder.chmod(0o755)  # copytree keeps the modes of folders, which may be read-only
-            else:
-                shutil.copyfile(source, target)
-        except (OSError, shutil.Error) as error:
-            raise BessemerError(f"{source} could not be copied into the project: {error}") from error
+    """Copy the user's files and folders to their paths in the project, with a progress bar for large ones.
+
+    Raises BessemerError if one cannot be read.
+    """
+    from tqdm import tqdm
+
+    size = sum(map(_size, files.values()))
+    with tqdm(total=size, desc="copying", unit="B", unit_scale=True, delay=BAR_DELAY_S, leave=False) as bar:
+        for name, source in files.items():
+            try:
+                _copy(source, project / name, bar)
+            except (OSError, shutil.Error) as error:
+                raise BessemerError(f"{source} could not be copied into the project: {error}") from error
+
+
+def _copy(source: Path, target: Path, bar: Any) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=partial(_copy_file, bar=bar))
+        for folder in (target, *(entry for entry in target.rglob("*") if entry.is_dir())):
+            folder.chmod(0o755)  # copytree keeps the modes of folders, which may be read-only
+    else:
+        _copy_file(source, target, bar)
+
+
+def _copy_file(source: str | Path, target: str | Path, bar: Any) -> None:
+    with Path(source).open("rb") as read, Path(target).open("wb") as written:
+        while chunk := read.read(COPY_BYTES):
+            written.write(chunk)
+            bar.update(len(chunk))
 
 
 def commit(project: Path, names: list[str], message: str) -> None:
     """Add large files among `names` to DVC, and commit everything."""
-    large = [name for name in names if _is_large(project / name)]
+    large = [name for name in names if _size(project / name) > LARGE_FILE_BYTES]
     if large:
+        print(f"adding {', '.join(large)} to DVC", flush=True)
         _run([sys.executable, "-m", "dvc", "add", "--quiet", *large], project)
     _run(["git", "add", "--all"], project)
     known = subprocess.run(["git", "config", "user.email"], cwd=project, capture_output=True, check=False)
@@ -94,9 +116,9 @@ def commit(project: Path, names: list[str], message: str) -> None:
     _run(["git", *identity, "commit", "--quiet", "--no-verify", "--message", message], project)
 
 
-def _is_large(path: Path) -> bool:
+def _size(path: Path) -> int:
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files) > LARGE_FILE_BYTES
+    return sum(file.stat().st_size for file in files)
 
 
 def _run(command: list[str], folder: Path) -> None:

@@ -1,7 +1,10 @@
 """What is in the user's data files: each option's paths become a table with its sources."""
 
+import difflib
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +18,22 @@ if TYPE_CHECKING:
     from tasks.ingest.inspection import Inspection
 
 LABEL_NAMES = ("text", "label")  # what --columns calls the columns of labelled texts
+LABEL_FORMAT = {"text": "instruction", "label": "output"}  # their columns in alpaca's format, as which they are read
 LABEL_COLUMNS = ("label", "labels", "class", "category", "intent", "sentiment", "topic", "target", "output", "answer")
 TEXT_COLUMNS = ("text", "sentence", "content", "message", "review", "comment", "question", "input", "instruction")
+EXPECTED = {  # columns of an option's rows, and how to name them
+    "text": "expected a text (text). Name it: --columns text=NAME",
+    "conversations": "expected a question (question, prompt, instruction ...) and its answer (answer, response, output "
+    "...), or messages. Name them: --columns instruction=NAME output=NAME",
+    "preferences": "expected a prompt with a chosen and a rejected reply (prompt, chosen, rejected), or with ranked "
+    "answers. Name them: --columns prompt=NAME chosen=NAME rejected=NAME",
+}
+MAX_NUMBER_CLASSES = 20  # different numbers that are still classes, such as stars; more are learnt as numbers
 LANGUAGE_TEXTS = 100  # of the rows read, to detect their languages
+LANGUAGE_CHARACTERS = 300  # shorter texts are identified together with their neighbours
+NO_LANGUAGE = "zxx"  # py3langid's code for text in no language
 MIN_LANGUAGE_SHARE = 0.05
+SHOWN_CLASSES = 8
 NOUNS = {"corpus": "documents", "instructions": "conversations", "rankings": "preferences", "labels": "labelled texts"}
 
 
@@ -35,6 +50,7 @@ def read_table(option: str, paths: Sequence[Path], columns: Mapping[str, str]) -
             f"--{option}: several paths are called {', '.join(twice)}; rename one, or copy both into a folder."
         )
     rows, characters, longest = 0, 0.0, 0
+    labels, all_read = Counter[str](), True
     sources: list[dict[str, Any]] = []
     for path in paths:
         named = _label_columns(path, columns) if option == "labels" else _known(option, columns)
@@ -46,7 +62,53 @@ def read_table(option: str, paths: Sequence[Path], columns: Mapping[str, str]) -
         click.echo(f"{path}: {_describe(found, NOUNS[OPTIONS[option]], named)}")
         for problem in found.problems[:3]:
             click.echo(f"  {problem}")
-    return Table(rows, characters / max(rows, 1), longest, tuple(sources))
+        labels.update(found.answers)
+        all_read &= found.rows_read == found.estimated_rows
+    task = _label_task(labels, all_read=all_read) if option == "labels" else {}
+    return Table(rows, characters / max(rows, 1), longest, tuple(sources), task)
+
+
+def _label_task(counts: Mapping[str, int], *, all_read: bool) -> dict[str, Any]:
+    """Return the task of fine-tuning for labels, and print it: many numbers are learnt as numbers, others as classes.
+
+    `counts` are the labels of the rows read. Raises BessemerError if they are no classes: one alone, or hardly one of
+    them twice.
+    """
+    total = sum(counts.values())
+    if len(counts) > MAX_NUMBER_CLASSES and all(map(_is_number, counts)):
+        click.echo(f"  {len(counts):,} different numbers: a regression model")
+        return {"name": "regression"}
+    if len(counts) == 1 and all_read:
+        raise BessemerError(
+            f"--labels: all {total:,} texts have the label {next(iter(counts))!r:.80}; expected two or more classes. "
+            "Add rows of another class, or name the column with --columns label=NAME."
+        )
+    if len(counts) > max(SHOWN_CLASSES, total / 2):
+        raise BessemerError(
+            f"--labels: found {len(counts):,} different labels in {total:,} texts; expected classes with several texts "
+            "each, or numbers. --columns label=NAME names another column; texts with answers of their own are "
+            "--conversations."
+        )
+    click.echo(f"  {_describe_classes(counts)}")
+    more = {"max_labels": 2 * len(counts)} if len(counts) > MAX_NUMBER_CLASSES / 2 else {}  # rows not read may add some
+    return {"name": "classification", **more}
+
+
+def _describe_classes(counts: Mapping[str, int]) -> str:
+    """Return one line about the classes of labelled texts."""
+    largest = sorted(counts.items(), key=lambda item: -item[1])[:SHOWN_CLASSES]
+    shown = ", ".join(f"{label[:40]} {count:,}" for label, count in largest)
+    others = f" and {len(counts) - SHOWN_CLASSES} more" if len(counts) > SHOWN_CLASSES else ""
+    single = sum(count == 1 for count in counts.values())
+    note = f"; {single} of them with one row, which is either trained on or held out" if single else ""
+    return f"{len(counts)} classes: {shown}{others}{note}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def parse_columns(values: Sequence[str]) -> dict[str, str]:
@@ -58,11 +120,21 @@ def parse_columns(values: Sequence[str]) -> dict[str, str]:
     wrong = [value for value, (name, _, field) in zip(values, pairs, strict=True) if name not in known or not field]
     if wrong:
         raise BessemerError(
-            f"--columns: found {wrong[0]!r}, expected NAME=FIELD with a column of a table or format, one of "
-            f"{', '.join(sorted(known))}, and where it is in the file: a field, a path (meta.text), or a template "
-            "({title}: {body})."
+            f"--columns: found {wrong[0]!r}, expected NAME=FIELD, for example text=body.{_nearest(wrong[0], known)} "
+            "FIELD is where it is in the file: a field, a path (meta.text), or a template ({title}: {body})."
         )
     return {name: field for name, _, field in pairs}
+
+
+def _nearest(value: str, known: set[str]) -> str:
+    """Return a sentence about the names like the one in a wrong `NAME=FIELD`, or about all names."""
+    name = re.split("[=:]", value)[0]
+    if name in known:
+        return ""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if near:
+        return f" NAME may be {' or '.join(near)}."
+    return f" NAME is a column of a table or format: {', '.join(sorted(known))}."
 
 
 def _known(option: str, columns: Mapping[str, str]) -> dict[str, str]:
@@ -89,11 +161,24 @@ def _inspect(option: str, path: Path, columns: dict[str, str]) -> "Inspection":
     table, layout = ("instructions", "alpaca") if option == "labels" else (OPTIONS[option], None)
     found = inspect(path.resolve(), RowOptions(table=table, layout=layout, columns=columns))
     if not found.tables:
-        why = found.problems[0] if found.problems else "it is empty"
-        if found.columns:
-            why += f". Its columns are {', '.join(found.columns)}; --columns says which of them to read"
-        raise BessemerError(f"--{option}: {path} contains no {NOUNS[OPTIONS[option]]} that can be used: {why}.")
+        raise BessemerError(f"--{option}: {path} {_describe_unusable(option, path, found, columns)}.")
     return found
+
+
+def _describe_unusable(option: str, path: Path, found: "Inspection", columns: Mapping[str, str]) -> str:
+    """Return what is in a path without a row that the option can use, and what to do."""
+    from tasks.ingest.inspection import inspect
+
+    noun = NOUNS[OPTIONS[option]]
+    other = None if columns else inspect(path.resolve(), max_rows=20).table
+    named = next((name for name, table in OPTIONS.items() if table == other and name != option), None)
+    is_other_table = named == "text" and not {"text", "file"}.issuperset(found.columns)  # one that has a text, too
+    if named and not is_other_table:
+        return f"contains {NOUNS[OPTIONS[named]]}, not {noun}: name it with --{named}"
+    if found.unknown_columns and option in EXPECTED and not columns:
+        return f"has the columns {', '.join(found.columns)}; {EXPECTED[option]}"
+    why = found.problems[0] if found.problems else "it is empty"
+    return f"contains no {noun} that can be used: {why}"
 
 
 def _label_columns(path: Path, named: Mapping[str, str]) -> dict[str, str]:
@@ -101,15 +186,20 @@ def _label_columns(path: Path, named: Mapping[str, str]) -> dict[str, str]:
     from tasks.ingest.inspection import inspect
 
     if named.keys() >= set(LABEL_NAMES):
-        return {"instruction": named["text"], "output": named["label"]}
-    columns = inspect(path.resolve(), max_rows=20).columns
-    label = next((name for name in LABEL_COLUMNS if name in columns), None)
-    text = next((name for name in TEXT_COLUMNS if name in columns and name != label), None)
+        return {LABEL_FORMAT[name]: named[name] for name in LABEL_NAMES}
+    found = inspect(path.resolve(), max_rows=20)
+    columns = {name.lower(): name for name in reversed(found.columns)}
+    label = named.get("label") or next((columns[name] for name in LABEL_COLUMNS if name in columns), None)
+    texts = (columns[name] for name in TEXT_COLUMNS if name in columns)
+    text = named.get("text") or next((name for name in texts if name != label), None)
+    if not columns:
+        why = found.problems[0] if found.problems else "it has no columns"
+        raise BessemerError(f"--labels: {path} contains no labelled texts that can be used: {why}.")
     if not label or not text:
         raise BessemerError(
-            f"--labels: {path} has the columns {', '.join(columns) or 'none'}; expected a text "
+            f"--labels: {path} has the columns {', '.join(found.columns)}; expected a text "
             f"({', '.join(TEXT_COLUMNS[:4])} ...) and its label ({', '.join(LABEL_COLUMNS[:4])} ...). "
-            "Name them: --columns text=... label=..."
+            "Name them: --columns text=NAME label=NAME."
         )
     return {"instruction": text, "output": label}
 
@@ -124,7 +214,8 @@ def _describe(found: "Inspection", noun: str, columns: dict[str, str]) -> str:
     ]
     languages = _languages(found.texts)
     parts += [", ".join(languages)] if languages else []
-    mapped = {**found.mapped, **columns}
+    labels = {column: name for name, column in LABEL_FORMAT.items()} if noun == NOUNS["labels"] else {}
+    mapped = {labels.get(name, name): column for name, column in {**found.mapped, **columns}.items()}
     parts += [", ".join(f"{name} from `{column}`" for name, column in mapped.items())] if mapped else []
     if found.rows_rejected:
         parts.append(f"{found.rows_rejected} of {found.rows_read:,} rows read are rejected")
@@ -135,10 +226,23 @@ def _languages(texts: Sequence[str]) -> list[str]:
     """Return the languages of a sample of texts with their shares, such as `de 98 %`."""
     from py3langid import langid
 
-    step = max(1, len(texts) // LANGUAGE_TEXTS)
+    joined = _join_short(texts)
+    step = max(1, len(joined) // LANGUAGE_TEXTS)
     identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_DIR / langid.MODEL_FILE, norm_probs=True)
-    counts = Counter(identifier.classify(text[:2000])[0] for text in texts[::step])
+    counts = Counter(identifier.classify(text[:2000])[0] for text in joined[::step])
     total = sum(counts.values())
+    del counts[NO_LANGUAGE]
     return [
         f"{code} {count / total:.0%}" for code, count in counts.most_common(3) if count >= MIN_LANGUAGE_SHARE * total
     ]
+
+
+def _join_short(texts: Sequence[str]) -> list[str]:
+    """Return the texts, short ones joined: the language of a few words cannot be identified."""
+    joined, last = list[str](), ""
+    for text in texts:
+        last = f"{last}\n{text}" if last else text
+        if len(last) >= LANGUAGE_CHARACTERS:
+            joined.append(last)
+            last = ""
+    return joined if joined else [last] if last else []

@@ -51,7 +51,7 @@ def design(translation: Translation, checkpoint: Checkpoint) -> Design:
             model = evaluated[name] = f"data/{stage}/{key}/model"
     large = checkpoint.parameters > LARGE_MODEL
     sections |= ending(evaluated, {"chat": model}, checkpoint.context, large=large)
-    shared = shared_sections(machine.measure(), large=large)
+    shared = shared_sections(machine.measure())
     return Design({**shared, **sections, "numerics": {**shared["numerics"], **sections.get("numerics", {})}})
 
 

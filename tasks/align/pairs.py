@@ -15,7 +15,7 @@ from tasks.common.training.loop import MAX_LISTED_ITEMS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Why pairs of rankings are left out, as printed.
+# Why pairs of rankings are rejected, as printed.
 REASONS = {
     "same_tokens": "are the same tokens",
     "too_long": "are longer than the model's context of {context} tokens",
@@ -39,19 +39,19 @@ class Pair:
 
 @dataclass(frozen=True)
 class RankedPairs:
-    """Pairs of people's rankings, and those that were left out: by reason, the ranking of each pair."""
+    """Pairs of people's rankings, and those that were rejected: by reason, the ranking of each pair."""
 
     pairs: list[Pair] = field(default_factory=list)
-    left_out: dict[str, list[str]] = field(default_factory=dict)
+    rejections: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def figures(self) -> dict[str, object]:
-        """The numbers of pairs left out by reason, and some of their rankings; nothing where all pairs are used."""
-        if not self.left_out:
+        """The numbers of rejected pairs by reason, and some of their rankings; nothing where all pairs are used."""
+        if not self.rejections:
             return {}
-        ids = dict.fromkeys(name for names in self.left_out.values() for name in names)
-        counts = {reason: len(names) for reason, names in self.left_out.items()}
-        return {"pairs_left_out": counts, "rankings_left_out": list(ids)[:MAX_LISTED_ITEMS]}
+        ids = dict.fromkeys(name for names in self.rejections.values() for name in names)
+        counts = {reason: len(names) for reason, names in self.rejections.items()}
+        return {"rejected_pairs": counts, "rejected_rankings": list(ids)[:MAX_LISTED_ITEMS]}
 
 
 def from_replies(
@@ -73,13 +73,13 @@ def from_replies(
 def from_rankings(tokenizer: "PreTrainedTokenizerFast", table: Sequence[Row], settings: Rankings) -> RankedPairs:
     """Return the pairs of the training rankings that are not reserved for the judges; ties make no pair.
 
-    A pair is left out if its replies are the same tokens, or one of them exceeds the model's context with its prompt; a
+    A pair is rejected if its replies are the same tokens, or one of them exceeds the model's context with its prompt; a
     ranking, if it spells a special token. Raises StageError if there is no pair.
     """
     rows = [row for row in table if row["split"] == "train"]
     rows, spelled = split_control_tokens(rows_for_role(rows, "train", settings.judge_share, settings.input), tokenizer)
     found_pairs: list[Pair] = []
-    left_out: dict[str, list[str]] = {"control_token": spelled} if spelled else {}
+    rejections: dict[str, list[str]] = {"control_token": spelled} if spelled else {}
     for row in rows:
         prompt = chat.encode_prompt(tokenizer, row["prompt"])
         replies = [_reply(tokenizer, row, prompt, text) for text in row["responses"]]
@@ -89,39 +89,39 @@ def from_rankings(tokenizer: "PreTrainedTokenizerFast", table: Sequence[Row], se
             for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]
         ):  # fmt: skip
             if chosen is None or rejected is None:
-                left_out.setdefault("too_long", []).append(row["id"])
+                rejections.setdefault("too_long", []).append(row["id"])
             elif chosen == rejected:
-                left_out.setdefault("same_tokens", []).append(row["id"])
+                rejections.setdefault("same_tokens", []).append(row["id"])
             else:
                 found_pairs.append(Pair(prompt, chosen, rejected))
     if not found_pairs:
-        raise StageError(_describe_no_pair(left_out, tokenizer.model_max_length))
-    if left_out:
-        print(_describe_left_out(left_out, tokenizer.model_max_length), flush=True)
-    return RankedPairs(found_pairs, left_out)
+        raise StageError(_describe_no_pair(rejections, tokenizer.model_max_length))
+    if rejections:
+        print(_describe_rejections(rejections, tokenizer.model_max_length), flush=True)
+    return RankedPairs(found_pairs, rejections)
 
 
-def _describe_left_out(left_out: dict[str, list[str]], context: int) -> str:
-    """Return the sentence on the pairs that were left out, by reason, with some of their rankings."""
+def _describe_rejections(rejections: dict[str, list[str]], context: int) -> str:
+    """Return the sentence on the pairs that were rejected, by reason, with some of their rankings."""
     parts = []
-    for reason, names in left_out.items():
+    for reason, names in rejections.items():
         ids = list(Counter(names))
         more = ", …" if len(ids) > MAX_LISTED_ITEMS else ""
         unit = "rankings" if reason == "control_token" else "pairs"
         listed = f"{', '.join(ids[:MAX_LISTED_ITEMS])}{more}"
         parts.append(f"{len(names)} {unit} {REASONS[reason].format(context=context)} (rankings {listed})")
-    return f"left out of the preference pairs: {'; '.join(parts)}"
+    return f"rejected preference pairs: {'; '.join(parts)}"
 
 
-def _describe_no_pair(left_out: dict[str, list[str]], context: int) -> str:
+def _describe_no_pair(rejections: dict[str, list[str]], context: int) -> str:
     """Return the error for rankings without a pair to learn from."""
-    if not left_out:
+    if not rejections:
         return (
             "the training rankings contain no response that beats another, so there is nothing to learn from; use a "
             "reward model as the reward, or add rankings to `ingest.sources`."
         )
     return (
-        f"no preference pair can be used; {_describe_left_out(left_out, context)}. Expected are two different "
+        f"no preference pair can be used; {_describe_rejections(rejections, context)}. Expected are two different "
         "responses that fit into the model's context with their prompt: shorten or correct the rankings, use a model "
         "with a longer context, or use a reward model as the reward."
     )

@@ -59,6 +59,7 @@ class Config(Settings):
 
     model: str = Field(description="Folder of the model to align: an entry's, or your own", min_length=1)
     chat_template: chat.TemplateName = None
+    sources: tables.SourceNames = None
     algorithm: Annotated[Ppo | Dpo | Rloo | Grpo, Field(discriminator="name", description="Training algorithm")]
     method: Annotated[Method, Field(discriminator="name", description="Which weights are trained")] = Full(name="full")
     reward: Reward
@@ -89,7 +90,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     checkpoint = store.resume(policy.model, history)
     first = checkpoint.step if checkpoint else 0
     trained = world.shard(policy.model)
-    table = tables.read(job.inputs["instructions"]).to_pylist()
+    table = tables.read(job.inputs["instructions"], sources=config.sources).to_pylist()
     ranked, prompt_rows = RankedPairs(), table
     if isinstance(config.reward, rewards.Rankings):
         rankings = tables.read(job.inputs["reward"]).to_pylist()

@@ -30,21 +30,18 @@ def sections() -> dict[str, Any]:
 
 
 def with_defaults(params: dict[str, Any]) -> dict[str, Any]:
-    """Return the contents of a `params.yaml` with the defaults of keys that it leaves out."""
+    """Return the contents of a `params.yaml` with the defaults of keys that it leaves out, and names of sources."""
     result = dict(params)
+    ingest = params.get("ingest")
+    if isinstance(ingest, dict) and isinstance(ingest.get("sources"), list):
+        result["ingest"] = {**ingest, "sources": fill_names(ingest["sources"])}
     for name, kind in sections().items():
-        content = _name_sources(params.get(name)) if name == "ingest" else params.get(name)
+        content = result.get(name)
         if name in ENTRY_SECTIONS and isinstance(content, dict):
             result[name] = {key: _fill_value(kind, entry) for key, entry in content.items()}
         elif name in params:
             result[name] = _fill_value(kind, content)
     return result
-
-
-def _name_sources(ingest: Any) -> Any:
-    """Return the section `ingest` with a name for each source that has none, as its class gives it."""
-    sources = ingest.get("sources") if isinstance(ingest, dict) else None
-    return {**ingest, "sources": fill_names(sources)} if isinstance(sources, list) else ingest
 
 
 def fill_defaults(kind: type[Settings], value: Any) -> Any:

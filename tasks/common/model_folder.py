@@ -14,12 +14,16 @@ from typing import Any
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ENGINE_GRAPH = "openvino_model.xml"  # of an exported model
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model", "vocab.json",
-    "vocab.txt",
-)  # fmt: skip
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-POSITION_KEYS = ("max_position_embeddings", "n_positions")
+TOKENIZER_FILES = (  # any of these is a tokenizer
+    "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model", "vocab.json",
+    "vocab.txt", "tekken.json",
+)  # fmt: skip
+SPECIAL_TOKEN_FILES = ("special_tokens_map.json", "tokenizer_config.json")
+# Classes of tokenizers that have only the special tokens that their files name; others have defaults of their own.
+PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+DEFAULT_CONTEXT = 1024  # tokens of a model whose files give no context length (BLOOM)
 # Position ids of RoBERTa's family begin after the padding id, so its table has more rows than usable positions.
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "longformer")
 KIND_BY_SUFFIX = {
@@ -62,18 +66,6 @@ def kind_of(config: Mapping[str, Any]) -> str | None:
     architectures = config.get("architectures")
     name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     return next((kind for suffix, kind in KIND_BY_SUFFIX.items() if name.endswith(suffix)), None)
-
-
-@cache
-def is_known_family(family: str) -> bool:
-    """Return whether Transformers has a `model_type`.
-
-    The names are read from its source, because importing them takes two seconds.
-    """
-    package = importlib.util.find_spec("transformers")
-    assert package is not None
-    source = Path(str(package.origin)).parent / "models/auto/configuration_auto.py"
-    return f'("{family}", ' in source.read_text(encoding="utf-8")
 
 
 def context_length(config: Mapping[str, Any]) -> int | None:
@@ -127,7 +119,7 @@ def problems(folder: Path) -> Iterator[str]:
         yield from _adapter_problems(folder)
         return
     if not (folder / CONFIG).is_file():
-        yield f"it contains no {CONFIG}, so it is no model of Transformers: name the folder that holds the model"
+        yield _describe_absent(folder)
         return
     config = read_json(folder / CONFIG)
     if not config:
@@ -136,13 +128,18 @@ def problems(folder: Path) -> Iterator[str]:
     yield from _config_problems(config)
     if not (folder / ENGINE_GRAPH).is_file():
         yield from _weight_problems(folder)
+    yield from tokenizer_problems(folder)
 
 
-def problems_in_pipeline(folder: Path) -> Iterator[str]:
-    """Yield why no stage can use a folder: it cannot be loaded, or has no tokenizer."""
-    yield from problems(folder)
-    if not any((tokenizer_folder(folder) / name).is_file() for name in TOKENIZER_FILES):
-        yield "it contains no tokenizer (tokenizer.json): save the model's tokenizer there with save_pretrained"
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds a tokenizer's vocabulary."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def special_tokens(folder: Path) -> dict[str, Any]:
+    """Return the special tokens that a tokenizer's files name, such as `eos_token`; {} if they name none."""
+    entries = {name: value for file in SPECIAL_TOKEN_FILES for name, value in read_json(folder / file).items()}
+    return {name: value for name, value in entries.items() if name.endswith("_token") and value}
 
 
 def export_problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -178,6 +175,39 @@ def packing_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"a {config['model_type']} model cannot tell packed conversations apart: set task.packing to null"
 
 
+def _describe_absent(folder: Path) -> str:
+    """Return what there is in place of a folder with a config.json, and what to do."""
+    if not folder.exists():
+        hub = len(folder.parts) == 2 and not folder.parent.exists()
+        download = f"; if it is a name on the Hugging Face hub: hf download {folder} --local-dir {folder.name}"
+        return f"it does not exist: correct the path{download if hub else ''}"
+    if folder.is_file():
+        return f"it is a file: name the folder that holds the model with its {CONFIG} and its tokenizer"
+    below = sorted(path.parent for path in folder.glob(f"*/{CONFIG}")) or sorted(
+        path.parent for path in folder.glob(f"snapshots/*/{CONFIG}")
+    )
+    if below:
+        return f"it contains no {CONFIG}, but {below[-1].relative_to(folder)} in it does: name that folder"
+    if gguf := sorted(file.name for file in folder.glob("*.gguf")):
+        return (
+            f"it contains {gguf[0]}, a file for llama.cpp: name a folder with the original model ({CONFIG}, {WEIGHTS})"
+        )
+    return f"it contains no {CONFIG}, so it is no model of Transformers: name the folder that holds the model"
+
+
+def tokenizer_problems(folder: Path) -> Iterator[str]:
+    """Yield why a folder's tokenizer cannot be used."""
+    if not has_tokenizer(folder):
+        yield "it has no tokenizer (tokenizer.json): save the model's tokenizer there with save_pretrained"
+        return
+    plain = read_json(folder / SPECIAL_TOKEN_FILES[1]).get("tokenizer_class") in PLAIN_TOKENIZERS
+    if plain and not {"eos_token", "sep_token"} & special_tokens(folder).keys():
+        yield (
+            "its tokenizer names no end token (eos_token, or sep_token of an encoder): set one in its "
+            f"{SPECIAL_TOKEN_FILES[1]}"
+        )
+
+
 def _adapter_problems(folder: Path) -> Iterator[str]:
     settings, base = read_json(folder / ADAPTER), adapter_base(folder)
     if base is None:
@@ -199,8 +229,11 @@ def _adapter_problems(folder: Path) -> Iterator[str]:
 def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if config.get("auto_map"):
         yield "it needs code of its own (auto_map), which is never run: use a model that Transformers supports itself"
-    elif (family := config.get("model_type")) and not is_known_family(str(family)):
-        yield f"the installed version of Transformers has no model of the type {family}: use another model"
+    elif not _is_known_type(str(config.get("model_type"))):
+        yield (
+            f"its model_type is {config.get('model_type')!r}, which the installed release of Transformers does not "
+            "know: use a model that it knows"
+        )
     if config.get("quantization_config"):
         method = dict(config["quantization_config"]).get("quant_method", "unknown method")
         yield f"its weights are quantized ({method}), and full precision is needed: use the original model"
@@ -211,6 +244,19 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"a {config.get('model_type')} model is an encoder with a decoder: use a decoder or an encoder"
     if config.get("model_type") in RECURRENT:
         yield f"a {config['model_type']} model keeps a recurrent state, which is not supported: use a Transformer"
+
+
+@cache
+def _is_known_type(model_type: str) -> bool:
+    """Return whether Transformers has a config class for a model type.
+
+    The name is looked up in the text of its table: importing the table also imports torch, which takes seconds.
+    """
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        return True
+    table = Path(spec.submodule_search_locations[0], "models/auto/configuration_auto.py")
+    return not table.is_file() or f'("{model_type}", ' in table.read_text(encoding="utf-8")
 
 
 def _weight_problems(folder: Path) -> Iterator[str]:

@@ -7,7 +7,9 @@ shards and row groups depend only on the number of rows, not on the batches in w
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -16,6 +18,11 @@ if TYPE_CHECKING:
 ROWS_PER_SHARD = 250_000
 ROWS_PER_GROUP = 2_500  # rows that a writer buffers and a reader decodes at once; a divisor of ROWS_PER_SHARD
 TABLES = ("corpus", "instructions", "rankings")
+
+SourceNames = Annotated[
+    list[str] | None,
+    Field(description="Sources whose conversations are used, by name; null: all of them", min_length=1),
+]
 
 
 def schema(table: str) -> "pa.Schema":
@@ -112,13 +119,15 @@ def write(rows: "Iterable[Mapping[str, Any]] | pa.Table", path: Path, table_sche
     return writer.rows
 
 
-def read(path: Path, split: str | None = None) -> "pa.Table":
-    """Read a table's shards in order; with `split`, only the rows of that split."""
+def read(path: Path, split: str | None = None, sources: Sequence[str] | None = None) -> "pa.Table":
+    """Read a table's shards in order; with `split` or `sources`, only the rows of that split, of these sources."""
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     table = pa.concat_tables([pq.read_table(shard) for shard in _shards(path)])
-    return table if split is None else filter_split(table, split)
+    table = table if split is None else filter_split(table, split)
+    return table if sources is None else table.filter(pc.is_in(table["source"], pa.array(sources, pa.string())))
 
 
 def batches(path: Path, split: str | None = None, columns: Sequence[str] | None = None) -> "Iterator[pa.Table]":

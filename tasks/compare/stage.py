@@ -19,7 +19,7 @@ from tasks.common.harness import records
 from tasks.common.harness.job import Job, Link
 from tasks.common.harness.lineage import entries_by_folder, evaluated_ancestor, evaluations, model_before_alignment
 from tasks.common.settings import Settings
-from tasks.compare import continuations, gates, means, preferences, samples
+from tasks.compare import continuations, gates, implicit_rewards, means, preferences, samples
 from tasks.compare.gates import Gate
 from tasks.compare.language_judge import judge_pairs
 
@@ -72,6 +72,8 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         _judge(link, row, job, described[link.key], answers, store) for link, row in zip(evaluated, rows, strict=True)
     ]
     records.write_json(job.outputs["judgements"], [one for judged in judgements for one in judged])
+    for link, row in zip(evaluated, rows, strict=True):
+        _add_implicit_rewards(row, link.key, job, described[link.key], answers)
     for name in dict.fromkeys(
         name for row in rows for name, value in row.items() if not isinstance(value, dict | list)
     ):
@@ -143,13 +145,31 @@ def _judge(
                 for pair, judged in zip(pairs, found, strict=True)
             ]
         figures = preferences.win_rate(pairs, results)
-        if name == described[name]["kind"]:
-            row.update(figures)
-        else:
-            row[name] = {**row[name], **figures, "against": other}
+        _add_figures(row, name, described, figures, other)
         if figures["win_rate"] is None:
             described[name].setdefault("absent", f"{link.key} and {other} have no judged replies to held-out prompts")
     return judgements
+
+
+def _add_implicit_rewards(
+    row: Row, model: str, job: Job, described: Mapping[str, Row], answers: Mapping[str, Sequence[Row]]
+) -> None:
+    """Add the accuracies of a model's implicit reward to its row."""
+    for name, one in job.sections["evaluations"].items():
+        other = getattr(one, "against", None) or row["against"]
+        if name in described and described[name]["kind"] == "preferences" and other not in (None, model):
+            figures = implicit_rewards.accuracy(answers[other], answers[model], name)
+            _add_figures(row, name, described, figures, other)
+            if figures[implicit_rewards.FIGURE] is None:
+                described[name].setdefault("absent", f"{model} and {other} have no scored pair in common")
+
+
+def _add_figures(row: Row, name: str, described: Mapping[str, Row], figures: Row, against: str) -> None:
+    """Add figures of a comparison with another model to a row: those of a named evaluation under its name."""
+    if name == described[name]["kind"]:
+        row.update(figures)
+    else:
+        row[name] = {**row[name], **figures, "against": against}
 
 
 def _changes(

@@ -35,7 +35,7 @@ class Classification(Evaluation):
 
     def possible_figures(self, facts: Facts) -> tuple[str, ...]:
         """Return accuracy, macro F1, the accuracy of the most frequent label, and calibration."""
-        return (*MEANS, *OTHERS) if facts.instructions else ()
+        return (*MEANS, *OTHERS) if facts.instructions and not facts.numeric else ()
 
     def measure(self, subject: "Subject") -> Result:
         """Classify the held-out texts."""
@@ -55,7 +55,7 @@ class Classification(Evaluation):
             return Result(absent=absent, details=details)
         used = [known[at] for at in fitting]
         figures, rows = _score(classifier, used, [encoded[at] for at in fitting], majority_label(table))
-        subject.mark_seen_text(rows, used)
+        subject.mark_seen_text(rows, [row["messages"][:-1] for row in used])
         found, means = means_of(rows, MEANS)
         return Result(found | figures, rows, means=means, details=details)
 

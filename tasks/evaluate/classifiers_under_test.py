@@ -13,10 +13,9 @@ from tasks.common.modelling import head_models, labels, models
 from tasks.common.settings import Dtypes, Numerics
 from tasks.common.text import chat
 from tasks.evaluate.models_under_test import as_stage_error, read_size
+from tasks.evaluate.transformers_folder import TransformersFolder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
     from serving.classification import ClassifierEngine
 
 Floats = npt.NDArray[np.float32]
@@ -56,14 +55,8 @@ def open_classifier(path: Path, numerics: Numerics, template: str | None = None)
     return TorchClassifier.load(path, numerics, template)
 
 
-@dataclass
-class TorchClassifier:
+class TorchClassifier(TransformersFolder):
     """A Transformers model with a head, run in float32."""
-
-    model: "PreTrainedModel"
-    tokenizer: "PreTrainedTokenizerFast"
-    numerics: Numerics
-    bytes: int
 
     @classmethod
     def load(cls, path: Path, numerics: Numerics, template: str | None) -> "TorchClassifier":
@@ -73,25 +66,10 @@ class TorchClassifier:
         return cls(model, chat.load_tokenizer(path, template), plain, models.weight_bytes(path))
 
     @property
-    def parameters(self) -> int:
-        """Number of parameters."""
-        return models.parameter_count(self.model)
-
-    @property
-    def context(self) -> int:
-        """The longest text, in tokens."""
-        return int(self.tokenizer.model_max_length)
-
-    @property
     def labels(self) -> list[str] | None:
         """The labels; None also for a reward model."""
         config = self.model.config.to_dict()
         return labels.labels_of(config) if labels.is_text_classifier(config) else None
-
-    @property
-    def special_tokens(self) -> list[str]:
-        """The special tokens, which a text must not contain."""
-        return chat.control_tokens(self.tokenizer)
 
     def encode(self, messages: Sequence[chat.Message]) -> list[int]:
         """Return the ids of a conversation up to its label."""

@@ -26,11 +26,13 @@ class Facts:
 
     entry: str = ""  # of evaluate
     kind: str | None = None  # causal, masked or classifier
+    numeric: bool | None = None  # whether a model with a head gives a number instead of labels; None: unknown
     roles: frozenset[str] = frozenset(("train", "judge"))  # of the reward models of the graph
     before: str | None = None  # the entry of evaluate with the model before alignment
     corpus: bool = True  # whether a source can fill the table
     instructions: bool = True
     answers: bool = True  # whether a source can give short answers
+    rankings: bool = True
 
 
 @dataclass(frozen=True)

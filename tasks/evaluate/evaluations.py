@@ -13,6 +13,8 @@ from tasks.evaluate.heldout_loss import HeldoutLoss
 from tasks.evaluate.judge import Judge
 from tasks.evaluate.masked_names import MaskedNames
 from tasks.evaluate.overlap import Overlap
+from tasks.evaluate.preferences import Preferences
+from tasks.evaluate.regression import Regression
 from tasks.evaluate.replies import Diversity, Reward
 from tasks.evaluate.text import Text
 from tasks.evaluate.toxicity import Toxicity
@@ -29,7 +31,9 @@ AnyEvaluation = Annotated[
     | Classification
     | Toxicity
     | Harness
-    | Abstention,
+    | Abstention
+    | Preferences
+    | Regression,
     Field(discriminator="kind"),
 ]
 
@@ -42,8 +46,10 @@ def default_evaluations() -> dict[str, Evaluation]:
         "overlap": Overlap(kind="overlap"),
         "reward": Reward(kind="reward"),
         "judge": Judge(kind="judge"),
+        "preferences": Preferences(kind="preferences"),
         "diversity": Diversity(kind="diversity"),
         "text": Text(kind="text"),
         "masked_names": MaskedNames(kind="masked_names"),
         "classification": Classification(kind="classification"),
+        "regression": Regression(kind="regression"),
     }

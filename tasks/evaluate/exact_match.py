@@ -43,6 +43,6 @@ class ExactMatch(Evaluation):
         for row, reply in zip(questions, replies, strict=True):
             found = extractor.extract(reply, row["entity"])
             rows.append(answer_row(row, "greedy", reply, extracted=found, correct=exact_match(found, row["answer"])))
-        subject.mark_seen_text(rows, questions)
+        subject.mark_seen_text(rows, prompts)
         figures, means = means_of(rows, MEANS)
         return Result(figures, rows, means=means)

@@ -75,7 +75,7 @@ class HeldoutLoss(Evaluation):
         )
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         rows = [_scored_row(one, score, special) for one, score in zip(fitting, scores, strict=True)]
-        subject.mark_seen_text(rows, [one.row for one in fitting])
+        subject.mark_seen_text(rows, [one.row["messages"][:-1] for one in fitting])
         figures, means = means_of(rows, MEANS)
         figures["answer_calibration_error"] = _calibration_of(fitting, scores)
         details = {"conversations": len(rows), "too_long": len(encoded) - len(fitting)}

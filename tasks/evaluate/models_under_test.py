@@ -22,9 +22,10 @@ from tasks.common.settings import Dtypes, Numerics
 from tasks.common.text import chat
 from tasks.evaluate import token_scores
 from tasks.evaluate.token_scores import TokenScores
+from tasks.evaluate.transformers_folder import TransformersFolder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     from serving.engine import TextEngine
 
@@ -100,14 +101,8 @@ def open_decoder(path: Path, numerics: Numerics, template: str | None = None) ->
     return TorchDecoder.load(path, numerics, template)
 
 
-@dataclass
-class TorchDecoder:
+class TorchDecoder(TransformersFolder):
     """A Transformers causal model, run in float32 regardless of the dtype it was trained in."""
-
-    model: "PreTrainedModel"
-    tokenizer: "PreTrainedTokenizerFast"
-    numerics: Numerics
-    bytes: int
 
     @classmethod
     def load(cls, path: Path, numerics: Numerics, template: str | None = None) -> "TorchDecoder":
@@ -116,24 +111,9 @@ class TorchDecoder:
         return cls(model, chat.load_tokenizer(path, template), numerics, models.weight_bytes(path))
 
     @property
-    def parameters(self) -> int:
-        """Number of parameters."""
-        return models.parameter_count(self.model)
-
-    @property
-    def context(self) -> int:
-        """The longest prompt and reply together, in tokens."""
-        return int(self.tokenizer.model_max_length)
-
-    @property
     def longest_reply(self) -> int:
         """The longest reply, in tokens: only the context limits it."""
         return self.context
-
-    @property
-    def special_tokens(self) -> list[str]:
-        """The special tokens, which a text must not contain."""
-        return chat.control_tokens(self.tokenizer)
 
     def max_reply_tokens(self, prompt: Prompt) -> int | None:
         """Return how many tokens a reply may have; None for a conversation if the model has no chat template."""

@@ -52,7 +52,7 @@ class Overlap(Evaluation):
             known = list(dict.fromkeys(references[repr(row["messages"][:-1])]))
             own = {"chrf": chrf(reply, known), "rouge_l": rouge_l(reply, known), "reference": known[0]}
             rows.append(answer_row(row, KIND, reply) | own)
-        subject.mark_seen_text(rows, chosen)
+        subject.mark_seen_text(rows, prompts)
         figures, means = means_of(rows, MEANS)
         return Result(figures, rows, means=means, details={"conversations": len(rows)})
 

@@ -1,12 +1,12 @@
-"""Whether the text of an item occurs in the training conversations: seen, nearly seen, or unseen.
+"""Whether the text of an item occurs in the training rows: seen, nearly seen, or unseen.
 
-An item's text is its prompt: all turns but the last. It is seen if a training prompt has the same words, and nearly
+An item's text is its prompt: all turns but the reply. It is seen if a training prompt has the same words, and nearly
 seen if the Jaccard index of its word 3-grams with those of a training prompt is at least 0.6, the default threshold of
 near-duplicates in `validate`. Training rows are read in batches; memory holds the n-grams of the items only.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tasks.common import tables
@@ -19,20 +19,27 @@ Turns = Sequence[Mapping[str, str]]
 Shingles = frozenset[tuple[str, ...]]
 
 
-def classify(prompts: Sequence[Turns], instructions: Path) -> list[str]:
-    """Return seen, nearly or unseen for each prompt, by the training rows of the table `instructions`."""
+def classify(prompts: Sequence[Turns], *trained: Path) -> list[str]:
+    """Return seen, nearly or unseen for each prompt, by the training rows of tables of conversations or rankings."""
     texts = [prompt_words(prompt) for prompt in prompts]
     found: dict[tuple[str, ...], str] = {}
     index = ShingleIndex(texts)
-    batches = tables.batches(instructions, "train", ["messages", "split"])
-    for row in (row for batch in batches for row in batch.to_pylist()):
-        trained = prompt_words(row["messages"][:-1])
-        if trained in index.shingles:
-            found[trained] = SEEN
-        for text in index.similar(trained):
+    for prompt in (prompt for table in trained for prompt in _training_prompts(table)):
+        if prompt in index.shingles:
+            found[prompt] = SEEN
+        for text in index.similar(prompt):
             found.setdefault(text, NEARLY)
             index.remove(text)
     return [found.get(text, UNSEEN) for text in texts]
+
+
+def _training_prompts(table: Path) -> Iterator[tuple[str, ...]]:
+    """Yield the words of each prompt in a table's training rows."""
+    rankings = "prompt" in tables.schema_of(table).names
+    column = "prompt" if rankings else "messages"
+    for batch in tables.batches(table, "train", [column, "split"]):
+        for turns in batch[column].to_pylist():
+            yield prompt_words(turns if rankings else turns[:-1])
 
 
 def prompt_words(turns: Turns) -> tuple[str, ...]:

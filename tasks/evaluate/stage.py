@@ -25,6 +25,7 @@ INPUTS = {
     "model": "{config.model}",
     "corpus": "data/validate/corpus",
     "instructions": "data/validate/instructions",
+    "rankings": "data/validate/rankings",
     "tokenizer": "data/tokenize/tokenizer",
     "shards": "data/tokenize/shards",
     "toxicity": TOXICITY_FOLDER.as_posix(),
@@ -47,6 +48,7 @@ TEXT_COLUMNS = (
 )
 NUMBER_COLUMNS = (
     "reward", "judge_score", "toxicity", "chrf", "rouge_l", "nats", "tokens", "text_nats", "bytes", "top",
+    "chosen_nats", "rejected_nats", "absolute_error",
 )  # fmt: skip
 SAMPLED = "sampled"
 
@@ -84,6 +86,8 @@ def _measure(name: str, evaluation: Evaluation, subject: Subject) -> Result:
     if versions := evaluation.versions():
         settings["versions"] = versions
     inputs = ["model", *evaluation.inputs()]
+    if subject.config.sources is not None and "instructions" in inputs:
+        settings["sources"] = subject.config.sources
     stored = subject.store.get({"evaluation": settings}, inputs, lambda: vars(evaluation.measure(subject)))
     result = Result(**stored)
     for row in result.rows:

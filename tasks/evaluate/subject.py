@@ -33,6 +33,7 @@ class Config(Settings):
 
     model: str = Field(description="Folder of the model to evaluate: an entry's, or your own", min_length=1)
     chat_template: chat.TemplateName = None
+    sources: tables.SourceNames = None
     questions: int = Field(
         default=500, description="Maximum number of questions about seen entities, and about held-out entities", ge=1
     )
@@ -151,14 +152,14 @@ class Subject:
     def table(self) -> Rows:
         """The rows of the instructions table, without those that spell a special token of the model.
 
-        Training leaves them out too, and the endpoint rejects them.
+        Training and the endpoint reject them too.
         """
-        rows: Rows = tables.read(self.job.inputs["instructions"]).to_pylist()
+        rows: Rows = tables.read(self.job.inputs["instructions"], sources=self.config.sources).to_pylist()
         model = self.classifier if self.kind == "classifier" else self.decoder
         controls = model.special_tokens
         plain = [row for row in rows if not chat.spells_control_token(controls, row["messages"])]
         if len(plain) < len(rows):
-            print(f"{self.job.name}: {len(rows) - len(plain)} conversations spell special tokens and are left out")
+            print(f"{self.job.name}: {len(rows) - len(plain)} conversations spell special tokens and are rejected")
         return plain
 
     @cached_property
@@ -189,11 +190,13 @@ class Subject:
         texts = self.replies(prompts, self.max_new_tokens, self.config.temperature, Stream.SAMPLES, "samples")
         return Sampled(chosen, texts)
 
-    def mark_seen_text(self, rows: Rows, items: Rows) -> None:
-        """Write into answer rows whether the prompts of their items occur in the training conversations."""
-        prompts = [[dict(turn) for turn in item["messages"][:-1]] for item in items]
-        instructions = self.job.inputs["instructions"]
-        groups = self.store.get({"seen_text": prompts}, ["instructions"], lambda: classify(prompts, instructions))
+    def mark_seen_text(
+        self, rows: Rows, items: Sequence[Sequence[chat.Message]], trained: Sequence[str] = ("instructions",)
+    ) -> None:
+        """Write into answer rows whether the prompts of their items occur in training rows of the tables `trained`."""
+        prompts = [[dict(turn) for turn in item] for item in items]
+        folders = [self.job.inputs[table] for table in trained]
+        groups = self.store.get({"seen_text": prompts}, trained, lambda: classify(prompts, *folders))
         for row, group in zip(rows, groups, strict=True):
             row["seen_text"] = group
 

@@ -49,6 +49,7 @@ class Config(Training):
 
     model: str = Field(description="Folder of the model to start from: an entry's, or your own", min_length=1)
     chat_template: chat.TemplateName = None
+    sources: tables.SourceNames = None
     task: Annotated[Chat | Classification | Regression, Field(discriminator="name", description="Training task")] = (
         Chat(name="chat")
     )
@@ -94,7 +95,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
 def tune_chat(config: Config, task: Chat, tokenizer: "PreTrainedTokenizerFast", job: Job) -> dict[str, Any]:
     """Fine-tune the decoder on conversations, with the loss on their answers."""
     reader = conversations.Reader(tokenizer, max_length(config, tokenizer), config.too_long, task.answers)
-    rows = read_rows(job)
+    rows = read_rows(config, job)
     (usable, rejected), (heldout, heldout_rejected) = read_splits(reader, rows, job.key)
     heldout_sample, pad_id = sample_conversations(heldout, config.heldout, job.seed), tokenizer.pad_token_id
 
@@ -107,7 +108,7 @@ def tune_chat(config: Config, task: Chat, tokenizer: "PreTrainedTokenizerFast", 
         model = base()
     if task.packing:
         check_packing(model, job.numerics)
-    before = mean_nll(model, heldout_sample, pad_id, job.numerics)
+    before = mean_nll(model, heldout_sample, pad_id, job.numerics, bar_title(job))
     trained = methods.apply(model, config.method)
     methods.cast_frozen_to_bfloat16(trained, config.method, job.numerics.dtype.decoder)
     four_bit = isinstance(config.method, QLora)  # packed weights give no FLOP estimate
@@ -125,7 +126,7 @@ def tune_chat(config: Config, task: Chat, tokenizer: "PreTrainedTokenizerFast", 
         "heldout_conversations": len(heldout_sample),
         "heldout_rejected": conversations.count_reasons(heldout_rejected),
         "heldout_loss_before": before,
-        "heldout_loss_after": mean_nll(tuned, heldout_sample, pad_id, job.numerics),
+        "heldout_loss_after": mean_nll(tuned, heldout_sample, pad_id, job.numerics, bar_title(job)),
     }
 
 
@@ -133,7 +134,7 @@ def tune_head(
     config: Config, task: Classification | Regression, tokenizer: "PreTrainedTokenizerFast", job: Job
 ) -> dict[str, Any]:
     """Fine-tune the model with a new head on conversations whose last answers are labels or numbers."""
-    rows = read_rows(job)
+    rows = read_rows(config, job)
     classes = labels.find_labels(rows["train"], task) if isinstance(task, Classification) else None
     reader = labels.Reader(tokenizer, max_length(config, tokenizer), config.too_long, classes)
     (usable, rejected), (heldout, heldout_rejected) = read_splits(reader, rows, job.key)
@@ -159,8 +160,13 @@ def tune_head(
         **last_losses(history),
         "labels": classes and len(classes),
         "heldout_rejected": conversations.count_reasons(heldout_rejected),
-        **labels.evaluate(tuned, tokenizer, heldout, job.numerics, usable, classes),
+        **labels.evaluate(tuned, tokenizer, heldout, job.numerics, usable, classes, bar_title(job)),
     }
+
+
+def bar_title(job: Job) -> str | None:
+    """Return the title of the progress bar over held-out rows; None in all processes but the first."""
+    return None if rank() else f"{job.name} held-out rows"
 
 
 def train_and_save(
@@ -182,9 +188,10 @@ def max_length(config: Config, tokenizer: "PreTrainedTokenizerFast") -> int:
     return context if config.max_tokens is None else min(config.max_tokens, context)
 
 
-def read_rows(job: Job) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of the instructions table by split."""
-    return {split: tables.read(job.inputs["instructions"], split).to_pylist() for split in ("train", "heldout")}
+def read_rows(config: Config, job: Job) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of the instructions table by split, of the sources that are used."""
+    path = job.inputs["instructions"]
+    return {split: tables.read(path, split, config.sources).to_pylist() for split in ("train", "heldout")}
 
 
 def read_splits(

@@ -3,10 +3,12 @@
 import re
 from codecs import lookup
 from collections.abc import Iterator
+from contextlib import closing
 
 from tasks.ingest import readers
 from tasks.ingest.source_files import Rows, SourceFile, UnreadableFile
 
+CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f]")
 META_CHARSET = re.compile(rb"<meta[^>]+charset\s*=\s*[\"']?([\w-]+)", re.IGNORECASE)
 
 
@@ -56,24 +58,31 @@ def _is_known(encoding: str) -> bool:
 
 def _read_pdf(file: SourceFile) -> str:
     """Return the text of the pages of a PDF, with a blank line between them."""
-    import logging
+    from pypdfium2 import PdfDocument, PdfiumError
+    from pypdfium2.raw import FPDF_ERR_PASSWORD
 
-    from pypdf import PdfReader
-
-    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # of a damaged file it prints a line for each object
     with file.open() as opened:
         try:
-            reader = PdfReader(opened)
-            is_locked = reader.is_encrypted and not reader.decrypt("")
-            pages = [] if is_locked else [page.extract_text().strip() for page in reader.pages]
-        except Exception as error:  # of a damaged file pypdf raises almost any exception
-            raise UnreadableFile(f"{file.label}: a damaged PDF ({type(error).__name__}: {error})") from error
-    if is_locked:
-        raise UnreadableFile(f"{file.label}: an encrypted PDF; save it without its password")
+            with closing(PdfDocument(opened.read())) as document:
+                pages = [_page_text(page.get_textpage().get_text_bounded()) for page in document]
+        except PdfiumError as error:
+            if error.err_code == FPDF_ERR_PASSWORD:
+                raise UnreadableFile(f"{file.label}: an encrypted PDF; save it without its password") from error
+            raise UnreadableFile(f"{file.label}: a damaged PDF ({error})") from error
     return _require_text(
         "\n\n".join(page for page in pages if page),
         f"{file.label}: a PDF without text; scanned pages need text recognition (OCR) first",
     )
+
+
+def _page_text(extracted: str) -> str:
+    """Return PDFium's text of a page without its control characters.
+
+    U+0002 is a hyphen at the end of a line within a word, which is joined again. The others are signs of fonts that do
+    not say which characters they show.
+    """
+    lines = re.sub("\x02\r?\n?", "", extracted).replace("\r\n", "\n")
+    return CONTROL_CHARACTERS.sub(" ", lines).strip()
 
 
 def _require_text(text: str, message: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tasks.ingest import annotations, preferences
+from tasks.ingest import annotations, preferences, ranked_answers
 from tasks.ingest.columns import find
 from tasks.ingest.turns import (
     REASONING_FIELDS,
@@ -30,7 +30,7 @@ from tasks.ingest.turns import (
 )
 
 CHAT_FORMATS = ("alpaca", "sharegpt", "openai")
-RANKING_FORMATS = ("preference", "argilla", "label_studio")  # formats of rankings only
+RANKING_FORMATS = ("preference", "answers", "argilla", "label_studio")  # formats of rankings only
 FORMAT_TABLES: dict[str, tuple[str, ...]] = {  # the tables that a format may be read into
     **dict.fromkeys(CHAT_FORMATS, ("instructions", "rankings")),
     **dict.fromkeys(RANKING_FORMATS, ("rankings",)),
@@ -67,6 +67,8 @@ class Layout:
         """Return the row as a row of the table; raise ValueError with the reason if that is not possible."""
         if self.format == "preference":
             return preferences.convert(row, self.reasoning)
+        if self.format == "answers":
+            return ranked_answers.convert(row, self.reasoning)
         if self.format in ANNOTATION_CONVERTERS:
             return ANNOTATION_CONVERTERS[self.format](row)
         columns = {**COLUMNS[self.format], **UNSUPPORTED_COLUMNS, **self.columns}

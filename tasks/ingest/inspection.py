@@ -13,7 +13,7 @@ from typing import Any
 
 from tasks.ingest import file_lists
 from tasks.ingest.reading import Reading, Rejection
-from tasks.ingest.row_loading import RowOptions, load_file
+from tasks.ingest.row_loading import RowOptions, UnknownColumnsError, load_file
 from tasks.ingest.source_files import SourceFile, UnreadableFile
 from tasks.ingest.source_settings import PARAGRAPH_FORMATS
 
@@ -42,6 +42,8 @@ class Inspection:
     first_rows: tuple[Mapping[str, Any], ...]  # usable ones, as rows of their table
     texts: tuple[str, ...]  # of the rows read, to detect their language
     problems: tuple[str, ...]  # sentences: files that cannot be read, the first rejected rows, encodings
+    answers: Mapping[str, int]  # number of conversations by their last answer: of labelled texts, the classes
+    unknown_columns: bool  # whether the columns of a file are in no known form
 
     @property
     def table(self) -> str | None:
@@ -75,14 +77,14 @@ class _Findings:
 
     def __init__(self, max_rows: int) -> None:
         self.max_rows, self.rows_read, self.rejected = max_rows, 0, 0
-        self.formats, self.tables = Counter[str](), Counter[str]()
+        self.formats, self.tables, self.answers = Counter[str](), Counter[str](), Counter[str]()
         self.columns: dict[str, None] = {}
         self.mapped: dict[str, str] = {}
         self.rows: list[Mapping[str, Any]] = []
         self.lengths: list[int] = []
         self.texts: list[str] = []
         self.problems: list[str] = []
-        self.estimate, self.bytes_covered = 0.0, 0
+        self.estimate, self.bytes_covered, self.unknown_columns = 0.0, 0, False
 
     def read(self, file: SourceFile, options: RowOptions) -> None:
         """Read the first rows of a file."""
@@ -92,11 +94,13 @@ class _Findings:
             unusable = load_file(file, options, reading)
         except UnreadableFile as error:
             unusable = str(error)
+            self.unknown_columns |= isinstance(error, UnknownColumnsError)
         limited.add_others()
         self.problems += [unusable] if unusable else [item.reason for item in limited.rejections[:1]]
         self.problems += [f"{file.label}: {note}" for note in file.notes]
         self.formats += reading.formats
         self.tables += limited.tables
+        self.answers += limited.answers
         self.columns |= dict.fromkeys(reading.columns)
         self.mapped |= reading.mapped
         self.rows += limited.rows[: KEPT_ROWS - len(self.rows)]
@@ -117,6 +121,7 @@ class _Findings:
             self.rows_read, self.rejected, round(self.estimate * share),
             sum(self.lengths) / len(self.lengths) if self.lengths else 0.0, max(self.lengths, default=0),
             tuple(self.rows), tuple(self.texts), tuple(dict.fromkeys(problems))[:MAX_PROBLEMS],
+            dict(self.answers), self.unknown_columns,
         )  # fmt: skip
 
 
@@ -140,6 +145,7 @@ class _LimitedReading:
     rows: list[Mapping[str, Any]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     tables: Counter[str] = field(default_factory=Counter)
+    answers: Counter[str] = field(default_factory=Counter)
     rejections: list[Rejection] = field(default_factory=list)
     bytes_read: int = 0
 
@@ -160,6 +166,8 @@ class _LimitedReading:
             self._add("ratings", vars(rated), rated.text)
 
     def _add_finished(self, table: str, row: Mapping[str, Any]) -> None:
+        if table == "instructions":
+            self.answers[row["messages"][-1]["content"]] += 1
         self._add(table, row, _text_of(row))
 
     def _add(self, table: str, row: Mapping[str, Any], text: str) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import orjson
 
-from tasks.ingest import rows
+from tasks.ingest import ranked_answers, rows
 from tasks.ingest.importers import FORMAT_TABLES, Layout
 from tasks.ingest.turns import Reasoning, Row, parse_message
 
 OWN = "columns"  # the layout of rows with the columns of the table
-LAYOUTS = ("openai", "alpaca", "sharegpt", "preference", "argilla", "label_studio")
+LAYOUTS = ("openai", "alpaca", "sharegpt", "preference", "answers", "argilla", "label_studio")
 FORMAT_COLUMNS: dict[tuple[str, str], tuple[str, ...]] = {  # by (format, table)
     ("openai", "instructions"): ("messages",),
     ("openai", "rankings"): ("input", "preferred_output", "non_preferred_output"),
@@ -20,21 +20,24 @@ FORMAT_COLUMNS: dict[tuple[str, str], tuple[str, ...]] = {  # by (format, table)
     ("alpaca", "rankings"): ("instruction", "input", "chosen", "rejected", "history", "system"),
     ("sharegpt", "instructions"): ("conversations", "system"),
     ("sharegpt", "rankings"): ("conversations", "chosen", "rejected", "system"),
-    ("preference", "rankings"): ("prompt", "chosen", "rejected", "annotator"),
+    ("preference", "rankings"): ("prompt", "chosen", "rejected", "system", "annotator"),
+    ("answers", "rankings"): ranked_answers.COLUMNS,
     ("argilla", "rankings"): ("fields", "responses"),
     ("label_studio", "rankings"): ("data", "annotations"),
 }
 SIMPLE_TABLES = ("corpus", "facts", "ratings")  # no other tool has a format for them
 MAY_BE_ABSENT = {
     "input", "history", "system", "annotator", "annotators", "models", "ranks", "scores", "scale", "entity", "answer",
-    "tone", "split",
+    "tone", "split", "answers", "answer_a", "answer_b", "winner",
 }  # fmt: skip
 # Columns with a question and a reply, as data sets call them: read as alpaca's instruction and output.
 QUESTIONS = ("instruction", "question", "query", "prompt", "input")
 REPLIES = ("output", "response", "answer", "completion", "reply", "target")
 CONTEXTS = ("input", "context")
 # Columns that a CSV file or a database contains as JSON text.
-JSON_COLUMNS = ("messages", "conversations", "history", "responses", "ranks", "scores", "scale", "models")
+JSON_COLUMNS = (
+    "messages", "conversations", "history", "responses", "ranks", "scores", "scale", "models", "answers",
+)  # fmt: skip
 # Keys that say that a JSON object is a row, not a wrapper around rows.
 ROW_KEYS = frozenset(
     {"text", "content", *QUESTIONS, *REPLIES, *CONTEXTS, *(name for names in FORMAT_COLUMNS.values() for name in names)}
@@ -48,7 +51,7 @@ class Detected:
 
     table: str
     format: str
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)
 
 
 def known_columns(format: str | None, table: str | None) -> set[str]:
@@ -62,9 +65,12 @@ def known_columns(format: str | None, table: str | None) -> set[str]:
 def detect(sample: Row, table: str | None, format: str | None, mapped: Iterable[str]) -> Detected | None:
     """Return how rows like this one are read, or None if no table or format has such columns.
 
-    `sample` has the columns that the source maps already; a format that does not read one of them is not chosen.
+    `sample` has the columns that the source maps already; a format that does not read one of them is not chosen. Names
+    may be written in capitals and with spaces, as people write them in spreadsheets.
     """
-    for found in _candidates(sample):
+    names = {_plain(name): str(name) for name in sorted(sample, key=lambda name: _plain(name) == name)}
+    for candidate in _candidates({plain: sample[name] for plain, name in names.items()}):
+        found = _restore(candidate, names)
         fits = table in (None, found.table) and format in (None, found.format)
         known = known_columns(None if found.format == OWN else found.format, found.table)
         if fits and known.issuperset(mapped):
@@ -73,6 +79,19 @@ def detect(sample: Row, table: str | None, format: str | None, mapped: Iterable[
         return Detected(table or FORMAT_TABLES[format][0], format)
     names_columns = table is not None and rows.REQUIRED_COLUMNS[table] <= set(mapped)
     return Detected(table, OWN) if table in SIMPLE_TABLES or (table and names_columns) else None
+
+
+def _plain(name: Any) -> str:
+    return "_".join(str(name).lower().split())
+
+
+def _restore(found: Detected, names: Mapping[str, str]) -> Detected:
+    """Return the detected columns under the names that they have in the rows; `names` has those by plain names."""
+    read = known_columns(None if found.format == OWN else found.format, found.table) - found.columns.keys()
+    renamed = {plain: plain for plain in sorted(read & names.keys()) if names[plain] != plain}
+    return Detected(
+        found.table, found.format, {name: names[plain] for name, plain in (found.columns | renamed).items()}
+    )
 
 
 def _candidates(row: Row) -> Iterator[Detected]:
@@ -98,11 +117,16 @@ def _candidates(row: Row) -> Iterator[Detected]:
 def _pair_candidates(row: Row) -> Iterator[Detected]:
     names = row.keys()
     if {"chosen", "rejected"} <= names:
+        is_reply = isinstance(_decode_cell(row["chosen"]), str)  # else a conversation, which contains the prompt
         if "conversations" in names:
             yield Detected("rankings", "sharegpt")
-        elif "instruction" in names:
+        elif "instruction" in names and is_reply:
             yield Detected("rankings", "alpaca")
-        yield Detected("rankings", "preference")
+        prompt = next((name for name in ("prompt", *QUESTIONS) if name in row), "prompt") if is_reply else "prompt"
+        yield Detected("rankings", "preference", {} if prompt == "prompt" else {"prompt": prompt})
+    decoded = {name: _decode_cell(row[name]) for name in row.keys() & ranked_answers.LISTS}
+    for columns in ranked_answers.renamed_columns({**row, **decoded}, ("prompt", *QUESTIONS)):
+        yield Detected("rankings", "answers", {name: found for name, found in columns.items() if name != found})
     if {"input", "preferred_output", "non_preferred_output"} <= names:
         yield Detected("rankings", "openai")
 

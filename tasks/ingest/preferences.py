@@ -3,8 +3,8 @@
 The forms are those of TRL (https://huggingface.co/docs/trl/dataset_formats): `prompt`, `chosen` and `rejected` as texts
 or lists of messages, or an implicit prompt, where chosen and rejected are whole conversations with the same beginning;
 and transcripts with turns after "Human:" and "Assistant:", as in Anthropic's data
-(https://github.com/anthropics/hh-rlhf). Both sides may repeat the prompt. Of the other columns only `annotator` is
-read.
+(https://github.com/anthropics/hh-rlhf). Both sides may repeat the prompt. Of the other columns only `system`, the text
+of a system message, and `annotator` are read.
 """
 
 import re
@@ -24,7 +24,7 @@ def convert(row: Row, reasoning: Reasoning = "reject") -> Row:
         raise ValueError(
             f"{', '.join(missing)} missing; expected {', '.join(REQUIRED_COLUMNS)}, and prompt unless they contain it"
         )
-    prompt = _parse_prompt(row.get("prompt"), reasoning)
+    prompt = parse_prompt(row.get("prompt"), reasoning)
     chosen, rejected = (_strip_prompt(prompt, _parse_side(row[name], name, reasoning)) for name in REQUIRED_COLUMNS)
     for name, turns in zip(REQUIRED_COLUMNS, (chosen, rejected), strict=True):
         if turns[-1]["role"] != "assistant":
@@ -42,9 +42,8 @@ def convert(row: Row, reasoning: Reasoning = "reject") -> Row:
             "chosen and rejected whole conversations (messages with role and content, or a transcript that begins with "
             '"Human:")'
         )
-    pair = make_pair(
-        [turn for message in prompt for turn in make_turn(**message)], chosen[0]["content"], rejected[0]["content"]
-    )
+    prompt = [turn for message in add_system(prompt, row.get("system")) for turn in make_turn(**message)]
+    pair = make_pair(prompt, chosen[0]["content"], rejected[0]["content"])
     return {**pair, "annotator": row.get("annotator")}
 
 
@@ -55,7 +54,12 @@ def _parse_side(value: Any, name: str, reasoning: Reasoning) -> Messages:
     return [turn for message in require_messages(value, name) for turn in parse_message(message, reasoning, True)]
 
 
-def _parse_prompt(value: Any, reasoning: Reasoning) -> Messages:
+def add_system(prompt: Messages, system: Any) -> Messages:
+    """Return the prompt after a system message, if `system` is a text and the prompt does not begin with one."""
+    return prompt if not system or prompt[0]["role"] == "system" else make_turn("system", system) + prompt
+
+
+def parse_prompt(value: Any, reasoning: Reasoning) -> Messages:
     """Return the turns of the prompt, without the empty assistant turn that ends a transcript."""
     if value is None:
         return []

@@ -16,10 +16,14 @@ from tasks.ingest.turns import Reasoning
 
 RowConverter = Callable[[Any], Mapping[str, Any]]  # from a decoded row of a source to a row of a table
 SAMPLE_ROWS = 20  # whose columns decide how the rows of a file are read
-TABLE_REMEDY = (
-    "say with `table` what the rows are (corpus, instructions, rankings) and with `columns` which of these columns it "
-    "reads, such as columns: {text: ...}, {instruction: ..., output: ...} or {prompt: ..., chosen: ..., rejected: ...}"
-)
+EXAMPLE_COLUMNS = {  # what `columns` may say for a table
+    "corpus": "{text: ...}", "instructions": "{instruction: ..., output: ...}",
+    "rankings": "{prompt: ..., chosen: ..., rejected: ...}",
+}  # fmt: skip
+
+
+class UnknownColumnsError(UnreadableFile):
+    """The columns of a file's rows are in no known form."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ def open_rows(file: SourceFile, options: RowOptions, columns_found: dict[str, No
         return OpenedRows(form, Detected("corpus", layouts.OWN), found)
     detected = layouts.detect(sample, options.table, options.layout, options.columns)
     if detected is None:
-        raise UnreadableFile(f"{file.label}: {_describe_unknown(sample, options.table, problem)}")
+        error = UnknownColumnsError if sample and not _judges_replies(sample) else UnreadableFile
+        raise error(f"{file.label}: {_describe_unknown(sample, options.table, problem)}")
     if form in formats.TABULAR_FORMATS:
         _check_columns(file, detected, sample)
     return OpenedRows(form, detected, found)
@@ -174,8 +179,21 @@ def _raise_later(error: UnreadableFile) -> Rows:
 def _describe_unknown(sample: Mapping[str, Any], table: str | None, problem: str) -> str:
     if not sample:
         return f"expected rows with columns, found none; {problem or 'add rows, or remove it'}"
-    rows_of = f"rows of {table}" if table else "rows of a table"
-    return f"the columns {', '.join(map(str, sample))} are no known form of {rows_of}; {TABLE_REMEDY}"
+    found = f"the columns {', '.join(map(str, sample))} are no known form of rows of {table or 'a table'}"
+    if _judges_replies(sample) and table != "corpus":
+        return (
+            f"{found}: label judges each reply alone, thumbs up or down. Rankings need two or more replies to a prompt "
+            "(prompt, chosen, rejected); as conversations, keep only the replies that people liked and leave label out"
+        )
+    say_table = "with `table` what the rows are (corpus, instructions, rankings) and " if table is None else ""
+    shown = [EXAMPLE_COLUMNS[table]] if table in EXAMPLE_COLUMNS else list(EXAMPLE_COLUMNS.values())
+    examples = " or ".join([", ".join(shown[:-1]), shown[-1]] if shown[1:] else shown)
+    return f"{found}; say {say_table}with `columns` which of these are read, such as columns: {examples}"
+
+
+def _judges_replies(sample: Mapping[str, Any]) -> bool:
+    """Whether rows have a thumb up or down for one reply each, as for TRL's KTO."""
+    return isinstance(sample.get("label"), bool)
 
 
 def _check_columns(file: SourceFile, detected: Detected, sample: Mapping[str, Any]) -> None:
@@ -184,7 +202,7 @@ def _check_columns(file: SourceFile, detected: Detected, sample: Mapping[str, An
     missing = expected - sample.keys() - detected.columns.keys()
     if missing:
         wanted, found, lacking = (", ".join(sorted(map(str, names))) or "none" for names in (expected, sample, missing))
-        raise UnreadableFile(
+        raise UnknownColumnsError(
             f"{file.label} lacks columns of {detected.table}. Expected {wanted}; found {found}. Missing: {lacking}. "
             "Name them with `columns`"
         )

@@ -25,10 +25,10 @@ SQLITE_PREFIX = "sqlite:///"
 PLACEHOLDER = r"\$\{\w+\}"  # an environment variable in a URL
 UNKNOWN_LICENCE = "unknown"
 PARAGRAPH_FORMATS = ("txt", "md")  # split into paragraphs if the source names one file
-RowFormat = Literal["openai", "alpaca", "sharegpt", "preference", "argilla", "label_studio"]
+RowFormat = Literal["openai", "alpaca", "sharegpt", "preference", "answers", "argilla", "label_studio"]
 Format = Literal[
     "txt", "md", "html", "pdf", "json", "jsonl", "csv", "parquet", "arrow",
-    "openai", "alpaca", "sharegpt", "preference", "argilla", "label_studio",
+    "openai", "alpaca", "sharegpt", "preference", "answers", "argilla", "label_studio",
 ]  # fmt: skip
 FORMAT_DESCRIPTION = (
     "Format of the files, or, from `openai` on, of their rows as another tool writes them; null: detected for each file"

@@ -7,14 +7,16 @@ name.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
-from tasks.common.evaluation.nll import bits_per_byte, model_nll, windows_nll
+from tasks.common.evaluation.nll import TokenRows, bits_per_byte, model_nll, text_windows, windows_nll
 from tasks.common.harness.job import Job
+from tasks.common.harness.launch import rank
 from tasks.common.modelling import models, torch_setup
 from tasks.common.random_streams import Stream, generator
 from tasks.common.text import chat
@@ -90,11 +92,7 @@ def run(config: CausalConfig | MaskedConfig, job: Job) -> dict[str, Any]:
         model = load_start_model(config, tokenizer, job)
         mfu_estimator = MfuEstimator.for_model(model, config.window, job.numerics)
         model, history = train(model, CausalObjective(config, job, model, train_split), config, job, mfu_estimator)
-        nats = partial(model_nll, model.eval())
-        evaluation = {
-            "heldout_loss": heldout_loss(model, heldout, config.window),
-            "bits_per_byte": bits_per_byte(heldout, config.window, nats),
-        }
+        evaluation = heldout_figures(model, heldout, config.window, None if rank() else f"{job.name} held-out text")
     models.save(model, tokenizer, job.outputs["model"])
     history.write(job.outputs["history"])
     return {"parameters": models.parameter_count(model), "steps": config.steps, **last_losses(history), **evaluation}
@@ -183,10 +181,24 @@ class MaskedObjective:
         return {"masked": losses.cross_entropy(logits, targets[chosen], self.config.loss)}
 
 
-def heldout_loss(model: "PreTrainedModel", split: Split, window: int) -> float | None:
-    """Return a causal model's mean negative log-likelihood (nats per token); None if the split has no full window."""
+def heldout_figures(
+    model: "PreTrainedModel", split: Split, window: int, desc: str | None = None
+) -> dict[str, float | None]:
+    """Return a causal model's loss and bits per byte on held-out text; `desc` is the title of the progress bar."""
+    from tqdm import tqdm
+
+    rows = len(split.tokens) // window + sum(map(len, text_windows(split, window)))
+    with tqdm(total=rows, desc=desc, disable=desc is None, mininterval=2) as bar:
+        nats = partial(model_nll, model.eval(), progress=bar.update)
+        return {
+            "heldout_loss": heldout_loss(nats, split, window), "bits_per_byte": bits_per_byte(split, window, nats)
+        }  # fmt: skip
+
+
+def heldout_loss(row_nll_fn: Callable[[TokenRows], Sequence[float]], split: Split, window: int) -> float | None:
+    """Return the mean negative log-likelihood (nats per token) of full windows; None if the split has none."""
     count = len(split.tokens) // window
     if not count:
         return None
     rows = split.tokens[: count * window].reshape(count, window)
-    return round(math.fsum(model_nll(model.eval(), rows)) / (count * (window - 1)), 6)
+    return round(math.fsum(row_nll_fn(rows)) / (count * (window - 1)), 6)

@@ -39,7 +39,7 @@ from tasks.common.text import chat
 from tasks.common.training import losses
 from tasks.common.training.loop import MAX_LISTED_ITEMS, MicroBatch, Shard, Training, batch_at, last_losses, train
 from tasks.reward.bases import fit_bases, fit_lexicon, mostly_rated
-from tasks.reward.left_out import (
+from tasks.reward.rejected import (
     alike_ids,
     check_differences,
     has_something_to_learn,
@@ -55,7 +55,8 @@ INPUTS = {"model": "{config.model}", "rankings": "data/validate/rankings"}
 OUTPUTS = {"model": "data/reward/{key}/model", "history": "data/reward/{key}/history.csv"}
 PARALLEL = True
 
-MAX_NORMALIZATION_RESPONSES = 8192  # training responses whose scores give the normalization
+# Training responses whose scores give the normalization: the standard error of their mean is 4 % of their deviation.
+MAX_NORMALIZATION_RESPONSES = 512
 
 
 class Pairwise(Settings):
@@ -172,14 +173,17 @@ def run(config: Config, job: Job) -> dict[str, Any]:
     trained, history = train(trained, objective, config, job)
     model = methods.merge(trained, config.method)
     scorer = Scorer(model, tokenizer, lexicon, scale, config.max_tokens, config.input, job.numerics, frozen=frozen)
-    scorer = replace(scorer, score_mean_std=score_statistics(scorer, train_set))
+    scorer = replace(scorer, score_mean_std=score_statistics(scorer, train_set, f"{job.name} training scores"))
     scorer.save(job.outputs["model"])
     history.write(job.outputs["history"])
     bag_of_words = lexicon if lexicon.words else fit_lexicon(train_set)
     baselines = {"bag_of_words": bag_of_words, "bag_of_words_and_bigrams": fit_lexicon(train_set, bigrams=True)}
     truncated = [ranking for ranking in (*train_set, *heldout) if ranking.truncated]
     agreement_metrics = agreement.pairwise_agreement(
-        scorer, heldout, {name: baseline if baseline.words else None for name, baseline in baselines.items()}
+        scorer,
+        heldout,
+        {name: baseline if baseline.words else None for name, baseline in baselines.items()},
+        f"{job.name} held-out",
     )
     return {
         "accuracy": agreement.headline(agreement_metrics).get("model"),
@@ -326,10 +330,13 @@ def bootstrap_counts(rankings: int, heads: int, seed: int) -> list[list[int]]:
     return counts
 
 
-def score_statistics(scorer: Scorer, train_set: Sequence[Ranking]) -> list[float]:
-    """Return mean and standard deviation of the training responses' scores, evenly subsampled if there are many."""
+def score_statistics(scorer: Scorer, train_set: Sequence[Ranking], desc: str | None = None) -> list[float]:
+    """Return mean and standard deviation of the training responses' scores, evenly subsampled if there are many.
+
+    `desc` is the title of the progress bar; without it none is shown.
+    """
     exchanges = [exchange for ranking in train_set for exchange in ranking.exchanges]
-    scores = scorer.score(exchanges[:: -(-len(exchanges) // MAX_NORMALIZATION_RESPONSES)])
+    scores = scorer.score(exchanges[:: -(-len(exchanges) // MAX_NORMALIZATION_RESPONSES)], desc=desc)
     return [round(float(np.mean(scores)), 6), round(float(np.std(scores)), 6) or 1.0]
 
 

@@ -30,6 +30,7 @@ NEEDS = {  # stage: the table that its entries learn from
     "pretrain": "corpus", "finetune": "instructions", "reward": "rankings", "align": "instructions",
     "prune": "instructions",
 }  # fmt: skip
+SELECTIVE_STAGES = ("finetune", "align", "prune", "evaluate")  # whose setting `sources` selects conversations
 ANSWERLESS_FORMATS = ("alpaca", "sharegpt", "openai")
 TABLE_NAMES = {
     "corpus": "documents (table corpus)",
@@ -45,6 +46,8 @@ def check_data(params: Params, sources: SourceTables) -> Iterator[str]:
         yield from _check_table(entry, provided)
         yield from _check_mixture(entry, kinds)
         yield from _check_shares(entry)
+    for entry in entries(params, *SELECTIVE_STAGES):
+        yield from _check_source_names(entry, sources)
     trained = lookup(params, "tokenize.tokenizer.name") == "train"
     if trained and provided.isdisjoint(("corpus", "instructions")):
         yield (
@@ -106,6 +109,25 @@ def _check_table(entry: Entry, provided: set[str]) -> Iterator[str]:
     table = "rankings" if pairs else NEEDS[stage]
     if table not in provided:
         yield f"{where}: it learns from {TABLE_NAMES[table]}, but no source in ingest.sources provides any: add one"
+
+
+def _check_source_names(entry: Entry, sources: SourceTables) -> Iterator[str]:
+    """Report names in an entry's `sources` that no source has, or a source without conversations."""
+    _, where, content = entry
+    names = lookup(content, "sources")
+    known = {str(source.get("name")): tables for source, tables in sources}
+    with_rows = ", ".join(name for name, tables in known.items() if "instructions" in tables) or "none"
+    for number, name in enumerate(names if isinstance(names, list) else ()):
+        if name not in known:
+            yield (
+                f"{where}.sources.{number}: found {name!r}, but no source in ingest.sources has this name; those with "
+                f"conversations are {with_rows}"
+            )
+        elif "instructions" not in known[name]:
+            yield (
+                f"{where}.sources.{number}: found {name!r}, but this source provides no conversations (table "
+                f"instructions); those that do are {with_rows}"
+            )
 
 
 def _check_mixture(entry: Entry, kinds: list[str]) -> Iterator[str]:

@@ -20,6 +20,7 @@ from tasks.rules import data
 from tasks.rules.model_kinds import ModelKinds
 
 SIZES = ("parameters", "bytes")  # of every evaluated model
+HEADS = {"classification": False, "regression": True}  # kind: whether the model gives a number
 LOSSES = ("loss", "*_loss")
 STAGE_FIGURES = {  # patterns of the figures in each stage's metrics, by their first part
     "pretrain": ("parameters", "steps", *LOSSES, "bits_per_byte", "documents*"),
@@ -98,6 +99,7 @@ def _facts(params: Params, sources: data.SourceTables) -> dict[str, Any]:
         link.key: module_of("evaluate").Facts(
             entry=link.key,
             kind=_kind(kinds, link.reads[0]) if link.reads else None,
+            numeric=HEADS.get(str(_graph_kind(kinds, link.reads[0]))) if link.reads else None,
             roles=frozenset(str(lookup(one, "role")) for one in entries_of(params, "reward").values()),
             before=model_before_alignment(link, links) if link.reads else None,
             **tables,
@@ -119,17 +121,20 @@ def _evaluations(params: Params) -> dict[str, Any] | None:
 
 def _kind(kinds: ModelKinds, folder: str) -> str | None:
     """Return the kind of an evaluated model: causal, masked or classifier; None if unknown."""
-    kind, producer = kinds.kind(folder), kinds.producer(folder)
-    if kind == "engine" and producer:
-        kind = kinds.kind(lookup(producer.settings, "model"))
-    found: str | None = module_of("evaluate").model_kind_of(kind)
+    found: str | None = module_of("evaluate").model_kind_of(_graph_kind(kinds, folder))
     return found
+
+
+def _graph_kind(kinds: ModelKinds, folder: str) -> str | None:
+    """Return the kind of a model as the graph names it; of an export that of its parent."""
+    kind, producer = kinds.kind(folder), kinds.producer(folder)
+    return kinds.kind(lookup(producer.settings, "model")) if kind == "engine" and producer else kind
 
 
 def _tables(sources: data.SourceTables) -> dict[str, bool]:
     """Return which tables, and whether short answers, the sources can give."""
     provided = set[str]().union(*(tables for _, tables in sources))
-    found = {name: name in provided for name in ("corpus", "instructions")}
+    found = {name: name in provided for name in ("corpus", "instructions", "rankings")}
     return {**found, "answers": data.gives_answers(sources)}
 
 

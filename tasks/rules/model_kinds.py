@@ -125,10 +125,12 @@ def _kind_of(folder: str) -> str | None:
 
 
 def _has_mask_token(folder: str) -> bool | None:
-    """Return whether a folder's tokenizer names a mask token; None without a tokenizer_config.json."""
-    names = ("tokenizer_config.json", "special_tokens_map.json")
-    configs = [model_folder.read_json(Path(folder, name)) for name in names]
-    return any(config.get("mask_token") for config in configs) if configs[0] else None
+    """Return whether a folder's tokenizer names a mask token; None if its files name no special token.
+
+    Then it has those of its class in Transformers, as BERT's folder on the Hugging Face hub.
+    """
+    named = model_folder.special_tokens(Path(folder))
+    return bool(named.get("mask_token")) if named else None
 
 
 def config_of_folder(folder: str) -> dict[str, Any]:

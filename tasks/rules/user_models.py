@@ -24,7 +24,7 @@ def check_user_models(params: Params) -> Iterator[str]:
                 continue
             if path not in seen and _is_user_folder(path, kinds):
                 seen.add(path)
-                for problem in model_folder.problems_in_pipeline(Path(path)):
+                for problem in model_folder.problems(Path(path)):
                     yield f"{where}: {path} cannot be used as a model: {problem}"
             for problem in _family_problems(stage, entry, kinds, path):
                 yield f"{where}: {problem}"

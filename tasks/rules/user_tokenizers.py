@@ -12,31 +12,20 @@ from tasks.rules.models import entries
 
 CHAT_STAGES = ("finetune", "align", "prune")  # which encode conversations of a causal model
 TEMPLATE_STAGES = (*CHAT_STAGES, "reward", "quantize", "evaluate")
-TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 def check_user_tokenizers(params: Params) -> Iterator[str]:
     """Report a tokenizer without an end token, and chat templates that are missing or unknown."""
     given = lookup(params, "tokenize.tokenizer.name") == "from"
     path = lookup(params, "tokenize.tokenizer.path") if given else None
-    if isinstance(path, str) and not path.startswith("data/"):
-        for problem in _tokenizer_problems(Path(path)):
-            yield f"tokenize.tokenizer.path: the tokenizer in {path} {problem}"
+    models = {str(lookup(entry, name)) for _, _, entry in entries(params) for name in ("model", "model.path")}
+    if isinstance(path, str) and Path(path).is_dir() and path not in models:  # those of models are reported with them
+        for problem in model_folder.tokenizer_problems(model_folder.tokenizer_folder(Path(path))):
+            yield f"tokenize.tokenizer.path: {path} cannot be used: {problem}"
     kinds = ModelKinds(params)
     for stage, where, entry in entries(params, *TEMPLATE_STAGES):
         for problem in _template_problems(stage, entry, kinds):
             yield f"{where}.chat_template: {problem}"
-
-
-def _tokenizer_problems(folder: Path) -> Iterator[str]:
-    folder = model_folder.tokenizer_folder(folder)
-    configs = [model_folder.read_json(folder / name) for name in TOKENIZER_CONFIGS]
-    named = any(config.get(token) for config in configs for token in ("eos_token", "sep_token"))
-    if (folder / "tokenizer.json").is_file() and configs[0] and not named:
-        yield (
-            "names no end token (eos_token), so a model could not learn where a text ends: set one in its "
-            "tokenizer_config.json, or use another tokenizer"
-        )
 
 
 def _template_problems(stage: str, entry: Any, kinds: ModelKinds) -> Iterator[str]:
@@ -64,7 +53,7 @@ def _template_problems(stage: str, entry: Any, kinds: ModelKinds) -> Iterator[st
 
 def read_templates(folder: Path) -> dict[str, str]:
     """Return a folder's chat templates by name; one without a name has the name ""."""
-    listed = model_folder.read_json(folder / TOKENIZER_CONFIGS[0]).get("chat_template")
+    listed = model_folder.read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(listed, str):
         found = {"": listed}
     else:

@@ -117,18 +117,19 @@ def _wrap(config: Config, tokenizer: Any, special: dict[str, Any], template: Any
 
 
 def _load_given(config: Config, path: Path) -> "PreTrainedTokenizerFast":
-    """Load a folder's tokenizer with its special tokens and chat template; EOS replaces a missing pad token.
+    """Load a folder's tokenizer with its special tokens and chat template; its end token replaces a missing pad token.
 
-    An encoder's tokenizer may have no EOS; then SEP ends a text. Raises StageError if the folder has no tokenizer, or
-    the tokenizer neither of the two.
+    The end token is EOS, or SEP of an encoder (BERT's tokenizers have no EOS). Raises StageError if the folder has no
+    tokenizer or the tokenizer has neither.
     """
     found = chat.read_tokenizer(path)
     templates.choose(found, None, str(path))
     end = found.eos_token or found.sep_token
     if end is None:
         raise StageError(
-            f"tokenize.tokenizer.path: the tokenizer in {path} names no end token (eos_token), so a model could not "
-            "learn where a text ends: set one in its tokenizer_config.json, or use another tokenizer."
+            f"tokenize.tokenizer.path: the tokenizer in {path} names no end token (eos_token, or sep_token of an "
+            "encoder), so a model could not learn where a text ends: set one in its tokenizer_config.json, or use "
+            "another tokenizer."
         )
     special = {**found.special_tokens_map, "eos_token": end}
     if found.pad_token is None:
@@ -142,8 +143,7 @@ class ShardWriter:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", encoder: Encoder, job: Job) -> None:
         self.encoder, self.job, self.vocabulary = encoder, job, len(tokenizer)
-        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        self.start, self.end = (np.array([token], encoder.dtype) for token in (start, tokenizer.eos_token_id))
+        self.start, self.end = (np.array([token], encoder.dtype) for token in chat.first_and_last(tokenizer))
         self.bytes, self.seconds = 0, 0.0
 
     def write(self, split: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ TURNS_PATTERN = r"^(?:system )?(?:user assistant )*user assistant$"
 # U+FFFD, control characters (page breaks are none), and UTF-8 that was read as Latin-1 or Windows-1252 ("Ã©", "â€™").
 # U+FEFF is a zero-width space within a text, and pages have it. Capitals may be before a no-break space ("XÃ HỘI").
 DAMAGE_PATTERN = "[\ufffd\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]|(?<![A-ZÀ-Þ])[ÂÃ][\u00a0-\u00bf]|â€|ï»¿"
+CHARACTERS_PER_DAMAGE = 1000  # a text with more damage is rejected; one broken sign does not cost a book
 DUPLICATE_ROW_REASON = "duplicate of an earlier row"
 
 
@@ -178,7 +179,7 @@ def rejection_reason(table: str, features: Features, limits: Limits) -> str | No
         return f"{empty[0]} is empty"
     if features["split"] not in SPLITS:
         return "the split is neither train nor heldout"
-    if re.search(DAMAGE_PATTERN, features["text"]):
+    if is_damaged(features["text"]):
         return "damaged encoding"
     table_reason = {
         "corpus": _corpus_rejection_reason,
@@ -186,6 +187,11 @@ def rejection_reason(table: str, features: Features, limits: Limits) -> str | No
         "rankings": _ranking_rejection_reason,
     }
     return table_reason[table](features, limits)
+
+
+def is_damaged(text: str) -> bool:
+    """Return whether a text has more than one damaged place in `CHARACTERS_PER_DAMAGE` characters."""
+    return len(re.findall(DAMAGE_PATTERN, text)) * CHARACTERS_PER_DAMAGE > len(text)
 
 
 def find_turn_fault(table: str, roles: Sequence[str]) -> str | None:
@@ -271,7 +277,7 @@ def check_rows(
 
 def _text_features(text: str) -> Features:
     """Return the scalars that the suites need of a text, so that they do not need the text itself."""
-    return {"characters": len(text), "damaged": bool(re.search(DAMAGE_PATTERN, text))}
+    return {"characters": len(text), "damaged": is_damaged(text)}
 
 
 def digest(text: str) -> bytes:

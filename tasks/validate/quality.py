@@ -14,10 +14,14 @@ import regex
 from pydantic import Field, model_validator
 
 from tasks.common.settings import Settings
-from tasks.common.text.words import split_words
+from tasks.common.text.words import mostly_unspaced, split_words
+from tasks.common.text.words import words as words_of
 from tasks.validate.languages import LanguageRules
 
 MIN_LINES = 5  # of a document with few words in which repeated lines count
+COLONS = (":", "\uff1a")
+MIN_LEAD_IN_WORDS = 5  # of a line that ends with a colon, to count as a clause ("You should do so if:"), not as a label
+MIN_LEAD_IN_CHARACTERS = 10  # the same in a script without spaces
 ELLIPSES = ("...", "…")
 ELLIPSIS_PATTERN = regex.compile(r"\.\.\.|…")
 BULLET_PATTERN = regex.compile(r"[•‣▪·・◦●○■□►]|[-*](?:\s|$)")
@@ -107,17 +111,28 @@ def quality_rejection_reason(text: str, words: Sequence[str], bounds: Quality, r
         broken = next(_broken_ratio_rules(text, lines, words, bounds, rules), None)
     else:
         broken = _broken_repetition_rule(lines, bounds) if len(lines) >= MIN_LINES else None
-    return broken or _broken_sentence_rule(text, words, bounds, rules)
+    return broken or _broken_sentence_rule(text, lines, words, bounds, rules)
 
 
-def _broken_sentence_rule(text: str, words: Sequence[str], bounds: Quality, rules: LanguageRules) -> str | None:
+def _broken_sentence_rule(
+    text: str, lines: Sequence[str], words: Sequence[str], bounds: Quality, rules: LanguageRules
+) -> str | None:
     limit = bounds.max_words_per_sentence
     if limit is None or not rules.punctuated:
         return None
-    ends = sum(1 for _ in SENTENCE_END_PATTERN.finditer(text))
+    ends = sum(1 for _ in SENTENCE_END_PATTERN.finditer(text)) + sum(_is_lead_in(line, rules) for line in lines)
     if not ends:
         return "quality: no sentence end"
     return f"quality: more than {limit} words for each sentence end" if len(words) > limit * ends else None
+
+
+def _is_lead_in(line: str, rules: LanguageRules) -> bool:
+    """Return whether a line is a clause that a list or an example follows; labels and code hold no stop word."""
+    if not line.endswith(COLONS):
+        return False
+    found = words_of(line)
+    long_enough = len(found) >= (MIN_LEAD_IN_CHARACTERS if mostly_unspaced(found) else MIN_LEAD_IN_WORDS)
+    return long_enough and not (rules.stop_words and rules.stop_words.isdisjoint(found))
 
 
 def _broken_ratio_rules(

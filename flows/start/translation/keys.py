@@ -6,7 +6,41 @@ from typing import Any
 
 from flows.start.translation.result import Line
 
-Table = Mapping[str, tuple[str, str]]  # key: why it is not translated, what to do instead
+Reason = tuple[str, str]  # why a key is not translated, and what to do instead
+Table = Mapping[str, Reason]  # by key; a name that ends with `_` stands for all keys that begin with it
+OTHER_METHOD: Reason = ("this variant of the method is not available", "train without it")
+OTHER_LOSS: Reason = ("this loss is not available", "leave it out")
+OWN_WEIGHTS: Reason = ("a checkpoint's weights are kept", "use pretrain with model: {name: new}")
+OWN_LAYERS: Reason = ("layers beside the low-rank updates are not trained", "use method full or top_layers")
+QUANTIZED: Reason = ("a quantized checkpoint is not trained", "start from the full-precision checkpoint")
+HELD_OUT: Reason = ("rows are held out by a hash of their own", "list the file as a source, with a column split")
+ALL_STEPS: Reason = ("training runs for its steps", "set steps")
+PROCESSES: Reason = (
+    "how many processes share a model depends on your machine",
+    "set numerics.parallel (docs/guides/distributed.md)",
+)
+_FLOAT8: Reason = ("there is no training in float8", "numerics.dtype.decoder: bfloat16 is used")
+UNSUPPORTED_BY_BOTH: Table = {  # keys that LLaMA-Factory and axolotl share
+    "trust_remote_code": ("code of a checkpoint is never run", "use a checkpoint that Transformers knows"),
+    "rope_scaling": ("the positions of a checkpoint stay as they are", "change its config.json first"),
+    "loraplus_": OTHER_METHOD,
+    "dpo_label_smoothing": ("this is cDPO's loss", "loss: {name: robust, flipped: ...} is the nearest"),
+    "simpo_gamma": OTHER_LOSS,
+    "kto_": OTHER_LOSS,
+    "neftune_": ("noise on embeddings is not available", "leave it out"),
+    "label_smoothing_factor": ("fine-tuning has no label smoothing", "leave it out"),
+    "fp8": _FLOAT8,
+    "fp8_": _FLOAT8,
+    "load_best_model_at_end": ("the weights of the last step are saved", "set steps"),
+    "deepspeed": PROCESSES,
+    "fsdp": PROCESSES,
+    "fsdp_": PROCESSES,
+}
+WITHOUT_EFFECT_IN_BOTH = (
+    "output_dir", "save_", "eval_steps", "eval_strategy", "metric_for_best_model", "greater_is_better", "swanlab_",
+    "use_swanlab", "trackio_", "hub_", "low_cpu_mem_usage", "torch_compile", "tf32", "remove_unused_columns",
+    "dataloader_", "ddp_", "profiler_", "resume_from_checkpoint", "streaming",
+)  # fmt: skip
 # YAML 1.1, which the tools use, reads these words as truth values.
 TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 

@@ -1,4 +1,4 @@
-"""Metrics of predicted labels."""
+"""Metrics of predicted labels and numbers."""
 
 from typing import Any
 
@@ -14,4 +14,17 @@ def label_metrics(predictions: Any, targets: Any, labels: int, majority_label: f
         "accuracy": round(float((predictions == targets).mean()), 4),
         "majority_label_accuracy": round(float((targets == majority_label).mean()), 4),
         "macro_f1": round(float((2 * hits[total > 0] / total[total > 0]).mean()), 4),
+    }
+
+
+def number_metrics(predictions: Any, targets: Any, train_mean: float) -> dict[str, float | None]:
+    """Return RMSE and correlations; a correlation is None if targets or predictions are constant."""
+    from scipy.stats import pearsonr, spearmanr
+
+    varied = len(targets) > 1 and np.ptp(predictions) > 0 and np.ptp(targets) > 0
+    return {
+        "rmse": round(float(np.sqrt(np.mean((predictions - targets) ** 2))), 4),
+        "mean_baseline_rmse": round(float(np.sqrt(np.mean((train_mean - targets) ** 2))), 4),
+        "pearson": round(float(pearsonr(predictions, targets).statistic), 4) if varied else None,
+        "spearman": round(float(spearmanr(predictions, targets).statistic), 4) if varied else None,
     }

@@ -61,8 +61,13 @@ def row_nll(logits: Any, ids: Any) -> list[float]:
     return sums
 
 
-def model_nll(model: "PreTrainedModel", rows: TokenRows) -> list[float]:
-    """Return the summed negative log-likelihood (nats) of each row's tokens after its first, in float32."""
+def model_nll(
+    model: "PreTrainedModel", rows: TokenRows, progress: Callable[[int], object] | None = None
+) -> list[float]:
+    """Return the summed negative log-likelihood (nats) of each row's tokens after its first, in float32.
+
+    `progress` is called with the number of rows after each forward pass.
+    """
     import torch
 
     sums: list[float] = []
@@ -71,6 +76,8 @@ def model_nll(model: "PreTrainedModel", rows: TokenRows) -> list[float]:
         for start in range(0, len(rows), batch_size):
             ids = torch.from_numpy(rows[start : start + batch_size].astype(np.int64)).to(model.device)
             sums += row_nll(model(input_ids=ids).logits, ids)
+            if progress:
+                progress(len(ids))
     return sums
 
 

@@ -60,13 +60,15 @@ def main(module_name: str) -> None:
     for name, value in TELEMETRY_OFF.items():
         os.environ.setdefault(name, value)
     proxies.exempt_loopback()
-    module = importlib.import_module(module_name)
+    module = _import(module_name)
     stage = stage_of(module)
     key = sys.argv[1] if len(sys.argv) > 1 else None
     if len(sys.argv) != 1 + has_entries(stage):
         raise SystemExit(f"usage: python -m {module_name.removesuffix('.stage')}{' ENTRY' * has_entries(stage)}")
     try:
         execute(module, key)
+    except ModuleNotFoundError as error:
+        raise SystemExit(_explain_missing_package(error)) from error
     except BessemerError as error:
         if int(os.environ.get("LOCAL_RANK", "0")):
             launch.wait_for_launcher()
@@ -83,6 +85,20 @@ def main(module_name: str) -> None:
         ) from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def _import(module_name: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise SystemExit(_explain_missing_package(error)) from error
+
+
+def _explain_missing_package(error: ModuleNotFoundError) -> str:
+    return (
+        f"{sys.executable} has no package {error.name}: activate the project's environment (`source "
+        ".venv/bin/activate`), or install the packages that it pins (`make install`)."
+    )
 
 
 def _disk_full(error: Exception) -> bool:

@@ -17,18 +17,21 @@ HEAD_NAMES = ("score", "classifier")  # Transformers' names of the classificatio
 
 
 def head_outputs(
-    model: Any, tokenizer: "PreTrainedTokenizerFast", rows: Sequence[list[int]], numerics: Numerics, batch_rows: int
-) -> "torch.Tensor":
+    model: Any, tokenizer: "PreTrainedTokenizerFast", rows: Sequence[list[int]], numerics: Numerics, batch_rows: int,
+    desc: str | None = None,
+) -> "torch.Tensor":  # fmt: skip
     """Return the head's outputs for each row of token ids, (N, outputs) in float32, `batch_rows` rows at a time.
 
-    The outputs of a token-level head are averaged over a row's tokens.
+    The outputs of a token-level head are averaged over a row's tokens. `desc` is the title of the progress bar; without
+    it none is shown.
     """
     import torch
+    from tqdm import tqdm
 
     device = next(model.parameters()).device
     buckets = chat.length_buckets(rows, batch_rows)
     parts = []
-    for bucket in buckets:
+    for bucket in tqdm(buckets, desc=desc, disable=desc is None, mininterval=2):
         ids, mask = chat.pad_batch([rows[i] for i in bucket], tokenizer.pad_token_id, device)  # (rows, T)
         with models.autocast(model, numerics):
             outputs = model(input_ids=ids, attention_mask=mask).logits.float()

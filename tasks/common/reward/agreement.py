@@ -20,15 +20,17 @@ Pair = tuple[int, int]  # indices of the better and of the worse response
 
 
 def pairwise_agreement(
-    scorer: Scorer, heldout: Sequence[Ranking], lexicons: Mapping[str, Lexicon | None]
+    scorer: Scorer, heldout: Sequence[Ranking], lexicons: Mapping[str, Lexicon | None], desc: str | None = None
 ) -> dict[str, Any]:
     """Return ordering accuracy by rating gap (the model's and each lexicon's), length bias and calibration.
 
-    For an ensemble, `disagreement` is the mean standard deviation of its heads.
+    For an ensemble, `disagreement` is the mean standard deviation of its heads. `desc` is the title of the progress
+    bar; without it none is shown.
     """
     if not heldout:
         return {"heldout_pairs": 0}
-    score_list, stds = scorer.score_with_std([exchange for ranking in heldout for exchange in ranking.exchanges])
+    exchanges = [exchange for ranking in heldout for exchange in ranking.exchanges]
+    score_list, stds = scorer.score_with_std(exchanges, desc=desc)
     scores, texts = np.array(score_list), [text for ranking in heldout for text in ranking.texts]
     baselines = {name: np.array(lexicon.score(texts)) if lexicon else None for name, lexicon in lexicons.items()}
     starts = np.cumsum([0, *(len(ranking.texts) for ranking in heldout)]).tolist()

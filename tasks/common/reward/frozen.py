@@ -22,17 +22,17 @@ class FrozenBackbone:
         _check_head(model, self.head_name)
         self.states: dict[tuple[int, ...], torch.Tensor] = {}  # each (d,)
 
-    def outputs(self, rows: Sequence[Sequence[int]], batch_size: int) -> "torch.Tensor":
+    def outputs(self, rows: Sequence[Sequence[int]], batch_size: int, desc: str | None = None) -> "torch.Tensor":
         """Return the head's outputs for each row, shape (N, outputs), as `head_models.head_outputs` does."""
         import torch
 
-        self.cache_states(rows, batch_size)
+        self.cache_states(rows, batch_size, desc)
         states = torch.stack([self.states[tuple(row)] for row in rows])  # (N, d)
         with models.autocast(self.model, self.numerics):
             outputs: torch.Tensor = getattr(self.model, self.head_name)(states).float()
         return outputs
 
-    def cache_states(self, rows: Sequence[Sequence[int]], batch_size: int) -> None:
+    def cache_states(self, rows: Sequence[Sequence[int]], batch_size: int, desc: str | None = None) -> None:
         """Compute the states of rows that are not in the cache, `batch_size` rows at a time."""
         import torch
 
@@ -44,7 +44,7 @@ class FrozenBackbone:
         try:
             with torch.no_grad():
                 found = head_models.head_outputs(
-                    self.model.eval(), self.tokenizer, [list(row) for row in new], self.numerics, batch_size
+                    self.model.eval(), self.tokenizer, [list(row) for row in new], self.numerics, batch_size, desc
                 )
         finally:
             setattr(self.model, self.head_name, head)

@@ -39,7 +39,7 @@ class Ranking:
     pairs: list[tuple[int, int, float]]  # better, worse, gap in rating points (NaN if people only ranked)
     order: list[list[int]]  # the responses, best first; responses in one group are tied
     truncated: int  # number of responses that were cut to the model's `max_tokens`
-    alike: int = 0  # number of pairs left out because their responses are the same to the model
+    alike: int = 0  # number of pairs rejected because their responses are the same to the model
 
     @property
     def exchanges(self) -> list[Exchange]:

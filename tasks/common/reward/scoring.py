@@ -76,15 +76,18 @@ class Scorer:
         models.save(self.model, self.tokenizer, path)
         self.lexicon.save(path / LEXICON_FILE)
 
-    def score(self, exchanges: Sequence[Exchange], batch_size: int = 128, *, normalized: bool = False) -> list[float]:
+    def score(
+        self, exchanges: Sequence[Exchange], batch_size: int = 128, *, normalized: bool = False, desc: str | None = None
+    ) -> list[float]:
         """Return the predicted rating of each reply to its prompt, shape (N,).
 
         With `normalized`, scores are shifted and scaled so that the training responses have mean 0 and variance 1.
+        `desc` is the title of the progress bar; without it none is shown.
         """
-        return self.score_with_std(exchanges, batch_size, normalized=normalized)[0]
+        return self.score_with_std(exchanges, batch_size, normalized=normalized, desc=desc)[0]
 
     def score_with_std(
-        self, exchanges: Sequence[Exchange], batch_size: int = 128, *, normalized: bool = False
+        self, exchanges: Sequence[Exchange], batch_size: int = 128, *, normalized: bool = False, desc: str | None = None
     ) -> tuple[list[float], list[float]]:
         """Return each reply's score and the standard deviation of the heads' outputs, in the score's unit.
 
@@ -103,9 +106,9 @@ class Scorer:
         self.model.eval()
         with torch.no_grad():
             if self.frozen:
-                heads = self.frozen.outputs(rows, batch_size)  # (N, heads)
+                heads = self.frozen.outputs(rows, batch_size, desc)  # (N, heads)
             else:
-                heads = head_models.head_outputs(self.model, self.tokenizer, rows, self.numerics, batch_size)
+                heads = head_models.head_outputs(self.model, self.tokenizer, rows, self.numerics, batch_size, desc)
         self.model.train(was_training)
         low, high = self.scale or (-math.inf, math.inf)
         bases = self.lexicon.score([reply for _, reply in exchanges])

@@ -22,6 +22,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
+UNLIMITED = 2**24  # tokens; a larger `model_max_length` of a tokenizer states no context length
 MICROBATCH_ROWS = 16  # rows of different lengths that share a forward pass in training
 
 TemplateName = Annotated[
@@ -57,7 +58,13 @@ def read_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
     try:
         if (folder / "tokenizer.json").is_file():
             tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+            if tokenizer.eos_token is None and tokenizer.sep_token is None:
+                names = _default_special_tokens(folder, tokenizer.get_vocab())
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **names)
         else:
+            # Without a vocabulary, Transformers returns an empty tokenizer.
+            if not model_folder.has_tokenizer(folder):
+                raise FileNotFoundError("the folder has no vocabulary")
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             tokenizer.backend_tokenizer.to_str()
     except Exception as error:  # of `tokenizers`, Transformers and the converters: no common class
@@ -66,6 +73,19 @@ def read_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
             "and tokenizer_config.json; load it with AutoTokenizer where it works and save it there."
         ) from error
     return tokenizer
+
+
+def _default_special_tokens(folder: Path, vocabulary: Mapping[str, int]) -> dict[str, str]:
+    """Return the special tokens that Transformers' tokenizer class of a model type has, if they are in the vocabulary.
+
+    The files of many models name none: those of BERT, DistilBERT, GPT-2 and XLM-RoBERTa on the Hugging Face hub.
+    """
+    from transformers import AutoTokenizer
+
+    if not (folder / model_folder.CONFIG).is_file():
+        return {}
+    found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).special_tokens_map
+    return {name: str(token) for name, token in found.items() if str(token) in vocabulary}
 
 
 def load_tokenizer(path: Path, template: str | None = None) -> "PreTrainedTokenizerFast":
@@ -84,6 +104,8 @@ def load_tokenizer(path: Path, template: str | None = None) -> "PreTrainedTokeni
             "tokenizer_config.json."
         )
     max_length = model_folder.context_length(model_folder.read_json(model_folder.base_of(path) / model_folder.CONFIG))
+    if max_length is None and tokenizer.model_max_length > UNLIMITED:
+        max_length = model_folder.DEFAULT_CONTEXT
     if max_length is not None and tokenizer.model_max_length > max_length:
         tokenizer.model_max_length = max_length
     return tokenizer

@@ -202,18 +202,18 @@ def _make_loss_sums(
     """
     tokens = objective.draw(0, FULL_BATCH).tokens * config.steps if mfu_estimator else 0
     flops = mfu_estimator.flops_per_token * tokens if mfu_estimator else None
-    compiled = objective.static_shapes is not None and compiling.should_compile(job.numerics, flops)
-    if compiled and job.activation_checkpointing:
+    static_shapes = objective.static_shapes
+    if static_shapes is None or not compiling.should_compile(job.numerics, flops, compiling.layer_count(model)):
+        if job.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return objective.loss_sums, False
+    if job.activation_checkpointing:
         raise StageError(
             "placement.activation_checkpointing would change the result of a compiled run, and numerics.compile is "
             f"{job.numerics.compile}, which compiles this one: set placement.activation_checkpointing to false, or "
             "numerics.compile to never (training then restarts from step 0)."
         )
-    if job.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if not compiled:
-        return objective.loss_sums, False
-    return compiling.compile_for(objective.loss_sums, model, static_shapes=bool(objective.static_shapes)), True
+    return compiling.compile_for(objective.loss_sums, model, static_shapes=static_shapes), True
 
 
 def _prefetch(objective: Objective, steps: range, accumulation_steps: int, world: World) -> Iterator[list[MicroBatch]]:

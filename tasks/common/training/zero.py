@@ -129,8 +129,8 @@ def _initialize_engine(
             "stage3_prefetch_bucket_size": BUCKET_NUMEL,
         },
     }
-    if world.device == "cpu" and not world.rank:
-        print("DeepSpeed compiles a C++ extension on its first run, which takes some minutes", flush=True)
+    # Else the first process on a machine compiles it in C++, for a minute or two. Only DeepSpeed's inference uses it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine

@@ -119,14 +119,21 @@ def answers_nll(model: Any, passes: Iterable[Rows], numerics: Numerics) -> "torc
     return total
 
 
-def mean_nll(model: Any, encoded: Sequence[Encoded], pad_id: int, numerics: Numerics) -> float | None:
-    """Return the mean cross-entropy (nats per token) over the answer tokens of conversations; None without any."""
+def mean_nll(
+    model: Any, encoded: Sequence[Encoded], pad_id: int, numerics: Numerics, desc: str | None = None
+) -> float | None:
+    """Return the mean cross-entropy (nats per token) over the answer tokens of conversations; None without any.
+
+    `desc` is the title of the progress bar; without it none is shown.
+    """
     import torch
+    from tqdm import tqdm
 
     token_count = sum(sum(answered) for _, answered in encoded)
     if not token_count:
         return None
     model.eval()
+    passes = list(padded_rows(encoded, pad_id))
     with torch.no_grad():
-        total = answers_nll(model, padded_rows(encoded, pad_id), numerics)
+        total = answers_nll(model, tqdm(passes, desc=desc, disable=desc is None, mininterval=2), numerics)
     return round(total.item() / token_count, 6)

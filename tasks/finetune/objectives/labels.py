@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from tasks.common.evaluation.labels import label_metrics
+from tasks.common.evaluation.labels import label_metrics, number_metrics
 from tasks.common.harness.job import Job, StageError
 from tasks.common.modelling import head_models
 from tasks.common.settings import Numerics, Settings
@@ -128,7 +128,7 @@ def find_labels(rows: Iterable[Row], task: Classification) -> list[str]:
         raise StageError(
             f"finetune.task is classification, and the training conversations end in {len(counts)} different answers "
             f"(such as {examples}); expected 2 to finetune.task.max_labels, which is {task.max_labels}. Raise it, or "
-            "use a table whose last answers are labels."
+            "name the sources whose last answers are labels with `sources`."
         )
     return sorted(counts)
 
@@ -171,15 +171,19 @@ def evaluate(
     numerics: Numerics,
     train_examples: Sequence[Example],
     labels: Sequence[str] | None,
+    desc: str | None = None,
 ) -> dict[str, Any]:
-    """Return a head's metrics on held-out examples, and those of the training examples' majority label or mean."""
+    """Return a head's metrics on held-out examples, and those of the training examples' majority label or mean.
+
+    `desc` is the title of the progress bar; without it none is shown.
+    """
     import torch
 
     if not examples:
         return {"heldout": 0}
     with torch.no_grad():
         outputs = head_models.head_outputs(
-            model.eval(), tokenizer, [e.ids for e in examples], numerics, EVAL_MICROBATCH_ROWS
+            model.eval(), tokenizer, [e.ids for e in examples], numerics, EVAL_MICROBATCH_ROWS, desc
         )
     targets = np.array([example.target for example in examples])
     train_targets = [example.target for example in train_examples]
@@ -190,16 +194,3 @@ def evaluate(
         majority_label = Counter(train_targets).most_common(1)[0][0]
         metrics = label_metrics(outputs.argmax(-1).cpu().numpy(), targets, len(labels), majority_label)
     return {"heldout": len(examples), **metrics}
-
-
-def number_metrics(predictions: Any, targets: Any, train_mean: float) -> dict[str, float | None]:
-    """Return RMSE and correlations; a correlation is None if targets or predictions are constant."""
-    from scipy.stats import pearsonr, spearmanr
-
-    varied = len(targets) > 1 and np.ptp(predictions) > 0 and np.ptp(targets) > 0
-    return {
-        "rmse": round(float(np.sqrt(np.mean((predictions - targets) ** 2))), 4),
-        "mean_baseline_rmse": round(float(np.sqrt(np.mean((train_mean - targets) ** 2))), 4),
-        "pearson": round(float(pearsonr(predictions, targets).statistic), 4) if varied else None,
-        "spearman": round(float(spearmanr(predictions, targets).statistic), 4) if varied else None,
-    }

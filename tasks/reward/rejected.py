@@ -1,7 +1,8 @@
 """What a reward model cannot learn from: pairs of responses that are the same to it, and special tokens in texts.
 
 Responses that differ only after `max_tokens` are the same to the model. Such pairs, and rankings that spell a special
-token, are left out of training and of the accuracy, counted and named. If no training pair is left, the stage stops.
+token, are rejected: they are in neither training nor accuracy, and are counted and named. If no training pair is left,
+the stage stops.
 """
 
 from collections.abc import Sequence
@@ -17,24 +18,24 @@ if TYPE_CHECKING:
 
 
 def alike_ids(rankings: Sequence[Ranking]) -> list[str]:
-    """Return the ids of the rankings with a pair that was left out."""
+    """Return the ids of the rankings with a rejected pair."""
     return [ranking.id for ranking in rankings if ranking.alike]
 
 
 def has_something_to_learn(ranking: Ranking) -> bool:
-    """Return whether a ranking has ratings, a pair, or ties that people made, and not only pairs that are left out."""
+    """Return whether a ranking has ratings, a pair, or ties that people made, and not only rejected pairs."""
     return bool(ranking.pairs or ranking.ratings or not ranking.alike)
 
 
 def report_alike(rankings: Sequence[Ranking], max_tokens: int) -> None:
-    """Print how many pairs are left out, and of which rankings."""
+    """Print how many pairs are rejected, and of which rankings."""
     alike, named = sum(ranking.alike for ranking in rankings), alike_ids(rankings)
     if alike:
         pairs = alike + sum(len(ranking.pairs) for ranking in rankings)
         more = ", …" if len(named) > MAX_LISTED_ITEMS else ""
         print(
             f"{alike} of {pairs} pairs are the same tokens within the {max_tokens} tokens of reward.max_tokens and are "
-            f"left out of training and accuracy (rankings {', '.join(named[:MAX_LISTED_ITEMS])}{more})"
+            f"rejected from training and accuracy (rankings {', '.join(named[:MAX_LISTED_ITEMS])}{more})"
         )
 
 
@@ -59,7 +60,7 @@ def check_differences(
 
 
 def _tokens_needed(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerFast") -> list[int]:
-    """Return the number of tokens from which each pair differs; pairs that never differ are left out."""
+    """Return the number of tokens from which each pair differs; pairs that never differ have none."""
     with models.suppress_warnings("transformers"):  # of texts longer than the model's context
         found = [
             first_difference(row, tokenizer, i, j)
@@ -70,10 +71,10 @@ def _tokens_needed(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerFast") ->
 
 
 def report_control_tokens(ids: Sequence[str]) -> None:
-    """Print which rankings are left out because a text of theirs would be encoded as a special token."""
+    """Print which rankings are rejected because a text of theirs would be encoded as a special token."""
     if ids:
         more = ", …" if len(ids) > MAX_LISTED_ITEMS else ""
         print(
-            f"{len(ids)} rankings spell a special token of the model's tokenizer and are left out "
+            f"{len(ids)} rankings spell a special token of the model's tokenizer and are rejected "
             f"({', '.join(ids[:MAX_LISTED_ITEMS])}{more})"
         )
