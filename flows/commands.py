@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from flows import environment, graph, records
 from flows.graph import Graph
-from tasks.common import model_graph, params_file
+from tasks.common import params_file
 from tasks.common.harness.launch import check_device_count
 from tasks.common.harness.records import commit
+from tasks.common.model_graph import entries_of
 from tasks.common.raw_params import read_params
-from tasks.common.settings import BessemerError, Numerics
+from tasks.common.settings import ENTRY_STAGES, STAGES, BessemerError, Numerics
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,10 +75,16 @@ def _select_stages(project: Path, names: Sequence[str], params: dict[str, Any]) 
     Only the stages that would run are checked, because the others' results may be from earlier, valid settings. Files
     of all stages are checked before DVC is asked, which takes seconds: a stage without one of its files is due anyway.
     """
-    params_file.check(params, files_of=() if names else model_graph.stage_names(params))
+    params_file.check(params, files_of=() if names else _stage_names(params))
     stages = graph.select(graph.read(project), names)
     params_file.check(params, stages=[name for name, stage in stages.items() if stage.dirty])
     return stages
+
+
+def _stage_names(params: Mapping[str, Any]) -> list[str]:
+    """Return the names of all stages that settings describe: `ingest`, `finetune@chat`, ..."""
+    single = [stage for stage in STAGES if stage not in ENTRY_STAGES]
+    return [*single, *(f"{stage}@{key}" for stage in ENTRY_STAGES for key in entries_of(params, stage))]
 
 
 def _build_bento(out: "Console", project: Path) -> None:

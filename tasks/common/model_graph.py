@@ -37,12 +37,6 @@ def entries_of(params: Params, stage: str) -> dict[str, Any]:
     return {str(key): value for key, value in section.items()} if isinstance(section, dict) else {}
 
 
-def stage_names(params: Params) -> list[str]:
-    """Return the names of all stages that settings describe: `ingest`, `finetune@chat`, ..."""
-    single = [stage for stage in STAGES if stage not in ENTRY_STAGES]
-    return [*single, *(f"{stage}@{key}" for stage in ENTRY_STAGES for key in entries_of(params, stage))]
-
-
 def links_of(params: Params) -> tuple[Link, ...]:
     """Return the entries with their inputs, in topological order, and otherwise in the order of the file.
 
