@@ -43,7 +43,7 @@ HANDLED = {
     ("tasks/ingest/row_loading.py", "_peek"): "raised again, or part of an error of DATA_ERRORS",
     ("tasks/ingest/source_reading.py", "_read_member"): "the reason of a rejected file: the errors of DATA_ERRORS",
     ("tasks/ingest/sql.py", "_read_rows"): "part of an error",
-    ("tasks/ingest/survey.py", "_survey_files"): "part of an error",
+    ("tasks/ingest/survey.py", "_open_files"): "part of an error",
     ("tasks/ingest/survey.py", "_survey_llamafactory"): "part of an error",
     ("tasks/quantize/prompts.py", "_try"): "whether a template rejects a conversation",
     ("tasks/tokenize/stage.py", "_encode_rows"): "raised again",

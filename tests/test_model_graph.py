@@ -18,8 +18,12 @@ from tasks.common.params_file import check
 from tasks.common.raw_params import read_params
 from tasks.common.settings import SettingsError
 from tests.conftest import ROOT
+from tests.foreign_fixtures import foreign_tokenizer
 
-LLAMA = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2, "hidden_size": 8, "max_position_embeddings": 32}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8,
+    "max_position_embeddings": 32,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -30,13 +34,14 @@ def params() -> Any:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A folder of the user's with a config.json and one weight, in a project with the profile's own files."""
+    """A folder of the user's with a config.json, a tokenizer and one weight, in a project with the profile's files."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "data/sources/evaluation", tmp_path / "data/sources/evaluation")
     folder = tmp_path / "models" / "mine"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(LLAMA))
     save_file({"weight": np.zeros(1, np.float32)}, folder / "model.safetensors")
+    foreign_tokenizer().save_pretrained(folder)
     return "models/mine"
 
 

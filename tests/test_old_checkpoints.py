@@ -14,12 +14,13 @@ from transformers import Qwen3ForCausalLM as Qwen3
 from tasks.common.modelling import models
 from tasks.common.overrides import rope_config
 from tasks.common.text import chat
+from tests.foreign_fixtures import foreign_tokenizer
 from tests.training_fixtures import NUMERICS, Chain, chain
 
 __all__ = ["chain"]
 
 SIZES = {
-    "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
+    "vocab_size": 340, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
     "max_position_embeddings": 64,
 }  # fmt: skip
 SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
@@ -69,6 +70,7 @@ def test_rotary_settings_of_both_forms_are_read(
     torch.manual_seed(0)
     model = make().eval()
     model.save_pretrained(tmp_path / "new")
+    foreign_tokenizer().save_pretrained(tmp_path / "new")
     shutil.copytree(tmp_path / "new", tmp_path / "old")
     config = json.loads((tmp_path / "new/config.json").read_text())
     assert "rope_parameters" in config

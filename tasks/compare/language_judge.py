@@ -31,8 +31,10 @@ def judge_pairs(judge: JudgeModel, pairs: Sequence[Pair], store: ResultStore) ->
     Raises StageError if the endpoint fails, or if most answers contain no verdict.
     """
     prompts = [text for pair in pairs for text in _both_orders(judge, pair)]
+    distinct = list(dict.fromkeys(prompts))  # the same question asked twice at once would be stored twice at once
     with ThreadPoolExecutor(judge.parallel) as pool:
-        answers = list(pool.map(lambda prompt: _ask(judge, prompt, store), prompts))
+        answer_to = dict(zip(distinct, pool.map(lambda prompt: _ask(judge, prompt, store), distinct), strict=True))
+    answers = [answer_to[prompt] for prompt in prompts]
     verdicts = [read_verdict(answer) for answer in answers]
     unreadable = [answer for answer, verdict in zip(answers, verdicts, strict=True) if verdict is None]
     if len(unreadable) > MAX_UNREADABLE_SHARE * len(answers):

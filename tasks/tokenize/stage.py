@@ -131,7 +131,7 @@ def _load_given(config: Config, path: Path) -> "PreTrainedTokenizerFast":
             "encoder), so a model could not learn where a text ends: set one in its tokenizer_config.json, or use "
             "another tokenizer."
         )
-    special = {**found.special_tokens_map, "eos_token": end}
+    special = dict(found.special_tokens_map)
     if found.pad_token is None:
         print(f"the tokenizer in {path} has no pad token; its end token {end} is used instead")
         special["pad_token"] = end
