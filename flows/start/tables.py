@@ -209,7 +209,7 @@ def _describe(found: "Inspection", noun: str, columns: dict[str, str]) -> str:
     formats = ", ".join(f"{count} {name}" if found.files > 1 else name for name, count in found.formats.items())
     about = "" if found.rows_read == found.estimated_rows else "about "
     parts = [
-        f"{about}{found.estimated_rows:,} {noun} ({formats})",
+        f"{about}{found.estimated_rows:,} {noun[:-1] if found.estimated_rows == 1 else noun} ({formats})",
         f"{found.mean_characters:,.0f} characters each, at most {found.max_characters:,}",
     ]
     languages = _languages(found.texts)
