@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from math import sqrt
 from typing import Any
 
+from tasks.ingest.settings import Heldout
+
 MIN_ROWS = 100  # of a table, below which its held-out rows are too few to judge by
 ALIGNMENT_COST = 0.5  # nats per token of a held-out answer that alignment may cost
 EXPORT_COST = 0.05  # the same for 8-bit weights
 EXPORT_BITS = 0.02  # bits per byte of held-out text that 8-bit weights may cost
 MIN_PAIRS, MAX_PAIRS = 10, 100  # held-out preference pairs: as many as `init` holds out, and as are evaluated
-HELDOUT_SHARE = 0.1  # of the rankings, and of the labelled texts
 EXPORT_ERROR = 1.1  # the mean absolute error that 8-bit weights may have, relative to before
 
 
@@ -39,12 +40,12 @@ def propose_for_labels(rows: int, task: str) -> list[dict[str, Any]]:
     models = {"model": "classifier", "against": "labels"}
     if task == "regression":
         return [{"metric": "mean_absolute_error", **models, "relative": True, "max": EXPORT_ERROR}]
-    return [{"metric": "accuracy", **models, "min": -_coin_error(rows)}]
+    return [{"metric": "accuracy", **models, "min": -_coin_error(rows, Heldout().entities)}]
 
 
-def _coin_error(rows: int) -> float:
-    """Return two standard errors of a coin's share of as many cases as are held out of so many rows."""
-    return round(1 / sqrt(min(max(rows * HELDOUT_SHARE, MIN_PAIRS), MAX_PAIRS)), 2)
+def _coin_error(rows: int, share: float) -> float:
+    """Return two standard errors of a coin's share of as many cases as a share of so many rows."""
+    return round(1 / sqrt(min(max(rows * share, MIN_PAIRS), MAX_PAIRS)), 2)
 
 
 def _order(rankings: int) -> list[dict[str, Any]]:
@@ -54,7 +55,7 @@ def _order(rankings: int) -> list[dict[str, Any]]:
     """
     if rankings < MIN_ROWS:
         return []
-    error = _coin_error(rankings)
+    error = _coin_error(rankings, Heldout().rankings)
     kept = {"metric": "preference_accuracy", "min": -error}
     return [
         {"metric": "implicit_reward_accuracy", "model": "policy", "min": round(0.5 - error, 2)},

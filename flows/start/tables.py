@@ -201,7 +201,7 @@ def _label_columns(path: Path, named: Mapping[str, str]) -> dict[str, str]:
             f"({', '.join(TEXT_COLUMNS[:4])} ...) and its label ({', '.join(LABEL_COLUMNS[:4])} ...). "
             "Name them: --columns text=NAME label=NAME."
         )
-    return {"instruction": text, "output": label}
+    return {LABEL_FORMAT["text"]: text, LABEL_FORMAT["label"]: label}
 
 
 def _describe(found: "Inspection", noun: str, columns: dict[str, str]) -> str:
